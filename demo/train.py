@@ -1,0 +1,235 @@
+"""Train the demo model from the text that ships with CPython.
+
+    python demo/train.py tokenizer OUT            # byte-level BPE from the training side of the split
+    python demo/train.py model OUT --minutes 90   # needs OUT/tokenizer.json; writes the fla-format checkpoint
+
+One process, on the CPU. The recipe and the curve of the shipped checkpoint are in demo/README.md.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+
+from modeling.checkpoint import export_tensors, write_json, write_safetensors
+from modeling.families import family_of
+from modeling.model import Model
+from pruning.corpus import corpus, sha256
+
+EOS = "<|endoftext|>"
+WINDOW = 512
+CONFIG = {
+    "architectures": ["GatedDeltaNetForCausalLM"],
+    "model_type": "gated_deltanet",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "num_hidden_layers": 6,
+    "num_heads": 2,
+    "num_v_heads": None,
+    "head_dim": 128,
+    "expand_v": 1.0,
+    "intermediate_size": 704,
+    "hidden_act": "swish",
+    "use_gate": True,
+    "use_short_conv": True,
+    "conv_size": 4,
+    "norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "attn": None,
+    "dtype": "bfloat16",
+}
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.command()
+def tokenizer(out: Path) -> None:
+    """Train the tokenizer and write it to OUT."""
+    tok = Tokenizer(models.BPE())
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"],
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tok.train_from_iterator(corpus("train"), trainer)
+    out.mkdir(parents=True, exist_ok=True)
+    tok.save(str(out / "tokenizer.json"))
+    write_json(
+        out / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": EOS,
+            "eos_token": EOS,
+            "pad_token": EOS,
+            "model_max_length": CONFIG["max_position_embeddings"],
+            "clean_up_tokenization_spaces": False,
+        },
+    )
+
+
+def encode(tok: Tokenizer, texts: list[str]) -> Tensor:
+    """All texts as one stream, each behind an end-of-text token."""
+    return torch.tensor([i for e in tok.encode_batch(texts) for i in (0, *e.ids)], dtype=torch.int32)
+
+
+def initialise(model: Model) -> None:
+    """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them."""
+    depth = math.sqrt(2 * len(model.layers))
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "out_proj.weight")):
+            nn.init.normal_(p, std=0.02 / depth)
+        elif name.endswith("conv.weight"):
+            nn.init.uniform_(p, -0.5, 0.5)
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=0.02)
+        elif name.endswith("A_log"):
+            nn.init.uniform_(p, 1, 16)
+            p.data.log_()
+        elif name.endswith("dt_bias"):
+            dt = torch.exp(torch.rand_like(p) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+            p.data.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def windows(stream: Tensor, batch: int, generator: torch.Generator) -> Tensor:
+    """One epoch of `[batch, WINDOW + 1]` windows in random order, cut at a random offset."""
+    offset = int(torch.randint(WINDOW, (1,), generator=generator))
+    starts = torch.arange(offset, len(stream) - WINDOW - 1, WINDOW)
+    starts = starts[torch.randperm(len(starts), generator=generator)]
+    starts = starts[: len(starts) // batch * batch].view(-1, batch, 1)
+    return starts + torch.arange(WINDOW + 1)
+
+
+def loss_of(model: Model, batch: Tensor) -> Tensor:
+    """Mean next-token cross entropy of `[n, WINDOW + 1]` token ids."""
+    inputs, targets = batch[:, :-1].flatten(), batch[:, 1:].flatten()
+    cu_seqlens = range(0, len(inputs) + 1, batch.shape[1] - 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden, _ = model(inputs, cu_seqlens)
+        logits = model.logits(hidden)
+    return F.cross_entropy(logits.float(), targets)
+
+
+@torch.no_grad()
+def heldout_loss(model: Model, stream: Tensor, batches: int | None = None) -> float:
+    """Mean loss over consecutive windows (all of them, or the first batches of 8)."""
+    starts = torch.arange(0, len(stream) - WINDOW, WINDOW)
+    total, count = 0.0, 0
+    for rows in starts.split(8)[:batches]:
+        total += loss_of(model, stream[rows[:, None] + torch.arange(WINDOW + 1)].long()).item() * len(rows)
+        count += len(rows)
+    return total / count
+
+
+def save(net: Model, out: Path) -> None:
+    """Write the checkpoint in fla's names, weights in bf16."""
+    write_json(out / "config.json", CONFIG)
+    tensors = export_tensors(net, family_of(CONFIG))
+    write_safetensors(out, ((name, t.to(torch.bfloat16)) for name, t in tensors))
+
+
+@app.command()
+def model(
+    out: Path,
+    minutes: Annotated[float, typer.Option(help="Wall-clock budget; the schedule fits itself to it.")] = 90,
+    batch: Annotated[int, typer.Option(help="Windows of 512 tokens per step.")] = 4,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, for Muon and AdamW alike.")] = 3e-3,
+    seed: int = 0,
+    threads: int = 2,
+) -> None:
+    """Train the model and write the checkpoint to OUT (bf16 weights, curve.json beside them)."""
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    tok = Tokenizer.from_file(str(out / "tokenizer.json"))
+    train_texts, heldout_texts = corpus("train"), corpus("heldout")
+    train, heldout = encode(tok, train_texts), encode(tok, heldout_texts)
+    bytes_per_token = sum(len(t.encode()) for t in heldout_texts) / len(heldout)
+    net = Model(family_of(CONFIG).spec(CONFIG))
+    initialise(net)
+    matrices = [p for n, p in net.layers.named_parameters() if n.endswith("proj.weight")]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in net.parameters() if id(p) not in chosen]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.1},
+                {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=lr,
+            betas=(0.9, 0.95),
+        ),
+    ]
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(train):,} training tokens", flush=True)
+    curve: list[dict[str, float]] = []
+    began, step, epochs = time.monotonic(), 0, 0
+    queue: list[Tensor] = []
+    while (elapsed := (time.monotonic() - began) / 60) < minutes:
+        if not queue:
+            queue = list(windows(train, batch, generator).unbind(0))
+            epochs += 1
+        # Linear warm-up, constant, then linear to zero over the last 60 % of the time.
+        factor = min(1.0, (step + 1) / 100, (1 - elapsed / minutes) / 0.6)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * factor
+        loss = loss_of(net, train[queue.pop()].long())
+        loss.backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        tokens = step * batch * WINDOW
+        if step % 50 == 0:
+            speed = tokens / (time.monotonic() - began)
+            print(f"step {step} {elapsed:.1f} min loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
+        if step % 500 == 0:
+            value = heldout_loss(net, heldout, batches=6)
+            curve.append({"minutes": elapsed, "tokens": tokens, "heldout_loss_24k": value})
+            print(f"held-out (24 k tokens): loss {value:.4f} perplexity {math.exp(value):.2f}", flush=True)
+            save(net, out)
+    net.to(torch.bfloat16).float()  # what is reported is what is saved
+    final = heldout_loss(net, heldout)
+    summary = {
+        "minutes": minutes,
+        "steps": step,
+        "tokens": step * batch * WINDOW,
+        "epochs": epochs,
+        "seed": seed,
+        "batch": batch,
+        "lr": lr,
+        "torch": torch.__version__,
+        "heldout_tokens": len(heldout),
+        "heldout_perplexity": math.exp(final),
+        "heldout_bits_per_byte": final / math.log(2) / bytes_per_token,
+        "train_text_sha256": sha256(train_texts),
+        "heldout_text_sha256": sha256(heldout_texts),
+        "curve": curve,
+    }
+    write_json(out / "curve.json", summary)
+    save(net, out)
+    print(json.dumps({k: v for k, v in summary.items() if k != "curve"}, indent=2), flush=True)
+
+
+if __name__ == "__main__":
+    app()

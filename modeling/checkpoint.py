@@ -1,0 +1,229 @@
+"""Checkpoint directories in Hugging Face format: open, read by tensor, hash, write.
+
+Only safetensors are read, one tensor at a time. A directory being written has a temporary name until it is whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from modeling.families import Family, TensorMap, family_of
+from modeling.model import Model
+from modeling.spec import ModelSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+REDUCTION = "state_reduction.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message names the file or tensor and what would be right."""
+
+
+class Checkpoint:
+    """A readable checkpoint directory."""
+
+    def __init__(self, path: Path, source: str | None = None) -> None:
+        self.path = path
+        self.source = source or str(path)
+        """What the user called it: a path or a hub id."""
+        self.config: dict[str, Any] = _read_json(path / "config.json")
+        self.family: Family = family_of(self.config)
+        self.spec: ModelSpec = self.family.spec(self.config)
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Tensor name -> the safetensors file that holds it."""
+        if (self.path / INDEX).exists():
+            weight_map: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
+            files = {name: self.path / Path(file).name for name, file in weight_map.items()}
+            for file in sorted(set(files.values())):
+                if not file.exists():
+                    raise CheckpointError(f"{self.path / INDEX} names {file.name}, which is missing")
+            return files
+        single = self.path / SINGLE
+        if not single.exists():
+            raise CheckpointError(
+                f"{self.path} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
+            )
+        with safe_open(single, framework="pt") as f:
+            return {name: single for name in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+
+    @cached_property
+    def reduction(self) -> dict[str, Any] | None:
+        """What `lowkey-prune` wrote about a reduced checkpoint, or None for any other."""
+        file = self.path / REDUCTION
+        return _read_json(file) if file.exists() else None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the config and all weights."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for file in sorted(set(self.files.values())):
+            with file.open("rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+        return digest.hexdigest()
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, in its stored dtype. Raises CheckpointError if the checkpoint has no such tensor."""
+        if name not in self.files:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
+        with safe_open(self.files[name], framework="pt") as f:
+            tensor: Tensor = f.get_tensor(name)
+        return tensor
+
+    def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
+        """The model, in eval mode. A_log, dt_bias and norm weights are float32 whatever `dtype` is.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected or of another shape than the config says.
+        """
+        maps = self.family.tensors(self.spec)
+        self._check_names(maps)
+        with torch.device("meta"):
+            model = Model(self.spec)
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        state: dict[str, Tensor] = {}
+        for m in maps:
+            shape = shapes[m.ours]
+            keep_fp32 = len(shape) == 1 and not m.ours.endswith("conv.bias")
+            state[m.ours] = self._join(m, shape).to(
+                device=device, dtype=torch.promote_types(dtype, torch.float32) if keep_fp32 else dtype
+            )
+        model.load_state_dict(state, strict=not self.spec.tie_embeddings, assign=True)
+        if self.spec.tie_embeddings:
+            model.lm_head.weight = model.embeddings.weight
+        return model.eval().requires_grad_(False)
+
+    def _check_names(self, maps: list[TensorMap]) -> None:
+        expected = {name for m in maps for name in m.theirs}
+        if self.spec.tie_embeddings:
+            expected.add("lm_head.weight")
+        unexpected = sorted(set(self.files) - expected)
+        if unexpected:
+            raise CheckpointError(
+                f"{self.path}: {len(unexpected)} tensors that the config does not account for: {unexpected[:5]}"
+            )
+
+    def _join(self, m: TensorMap, shape: torch.Size) -> Tensor:
+        parts: list[Tensor] = []
+        for name, rows in zip(m.theirs, m.rows, strict=True):
+            tensor = self.tensor(name)
+            expected = (rows, *shape[1:])
+            if tuple(d for d in tensor.shape if d != 1) != tuple(d for d in expected if d != 1):
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} has shape {list(tensor.shape)}, the config says {list(expected)}"
+                )
+            parts.append(tensor.reshape(expected))
+        return torch.cat(parts)
+
+
+def open_checkpoint(source: str | Path) -> Checkpoint:
+    """Open a local directory, or download a hub id (`org/name`, optionally `org/name@revision`).
+
+    Raises:
+        CheckpointError: neither a directory nor a hub id, or the download fails.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return Checkpoint(path, str(source))
+    name, _, revision = str(source).partition("@")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{source}: no such directory, and not a hub id of the form org/name[@revision]")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        local = snapshot_download(
+            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise CheckpointError(f"{source}: no such directory, and the download failed: {e}") from e
+    return Checkpoint(Path(local), str(source))
+
+
+def export_tensors(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters under the family's own names and shapes."""
+    state = model.state_dict()
+    for m in family.tensors(model.spec):
+        for name, part in zip(m.theirs, state[m.ours].split(list(m.rows)), strict=True):
+            yield name, part[:, None, :] if name.endswith("conv1d.weight") else part
+
+
+def write_safetensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 2**31) -> None:
+    """Write tensors as they come, holding at most one shard (and the next tensor) in memory."""
+    shards: list[dict[str, Tensor]] = [{}]
+    sizes: dict[str, int] = {}
+    names: list[list[str]] = []
+    total = 0
+
+    def flush() -> None:
+        shard = shards[0]
+        names.append(list(shard))
+        save_file(shard, directory / f"shard-{len(names):05d}.safetensors", metadata={"format": "pt"})
+        shards[0] = {}
+
+    held = 0
+    for name, tensor in tensors:
+        if shards[0] and held + tensor.nbytes > shard_bytes:
+            flush()
+            held = 0
+        shards[0][name] = tensor.contiguous()
+        sizes[name] = tensor.nbytes
+        held += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(names) == 1:
+        (directory / "shard-00001.safetensors").rename(directory / SINGLE)
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard_names in enumerate(names, start=1):
+        file = f"model-{i:05d}-of-{len(names):05d}.safetensors"
+        (directory / f"shard-{i:05d}.safetensors").rename(directory / file)
+        weight_map |= dict.fromkeys(shard_names, file)
+    write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+@contextmanager
+def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A directory to fill, which takes its final name `path` only when the block ends without an error."""
+    if path.exists() and not overwrite:
+        raise CheckpointError(f"{path} already exists; choose another output or pass --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON through a temporary name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.rename(path)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path} is missing") from e
+    except json.JSONDecodeError as e:
+        raise CheckpointError(f"{path} is not valid JSON: {e}") from e

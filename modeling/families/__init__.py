@@ -1,0 +1,18 @@
+"""Checkpoint families. A family whose blocks exist is one new file here and one line in `FAMILIES`."""
+
+from modeling.families.base import Config, ConfigError, Family, TensorMap
+from modeling.families.delta_net import DeltaNet
+from modeling.families.gated_deltanet import GatedDeltaNet
+
+__all__ = ["FAMILIES", "Config", "ConfigError", "Family", "TensorMap", "family_of"]
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (GatedDeltaNet(), DeltaNet())}
+
+
+def family_of(config: Config) -> Family:
+    """The family of a checkpoint, by its config's `model_type`. Raises ConfigError for one that we don't have."""
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ConfigError(f"config.json: model_type={model_type!r} is not supported; known families: {known}")
+    return FAMILIES[model_type]

@@ -1,0 +1,93 @@
+"""What a checkpoint family says about itself, and how the two naming schemes are joined."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from modeling.spec import ModelSpec
+
+Config = Mapping[str, Any]
+
+
+class ConfigError(ValueError):
+    """A config.json that we can't run; the message names the key, its value and what would be right."""
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """One of our tensors is the concatenation of theirs along the first axis (shapes may differ by axes of size 1)."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    rows: tuple[int, ...]
+    """Rows of each of theirs."""
+
+
+class Family(Protocol):
+    """One kind of public checkpoint (`model_type` of its config.json)."""
+
+    @property
+    def model_type(self) -> str: ...
+
+    def spec(self, config: Config) -> ModelSpec:
+        """Shapes of the checkpoint. Raises ConfigError for an option that we don't run."""
+        ...
+
+    def tensors(self, spec: ModelSpec) -> list[TensorMap]:
+        """Every tensor of our model, and the tensors of the checkpoint that it is made of."""
+        ...
+
+    def key_rows(self, spec: ModelSpec) -> dict[str, Tensor]:
+        """Where the key axis is: tensor name of the checkpoint -> row index of (set, head, channel),
+        `[sets, num_k_heads, d_k]`. Rows in none of the sets are not keys."""
+        ...
+
+    def config_with_d_k(self, config: Config, spec: ModelSpec) -> dict[str, Any]:
+        """The checkpoint's config for the shapes in `spec`, which differ from it in d_k only. One d_k for the whole
+        model gives a config that the stock loaders read; a d_k per layer is written as a list, which they refuse."""
+        ...
+
+
+def option(config: Config, key: str, default: Any, supported: tuple[Any, ...]) -> Any:
+    """`config[key]`, which must be one of `supported`."""
+    value = config.get(key, default)
+    if value not in supported:
+        expected = " or ".join(repr(s) for s in supported)
+        raise ConfigError(f"config.json: {key}={value!r} is not supported; this loader runs {key}={expected}")
+    return value
+
+
+def integer(config: Config, key: str, default: int | None = None) -> int:
+    """`config[key]` as a positive integer."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"config.json: {key}={value!r} must be a positive integer")
+    return value
+
+
+def number(config: Config, key: str, default: float) -> float:
+    """`config[key]` as a positive number."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ConfigError(f"config.json: {key}={value!r} must be a positive number")
+    return float(value)
+
+
+def per_layer(config: Config, key: str, layers: int, default: Any) -> list[Any]:
+    """`config[key]` for each layer: one value for all, or a list with one entry a layer."""
+    value = config.get(key, default)
+    if not isinstance(value, list):
+        return [value] * layers
+    if len(value) != layers:
+        raise ConfigError(f"config.json: {key} has {len(value)} entries for num_hidden_layers={layers}")
+    return value
+
+
+def token_ids(config: Config, key: str, default: Any) -> tuple[int, ...]:
+    """`config[key]` as token ids: absent, one or several."""
+    value = config.get(key, default)
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (int(value),)

@@ -1,0 +1,110 @@
+"""What the flash-linear-attention checkpoints share: tensor names, key rows, MLP sizes (fla 0.6)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling.families.base import Config, TensorMap, integer, number, option, token_ids
+from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
+
+
+def refuse_unsupported(config: Config) -> None:
+    """Options of every fla model that change the computation and that we don't run."""
+    option(config, "attn", None, (None, {}))
+    option(config, "use_short_conv", True, (True,))
+    option(config, "hidden_act", "swish", ("swish", "silu"))
+    option(config, "attnres_block_size", None, (None,))
+    option(config, "quantization_config", None, (None,))
+
+
+def intermediate_size(config: Config, hidden_size: int) -> int:
+    """fla's rule: 2/3 of `hidden_ratio * hidden_size`, rounded up to a multiple of 256, unless given."""
+    if config.get("intermediate_size") is not None:
+        return integer(config, "intermediate_size")
+    ratio = 4 if config.get("hidden_ratio") is None else number(config, "hidden_ratio", 4)
+    return 256 * -(-int(hidden_size * ratio * 2 / 3) // 256)
+
+
+def model_spec(family: str, config: Config, mixers: list[MixerSpec]) -> ModelSpec:
+    """The parts of the spec that are alike in all fla models."""
+    hidden_size = integer(config, "hidden_size", 2048)
+    eps = number(config, "norm_eps", 1e-6)
+    mlp = MLPSpec(intermediate_size(config, hidden_size))
+    norm = NormSpec(eps)
+    return ModelSpec(
+        family=family,
+        vocab_size=integer(config, "vocab_size", 32000),
+        hidden_size=hidden_size,
+        layers=tuple(LayerSpec(mixer, mlp, norm) for mixer in mixers),
+        norm=norm,
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        context_length=integer(config, "max_position_embeddings", 2048),
+        eos_token_ids=token_ids(config, "eos_token_id", 2),
+    )
+
+
+def tensors(spec: ModelSpec) -> list[TensorMap]:
+    """Every tensor of our model, made of fla's."""
+
+    def same(ours: str, theirs: str, rows: int) -> TensorMap:
+        return TensorMap(ours, (theirs,), (rows,))
+
+    hidden = spec.hidden_size
+    maps = [same("embeddings.weight", "model.embeddings.weight", spec.vocab_size)]
+    for i, layer in enumerate(spec.layers):
+        ours, theirs, m = f"layers.{i}.", f"model.layers.{i}.", layer.mixer
+        qkv = (m.key_dim, m.key_dim, m.value_dim)
+        _, gate, beta, decay = m.in_proj_sizes
+        parts = list(zip(("q", "k", "v"), qkv, strict=True))
+        parts += [(name, rows) for name, rows in (("g", gate), ("b", beta), ("a", decay)) if rows]
+        maps += [
+            same(f"{ours}mixer_norm.weight", f"{theirs}attn_norm.weight", hidden),
+            TensorMap(
+                f"{ours}mixer.in_proj.weight",
+                tuple(f"{theirs}attn.{name}_proj.weight" for name, _ in parts),
+                tuple(rows for _, rows in parts),
+            ),
+        ]
+        for kind in ("weight", "bias") if m.conv_bias else ("weight",):
+            names = tuple(f"{theirs}attn.{name}_conv1d.{kind}" for name in "qkv")
+            maps.append(TensorMap(f"{ours}mixer.conv.{kind}", names, qkv))
+        if m.has_decay:
+            maps += [
+                same(f"{ours}mixer.{name}", f"{theirs}attn.{name}", m.num_v_heads) for name in ("A_log", "dt_bias")
+            ]
+        maps += [
+            same(f"{ours}mixer.o_norm.weight", f"{theirs}attn.o_norm.weight", m.d_v),
+            same(f"{ours}mixer.o_proj.weight", f"{theirs}attn.o_proj.weight", hidden),
+            same(f"{ours}mlp_norm.weight", f"{theirs}mlp_norm.weight", hidden),
+            TensorMap(
+                f"{ours}mlp.in_proj.weight",
+                (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
+                (layer.mlp.intermediate_size,) * 2,
+            ),
+            same(f"{ours}mlp.out_proj.weight", f"{theirs}mlp.down_proj.weight", hidden),
+        ]
+    maps.append(same("norm.weight", "model.norm.weight", hidden))
+    if not spec.tie_embeddings:
+        maps.append(same("lm_head.weight", "lm_head.weight", spec.vocab_size))
+    return maps
+
+
+def key_rows(spec: ModelSpec) -> dict[str, Tensor]:
+    """fla keeps q and k apart, head-major: row of (head h, channel c) is `h * d_k + c`."""
+    rows: dict[str, Tensor] = {}
+    for i, layer in enumerate(spec.layers):
+        m = layer.mixer
+        grid = torch.arange(m.key_dim).view(1, m.num_k_heads, m.d_k)
+        for name in "qk":
+            prefix = f"model.layers.{i}.attn.{name}_"
+            rows[f"{prefix}proj.weight"] = grid
+            rows[f"{prefix}conv1d.weight"] = grid
+            if m.conv_bias:
+                rows[f"{prefix}conv1d.bias"] = grid
+    return rows
+
+
+def one_or_list(values: list[Any]) -> Any:
+    """The single value when all layers agree, which is what stock loaders read, else the list."""
+    return values[0] if len(set(values)) == 1 else values

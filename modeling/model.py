@@ -1,0 +1,88 @@
+"""The language model: embeddings, blocks, final norm and head, for every family alike."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.layers import Block, RMSNorm, Tap
+from modeling.ops import GatedDeltaRule, chunked_gated_delta_rule
+from modeling.spec import ModelSpec
+from modeling.state import SequenceState, StatePool
+
+
+class Model(nn.Module):
+    """A linear-attention language model.
+
+    Calibration, evaluation, recovery, training and prefill all use the one differentiable `forward`; generation uses
+    `decode`, in place on a `StatePool`. Both return hidden states; `logits` turns the rows that are needed into
+    log-odds over the vocabulary.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.layers = nn.ModuleList(Block(layer, spec.hidden_size, i) for i, layer in enumerate(spec.layers))
+        self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
+        self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        if spec.tie_embeddings:
+            self.lm_head.weight = self.embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        cu_seqlens: Sequence[int],
+        state: SequenceState | None = None,
+        *,
+        rule: GatedDeltaRule = chunked_gated_delta_rule,
+        tap: Tap | None = None,
+    ) -> tuple[Tensor, SequenceState]:
+        """Run packed sequences.
+
+        Args:
+            input_ids: `[tokens]`, all sequences one after the other.
+            cu_seqlens: offsets, `[0, ..., tokens]`; no sequence is empty.
+            state: where each sequence goes on from; None for the beginning.
+            rule: back end of the gated delta rule.
+            tap: observes or replaces q and k of each layer (`modeling.layers.Tap`).
+
+        Returns:
+            Hidden states after the final norm, `[tokens, hidden]`, and each sequence's state after its last token.
+        """
+        x = self.embeddings(input_ids)
+        recurrent: list[Tensor] = []
+        conv: list[Tensor] = []
+        for i, block in enumerate(self.layers):
+            x, r, c = block(
+                x,
+                cu_seqlens,
+                None if state is None else state.recurrent[i],
+                None if state is None else state.conv[i],
+                rule,
+                tap,
+            )
+            recurrent.append(r)
+            conv.append(c)
+        return self.norm(x), SequenceState(recurrent, conv)
+
+    def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        """One token of each of B requests; their states in `pool` move on by that token.
+
+        Args:
+            input_ids: `[B]`.
+            pool: holds the states, updated in place.
+            slots: `[B]`, distinct.
+
+        Returns:
+            Hidden states after the final norm, `[B, hidden]`.
+        """
+        x = self.embeddings(input_ids)
+        for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
+            assert isinstance(block, Block)
+            x = block.decode(x, recurrent, conv, slots)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype."""
+        return F.linear(hidden, self.lm_head.weight)

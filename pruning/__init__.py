@@ -1,0 +1,1 @@
+"""Offline state reduction: text -> statistics -> selection -> surgery -> evaluation -> report."""
