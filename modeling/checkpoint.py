@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,6 +26,7 @@ from modeling.spec import ModelSpec
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REDUCTION = "state_reduction.json"
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 
 
 class CheckpointError(ValueError):
@@ -47,8 +48,11 @@ class Checkpoint:
     def files(self) -> dict[str, Path]:
         """Tensor name -> the safetensors file that holds it."""
         if (self.path / INDEX).exists():
-            weight_map: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
-            files = {name: self.path / Path(file).name for name, file in weight_map.items()}
+            weight_map = _read_json(self.path / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{self.path / INDEX} has no weight_map")
+            # The base name only: whatever an index says, nothing outside the directory is read.
+            files = {name: self.path / Path(str(file)).name for name, file in weight_map.items()}
             for file in sorted(set(files.values())):
                 if not file.exists():
                     raise CheckpointError(f"{self.path / INDEX} names {file.name}, which is missing")
@@ -58,8 +62,11 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
             )
-        with safe_open(single, framework="pt") as f:
-            return {name: single for name in f.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        try:
+            with safe_open(single, framework="pt") as f:
+                return dict.fromkeys(f.keys(), single)
+        except SafetensorError as e:
+            raise CheckpointError(f"{single} is not a safetensors file: {e}") from e
 
     @cached_property
     def reduction(self) -> dict[str, Any] | None:
@@ -80,8 +87,11 @@ class Checkpoint:
         """One tensor, in its stored dtype. Raises CheckpointError if the checkpoint has no such tensor."""
         if name not in self.files:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
-        with safe_open(self.files[name], framework="pt") as f:
-            tensor: Tensor = f.get_tensor(name)
+        try:
+            with safe_open(self.files[name], framework="pt") as f:
+                tensor: Tensor = f.get_tensor(name)
+        except SafetensorError as e:
+            raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
         return tensor
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
@@ -141,15 +151,14 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         return Checkpoint(path, str(source))
     name, _, revision = str(source).partition("@")
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: no such directory, and not a hub id of the form org/name[@revision]")
+        raise CheckpointError(
+            f"{source}: no such directory, and not a hub id of the form org/name[@revision]"
+        )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        local = snapshot_download(
-            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
-        )
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        local = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
+    except Exception as e:  # the client lets errors of several HTTP libraries through
         raise CheckpointError(f"{source}: no such directory, and the download failed: {e}") from e
     return Checkpoint(Path(local), str(source))
 
@@ -162,7 +171,9 @@ def export_tensors(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
             yield name, part[:, None, :] if name.endswith("conv1d.weight") else part
 
 
-def write_safetensors(directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 2**31) -> None:
+def write_safetensors(
+    directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 2**31
+) -> None:
     """Write tensors as they come, holding at most one shard (and the next tensor) in memory."""
     shards: list[dict[str, Tensor]] = [{}]
     sizes: dict[str, int] = {}
@@ -220,10 +231,13 @@ def write_json(path: Path, value: Any) -> None:
     temporary.rename(path)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing") from e
-    except json.JSONDecodeError as e:
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value

@@ -64,9 +64,7 @@ class ShortConv(nn.Module):
         history = kernel - 1
         sequences = len(cu_seqlens) - 1
         before = (
-            x.new_zeros(sequences, history, channels)
-            if state is None
-            else state.transpose(1, 2).to(x.dtype)
+            x.new_zeros(sequences, history, channels) if state is None else state.transpose(1, 2).to(x.dtype)
         )
         # Each sequence with its history in front, one after the other; the rows at the seams are then left out.
         # split, not slices: the backward of a slice writes a zero tensor of the whole size.
@@ -130,7 +128,8 @@ class Mixer(nn.Module):
         if self.spec.gate != "none":
             activation = F.silu if self.spec.gate == "silu" else torch.sigmoid
             o = o * activation(wide(gate)).view_as(o)
-        return self.o_proj(o.flatten(1).to(gate.dtype))
+        y: Tensor = self.o_proj(o.flatten(1).to(gate.dtype))
+        return y
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = self.spec
@@ -193,7 +192,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.in_proj(x).chunk(2, dim=-1)
-        return self.out_proj(F.silu(gate) * up)
+        y: Tensor = self.out_proj(F.silu(gate) * up)
+        return y
 
 
 class Block(nn.Module):
@@ -221,4 +221,5 @@ class Block(nn.Module):
 
     def decode(self, x: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor) -> Tensor:
         x = x + self.mixer.decode(self.mixer_norm(x), recurrent, conv, slots)
-        return x + self.mlp(self.mlp_norm(x))
+        y: Tensor = self.mlp(self.mlp_norm(x))
+        return x + y

@@ -81,7 +81,8 @@ class Model(nn.Module):
         for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
             assert isinstance(block, Block)
             x = block.decode(x, recurrent, conv, slots)
-        return self.norm(x)
+        y: Tensor = self.norm(x)
+        return y
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype."""

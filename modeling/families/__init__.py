@@ -12,7 +12,7 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in (GatedDel
 def family_of(config: Config) -> Family:
     """The family of a checkpoint, by its config's `model_type`. Raises ConfigError for one that we don't have."""
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ConfigError(f"config.json: model_type={model_type!r} is not supported; known families: {known}")
     return FAMILIES[model_type]

@@ -1,5 +1,6 @@
 """What a checkpoint family says about itself, and how the two naming schemes are joined."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -68,11 +69,19 @@ def integer(config: Config, key: str, default: int | None = None) -> int:
 
 
 def number(config: Config, key: str, default: float) -> float:
-    """`config[key]` as a positive number."""
+    """`config[key]` as a positive finite number."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"config.json: {key}={value!r} must be a positive number")
     return float(value)
+
+
+def flag(config: Config, key: str, default: bool) -> bool:
+    """`config[key]` as true or false."""
+    value = config.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"config.json: {key}={value!r} must be true or false")
+    return value
 
 
 def per_layer(config: Config, key: str, layers: int, default: Any) -> list[Any]:
@@ -90,4 +99,7 @@ def token_ids(config: Config, key: str, default: Any) -> tuple[int, ...]:
     value = config.get(key, default)
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, list) else (int(value),)
+    ids = value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ConfigError(f"config.json: {key}={value!r} must be a token id or a list of token ids")
+    return tuple(ids)

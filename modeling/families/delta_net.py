@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from modeling.families import fla
-from modeling.families.base import Config, ConfigError, TensorMap, integer, number, option, per_layer
+from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, per_layer
 from modeling.spec import MixerSpec, ModelSpec
 
 
@@ -42,11 +42,11 @@ class DeltaNet:
                 d_k=_head_width("expand_k", expand_k, hidden_size, num_heads),
                 d_v=d_v,
                 conv_kernel=integer(config, "conv_size", 4),
-                conv_bias=bool(config.get("conv_bias", False)),
+                conv_bias=flag(config, "conv_bias", False),
                 has_decay=False,
-                has_beta=bool(config.get("use_beta", True)),
-                beta_scale=2.0 if config.get("allow_neg_eigval", False) else 1.0,
-                gate="silu" if config.get("use_gate", False) else "none",
+                has_beta=flag(config, "use_beta", True),
+                beta_scale=2.0 if flag(config, "allow_neg_eigval", False) else 1.0,
+                gate="silu" if flag(config, "use_gate", False) else "none",
                 norm_eps=number(config, "norm_eps", 1e-6),
             )
             for expand_k in per_layer(config, "expand_k", layers, 1.0)

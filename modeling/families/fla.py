@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.families.base import Config, TensorMap, integer, number, option, token_ids
+from modeling.families.base import Config, TensorMap, flag, integer, number, option, token_ids
 from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
 
 
@@ -38,7 +38,7 @@ def model_spec(family: str, config: Config, mixers: list[MixerSpec]) -> ModelSpe
         hidden_size=hidden_size,
         layers=tuple(LayerSpec(mixer, mlp, norm) for mixer in mixers),
         norm=norm,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=flag(config, "tie_word_embeddings", False),
         context_length=integer(config, "max_position_embeddings", 2048),
         eos_token_ids=token_ids(config, "eos_token_id", 2),
     )
@@ -71,7 +71,8 @@ def tensors(spec: ModelSpec) -> list[TensorMap]:
             maps.append(TensorMap(f"{ours}mixer.conv.{kind}", names, qkv))
         if m.has_decay:
             maps += [
-                same(f"{ours}mixer.{name}", f"{theirs}attn.{name}", m.num_v_heads) for name in ("A_log", "dt_bias")
+                same(f"{ours}mixer.{name}", f"{theirs}attn.{name}", m.num_v_heads)
+                for name in ("A_log", "dt_bias")
             ]
         maps += [
             same(f"{ours}mixer.o_norm.weight", f"{theirs}attn.o_norm.weight", m.d_v),

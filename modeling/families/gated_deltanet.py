@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from modeling.families import fla
-from modeling.families.base import Config, ConfigError, TensorMap, integer, number, option, per_layer
+from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, per_layer
 from modeling.spec import GateActivation, MixerSpec, ModelSpec
 
 _GATES: dict[str, GateActivation] = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}
@@ -30,8 +30,13 @@ class GatedDeltaNet:
         fla.refuse_unsupported(config)
         layers = integer(config, "num_hidden_layers", 21)
         num_k_heads = integer(config, "num_heads", 6)
+        num_v_heads = num_k_heads if config.get("num_v_heads") is None else integer(config, "num_v_heads")
+        if num_v_heads % num_k_heads:
+            raise ConfigError(
+                f"config.json: num_v_heads={num_v_heads} must be a multiple of num_heads={num_k_heads}"
+            )
         gate: GateActivation = "none"
-        if config.get("use_gate", True):
+        if flag(config, "use_gate", True):
             gate = _GATES[option(config, "output_gate_activation", "swish", tuple(_GATES))]
         mixers = []
         head_dims = per_layer(config, "head_dim", layers, 256)
@@ -47,16 +52,14 @@ class GatedDeltaNet:
             mixers.append(
                 MixerSpec(
                     num_k_heads=num_k_heads,
-                    num_v_heads=(
-                        num_k_heads if config.get("num_v_heads") is None else integer(config, "num_v_heads")
-                    ),
+                    num_v_heads=num_v_heads,
                     d_k=d_k,
                     d_v=int(product),
                     conv_kernel=integer(config, "conv_size", 4),
-                    conv_bias=bool(config.get("conv_bias", False)),
+                    conv_bias=flag(config, "conv_bias", False),
                     has_decay=True,
                     has_beta=True,
-                    beta_scale=2.0 if config.get("allow_neg_eigval", False) else 1.0,
+                    beta_scale=2.0 if flag(config, "allow_neg_eigval", False) else 1.0,
                     gate=gate,
                     norm_eps=number(config, "norm_eps", 1e-6),
                 )

@@ -5,6 +5,7 @@ arXiv 2406.06484, section 3.2, with the decay of arXiv 2412.06464, section 3.3);
 is carried. Work per chunk is matrix products, so a prompt costs `tokens / C` sequential steps instead of `tokens`.
 """
 
+import itertools
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -74,7 +75,7 @@ def _chunked(
     num_k_heads, d_k = k.shape[1:]
     groups = num_v_heads // num_k_heads
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    lengths = tuple(b - a for a, b in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+    lengths = tuple(b - a for a, b in itertools.pairwise(cu_seqlens))
     order, active, rows = _layout(lengths)
     padded = len(rows) != tokens
     index = torch.tensor(rows, device=v.device)

@@ -1,5 +1,6 @@
 """Token-loop reference of the gated delta rule. Slow, exact in float64: the oracle for every other back end."""
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -52,7 +53,7 @@ def reference_gated_delta_rule(
     g = None if g is None else _wide(g)
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
-    for i, (start, end) in enumerate(zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)):
+    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         if initial_state is None:
             state = v.new_zeros(1, v.shape[1], k.shape[2], v.shape[2])
         else:

@@ -53,7 +53,9 @@ def test_chunked_matches_float64_reference(length, shape, decay, state):
     x = draw([length], shape)
     wide = {**x, "g": x["g"] if decay else None, "initial_state": x["initial_state"] if state else None}
     expected = reference_gated_delta_rule(**wide, scale=0.3, cu_seqlens=[0, length])
-    actual = chunked_gated_delta_rule(**single(x, decay=decay, state=state), scale=0.3, cu_seqlens=[0, length])
+    actual = chunked_gated_delta_rule(
+        **single(x, decay=decay, state=state), scale=0.3, cu_seqlens=[0, length]
+    )
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) < 1e-5
@@ -65,7 +67,9 @@ def test_chunked_packed_sequences_of_all_lengths(decay):
     x = draw(lengths, (2, 4, 24, 40))
     wide = {**x, "g": x["g"] if decay else None}
     expected = reference_gated_delta_rule(**wide, scale=0.2, cu_seqlens=offsets(lengths))
-    actual = chunked_gated_delta_rule(**single(x, decay=decay, state=True), scale=0.2, cu_seqlens=offsets(lengths))
+    actual = chunked_gated_delta_rule(
+        **single(x, decay=decay, state=True), scale=0.2, cu_seqlens=offsets(lengths)
+    )
     for a, b in zip(actual, expected, strict=True):
         assert error(a, b) < 1e-5
 

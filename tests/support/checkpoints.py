@@ -46,7 +46,9 @@ DELTA: dict[str, Any] = {
 }
 
 
-def random_tensors(config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+def random_tensors(
+    config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
     """Every tensor that the config calls for, random but well scaled: activations neither vanish nor explode."""
     generator = torch.Generator().manual_seed(seed)
     family = family_of(config)

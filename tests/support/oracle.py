@@ -37,7 +37,11 @@ def _mixer(sd: dict[str, Tensor], p: str, c: dict[str, Any], x: Tensor, output_e
     )
     heads = c["num_heads"]
     v_heads = c.get("num_v_heads") or heads
-    q, k, v = _l2(q.unflatten(-1, (heads, -1))), _l2(k.unflatten(-1, (heads, -1))), v.unflatten(-1, (v_heads, -1))
+    q, k, v = (
+        _l2(q.unflatten(-1, (heads, -1))),
+        _l2(k.unflatten(-1, (heads, -1))),
+        v.unflatten(-1, (v_heads, -1)),
+    )
     if f"{p}b_proj.weight" in sd:
         beta = F.linear(x, sd[f"{p}b_proj.weight"]).sigmoid()
     else:
@@ -72,4 +76,6 @@ def fla_logits(
         y = _rms(x, sd[f"{p}mlp_norm.weight"], eps)
         gate, up = F.linear(y, sd[f"{p}mlp.gate_proj.weight"]), F.linear(y, sd[f"{p}mlp.up_proj.weight"])
         x = x + F.linear(F.silu(gate) * up, sd[f"{p}mlp.down_proj.weight"])
-    return F.linear(_rms(x, sd["model.norm.weight"], eps), sd.get("lm_head.weight", sd["model.embeddings.weight"]))
+    return F.linear(
+        _rms(x, sd["model.norm.weight"], eps), sd.get("lm_head.weight", sd["model.embeddings.weight"])
+    )

@@ -1,0 +1,99 @@
+# One command each on a fresh Linux machine with Python >= 3.11, make and a C++ compiler:
+#
+#   make demo    install, prune the bundled model, serve dense and reduced on http://127.0.0.1:8000
+#   make test    install, lint, types, tests
+#
+# PYTHON=...           the interpreter to make the virtual environment with (default: the first that is new enough)
+# TORCH_INDEX_URL=...  a PyTorch wheel index to take torch from, e.g. https://download.pytorch.org/whl/cpu
+#                      (default: whatever `pip install torch` finds, on PyPI the CUDA build)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+TORCH_INDEX_URL ?=
+
+TORCH := $(shell grep '^torch==' constraints.txt)
+INPUTS := pyproject.toml constraints.txt
+BASE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+
+MODEL := demo/model
+REDUCED := .cache/demo/reduced-64
+
+# pip says too much by itself and nothing at all with --quiet: name the large downloads and the installation.
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt
+PROGRESS := sed -un -e 's/^ *Downloading \([^ ]*\) (\([0-9.]* MB\))$$/  downloading \1 (\2)/p' \
+	-e '/^Installing collected packages/s/.*/  installing/p'
+
+.PHONY: help demo test test-all lint format venv clean
+
+help:
+	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
+	@echo "make test-all  as test, with the slow tests"
+	@echo "make lint      ruff and mypy only"
+	@echo "make format    sort imports, reformat"
+	@echo "make venv      install only, with the development tools"
+	@echo "make clean     remove the virtual environment and all caches"
+
+$(BIN)/pip:
+	@found=; \
+	for python in $(or $(PYTHON),python3 python3.11 python3.12 python3.13 python3.14); do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null; then \
+			found=$$python; break; \
+		fi; \
+	done; \
+	if [[ -z $$found ]]; then \
+		echo "error: $(or $(PYTHON),no interpreter on PATH) is not Python 3.11 or newer; set PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	fi; \
+	if ! $$found -c 'import ensurepip, venv' 2> /dev/null; then \
+		echo "error: $$found has no venv module; on Debian and Ubuntu: apt install python3-venv" >&2; \
+		exit 1; \
+	fi; \
+	echo "Creating $(VENV) with $$($$found --version)"; \
+	$$found -m venv $(VENV)
+
+# The stamps are newer than what they were installed from; removing .venv starts afresh.
+$(BASE): $(INPUTS) | $(BIN)/pip
+	@echo "Installing Lowkey (a few minutes the first time)"
+	@$(PIP) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) $(TORCH) | $(PROGRESS)
+	@$(PIP) --editable . | $(PROGRESS)
+	@touch $@
+
+$(DEV): $(BASE)
+	@echo "Installing the development tools"
+	@$(PIP) --editable '.[dev]' | $(PROGRESS)
+	@touch $@
+
+venv: $(DEV)
+
+$(REDUCED)/state_reduction.json: $(wildcard $(MODEL)/*) | $(BASE)
+	@[[ -f $(MODEL)/config.json ]] || { echo "error: $(MODEL) is missing from this checkout" >&2; exit 1; }
+	@rm -rf $(REDUCED)
+	@mkdir -p $(dir $(REDUCED))
+	$(BIN)/lowkey-prune prune $(MODEL) $(REDUCED) --method drrqr --keep 64
+
+demo: $(BASE) $(REDUCED)/state_reduction.json
+	exec $(BIN)/lowkey-serve dense=$(MODEL) reduced=$(REDUCED)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/pytest -m "not slow"
+
+test-all: lint
+	$(BIN)/pytest
+
+clean:
+	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
