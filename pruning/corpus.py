@@ -9,9 +9,8 @@ import sysconfig
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Literal
-
 from pydoc_data.topics import topics
+from typing import Literal
 
 Split = Literal["train", "heldout"]
 

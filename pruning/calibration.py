@@ -1,0 +1,142 @@
+"""Text -> token windows for calibration, with a record of where they came from."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from modeling.checkpoint import Checkpoint
+from pruning.corpus import Split, corpus, sha256
+from pruning.errors import PruningError
+
+WINDOW = 512
+"""Tokens per window, for calibration and evaluation alike."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Documents and what to call them."""
+
+    name: str
+    documents: list[str]
+
+    @property
+    def sha256(self) -> str:
+        return sha256(self.documents)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where calibration tokens came from: enough to draw them again."""
+
+    text: str
+    text_sha256: str
+    seed: int
+    windows: int
+    window_length: int
+
+    @property
+    def tokens(self) -> int:
+        return self.windows * self.window_length
+
+    def as_json(self) -> dict[str, str | int]:
+        return {**asdict(self), "tokens": self.tokens}
+
+
+def bundled_text(split: Split) -> Text:
+    """One side of the text that ships with CPython (`pruning.corpus`)."""
+    return Text(f"bundled CPython text, {split} side", corpus(split))
+
+
+def text_files(paths: Sequence[Path]) -> Text:
+    """UTF-8 files, one document each.
+
+    Raises:
+        PruningError: a file is missing, not UTF-8, or all of them are empty.
+    """
+    documents: list[str] = []
+    for path in paths:
+        try:
+            documents.append(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as e:
+            raise PruningError(f"text={str(path)!r} is not a readable UTF-8 file: {e}") from e
+    if not any(documents):
+        raise PruningError(f"text={[str(p) for p in paths]} holds no text")
+    return Text(", ".join(path.name for path in paths), documents)
+
+
+class Encoder:
+    """The checkpoint's own tokenizer; each document stands behind the checkpoint's end-of-text token, if it has one.
+
+    Raises:
+        PruningError: the checkpoint carries no tokenizer.json.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        file = checkpoint.path / "tokenizer.json"
+        if not file.exists():
+            raise PruningError(
+                f"{file} is missing; the text can only be read with the checkpoint's own tokenizer"
+            )
+        self._tokenizer = Tokenizer.from_file(str(file))
+        self._file = file
+        self._vocab_size = checkpoint.spec.vocab_size
+        self._separator = list(checkpoint.spec.eos_token_ids[:1])
+
+    def __call__(self, document: str) -> list[int]:
+        """Token ids of one document. Raises PruningError if the model has no such token."""
+        ids: list[int] = self._separator + self._tokenizer.encode(document, add_special_tokens=False).ids
+        if max(ids, default=0) >= self._vocab_size:
+            raise PruningError(
+                f"{self._file} gives token {max(ids)}, but the model's vocab_size={self._vocab_size}"
+            )
+        return ids
+
+
+def draw_windows(
+    encoder: Encoder, text: Text, *, count: int = 16, length: int = WINDOW, seed: int = 0
+) -> tuple[Tensor, Origin]:
+    """Windows of consecutive tokens from as many documents as possible.
+
+    Documents are taken in random order. Each gives one of its windows, at random; documents shorter than a window
+    are joined. Only when the documents run out are the other windows used. No token is used twice.
+
+    Returns:
+        int64 `[count, length]` and where it came from.
+
+    Raises:
+        PruningError: the text is too short, or `count` or `length` is below 1.
+    """
+    for name, value in (("windows", count), ("window_length", length)):
+        if value < 1:
+            raise PruningError(f"{name}={value} must be at least 1")
+    generator = np.random.default_rng(seed)
+    windows: list[list[int]] = []
+    others: list[list[int]] = []
+    joined: list[int] = []
+    for i in generator.permutation(len(text.documents)):
+        if len(windows) >= count:
+            break
+        ids = encoder(text.documents[i])
+        cut = [ids[at : at + length] for at in range(0, len(ids) - length + 1, length)]
+        if cut:
+            windows.append(cut.pop(int(generator.integers(len(cut)))))
+            others += cut
+        else:
+            joined += ids
+            if len(joined) >= length:
+                windows.append(joined[:length])
+                joined = []
+    available = len(windows) + len(others)
+    if available < count:
+        raise PruningError(
+            f"windows={count} of {length} tokens are more than {text.name} gives, which is {available}; "
+            "ask for fewer or shorter windows, or add text"
+        )
+    if len(windows) < count:
+        windows += [others[i] for i in generator.permutation(len(others))]
+    return torch.tensor(windows[:count]), Origin(text.name, text.sha256, seed, count, length)

@@ -1,0 +1,333 @@
+"""`lowkey-prune`: calibrate, merge, prune, evaluate, inspect."""
+
+import os
+
+# Before torch is imported: threads that spin between operations slow down everything else on the machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint, write_json
+from modeling.families import ConfigError
+from modeling.model import Model
+from pruning import views
+from pruning.calibration import WINDOW, Encoder, Text, bundled_text, draw_windows, text_files
+from pruning.corpus import Split
+from pruning.criteria import CRITERIA, criterion_named
+from pruning.errors import PruningError
+from pruning.evaluation import (
+    DEFAULT_TOKENS,
+    Perplexity,
+    evaluation_json,
+    evaluation_windows,
+    perplexity,
+)
+from pruning.progress import tokens_bar
+from pruning.reduction import Provenance, check_output, reduce_checkpoint, versions
+from pruning.selection import select, widths_for_ratio, widths_to_keep
+from pruning.statistics import Statistics, collect, load_statistics, merge, save_statistics
+
+DEFAULT_WINDOWS = 16
+
+out_console = Console()
+err_console = Console(stderr=True)
+
+
+class Commands(TyperGroup):
+    """Turns the errors that a user can mend into one line and exit code 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (PruningError, CheckpointError, ConfigError) as e:
+            err_console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from e
+
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+
+Source = Annotated[
+    str, typer.Argument(help="Checkpoint directory, or hub id (org/name[@revision]).", metavar="SRC")
+]
+TextFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--text", help="UTF-8 text file, one document; may be given several times."),
+]
+WindowCount = Annotated[
+    int | None,
+    typer.Option("--windows", help=f"Calibration windows (default {DEFAULT_WINDOWS}).", show_default=False),
+]
+WindowLength = Annotated[
+    int | None,
+    typer.Option("--window-length", help=f"Tokens per window (default {WINDOW}).", show_default=False),
+]
+Seed = Annotated[int, typer.Option(help="Of the calibration draw and of the random method.", min=0)]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+
+
+@app.callback()
+def main() -> None:
+    """Make linear-attention checkpoints cheaper to serve by removing key/query channels.
+
+    \b
+    lowkey-prune prune     demo reduced --method bilinear --keep 64
+    lowkey-prune evaluate  demo reduced
+    lowkey-prune inspect   reduced
+    """
+
+
+@app.command()
+def calibrate(
+    src: Source,
+    out: Annotated[Path, typer.Argument(help="Statistics file to write (.safetensors).")],
+    text: TextFiles = None,
+    windows: WindowCount = None,
+    window_length: WindowLength = None,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Run text through a checkpoint and save what every data-driven method needs.
+
+    The text is CPython's own sources (training side of the bundled split) unless --text is given.
+
+    \b
+    lowkey-prune calibrate  demo demo.stats.safetensors
+    lowkey-prune calibrate  demo part1.safetensors --text a.txt --text b.txt --windows 64 --seed 1
+    """
+    _refuse_existing(out, overwrite)
+    statistics = _calibrate(open_checkpoint(src), text, windows, window_length, seed, device)
+    save_statistics(statistics, out)
+    out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
+
+
+@app.command(name="merge")
+def merge_files(
+    parts: Annotated[
+        list[Path], typer.Argument(help="Statistics files of one checkpoint.", metavar="PART...")
+    ],
+    out: Annotated[Path, typer.Option(help="Statistics file to write.")],
+    overwrite: Overwrite = False,
+) -> None:
+    """Add up statistics files, as if their text had been calibrated in one pass.
+
+    \b
+    lowkey-prune merge  part1.safetensors part2.safetensors --out all.safetensors
+    """
+    _refuse_existing(out, overwrite)
+    statistics = merge([load_statistics(part) for part in parts])
+    save_statistics(statistics, out)
+    out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def prune(
+    src: Source,
+    out: Annotated[Path, typer.Argument(help="Directory of the reduced checkpoint.")],
+    method: Annotated[str, typer.Option(help="; ".join(f"{c.name}: {c.summary}" for c in CRITERIA.values()))],
+    keep: Annotated[int | None, typer.Option(help="Channels to keep per head, in every layer.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Share of channels to remove, instead of --keep (0.5 halves).")
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option(
+            help="Statistics file: used if it exists, else calibrated and saved there "
+            "(default: calibrate and save OUT.stats.safetensors)."
+        ),
+    ] = None,
+    text: TextFiles = None,
+    windows: WindowCount = None,
+    window_length: WindowLength = None,
+    seed: Seed = 0,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Record held-out perplexity before and after.")
+    ] = False,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a reduced checkpoint that stock loaders read.
+
+    \b
+    lowkey-prune prune  demo reduced --method bilinear --keep 64
+    lowkey-prune prune  demo reduced --method drrqr --ratio 0.75 --stats demo.stats.safetensors --evaluate
+    """
+    if (keep is None) == (ratio is None):
+        raise PruningError("give exactly one of --keep (channels to keep) and --ratio (share to remove)")
+    criterion = criterion_named(method)
+    checkpoint = open_checkpoint(src)
+    widths = widths_to_keep(checkpoint.spec, keep) if keep is not None else None
+    if ratio is not None:
+        widths = widths_for_ratio(checkpoint.spec, ratio)
+    assert widths is not None
+    check_output(checkpoint, out, overwrite=overwrite)
+    _device(device)
+
+    statistics = None
+    if criterion.grams:
+        statistics = _statistics(checkpoint, out, stats, text, windows, window_length, seed, device)
+    elif stats or text or windows is not None or window_length is not None:
+        raise PruningError(
+            f"method={method!r} reads no statistics; drop --stats, --text, --windows and --window-length"
+        )
+    with err_console.status(f"selecting channels ({method})"):
+        selection = select(checkpoint, criterion, widths, statistics=statistics, seed=seed)
+
+    def measure(reduced: Model) -> dict[str, object]:
+        held_out = bundled_text("heldout")
+        dense = _perplexity(checkpoint, checkpoint.load(device=device), held_out, DEFAULT_TOKENS, "dense")
+        after = _perplexity(checkpoint, reduced.to(device), held_out, DEFAULT_TOKENS, "reduced")
+        return evaluation_json(held_out, [("dense", dense), ("reduced", after)])
+
+    reduce_checkpoint(
+        checkpoint,
+        selection,
+        Provenance(method, seed, statistics),
+        out,
+        overwrite=overwrite,
+        evaluate=measure if evaluate else None,
+    )
+    out_console.print(views.tree(open_checkpoint(out)))
+
+
+@app.command()
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Checkpoints; the first is the baseline.", metavar="CHECKPOINT...")
+    ],
+    text: TextFiles = None,
+    tokens: Annotated[
+        int, typer.Option(help="Tokens to predict, from the front of the text; 0 for all of it.", min=0)
+    ] = DEFAULT_TOKENS,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Held-out perplexity and state size, side by side.
+
+    The text is the held-out side of the bundled split unless --text is given. Windows of 512 tokens, each from an
+    empty state.
+
+    \b
+    lowkey-prune evaluate  demo reduced-64 reduced-32 --json results.json
+    lowkey-prune evaluate  demo --text my.txt --tokens 0
+    """
+    _device(device)
+    opened = [open_checkpoint(c) for c in checkpoints]
+    source = _text(text, "heldout")
+    results = [(c, _perplexity(c, c.load(device=device), source, tokens, c.source)) for c in opened]
+    if json is not None:
+        json.parent.mkdir(parents=True, exist_ok=True)
+        write_json(
+            json,
+            {
+                "text": source.name,
+                "text_sha256": source.sha256,
+                "versions": versions(),
+                "checkpoints": [
+                    {
+                        "name": c.source,
+                        "sha256": c.sha256,
+                        "d_k": list(c.spec.d_k),
+                        "state_bytes": c.spec.state_bytes(),
+                        **result.as_json(),
+                    }
+                    for c, result in results
+                ],
+            },
+        )
+    out_console.print(views.evaluation_table(results))
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
+) -> None:
+    """What a checkpoint is, and for a reduced one what it was and how it was made.
+
+    \b
+    lowkey-prune inspect  reduced
+    """
+    out_console.print(views.tree(open_checkpoint(checkpoint)))
+
+
+def _statistics(
+    checkpoint: Checkpoint,
+    out: Path,
+    stats: Path | None,
+    text: list[Path] | None,
+    windows: int | None,
+    window_length: int | None,
+    seed: int,
+    device: str,
+) -> Statistics:
+    """Reuse --stats if it exists, else calibrate and save."""
+    if stats is not None and stats.exists():
+        if text or windows is not None or window_length is not None:
+            raise PruningError(
+                f"stats={str(stats)!r} exists and is used as it is; drop --text, --windows and --window-length, "
+                "or name a new file to calibrate again"
+            )
+        statistics = load_statistics(stats)
+        statistics.check_source(checkpoint)
+        return statistics
+    statistics = _calibrate(checkpoint, text, windows, window_length, seed, device)
+    save_statistics(statistics, stats or out.with_name(f"{out.name}.stats.safetensors"))
+    return statistics
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    text: list[Path] | None,
+    windows: int | None,
+    window_length: int | None,
+    seed: int,
+    device: str,
+) -> Statistics:
+    target = _device(device)
+    with err_console.status("reading text"):
+        ids, origin = draw_windows(
+            Encoder(checkpoint),
+            _text(text, "train"),
+            count=DEFAULT_WINDOWS if windows is None else windows,
+            length=WINDOW if window_length is None else window_length,
+            seed=seed,
+        )
+    with err_console.status("loading the checkpoint"):
+        model = checkpoint.load(device=target)
+    with tokens_bar(err_console, "calibrating", ids.numel()) as advance:
+        return collect(model, ids, origin, checkpoint.sha256, advance=advance)
+
+
+def _perplexity(
+    checkpoint: Checkpoint, model: Model, text: Text, tokens: int, description: str
+) -> Perplexity:
+    windows = evaluation_windows(Encoder(checkpoint), text, tokens=tokens)
+    with tokens_bar(err_console, f"evaluating {description}", windows[:, 1:].numel()) as advance:
+        return perplexity(model, windows, advance=advance)
+
+
+def _text(files: list[Path] | None, split: Split) -> Text:
+    return text_files(files) if files else bundled_text(split)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise PruningError(f"device={name!r} is no device; give cpu, cuda or cuda:N") from e
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise PruningError(f"device={name!r} is not available here; give cpu")
+    return device
+
+
+def _refuse_existing(out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise PruningError(f"out={str(out)!r} already exists; choose another file or pass --overwrite")

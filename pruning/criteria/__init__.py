@@ -1,0 +1,19 @@
+"""Criteria that choose the kept channels. A new one is one file here and one entry in `CRITERIA`."""
+
+from pruning.criteria.base import Choice, Criterion, Head
+from pruning.criteria.bilinear import Bilinear
+from pruning.criteria.drrqr import DRRQR
+from pruning.criteria.l1 import L1
+from pruning.criteria.random import Random
+from pruning.errors import PruningError
+
+__all__ = ["CRITERIA", "Choice", "Criterion", "Head", "criterion_named"]
+
+CRITERIA: dict[str, Criterion] = {c.name: c for c in (Random(), L1(), DRRQR(), Bilinear())}
+
+
+def criterion_named(name: str) -> Criterion:
+    """The criterion called `name`. Raises PruningError for one that we don't have."""
+    if name not in CRITERIA:
+        raise PruningError(f"method={name!r} is unknown; known methods: {', '.join(sorted(CRITERIA))}")
+    return CRITERIA[name]

@@ -1,0 +1,74 @@
+"""What a criterion is: given one head, which n of its d_k key channels to keep."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pruning.statistics import GramName
+
+Report = dict[str, float | int | None]
+"""Figures about a choice, for `state_reduction.json`; None where a figure is not finite."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """One key head as a criterion sees it: what the criterion's declaration asked for, and nothing else."""
+
+    layer: int
+    index: int
+    d_k: int
+    seed: int
+    """Of the whole selection; `generator` makes the head's own from it."""
+    grams: Mapping[GramName, NDArray[np.float64]] = field(default_factory=dict)
+    """Sums of outer products over the calibration tokens, `[d_k, d_k]`."""
+    weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+    """The head's rows of the q and k projections, `[d_k, hidden]` each."""
+
+    def generator(self) -> np.random.Generator:
+        """A generator that depends on (seed, layer, head) only, so the order of heads does not matter."""
+        digest = hashlib.sha256(f"{self.seed}/{self.layer}/{self.index}".encode()).digest()
+        return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kept channels of one head."""
+
+    keep: NDArray[np.int64]
+    """`[n]`, ascending, distinct."""
+    report: Report = field(default_factory=dict)
+
+
+class Criterion(Protocol):
+    """One way to choose channels. It declares what it needs and gets exactly that."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def summary(self) -> str:
+        """One line for help texts."""
+        ...
+
+    @property
+    def grams(self) -> tuple[GramName, ...]:
+        """Statistics that it reads; none means that no calibration is run."""
+        ...
+
+    @property
+    def weights(self) -> bool:
+        """Whether it reads the q and k projections."""
+        ...
+
+    def select(self, head: Head, n: int) -> Choice:
+        """Choose n channels, 1 <= n <= d_k; n = d_k keeps all."""
+        ...
+
+
+def largest(scores: NDArray[np.float64], n: int) -> NDArray[np.int64]:
+    """Indices of the n largest scores, ascending; equal scores go to the lowest index."""
+    return np.sort(np.argsort(-scores, kind="stable")[:n])

@@ -1,0 +1,29 @@
+"""Deep RRQR (arXiv 2602.04852): strong rank-revealing QR of the rows [q; k].
+
+q and k are taken after convolution and SiLU and before L2 normalisation, so the Gram is Gq + Gk of the raw rows.
+"""
+
+import math
+
+from pruning.criteria.base import Choice, Head
+from pruning.linalg import strong_rrqr
+from pruning.statistics import GramName
+
+
+class DRRQR:
+    name = "drrqr"
+    summary = "strong rank-revealing QR of the stacked queries and keys (the paper's method)"
+    grams: tuple[GramName, ...] = ("q", "k")
+    weights = False
+
+    def select(self, head: Head, n: int) -> Choice:
+        result = strong_rrqr(head.grams["q"] + head.grams["k"], n)
+        return Choice(
+            result.keep,
+            {
+                "rank": result.rank,
+                "swaps": result.swaps,
+                "condition": result.condition if math.isfinite(result.condition) else None,
+                "retained_energy": result.energy,
+            },
+        )

@@ -1,0 +1,17 @@
+"""Largest weights: a channel's score is sum_j |Wq_ij| + |Wk_ij| over its rows of the q and k projections."""
+
+import numpy as np
+
+from pruning.criteria.base import Choice, Head, largest
+from pruning.statistics import GramName
+
+
+class L1:
+    name = "l1"
+    summary = "largest L1 norm of the q and k projection rows (needs no text)"
+    grams: tuple[GramName, ...] = ()
+    weights = True
+
+    def select(self, head: Head, n: int) -> Choice:
+        assert head.weights is not None
+        return Choice(largest(sum(np.abs(w).sum(1, dtype=np.float64) for w in head.weights), n))

@@ -1,0 +1,16 @@
+"""n channels at random: the baseline that every other criterion has to beat."""
+
+import numpy as np
+
+from pruning.criteria.base import Choice, Head
+from pruning.statistics import GramName
+
+
+class Random:
+    name = "random"
+    summary = "channels drawn at random from --seed"
+    grams: tuple[GramName, ...] = ()
+    weights = False
+
+    def select(self, head: Head, n: int) -> Choice:
+        return Choice(np.sort(head.generator().permutation(head.d_k)[:n]))

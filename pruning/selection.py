@@ -1,0 +1,119 @@
+"""Runs a criterion over every layer and head of a checkpoint."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from modeling.checkpoint import Checkpoint
+from modeling.spec import ModelSpec
+from pruning.criteria import Choice, Criterion, Head
+from pruning.criteria.base import Report
+from pruning.errors import PruningError
+from pruning.statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Kept channels of a whole checkpoint."""
+
+    keep: tuple[Tensor, ...]
+    """Per layer int64 `[num_k_heads, n]`, ascending in each head; layers may differ in n."""
+    report: list[list[Report]]
+    """Per layer and head, the criterion's figures."""
+
+    @property
+    def d_k(self) -> tuple[int, ...]:
+        return tuple(k.shape[1] for k in self.keep)
+
+
+def widths_to_keep(spec: ModelSpec, keep: int) -> tuple[int, ...]:
+    """`keep` channels in every layer. Raises PruningError unless 1 <= keep <= d_k."""
+    for layer, d_k in enumerate(spec.d_k):
+        if not 1 <= keep <= d_k:
+            raise PruningError(f"keep={keep} must be between 1 and {d_k}, the d_k of layer {layer}")
+    return (keep,) * len(spec.d_k)
+
+
+def widths_for_ratio(spec: ModelSpec, ratio: float) -> tuple[int, ...]:
+    """What is left of each layer's d_k when the share `ratio` is removed, rounded to whole channels.
+
+    Raises:
+        PruningError: ratio is not inside (0, 1), or so large that no channel is left.
+    """
+    if not 0 < ratio < 1:
+        raise PruningError(
+            f"ratio={ratio} must be above 0 and below 1: the share of channels removed (0.5 halves)"
+        )
+    # As a fraction of whole numbers: 80 * (1 - 0.8) is 15.999999999999996 in floats.
+    share = 1 - Fraction(str(ratio))
+    widths = tuple(round(d_k * share) for d_k in spec.d_k)
+    if min(widths) < 1:
+        layer = widths.index(min(widths))
+        raise PruningError(f"ratio={ratio} leaves no channel of the {spec.d_k[layer]} in layer {layer}")
+    return widths
+
+
+def select(
+    checkpoint: Checkpoint,
+    criterion: Criterion,
+    widths: Sequence[int],
+    *,
+    statistics: Statistics | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Choose `widths[i]` channels in every head of layer i.
+
+    Raises:
+        PruningError: the criterion needs statistics and there are none, or they are of another checkpoint.
+    """
+    if criterion.grams:
+        if statistics is None:
+            raise PruningError(f"method={criterion.name!r} needs calibration statistics")
+        statistics.check_source(checkpoint)
+    keep: list[Tensor] = []
+    report: list[list[Report]] = []
+    for layer, n in enumerate(widths):
+        choices = _layer(checkpoint, criterion, layer, n, statistics, seed)
+        keep.append(torch.from_numpy(np.stack([choice.keep for choice in choices])))
+        report.append([choice.report for choice in choices])
+    return Selection(tuple(keep), report)
+
+
+def _layer(
+    checkpoint: Checkpoint, criterion: Criterion, layer: int, n: int, statistics: Statistics | None, seed: int
+) -> list[Choice]:
+    mixer = checkpoint.spec.layers[layer].mixer
+    weights = _projections(checkpoint, layer) if criterion.weights else None
+    choices: list[Choice] = []
+    for h in range(mixer.num_k_heads):
+        grams = {}
+        if statistics is not None:
+            grams = {name: statistics.layers[layer][name][h].numpy() for name in criterion.grams}
+        head = Head(
+            layer=layer,
+            index=h,
+            d_k=mixer.d_k,
+            seed=seed,
+            grams=grams,
+            weights=None if weights is None else (weights[0, h], weights[1, h]),
+        )
+        choices.append(criterion.select(head, n))
+    return choices
+
+
+def _projections(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
+    """Rows of the q and k projections by head, `[2, num_k_heads, d_k, hidden]`.
+
+    Read through the family's map to our fused input projection, whose rows begin with q | k for every family.
+    """
+    mixer = checkpoint.spec.layers[layer].mixer
+    ours = f"layers.{layer}.mixer.in_proj.weight"
+    (parts,) = (m.theirs for m in checkpoint.family.tensors(checkpoint.spec) if m.ours == ours)
+    rows = torch.cat([checkpoint.tensor(name).float() for name in parts])[: 2 * mixer.key_dim]
+    weights: NDArray[np.float32] = rows.view(2, mixer.num_k_heads, mixer.d_k, -1).numpy()
+    return weights
