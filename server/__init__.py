@@ -1,0 +1,1 @@
+"""Online serving: API -> variants -> engine processes -> metrics."""

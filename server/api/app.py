@@ -1,0 +1,99 @@
+"""The FastAPI application: routes, middleware, and the life of the engines behind it."""
+
+import re
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api import compare, completions, errors, health, models
+from server.api.errors import APIError
+from server.api.generation import ServerState
+from server.metrics import Metrics
+from server.settings import Settings
+from server.variants import Variants
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestFrame:
+    """Around every HTTP request: its time of arrival, its id in and out, and the limit on its body."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope["lowkey.arrived"] = time.monotonic()
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"").decode("latin-1")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        started = False
+
+        async def tagged_send(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        received = 0
+
+        async def limited_receive() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self._max_body_bytes:
+                raise self._too_large()
+            return message
+
+        length = headers.get(b"content-length", b"0")
+        try:
+            if length.isdigit() and int(length) > self._max_body_bytes:
+                raise self._too_large()
+            await self._app(scope, limited_receive, tagged_send)
+        except APIError as error:
+            if started:
+                raise
+            await error.response()(scope, receive, tagged_send)
+
+    def _too_large(self) -> APIError:
+        return APIError(413, f"the request body is over the limit of {self._max_body_bytes} bytes")
+
+
+def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
+    """The application for one set of variants.
+
+    Args:
+        on_fatal: called with a variant's name when its checkpoint can't be loaded at all.
+    """
+    metrics = Metrics()
+    state = ServerState(settings, Variants(settings, metrics, on_fatal), metrics)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        state.variants.start()
+        try:
+            yield
+        finally:
+            await state.variants.close()
+
+    app = FastAPI(
+        title="Lowkey",
+        version=version("lowkey"),
+        summary="Serves dense and reduced-state linear-attention models side by side.",
+        lifespan=lifespan,
+    )
+    app.state.lowkey = state
+    errors.install(app)
+    for module in (completions, compare, models, health):
+        app.include_router(module.router)
+    app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
+    return app

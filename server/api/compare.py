@@ -1,0 +1,195 @@
+"""POST /v1/compare: one prompt through two or more variants, side by side.
+
+Each variant completes the prompt. Then each scores the baseline's completion, teacher forced, in one pass over the
+full vocabulary: KL, agreement of the most likely token, and the perplexity of the prompt.
+"""
+
+import asyncio
+import math
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from server.api.errors import APIError, unavailable
+from server.api.generation import (
+    Generation,
+    ServerState,
+    admit,
+    find_variant,
+    server_state,
+    unless_disconnected,
+)
+from server.api.schemas import CompareRequest
+from server.engine.client import EngineUnavailableError
+from server.engine.messages import KLReference, Score, Scored
+from server.variants import Variant
+
+router = APIRouter()
+
+FLOAT_BYTES = 4
+
+
+@router.post("/v1/compare")
+async def compare(body: CompareRequest, request: Request) -> dict[str, Any]:
+    """Complete the prompt with each variant and measure the others against the baseline."""
+    state = server_state(request)
+    baseline, others = _chosen(state, body)
+    try:
+        return await unless_disconnected(
+            request, _compare(state, body, baseline, others, request.scope["lowkey.arrived"])
+        )
+    except EngineUnavailableError as e:
+        raise unavailable(str(e)) from e
+
+
+def _chosen(state: ServerState, body: CompareRequest) -> tuple[Variant, list[Variant]]:
+    """The baseline and the variants to compare with it. 400 if they can't be compared."""
+    names = body.variants or state.variants.names
+    if len(set(names)) < 2:
+        raise APIError(400, f"variants: two different ones are needed, got {names}", param="variants")
+    if len(set(names)) != len(names):
+        raise APIError(400, f"variants: each may appear once, got {names}", param="variants")
+    chosen = [find_variant(state, name, "variants") for name in names]
+    baseline = chosen[0] if body.baseline is None else find_variant(state, body.baseline, "baseline")
+    if baseline not in chosen:
+        raise APIError(
+            400, f"baseline: {baseline.name!r} is not among the variants {names}", param="baseline"
+        )
+    for variant in chosen:
+        admit(state, variant)
+        if variant.tokenizer_sha256 != baseline.tokenizer_sha256:
+            raise APIError(
+                400,
+                f"variants: {variant.name!r} has another tokenizer than {baseline.name!r}",
+                param="variants",
+            )
+    needed = (body.max_tokens or 16) * baseline.info.vocab_size * FLOAT_BYTES
+    if needed > state.settings.compare_bytes:
+        most = state.settings.compare_bytes // (baseline.info.vocab_size * FLOAT_BYTES)
+        raise APIError(
+            400,
+            f"max_tokens: at most {most} in a comparison of these variants, got {body.max_tokens}",
+            param="max_tokens",
+        )
+    return baseline, [variant for variant in chosen if variant is not baseline]
+
+
+async def _compare(
+    state: ServerState, body: CompareRequest, baseline: Variant, others: list[Variant], arrived: float
+) -> dict[str, Any]:
+    # With one seed for all, sampled answers differ only where the distributions do.
+    body = body.model_copy(update={"seed": secrets.randbits(63) if body.seed is None else body.seed})
+    state.comparisons += 1
+    order = [baseline, *others]
+    if state.comparisons % 2 == 0:
+        order.reverse()  # whoever goes first finds cold caches
+    generations: dict[str, Generation] = {}
+    for variant in order:
+        begins = arrived if variant is order[0] or body.parallel else time.monotonic()
+        generations[variant.name] = Generation(state, variant, body, endpoint="compare", arrived=begins)
+        if not body.parallel:
+            await generations[variant.name].run()
+    if body.parallel:
+        await asyncio.gather(*(generation.run() for generation in generations.values()))
+
+    base = generations[baseline.name]
+    scores = await _score(state, baseline, others, base)
+    results = [_result(base, scores[baseline.name], None)]
+    for variant in others:
+        difference = _difference(base, generations[variant.name], scores[variant.name], bool(body.parallel))
+        results.append(_result(generations[variant.name], scores[variant.name], difference))
+        labels = (variant.name, baseline.name, "compare")
+        state.metrics.compare_kl.labels(*labels).observe(difference["mean_kl"])
+        state.metrics.compare_agreement.labels(*labels).observe(difference["top1_agreement"])
+    return {
+        "id": f"cmp-{secrets.token_hex(12)}",
+        "object": "compare",
+        "created": int(time.time()),
+        "baseline": baseline.name,
+        "parallel": bool(body.parallel),
+        "results": results,
+    }
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """One variant on the baseline's tokens."""
+
+    prompt_perplexity: float | None
+    """Over the prompt's tokens after the first; None for a prompt of one token."""
+    kl: list[float]
+    agree: list[bool]
+
+
+async def _score(
+    state: ServerState, baseline: Variant, others: list[Variant], base: Generation
+) -> dict[str, _Scores]:
+    """One pass per variant over the prompt and the baseline's completion. The baseline leaves its log-probabilities
+    in a file in shared memory, where the others' engines read them; only scalars come back here."""
+    token_ids = base.prompt_ids + base.token_ids
+    prompt = len(base.prompt_ids)
+    path = state.variants.runtime_dir / f"{secrets.token_hex(8)}.logprobs"
+
+    async def score(variant: Variant, mode: Any) -> _Scores:
+        message = Score(
+            request_id=secrets.token_hex(8),
+            token_ids=token_ids,
+            from_position=1,
+            kl_reference=KLReference(path=str(path), mode=mode, from_position=prompt),
+        )
+        scored: Scored = await variant.client.score(message)
+        logprobs = scored.logprobs[: prompt - 1]
+        perplexity = math.exp(-sum(logprobs) / len(logprobs)) if logprobs else None
+        return _Scores(perplexity, scored.kl, scored.agree)
+
+    try:
+        _allocate(path, len(base.token_ids) * baseline.info.vocab_size * FLOAT_BYTES)
+        scores = {baseline.name: await score(baseline, "write")}
+        for variant in others:
+            scores[variant.name] = await score(variant, "compare")
+        return scores
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _allocate(path: Path, size: int) -> None:
+    with path.open("xb") as f:
+        f.truncate(size)
+
+
+def _result(
+    generation: Generation, scores: _Scores, against_baseline: dict[str, Any] | None
+) -> dict[str, Any]:
+    return {
+        "variant": generation.variant.name,
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "usage": generation.usage,
+        "lowkey": generation.lowkey,
+        "prompt_perplexity": scores.prompt_perplexity,
+        "against_baseline": against_baseline,
+    }
+
+
+def _difference(base: Generation, other: Generation, scores: _Scores, parallel: bool) -> dict[str, Any]:
+    """What changed from the baseline to another variant."""
+    pairs = zip(base.token_ids, other.token_ids, strict=False)
+    divergence = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if divergence is None and len(base.token_ids) != len(other.token_ids):
+        divergence = min(len(base.token_ids), len(other.token_ids))
+    speeds = base.tokens_per_second, other.tokens_per_second
+    return {
+        "mean_kl": sum(scores.kl) / len(scores.kl),
+        "top1_agreement": sum(scores.agree) / len(scores.agree),
+        "first_divergence": divergence,
+        "state_bytes_ratio": (
+            other.variant.info.state_bytes_per_request / base.variant.info.state_bytes_per_request
+        ),
+        "tokens_per_second_ratio": (
+            None if parallel or speeds[0] is None or speeds[1] is None else speeds[1] / speeds[0]
+        ),
+    }

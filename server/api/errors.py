@@ -1,0 +1,90 @@
+"""Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, code = HTTP status."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+logger = logging.getLogger("lowkey.api")
+
+MAX_LISTED = 10
+MAX_ECHO = 200
+
+_TYPES = {
+    400: "invalid_request_error",
+    404: "not_found_error",
+    413: "invalid_request_error",
+    500: "internal_error",
+    503: "service_unavailable",
+}
+
+
+class APIError(Exception):
+    """An answer other than 200. `param` names the field at fault."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
+
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def unavailable(message: str) -> APIError:
+    """503: try again soon."""
+    return APIError(503, message, retry_after_s=1)
+
+
+def _one(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"] if part != "body")
+    message = error["msg"]
+    if error["type"] in ("missing", "json_invalid", "not_supported"):
+        return f"{where}: {message}" if where and error["type"] == "missing" else message
+    echo = repr(error.get("input"))
+    if len(echo) > MAX_ECHO:
+        echo = echo[:MAX_ECHO] + "..."
+    return f"{where}: {message}, got {echo}"
+
+
+def from_validation(errors: list[dict[str, Any]]) -> APIError:
+    """The first ten of pydantic's errors as one 400."""
+    listed = [_one(error) for error in errors[:MAX_LISTED]]
+    if len(errors) > MAX_LISTED:
+        listed.append(f"and {len(errors) - MAX_LISTED} more")
+    location = [str(part) for part in errors[0]["loc"] if part != "body"]
+    return APIError(400, "; ".join(listed), param=location[0] if location else None)
+
+
+def install(app: FastAPI) -> None:
+    """Every error that leaves the app has the one shape."""
+
+    @app.exception_handler(APIError)
+    async def _api_error(_: Request, error: APIError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(_: Request, error: RequestValidationError) -> JSONResponse:
+        return from_validation(list(error.errors())).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        detail = f"{request.method} {request.url.path[:MAX_ECHO]}: {error.detail}"
+        return APIError(error.status_code, detail).response()
+
+    @app.exception_handler(Exception)
+    async def _unexpected(_: Request, error: Exception) -> JSONResponse:
+        logger.error("unexpected error", exc_info=error)
+        return APIError(500, "internal error; the server's log has the details").response()

@@ -1,0 +1,133 @@
+"""`lowkey-serve`: serve dense and reduced variants of a model side by side."""
+
+import logging
+import re
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+from pydantic import ValidationError
+
+from server.api.app import create_app
+from server.api.generation import ServerState
+from server.settings import Settings
+
+logger = logging.getLogger("lowkey.server")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+EPILOG = """
+Examples:
+
+    lowkey-serve dense=demo/model reduced=out/demo-64
+
+    lowkey-serve dense=fla-hub/delta_net-1.3B-100B reduced=./delta_net-64 --device cuda --port 9000
+
+Every option can also be set in the environment, e.g. LOWKEY_MAX_REQUESTS=128.
+"""
+
+
+class Server(uvicorn.Server):
+    """uvicorn, which on SIGTERM first tells the app to refuse new work, then lets the running requests end."""
+
+    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+        super().__init__(config)
+        self._state = state
+        self.failed: str | None = None
+        """The variant that could not be loaded, if that is why the server stopped."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._state.draining = True
+        super().handle_exit(sig, frame)
+
+    def fail(self, variant: str) -> None:
+        self.failed = variant
+        self.should_exit = True
+
+
+def parse_variants(arguments: list[str]) -> dict[str, str]:
+    """`name=PATH_OR_HUB_ID` arguments, in order. Raises typer.BadParameter."""
+    variants: dict[str, str] = {}
+    for argument in arguments:
+        name, separator, source = argument.partition("=")
+        if not separator or not source or not _NAME.fullmatch(name):
+            raise typer.BadParameter(f"{argument!r} is not name=PATH_OR_HUB_ID, e.g. dense=demo/model")
+        if name in variants:
+            raise typer.BadParameter(f"the variant name {name!r} is given twice")
+        if (source.startswith((".", "/", "~")) or source.count("/") != 1) and not Path(source).is_dir():
+            raise typer.BadParameter(f"{name}={source}: there is no such directory")
+        variants[name] = source
+    return variants
+
+
+@app.command(epilog=EPILOG)
+def serve(
+    variants: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME=PATH_OR_HUB_ID ...", help="The models to serve.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on. [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one. [default: 8000]")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16. [default: auto]")] = None,
+    max_requests: Annotated[
+        int | None, typer.Option(help="Requests that run at once in each variant. [default: 64]")
+    ] = None,
+    max_queue: Annotated[
+        int | None, typer.Option(help="Requests that may wait in each variant. [default: 256]")
+    ] = None,
+    prefill_tokens: Annotated[
+        int | None, typer.Option(help="Most prompt tokens in one step, a multiple of 64. [default: 512]")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads of each engine process. [default: 1]")
+    ] = None,
+) -> None:
+    """Serve models over the OpenAI API, each as a *variant* behind an engine process of its own."""
+    options: dict[str, Any] = {
+        "variants": parse_variants(variants) if variants else None,
+        "host": host,
+        "port": port,
+        "device": device,
+        "dtype": dtype,
+        "max_requests": max_requests,
+        "max_queue": max_queue,
+        "prefill_tokens": prefill_tokens,
+        "threads": threads,
+    }
+    try:
+        settings = Settings(**{name: value for name, value in options.items() if value is not None})
+    except ValidationError as e:
+        problems = "; ".join(
+            f"{'.'.join(map(str, x['loc']))}: {x['msg']}, got {x['input']!r}" for x in e.errors()
+        )
+        raise typer.BadParameter(problems) from e
+    if not settings.variants:
+        raise typer.BadParameter("no model to serve; give at least one as name=PATH_OR_HUB_ID")
+    run(settings)
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT. Exits with 1 if a checkpoint can't be loaded."""
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+    fastapi_app = create_app(settings, on_fatal=lambda variant: server.fail(variant))
+    config = uvicorn.Config(
+        fastapi_app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        server_header=False,
+    )
+    server = Server(config, fastapi_app.state.lowkey)
+    server.run()
+    if server.failed is not None:
+        logger.error("variant %r could not be loaded; stopping", server.failed)
+        raise typer.Exit(1)

@@ -1,0 +1,237 @@
+"""The API process's side of an engine: starts it, restarts it when it dies, and hands each request its tokens.
+
+Imports no torch: the API process stays light and never blocks on a device.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.engine.messages import (
+    CANNOT_LOAD,
+    Abort,
+    EngineConfig,
+    Generate,
+    Input,
+    Ready,
+    Score,
+    Scored,
+    StepOutput,
+    StepStats,
+    Token,
+    encoder,
+    output_decoder,
+)
+
+logger = logging.getLogger("lowkey.supervisor")
+
+MAX_BACKOFF_S = 30.0
+HEALTHY_AFTER_S = 60.0
+
+
+class EngineUnavailableError(Exception):
+    """The engine is not there (loading, down), or died with this request in it."""
+
+
+class EngineClient:
+    """One engine process and the requests in it.
+
+    Args:
+        config: how to start the process; its addresses are filled in here, anew for every start.
+        runtime_dir: a private directory for the sockets.
+        on_ready, on_stats, on_down: told when the engine has loaded, after each step, and when it is gone.
+        on_fatal: told when the model can't be loaded at all; the process is then not started again.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runtime_dir: Path,
+        *,
+        on_ready: Callable[[Ready], None],
+        on_stats: Callable[[StepStats], None],
+        on_down: Callable[[], None],
+        on_fatal: Callable[[], None],
+    ) -> None:
+        self.config = config
+        self.ready: Ready | None = None
+        """What the engine said of itself when it last loaded; None until it first has."""
+        self.up = False
+        self._runtime_dir = runtime_dir
+        self._on_ready, self._on_stats, self._on_down, self._on_fatal = on_ready, on_stats, on_down, on_fatal
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._requests: dict[str, asyncio.Queue[Token | Scored | None]] = {}
+        self._task: asyncio.Task[None] | None = None
+        self._closing = False
+
+    @property
+    def in_flight(self) -> int:
+        """Requests sent and not finished."""
+        return len(self._requests)
+
+    def start(self) -> None:
+        """Start the process and keep it running until `close`."""
+        self._task = asyncio.create_task(self._supervise())
+
+    async def close(self) -> None:
+        """Stop the process; requests still in it fail with EngineUnavailableError."""
+        self._closing = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._context.destroy(linger=0)
+
+    async def generate(self, message: Generate) -> AsyncGenerator[Token]:
+        """The request's tokens as they come. Leaving the iterator early aborts the request.
+
+        Raises:
+            EngineUnavailableError: before or between tokens.
+        """
+        async with contextlib.aclosing(self._exchange(message)) as items:
+            async for item in items:
+                if isinstance(item, Token):
+                    yield item
+
+    async def score(self, message: Score) -> Scored:
+        """Log-probabilities of given tokens. Raises EngineUnavailableError."""
+        async with contextlib.aclosing(self._exchange(message)) as items:
+            async for item in items:
+                if isinstance(item, Scored):
+                    return item
+        raise EngineUnavailableError(f"variant {self.config.variant!r} went away")
+
+    async def _exchange(self, message: Generate | Score) -> AsyncGenerator[Token | Scored]:
+        queue: asyncio.Queue[Token | Scored | None] = asyncio.Queue()
+        self._requests[message.request_id] = queue
+        finished = False
+        try:
+            self._send(message)
+            while (item := await queue.get()) is not None:
+                finished = isinstance(item, Scored) or item.finish_reason is not None
+                yield item
+                if finished:
+                    return
+            finished = True  # with its engine
+            raise EngineUnavailableError(
+                f"variant {self.config.variant!r} went down while it served this request"
+            )
+        finally:
+            del self._requests[message.request_id]
+            if not finished:
+                with contextlib.suppress(EngineUnavailableError):
+                    self._send(Abort(request_id=message.request_id))
+
+    def _send(self, message: Input) -> None:
+        """Never blocks: the socket has no high-water mark, and without an engine behind it the answer is an error."""
+        if self._socket is None or not self.up:
+            raise EngineUnavailableError(f"variant {self.config.variant!r} is not up")
+        try:
+            self._socket.send(encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again as e:
+            raise EngineUnavailableError(f"variant {self.config.variant!r} went away") from e
+
+    async def _supervise(self) -> None:
+        backoff, generation = 1.0, 0
+        while True:
+            generation += 1
+            began = time.monotonic()
+            code: int | None = None
+            try:
+                code = await self._run_once(generation)
+                logger.error("%s: engine process ended with code %s", self.config.variant, code)
+            except msgspec.MsgspecError:
+                logger.exception("%s: unreadable message from the engine", self.config.variant)
+            finally:
+                self._mark_down()
+            if code == CANNOT_LOAD and self.ready is None:
+                self._on_fatal()
+                return
+            if time.monotonic() - began > HEALTHY_AFTER_S:
+                backoff = 1.0
+            logger.info("%s: restarting in %.0f s", self.config.variant, backoff)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_S)
+
+    async def _run_once(self, generation: int) -> int:
+        """Start one process, serve its messages until it ends; returns its exit code."""
+        stem = self._runtime_dir / f"{self.config.variant}-{generation}"
+        config = msgspec.structs.replace(
+            self.config, input_address=f"ipc://{stem}.in", output_address=f"ipc://{stem}.out"
+        )
+        inputs = self._context.socket(zmq.PUSH)
+        outputs = zmq.asyncio.Context(self._context).socket(zmq.PULL)
+        process: asyncio.subprocess.Process | None = None
+        receiver: asyncio.Task[None] | None = None
+        try:
+            for socket, address in ((inputs, config.input_address), (outputs, config.output_address)):
+                socket.set_hwm(0)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.bind(address)
+            self._socket = inputs
+            threads = str(config.threads)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "server.engine.process",
+                msgspec.json.encode(config).decode(),
+                stdin=asyncio.subprocess.PIPE,
+                # Read by OpenMP when torch is loaded: idle threads must sleep, not spin on a shared core.
+                env={
+                    **os.environ,
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    "GOMP_SPINCOUNT": "0",
+                    "OMP_NUM_THREADS": threads,
+                    "MKL_NUM_THREADS": threads,
+                },
+                start_new_session=True,
+            )
+            receiver = asyncio.create_task(self._receive(outputs))
+            ended = asyncio.create_task(process.wait())
+            await asyncio.wait([receiver, ended], return_when=asyncio.FIRST_COMPLETED)
+            if receiver.done():
+                receiver.result()
+            return await ended
+        finally:
+            if receiver is not None:
+                receiver.cancel()
+            if process is not None and process.returncode is None:
+                process.kill()
+                await process.wait()
+            for socket in (inputs, outputs):
+                socket.close(linger=0)
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            message = output_decoder.decode(await socket.recv())
+            if isinstance(message, Ready):
+                self.ready, self.up = message, True
+                self._on_ready(message)
+                continue
+            self._deliver(message)
+            self._on_stats(message.stats)
+
+    def _deliver(self, output: StepOutput) -> None:
+        items: list[Token | Scored] = [*output.tokens, *output.scored]
+        for item in items:
+            queue = self._requests.get(item.request_id)
+            if queue is not None:  # else it was aborted while this was on its way
+                queue.put_nowait(item)
+
+    def _mark_down(self) -> None:
+        self.up, self._socket = False, None
+        for queue in self._requests.values():
+            queue.put_nowait(None)
+        if not self._closing:
+            self._on_down()

@@ -1,0 +1,149 @@
+"""What crosses the process boundary, encoded as msgpack. This module imports no torch."""
+
+from typing import Literal
+
+import msgspec
+
+CANNOT_LOAD = 78
+"""Exit code of an engine whose checkpoint is no good (EX_CONFIG): starting it again would not help."""
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How one engine process is started; passed as JSON on its command line."""
+
+    variant: str
+    source: str
+    """Checkpoint directory or hub id."""
+    device: str
+    dtype: Literal["auto", "float32", "bfloat16"]
+    max_requests: int
+    """State slots: requests that run at the same time."""
+    prefill_tokens: int
+    """Most prompt tokens in one step, a multiple of 64."""
+    threads: int
+    input_address: str
+    output_address: str
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 filter nothing."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    """Of the request. A draw depends on (seed, choice, position) alone."""
+    choice: int = 0
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Go on from `token_ids` for up to `max_tokens` tokens."""
+
+    request_id: str
+    token_ids: list[int]
+    max_tokens: int
+    sampling: Sampling
+    stop_token_ids: list[int]
+    """Tokens that end the request (end of text, unless the request ignores it, among them)."""
+
+
+class KLReference(msgspec.Struct, frozen=True, kw_only=True):
+    """A shared-memory file of log-probabilities, float32 `[positions, vocab]`, that two engines meet in."""
+
+    path: str
+    mode: Literal["write", "compare"]
+    """The baseline writes its rows; another engine reads them and reduces them to scalars."""
+    from_position: int
+    """The first row belongs to this position of `token_ids`."""
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Log-probabilities of given tokens (teacher forced), for positions >= `from_position` (at least 1)."""
+
+    request_id: str
+    token_ids: list[int]
+    from_position: int
+    kl_reference: KLReference | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget a request; nothing more is sent about it."""
+
+    request_id: str
+
+
+Input = Generate | Score | Abort
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine has loaded its model. Sizes in bytes, times in seconds."""
+
+    family: str
+    d_k: list[int]
+    """Per layer."""
+    d_v: list[int]
+    vocab_size: int
+    context_length: int
+    eos_token_ids: list[int]
+    checkpoint_path: str
+    """The local directory, which also holds the tokenizer."""
+    method: str | None
+    """How the checkpoint was reduced; None for one that was not."""
+    state_bytes_per_request: int
+    state_dtype: str
+    device: str
+    backend: str
+    weights_bytes: int
+    load_s: float
+    slots: int
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One generated token. `queue_s` and `prefill_s` are set on the first one of a request."""
+
+    request_id: str
+    token_id: int
+    finish_reason: FinishReason | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to Score, one entry for each position from `from_position` on."""
+
+    request_id: str
+    logprobs: list[float]
+    """Natural log-probability of the given token."""
+    kl: list[float]
+    """With a reference to compare with: KL(reference || this model) in nats, from the reference's first position on."""
+    agree: list[bool]
+    """Likewise: whether both have the same most likely token."""
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The engine after a step."""
+
+    phase: Literal["prefill", "decode", "mixed"]
+    step_s: float
+    batch_size: int
+    running: int
+    waiting: int
+    used_slots: int
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All that one step brought."""
+
+    tokens: list[Token]
+    scored: list[Scored]
+    stats: StepStats
+
+
+Output = Ready | StepOutput
+
+encoder = msgspec.msgpack.Encoder()
+input_decoder = msgspec.msgpack.Decoder(Input)
+output_decoder = msgspec.msgpack.Decoder(Output)

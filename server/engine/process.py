@@ -1,0 +1,137 @@
+"""Entry point of an engine process: load the model, then exchange messages and step until the parent goes away."""
+
+import logging
+import signal
+import sys
+import time
+
+import msgspec
+import torch
+import zmq
+
+from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from modeling.families import ConfigError
+from modeling.state import StatePool
+from server.engine.cache import StateCache
+from server.engine.engine import Engine
+from server.engine.messages import CANNOT_LOAD, EngineConfig, Output, Ready, encoder, input_decoder
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+
+logger = logging.getLogger("lowkey.engine")
+
+
+def pick_device(config: EngineConfig) -> str:
+    """ "auto" is a GPU where there is one."""
+    if config.device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device != "cpu" and not torch.cuda.is_available():
+        raise CheckpointError(f"device={config.device!r}, but torch finds no GPU here; use cpu or auto")
+    return config.device
+
+
+def pick_dtype(config: EngineConfig, device: str) -> torch.dtype:
+    """ "auto" is float32 on a CPU and bfloat16 on a GPU."""
+    if config.dtype == "auto":
+        return torch.float32 if device == "cpu" else torch.bfloat16
+    return torch.float32 if config.dtype == "float32" else torch.bfloat16
+
+
+def build(config: EngineConfig) -> tuple[Engine, Ready]:
+    """Load the checkpoint and make an engine of it."""
+    began = time.monotonic()
+    logger.info("%s: loading %s", config.variant, config.source)
+    checkpoint: Checkpoint = open_checkpoint(config.source)
+    if not (checkpoint.path / "tokenizer.json").exists():
+        raise CheckpointError(
+            f"{checkpoint.path / 'tokenizer.json'} is missing; the server tokenises with it"
+        )
+    device = pick_device(config)
+    dtype = pick_dtype(config, device)
+    model = checkpoint.load(dtype=dtype, device=device)
+    pool = StatePool(checkpoint.spec, config.max_requests, device=device, conv_dtype=dtype)
+    engine = Engine(
+        Scheduler(StateCache(pool), config.prefill_tokens), Runner(model, pool), depth=int(device != "cpu")
+    )
+    weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
+    reduction = checkpoint.reduction
+    spec = checkpoint.spec
+    ready = Ready(
+        family=spec.family,
+        d_k=list(spec.d_k),
+        d_v=[layer.mixer.d_v for layer in spec.layers],
+        vocab_size=spec.vocab_size,
+        context_length=spec.context_length,
+        eos_token_ids=list(spec.eos_token_ids),
+        checkpoint_path=str(checkpoint.path.resolve()),
+        method=None if reduction is None else str(reduction.get("method")),
+        state_bytes_per_request=pool.bytes_per_slot,
+        state_dtype=str(pool.state_dtype).removeprefix("torch."),
+        device=device,
+        backend="torch",
+        weights_bytes=sum(weights.values()),
+        load_s=time.monotonic() - began,
+        slots=pool.num_slots,
+    )
+    logger.info(
+        "%s: ready on %s in %.1f s, d_k %s, %d slots of %d state bytes",
+        config.variant,
+        device,
+        ready.load_s,
+        ready.d_k[0] if len(set(ready.d_k)) == 1 else ready.d_k,
+        ready.slots,
+        ready.state_bytes_per_request,
+    )
+    return engine, ready
+
+
+def serve(config: EngineConfig) -> None:
+    """Run until the parent closes our standard input (it does so when it dies, too)."""
+    context = zmq.Context()
+    inputs, outputs = context.socket(zmq.PULL), context.socket(zmq.PUSH)
+    for socket in (inputs, outputs):
+        socket.set_hwm(0)  # never drop, never block: the API bounds what is in flight
+        socket.setsockopt(zmq.LINGER, 0)
+    inputs.connect(config.input_address)
+    outputs.connect(config.output_address)
+
+    def send(message: Output) -> None:
+        outputs.send(encoder.encode(message))
+
+    try:
+        engine, ready = build(config)
+    except (CheckpointError, ConfigError) as e:
+        logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
+        sys.exit(CANNOT_LOAD)
+    send(ready)
+    poller = zmq.Poller()
+    poller.register(inputs, zmq.POLLIN)
+    poller.register(sys.stdin.fileno(), zmq.POLLIN)
+    while True:
+        events = dict(poller.poll(None if engine.idle else 0))
+        if sys.stdin.fileno() in events:
+            return
+        if inputs in events:
+            while True:
+                try:
+                    data = inputs.recv(zmq.NOBLOCK)
+                except zmq.Again:
+                    break
+                engine.handle(input_decoder.decode(data))
+        output = engine.step()
+        if output is not None:
+            send(output)
+
+
+def main() -> None:
+    """`python -P -m server.engine.process CONFIG_JSON`, started by `server.engine.client` only."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it drains, then closes our stdin
+    config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
+    torch.set_num_threads(config.threads)
+    torch.set_num_interop_threads(1)
+    serve(config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Prometheus metrics of the API process. Label values come from configuration only, never from a request."""
+
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from server.engine.messages import Ready, StepStats
+
+ENGINE = "0"
+"""Replica index of a variant's engine; there is one engine per variant."""
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+ITL_SECONDS = (
+    0.0005,
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.02,
+    0.03,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+)
+TOKENS_PER_SECOND = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000)
+STATE_BYTES = tuple(2.0**n for n in range(16, 33))
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+KL = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+AGREEMENT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
+
+
+@dataclass
+class Metrics:
+    """All series that this version serves, in a registry of their own."""
+
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+
+    def __post_init__(self) -> None:
+        variant, engine = ["variant"], ["variant", "engine"]
+
+        def counter(name: str, text: str, labels: list[str]) -> Counter:
+            return Counter(name, text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, labels: list[str]) -> Gauge:
+            return Gauge(name, text, labels, registry=self.registry)
+
+        def histogram(
+            name: str, text: str, buckets: tuple[float, ...], labels: list[str] = variant
+        ) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+        self.requests = counter(
+            "lowkey_requests_total", "Requests that ended.", ["variant", "endpoint", "finish_reason"]
+        )
+        self.rejected = counter(
+            "lowkey_requests_rejected_total",
+            "Requests that were refused before they ran.",
+            ["variant", "reason"],
+        )
+        self.prompt_tokens = counter("lowkey_prompt_tokens_total", "Prompt tokens taken in.", variant)
+        self.generation_tokens = counter("lowkey_generation_tokens_total", "Tokens generated.", variant)
+        self.running = gauge("lowkey_requests_running", "Requests that hold a state slot.", engine)
+        self.waiting = gauge("lowkey_requests_waiting", "Requests that wait for a state slot.", engine)
+        self.request_state_bytes = histogram(
+            "lowkey_request_state_bytes", "State memory of each request that ended.", STATE_BYTES
+        )
+        self.state_bytes_per_request = gauge(
+            "lowkey_state_bytes_per_request", "State memory that every request of the variant holds.", variant
+        )
+        self.state_slots = gauge("lowkey_state_slots", "State slots by use.", [*engine, "state"])
+        self.state_pool_bytes = gauge("lowkey_state_pool_bytes", "State memory by use.", [*engine, "state"])
+        self.request_tokens_per_second = histogram(
+            "lowkey_request_tokens_per_second", "Decode speed of each request that ended.", TOKENS_PER_SECOND
+        )
+        self.ttft = histogram(
+            "lowkey_time_to_first_token_seconds", "From the HTTP request to its first token.", SECONDS
+        )
+        self.itl = histogram(
+            "lowkey_inter_token_latency_seconds", "Between two tokens of a request.", ITL_SECONDS
+        )
+        self.queue = histogram("lowkey_request_queue_seconds", "From arrival to the first step.", SECONDS)
+        self.prefill = histogram(
+            "lowkey_request_prefill_seconds", "From the first step to the first token.", SECONDS
+        )
+        self.decode = histogram("lowkey_request_decode_seconds", "From the first token to the last.", SECONDS)
+        self.request_seconds = histogram(
+            "lowkey_request_seconds", "From the HTTP request to its end.", SECONDS
+        )
+        self.step = histogram(
+            "lowkey_engine_step_seconds", "One step of the engine.", ITL_SECONDS, [*engine, "phase"]
+        )
+        self.batch_size = histogram("lowkey_batch_size", "Requests in one step.", BATCH, engine)
+        self.engine_up = gauge("lowkey_engine_up", "1 while the engine answers.", engine)
+        self.engine_restarts = counter(
+            "lowkey_engine_restarts_total", "Times that the engine process was started again.", engine
+        )
+        self.load_seconds = gauge("lowkey_model_load_seconds", "Time that the last load took.", engine)
+        self.weights_bytes = gauge("lowkey_weights_bytes", "Memory of the model's parameters.", engine)
+        self.info = gauge(
+            "lowkey_variant_info",
+            "What the variant is; always 1.",
+            ["variant", "model", "family", "d_k", "d_v", "method", "state_dtype", "device", "backend"],
+        )
+        self.compare_kl = histogram(
+            "lowkey_compare_kl",
+            "Mean KL from the baseline per token of a comparison, in nats.",
+            KL,
+            ["variant", "baseline", "source"],
+        )
+        self.compare_agreement = histogram(
+            "lowkey_compare_top1_agreement",
+            "Share of tokens whose most likely successor is the baseline's.",
+            AGREEMENT,
+            ["variant", "baseline", "source"],
+        )
+
+    def add_variant(self, name: str) -> None:
+        """Make the variant's series exist from the start, so that a rate over them is defined."""
+        for metric in (self.prompt_tokens, self.generation_tokens):
+            metric.labels(name)
+        self.engine_up.labels(name, ENGINE).set(0)
+        self.engine_restarts.labels(name, ENGINE)
+
+    def on_ready(self, name: str, model: str, ready: Ready) -> None:
+        """The variant's engine has loaded."""
+        self.engine_up.labels(name, ENGINE).set(1)
+        self.load_seconds.labels(name, ENGINE).set(ready.load_s)
+        self.weights_bytes.labels(name, ENGINE).set(ready.weights_bytes)
+        self.state_bytes_per_request.labels(name).set(ready.state_bytes_per_request)
+        self.info.labels(
+            variant=name,
+            model=model,
+            family=ready.family,
+            d_k=one_or_many(ready.d_k),
+            d_v=one_or_many(ready.d_v),
+            method=ready.method or "none",
+            state_dtype=ready.state_dtype,
+            device=ready.device,
+            backend=ready.backend,
+        ).set(1)
+        self._set_occupancy(name, ready, used=0, running=0, waiting=0)
+
+    def on_step(self, name: str, ready: Ready, stats: StepStats) -> None:
+        """The variant's engine has run a step."""
+        self.step.labels(name, ENGINE, stats.phase).observe(stats.step_s)
+        self.batch_size.labels(name, ENGINE).observe(stats.batch_size)
+        self._set_occupancy(name, ready, stats.used_slots, stats.running, stats.waiting)
+
+    def on_down(self, name: str, ready: Ready | None) -> None:
+        """The variant's engine is gone and will be started again."""
+        self.engine_up.labels(name, ENGINE).set(0)
+        self.engine_restarts.labels(name, ENGINE).inc()
+        if ready is not None:
+            self._set_occupancy(name, ready, used=0, running=0, waiting=0)
+
+    def _set_occupancy(self, name: str, ready: Ready, used: int, running: int, waiting: int) -> None:
+        self.running.labels(name, ENGINE).set(running)
+        self.waiting.labels(name, ENGINE).set(waiting)
+        for state, slots in (("used", used), ("free", ready.slots - used)):
+            self.state_slots.labels(name, ENGINE, state).set(slots)
+            self.state_pool_bytes.labels(name, ENGINE, state).set(slots * ready.state_bytes_per_request)
+
+    def render(self) -> bytes:
+        """Text exposition."""
+        return generate_latest(self.registry)
+
+
+def one_or_many(values: list[int]) -> str:
+    """ "64" when all layers agree, else "48,48,128"."""
+    return str(values[0]) if len(set(values)) == 1 else ",".join(map(str, values))

@@ -1,0 +1,49 @@
+"""Settings of the API process: command line first, then environment (`LOWKEY_...`), then these defaults."""
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """How the server runs. Model paths come from here only, never from a request."""
+
+    model_config = SettingsConfigDict(env_prefix="LOWKEY_", extra="forbid")
+
+    variants: dict[str, str] = Field(
+        default_factory=dict,
+        description="Variant name -> checkpoint directory or hub id; the first is the default.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Weights and activations; auto is float32 on a CPU, bfloat16 on a GPU. The state is float32.",
+    )
+    max_requests: int = Field(
+        64, ge=1, le=65536, description="Requests that run at once in each variant (state slots)."
+    )
+    max_queue: int = Field(
+        256, ge=0, description="Requests that may wait in each variant before 503 queue_full."
+    )
+    prefill_tokens: int = Field(
+        512,
+        ge=64,
+        multiple_of=64,
+        description="Most prompt tokens in one step, so that a long prompt delays nobody long.",
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of each engine process.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body; more is a 413.")
+    compare_bytes: int = Field(
+        2**30, ge=2**20, description="Most shared memory for the log-probabilities of one /v1/compare."
+    )
+    drain_s: float = Field(30.0, ge=0, description="How long requests may go on after SIGTERM.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Verbosity of the log."
+    )

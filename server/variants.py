@@ -1,0 +1,129 @@
+"""The models that one server holds, dense and reduced, each behind its own engine process."""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from server.engine.client import EngineClient
+from server.engine.messages import EngineConfig, Ready
+from server.metrics import Metrics
+from server.settings import Settings
+
+
+class Variant:
+    """One model: its name, its engine, and, once it has loaded, its shapes and tokenizer."""
+
+    def __init__(self, name: str, source: str, client: EngineClient) -> None:
+        self.name = name
+        self.source = source
+        self.client = client
+        self.created = int(time.time())
+        self._tokenizer: Tokenizer | None = None
+        self.tokenizer_sha256 = ""
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model has loaded once, so that its shapes and tokenizer are known."""
+        return self.client.ready is not None
+
+    @property
+    def info(self) -> Ready:
+        """What the engine said of itself. Only for a variant that has loaded."""
+        if self.client.ready is None:
+            raise RuntimeError(f"variant {self.name!r} has not loaded")
+        return self.client.ready
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RuntimeError(f"variant {self.name!r} has not loaded")
+        return self._tokenizer
+
+    @property
+    def d_k(self) -> int | list[int]:
+        """Key channels per head: one number when all layers agree."""
+        d_k = self.info.d_k
+        return d_k[0] if len(set(d_k)) == 1 else d_k
+
+    def load_tokenizer(self, checkpoint: Path) -> None:
+        data = (checkpoint / "tokenizer.json").read_bytes()
+        self.tokenizer_sha256 = hashlib.sha256(data).hexdigest()
+        self._tokenizer = Tokenizer.from_buffer(data)
+
+
+class Variants:
+    """All variants of a server, in the order of the configuration; the first is the default.
+
+    Args:
+        on_fatal: called when a variant can't be loaded at all (a bad checkpoint: restarting would not help).
+    """
+
+    def __init__(self, settings: Settings, metrics: Metrics, on_fatal: Callable[[str], None]) -> None:
+        # Sockets and, in memory where the system has a place for that, log-probabilities that engines share.
+        memory = Path("/dev/shm")
+        self._runtime_dir = tempfile.TemporaryDirectory(
+            prefix="lowkey-", dir=memory if os.access(memory, os.W_OK) else None
+        )
+        self._by_name: dict[str, Variant] = {}
+        self._metrics = metrics
+        self.on_fatal = on_fatal
+        for name, source in settings.variants.items():
+            self._by_name[name] = self._make(name, source, settings)
+            metrics.add_variant(name)
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Private to this server; gone when it closes."""
+        return Path(self._runtime_dir.name)
+
+    def __iter__(self) -> Iterator[Variant]:
+        return iter(self._by_name.values())
+
+    def get(self, name: str) -> Variant | None:
+        return self._by_name.get(name)
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def start(self) -> None:
+        for variant in self._by_name.values():
+            variant.client.start()
+
+    async def close(self) -> None:
+        for variant in self._by_name.values():
+            await variant.client.close()
+        self._runtime_dir.cleanup()
+
+    def _make(self, name: str, source: str, settings: Settings) -> Variant:
+        config = EngineConfig(
+            variant=name,
+            source=source,
+            device=settings.device,
+            dtype=settings.dtype,
+            max_requests=settings.max_requests,
+            prefill_tokens=settings.prefill_tokens,
+            threads=settings.threads,
+            input_address="",
+            output_address="",
+        )
+
+        def on_ready(ready: Ready) -> None:
+            variant.load_tokenizer(Path(ready.checkpoint_path))
+            self._metrics.on_ready(name, source, ready)
+
+        client = EngineClient(
+            config,
+            self.runtime_dir,
+            on_ready=on_ready,
+            on_stats=lambda stats: self._metrics.on_step(name, variant.info, stats),
+            on_down=lambda: self._metrics.on_down(name, client.ready),
+            on_fatal=lambda: self.on_fatal(name),
+        )
+        variant = Variant(name, source, client)
+        return variant
