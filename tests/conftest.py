@@ -1,8 +1,16 @@
-"""Thread settings, before anything imports torch: two processes of default threads crawl on a small machine."""
+"""Settings for every test, before anything imports torch."""
 
 import os
 
+# One thread, and no spinning: two processes of default threads crawl on a small machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No test reaches for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+from hypothesis import settings
+
+# The same examples in every run; no deadline, because a busy machine is no failure.
+settings.register_profile("lowkey", deadline=None, derandomize=True)
+settings.load_profile("lowkey")

@@ -1,0 +1,192 @@
+"""The slot pool: its bytes are the spec's bytes, a slot never carries anything over, and bookkeeping never slips."""
+
+import pytest
+import torch
+from checkpoints import DELTA, GATED
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+
+from modeling.families import family_of
+from modeling.state import SequenceState, StatePool
+
+SPECS = {
+    "gated": GATED,
+    "delta": DELTA,
+    "per-layer": {**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]},
+    "no-convolution-history": {**GATED, "conv_size": 1},
+}
+
+
+def spec_of(config):
+    return family_of(config).spec(config)
+
+
+def fill(pool, value):
+    for t in (*pool.recurrent, *pool.conv):
+        t.fill_(value)
+
+
+def slot_tensors(pool, slot):
+    return [t[slot] for t in (*pool.recurrent, *pool.conv)]
+
+
+@pytest.mark.parametrize("conv_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPECS)
+def test_bytes_per_slot_are_the_specs(name, state_dtype, conv_dtype):
+    spec = spec_of(SPECS[name])
+    pool = StatePool(spec, 3, state_dtype=state_dtype, conv_dtype=conv_dtype)
+    assert pool.bytes_per_slot == spec.state_bytes(state_dtype=state_dtype, conv_dtype=conv_dtype)
+    assert all(t.dtype == state_dtype for t in pool.recurrent) and all(
+        t.dtype == conv_dtype for t in pool.conv
+    )
+    assert sum(t.nbytes for t in (*pool.recurrent, *pool.conv)) == 3 * pool.bytes_per_slot
+    # from the definition
+    expected = 0
+    for layer in spec.layers:
+        m = layer.mixer
+        expected += m.num_v_heads * m.d_k * m.d_v * state_dtype.itemsize
+        width = 2 * m.num_k_heads * m.d_k + m.num_v_heads * m.d_v
+        expected += width * (m.conv_kernel - 1) * conv_dtype.itemsize
+    assert pool.bytes_per_slot == expected
+
+
+def test_half_the_key_channels_halve_the_recurrent_state():
+    dense, reduced = spec_of(GATED), spec_of(GATED).with_d_k((16, 16, 16))
+    a, b = StatePool(dense, 1), StatePool(reduced, 1)
+    assert sum(t.nbytes for t in a.recurrent) == 2 * sum(t.nbytes for t in b.recurrent)
+    # of the convolution only the q and k channels halve: 2 * 2 * 32 + 4 * 24 = 224 -> 160
+    assert sum(t.nbytes for t in a.conv) * 160 == sum(t.nbytes for t in b.conv) * 224
+    assert dense.state_bytes() / reduced.state_bytes() == pytest.approx(
+        (4 * 32 * 24 + 224 * 3) / (4 * 16 * 24 + 160 * 3)
+    )
+
+
+def test_allocate_zeroes_a_dirty_slot_and_no_other():
+    pool = StatePool(spec_of(GATED), 3)
+    first, second = pool.allocate(), pool.allocate()
+    fill(pool, 7.0)
+    pool.free(first)
+    again = pool.allocate()
+    assert again == first
+    assert all(not t.any() for t in slot_tensors(pool, again))
+    assert all((t == 7).all() for t in slot_tensors(pool, second))
+
+
+def test_exhaustion_returns_none_and_a_freed_slot_is_found_again():
+    pool = StatePool(spec_of(DELTA), 2)
+    a, b = pool.allocate(), pool.allocate()
+    assert {a, b} == {0, 1}
+    assert pool.allocate() is None
+    assert (pool.free_slots, pool.used_slots) == (0, 2)
+    pool.free(b)
+    assert pool.allocate() == b
+
+
+def test_freeing_what_is_not_in_use_raises():
+    pool = StatePool(spec_of(DELTA), 2)
+    slot = pool.allocate()
+    pool.free(slot)
+    with pytest.raises(ValueError, match=f"slot {slot} is not in use"):
+        pool.free(slot)
+    for unknown in (1, 2, -1):
+        with pytest.raises(ValueError, match=f"slot {unknown} is not in use"):
+            pool.free(unknown)
+    assert pool.free_slots == 2
+
+
+@pytest.mark.parametrize("slots", [0, -1])
+def test_a_pool_needs_a_slot(slots):
+    with pytest.raises(ValueError, match=f"got {slots}"):
+        StatePool(spec_of(DELTA), slots)
+
+
+def test_copy_takes_everything_and_leaves_the_source():
+    pool = StatePool(spec_of(SPECS["per-layer"]), 3)
+    for t in (*pool.recurrent, *pool.conv):
+        t.copy_(torch.randn_like(t))
+    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
+    pool.copy(2, 0)
+    for t, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
+        assert torch.equal(t[0], old[2])
+        assert torch.equal(t[1:], old[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gather_and_scatter_are_by_slot_and_gather_copies(dtype):
+    pool = StatePool(spec_of(SPECS["per-layer"]), 4, state_dtype=dtype)
+    for t in (*pool.recurrent, *pool.conv):
+        t.copy_(torch.randn_like(t))
+    slots = torch.tensor([3, 1])
+    state = pool.gather(slots)
+    for t, got in zip((*pool.recurrent, *pool.conv), (*state.recurrent, *state.conv), strict=True):
+        assert torch.equal(got, torch.stack([t[3], t[1]]))
+    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
+    for t in (*state.recurrent, *state.conv):
+        t.fill_(1.5)
+    assert all(torch.equal(t, b) for t, b in zip((*pool.recurrent, *pool.conv), before, strict=True))
+
+    wide = SequenceState([t.float() for t in state.recurrent], [t.float() for t in state.conv])
+    pool.scatter(torch.tensor([0, 3]), wide)
+    for t, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
+        assert (t[[0, 3]] == 1.5).all() and t.dtype == old.dtype
+        assert torch.equal(t[[1, 2]], old[[1, 2]])
+
+
+def test_scatter_refuses_a_state_with_other_layers():
+    pool = StatePool(spec_of(GATED), 2)
+    state = pool.gather(torch.tensor([0]))
+    with pytest.raises(ValueError, match="zip"):
+        pool.scatter(torch.tensor([0]), SequenceState(state.recurrent, state.conv[:-1]))
+
+
+class SlotBookkeeping(RuleBasedStateMachine):
+    """Any order of allocate, write, copy and free, against a dictionary of what each slot should hold."""
+
+    slots = Bundle("slots")
+
+    @initialize(size=st.integers(1, 5))
+    def start(self, size):
+        spec = spec_of({**DELTA, "num_hidden_layers": 1, "hidden_size": 8, "expand_v": 1.0})
+        self.pool = StatePool(spec, size)
+        self.size = size
+        self.held: dict[int, float] = {}
+
+    @rule(target=slots, value=st.floats(0.5, 9.0, width=16))
+    def allocate(self, value):
+        slot = self.pool.allocate()
+        if len(self.held) == self.size:
+            assert slot is None
+            return -1
+        assert 0 <= slot < self.size and slot not in self.held
+        assert all(not t.any() for t in slot_tensors(self.pool, slot))
+        for t in slot_tensors(self.pool, slot):
+            t.fill_(value)
+        self.held[slot] = value
+        return slot
+
+    @rule(slot=consumes(slots))
+    def free(self, slot):
+        if slot in self.held:
+            self.pool.free(slot)
+            del self.held[slot]
+        else:
+            with pytest.raises(ValueError, match="not in use"):
+                self.pool.free(slot)
+
+    @rule(source=slots, other=slots)
+    def copy(self, source, other):
+        if source in self.held and other in self.held:
+            self.pool.copy(source, other)
+            self.held[other] = self.held[source]
+
+    @invariant()
+    def what_is_held_is_untouched(self):
+        if hasattr(self, "pool"):
+            assert self.pool.used_slots == len(self.held)
+            assert self.pool.free_slots == self.size - len(self.held)
+            for slot, value in self.held.items():
+                assert all((t == value).all() for t in slot_tensors(self.pool, slot))
+
+
+TestSlotBookkeeping = SlotBookkeeping.TestCase
