@@ -1,7 +1,6 @@
 """`lowkey-serve`: serve dense and reduced variants of a model side by side."""
 
 import logging
-import re
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -17,8 +16,6 @@ from server.settings import Settings
 logger = logging.getLogger("lowkey.server")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 EPILOG = """
 Examples:
@@ -54,7 +51,7 @@ def parse_variants(arguments: list[str]) -> dict[str, str]:
     variants: dict[str, str] = {}
     for argument in arguments:
         name, separator, source = argument.partition("=")
-        if not separator or not source or not _NAME.fullmatch(name):
+        if not separator or not source or not name:
             raise typer.BadParameter(f"{argument!r} is not name=PATH_OR_HUB_ID, e.g. dense=demo/model")
         if name in variants:
             raise typer.BadParameter(f"the variant name {name!r} is given twice")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from server.engine.messages import Ready, StepStats
+from server.engine.messages import Occupancy, Ready, StepOutput
 
 ENGINE = "0"
 """Replica index of a variant's engine; there is one engine per variant."""
@@ -144,27 +144,27 @@ class Metrics:
             device=ready.device,
             backend=ready.backend,
         ).set(1)
-        self._set_occupancy(name, ready, used=0, running=0, waiting=0)
+        self.on_occupancy(name, ready, Occupancy(running=0, waiting=0, used_slots=0))
 
-    def on_step(self, name: str, ready: Ready, stats: StepStats) -> None:
+    def on_step(self, name: str, output: StepOutput) -> None:
         """The variant's engine has run a step."""
-        self.step.labels(name, ENGINE, stats.phase).observe(stats.step_s)
-        self.batch_size.labels(name, ENGINE).observe(stats.batch_size)
-        self._set_occupancy(name, ready, stats.used_slots, stats.running, stats.waiting)
+        self.step.labels(name, ENGINE, output.phase).observe(output.step_s)
+        self.batch_size.labels(name, ENGINE).observe(output.batch_size)
+
+    def on_occupancy(self, name: str, ready: Ready, occupancy: Occupancy) -> None:
+        """Who is in the variant's engine."""
+        self.running.labels(name, ENGINE).set(occupancy.running)
+        self.waiting.labels(name, ENGINE).set(occupancy.waiting)
+        for state, slots in (("used", occupancy.used_slots), ("free", ready.slots - occupancy.used_slots)):
+            self.state_slots.labels(name, ENGINE, state).set(slots)
+            self.state_pool_bytes.labels(name, ENGINE, state).set(slots * ready.state_bytes_per_request)
 
     def on_down(self, name: str, ready: Ready | None) -> None:
         """The variant's engine is gone and will be started again."""
         self.engine_up.labels(name, ENGINE).set(0)
         self.engine_restarts.labels(name, ENGINE).inc()
         if ready is not None:
-            self._set_occupancy(name, ready, used=0, running=0, waiting=0)
-
-    def _set_occupancy(self, name: str, ready: Ready, used: int, running: int, waiting: int) -> None:
-        self.running.labels(name, ENGINE).set(running)
-        self.waiting.labels(name, ENGINE).set(waiting)
-        for state, slots in (("used", used), ("free", ready.slots - used)):
-            self.state_slots.labels(name, ENGINE, state).set(slots)
-            self.state_pool_bytes.labels(name, ENGINE, state).set(slots * ready.state_bytes_per_request)
+            self.on_occupancy(name, ready, Occupancy(running=0, waiting=0, used_slots=0))
 
     def render(self) -> bytes:
         """Text exposition."""

@@ -1,9 +1,12 @@
 """Settings of the API process: command line first, then environment (`LOWKEY_...`), then these defaults."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+"""Becomes a metric label and part of a file name."""
 
 
 class Settings(BaseSettings):
@@ -11,7 +14,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LOWKEY_", extra="forbid")
 
-    variants: dict[str, str] = Field(
+    variants: dict[VariantName, str] = Field(
         default_factory=dict,
         description="Variant name -> checkpoint directory or hub id; the first is the default.",
     )

@@ -70,10 +70,9 @@ class Variants:
             prefix="lowkey-", dir=memory if os.access(memory, os.W_OK) else None
         )
         self._by_name: dict[str, Variant] = {}
-        self._metrics = metrics
         self.on_fatal = on_fatal
         for name, source in settings.variants.items():
-            self._by_name[name] = self._make(name, source, settings)
+            self._by_name[name] = self._make(name, source, settings, metrics)
             metrics.add_variant(name)
 
     @property
@@ -100,7 +99,7 @@ class Variants:
             await variant.client.close()
         self._runtime_dir.cleanup()
 
-    def _make(self, name: str, source: str, settings: Settings) -> Variant:
+    def _make(self, name: str, source: str, settings: Settings, metrics: Metrics) -> Variant:
         config = EngineConfig(
             variant=name,
             source=source,
@@ -115,14 +114,15 @@ class Variants:
 
         def on_ready(ready: Ready) -> None:
             variant.load_tokenizer(Path(ready.checkpoint_path))
-            self._metrics.on_ready(name, source, ready)
+            metrics.on_ready(name, source, ready)
 
         client = EngineClient(
             config,
             self.runtime_dir,
             on_ready=on_ready,
-            on_stats=lambda stats: self._metrics.on_step(name, variant.info, stats),
-            on_down=lambda: self._metrics.on_down(name, client.ready),
+            on_step=lambda output: metrics.on_step(name, output),
+            on_occupancy=lambda occupancy: metrics.on_occupancy(name, variant.info, occupancy),
+            on_down=lambda: metrics.on_down(name, client.ready),
             on_fatal=lambda: self.on_fatal(name),
         )
         variant = Variant(name, source, client)

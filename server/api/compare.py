@@ -19,6 +19,7 @@ from server.api.generation import (
     Generation,
     ServerState,
     admit,
+    encode_prompt,
     find_variant,
     server_state,
     unless_disconnected,
@@ -90,9 +91,11 @@ async def _compare(
     generations: dict[str, Generation] = {}
     for variant in order:
         begins = arrived if variant is order[0] or body.parallel else time.monotonic()
-        generations[variant.name] = Generation(state, variant, body, endpoint="compare", arrived=begins)
+        ids = await encode_prompt(state, variant, body)
+        generation = Generation(state, variant, body, ids, endpoint="compare", arrived=begins)
+        generations[variant.name] = generation
         if not body.parallel:
-            await generations[variant.name].run()
+            await generation.run()
     if body.parallel:
         await asyncio.gather(*(generation.run() for generation in generations.values()))
 

@@ -11,7 +11,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from server.api.errors import APIError, unavailable
-from server.api.generation import Generation, admit, find_variant, server_state, unless_disconnected
+from server.api.generation import (
+    Generation,
+    admit,
+    encode_prompt,
+    find_variant,
+    server_state,
+    unless_disconnected,
+)
 from server.api.schemas import CompletionRequest, StreamOptions
 from server.engine.client import EngineUnavailableError
 
@@ -32,9 +39,9 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     state = server_state(request)
     variant = find_variant(state, body.model, "model")
     admit(state, variant)
-    generation = Generation(
-        state, variant, body, endpoint="completions", arrived=request.scope["lowkey.arrived"]
-    )
+    arrived = request.scope["lowkey.arrived"]
+    prompt_ids = await encode_prompt(state, variant, body)
+    generation = Generation(state, variant, body, prompt_ids, endpoint="completions", arrived=arrived)
     head = {
         "id": f"cmpl-{secrets.token_hex(12)}",
         "object": "text_completion",

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -69,10 +69,11 @@ def admit(state: ServerState, variant: Variant) -> None:
     raise unavailable(message)
 
 
-def encode_prompt(state: ServerState, variant: Variant, fields: SamplingFields) -> list[int]:
+async def encode_prompt(state: ServerState, variant: Variant, fields: SamplingFields) -> list[int]:
     """Token ids of the prompt. 400 if it is empty, has ids that the model lacks, or leaves no room."""
     if isinstance(fields.prompt, str):
-        ids: list[int] = variant.tokenizer.encode(fields.prompt).ids
+        # In a thread: megabytes of text take seconds, and the event loop serves everybody.
+        ids: list[int] = (await asyncio.to_thread(variant.tokenizer.encode, fields.prompt)).ids
     else:
         ids = fields.prompt
         bad = next((i for i in ids if i >= variant.info.vocab_size), None)
@@ -96,15 +97,22 @@ def encode_prompt(state: ServerState, variant: Variant, fields: SamplingFields) 
 
 
 class Generation:
-    """A completion by one variant. Iterate `pieces`, then read the rest.
+    """A completion by one variant of a prompt that `encode_prompt` has checked. Iterate `pieces`, then read the rest.
 
     Times are time.monotonic() in this process, so that they are what the client sees.
     """
 
     def __init__(
-        self, state: ServerState, variant: Variant, fields: SamplingFields, *, endpoint: str, arrived: float
+        self,
+        state: ServerState,
+        variant: Variant,
+        fields: SamplingFields,
+        prompt_ids: list[int],
+        *,
+        endpoint: str,
+        arrived: float,
     ) -> None:
-        self.prompt_ids = encode_prompt(state, variant, fields)
+        self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.text = ""
         self.finish_reason: Literal["stop", "length", "abort", "error"] | None = None
@@ -237,19 +245,21 @@ class Generation:
         }
 
 
-async def unless_disconnected(request: Request, work: Awaitable[T]) -> T:
-    """Run `work`, but cancel it when the client goes away (then this raises asyncio.CancelledError)."""
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, but cancel it when the client goes away. Nobody reads the error that is then raised."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    task, watcher = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    task, watcher = asyncio.create_task(work), asyncio.create_task(gone())
     try:
         await asyncio.wait([task, watcher], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise APIError(499, "the client closed the connection")
+    finally:
+        watcher.cancel()
         if not task.done():
             task.cancel()
-        return await task
-    finally:
-        for future in (task, watcher):
-            future.cancel()
+            await asyncio.wait([task])

@@ -22,11 +22,11 @@ from server.engine.messages import (
     EngineConfig,
     Generate,
     Input,
+    Occupancy,
     Ready,
     Score,
     Scored,
     StepOutput,
-    StepStats,
     Token,
     encoder,
     output_decoder,
@@ -48,7 +48,8 @@ class EngineClient:
     Args:
         config: how to start the process; its addresses are filled in here, anew for every start.
         runtime_dir: a private directory for the sockets.
-        on_ready, on_stats, on_down: told when the engine has loaded, after each step, and when it is gone.
+        on_ready, on_down: told when the engine has loaded, and when it is gone.
+        on_step, on_occupancy: told of each step, and of who is in the engine.
         on_fatal: told when the model can't be loaded at all; the process is then not started again.
     """
 
@@ -58,7 +59,8 @@ class EngineClient:
         runtime_dir: Path,
         *,
         on_ready: Callable[[Ready], None],
-        on_stats: Callable[[StepStats], None],
+        on_step: Callable[[StepOutput], None],
+        on_occupancy: Callable[[Occupancy], None],
         on_down: Callable[[], None],
         on_fatal: Callable[[], None],
     ) -> None:
@@ -67,7 +69,8 @@ class EngineClient:
         """What the engine said of itself when it last loaded; None until it first has."""
         self.up = False
         self._runtime_dir = runtime_dir
-        self._on_ready, self._on_stats, self._on_down, self._on_fatal = on_ready, on_stats, on_down, on_fatal
+        self._on_ready, self._on_down, self._on_fatal = on_ready, on_down, on_fatal
+        self._on_step, self._on_occupancy = on_step, on_occupancy
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
         self._requests: dict[str, asyncio.Queue[Token | Scored | None]] = {}
@@ -215,12 +218,16 @@ class EngineClient:
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             message = output_decoder.decode(await socket.recv())
-            if isinstance(message, Ready):
-                self.ready, self.up = message, True
-                self._on_ready(message)
-                continue
-            self._deliver(message)
-            self._on_stats(message.stats)
+            match message:
+                case Ready():
+                    self._on_ready(message)
+                    self.ready, self.up = message, True
+                case StepOutput():
+                    self._deliver(message)
+                    self._on_step(message)
+                    self._on_occupancy(message.occupancy)
+                case Occupancy():
+                    self._on_occupancy(message)
 
     def _deliver(self, output: StepOutput) -> None:
         items: list[Token | Scored] = [*output.tokens, *output.scored]

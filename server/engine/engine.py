@@ -9,10 +9,10 @@ from server.engine.messages import (
     FinishReason,
     Generate,
     Input,
+    Occupancy,
     Score,
     Scored,
     StepOutput,
-    StepStats,
     Token,
 )
 from server.engine.request import Request
@@ -43,6 +43,15 @@ class Engine:
     def idle(self) -> bool:
         """Nothing to run and nothing to collect."""
         return not (self._scheduler.running or self._scheduler.waiting or self._launched)
+
+    @property
+    def occupancy(self) -> Occupancy:
+        """Who is in here now."""
+        return Occupancy(
+            running=self._scheduler.running,
+            waiting=self._scheduler.waiting,
+            used_slots=self._scheduler.used_slots,
+        )
 
     def handle(self, message: Input) -> None:
         """Take in one message."""
@@ -87,18 +96,10 @@ class Engine:
         return StepOutput(
             tokens=tokens,
             scored=scored,
-            stats=StepStats(
-                phase="mixed"
-                if batch.decodes and batch.prefills
-                else "decode"
-                if batch.decodes
-                else "prefill",
-                step_s=now - launched.at,
-                batch_size=len(batch.requests),
-                running=self._scheduler.running,
-                waiting=self._scheduler.waiting,
-                used_slots=self._scheduler.used_slots,
-            ),
+            phase="mixed" if batch.decodes and batch.prefills else "decode" if batch.decodes else "prefill",
+            step_s=now - launched.at,
+            batch_size=len(batch.requests),
+            occupancy=self.occupancy,
         )
 
     def _accept(self, request: Request, token: int, now: float) -> Token | None:

@@ -123,12 +123,9 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     """Likewise: whether both have the same most likely token."""
 
 
-class StepStats(msgspec.Struct, frozen=True, kw_only=True):
-    """The engine after a step."""
+class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Who is in the engine; sent by itself when that changed without a step (an abort)."""
 
-    phase: Literal["prefill", "decode", "mixed"]
-    step_s: float
-    batch_size: int
     running: int
     waiting: int
     used_slots: int
@@ -139,10 +136,13 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     tokens: list[Token]
     scored: list[Scored]
-    stats: StepStats
+    phase: Literal["prefill", "decode", "mixed"]
+    step_s: float
+    batch_size: int
+    occupancy: Occupancy
 
 
-Output = Ready | StepOutput
+Output = Ready | StepOutput | Occupancy
 
 encoder = msgspec.msgpack.Encoder()
 input_decoder = msgspec.msgpack.Decoder(Input)

@@ -8,6 +8,7 @@ import time
 import msgspec
 import torch
 import zmq
+from tokenizers import Tokenizer
 
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
@@ -42,10 +43,11 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
     began = time.monotonic()
     logger.info("%s: loading %s", config.variant, config.source)
     checkpoint: Checkpoint = open_checkpoint(config.source)
-    if not (checkpoint.path / "tokenizer.json").exists():
-        raise CheckpointError(
-            f"{checkpoint.path / 'tokenizer.json'} is missing; the server tokenises with it"
-        )
+    tokenizer = checkpoint.path / "tokenizer.json"
+    try:
+        Tokenizer.from_file(str(tokenizer))
+    except Exception as e:  # tokenizers raises nothing narrower
+        raise CheckpointError(f"{tokenizer}: the server tokenises with it, but it can't be read: {e}") from e
     device = pick_device(config)
     dtype = pick_dtype(config, device)
     model = checkpoint.load(dtype=dtype, device=device)
@@ -111,7 +113,8 @@ def serve(config: EngineConfig) -> None:
         events = dict(poller.poll(None if engine.idle else 0))
         if sys.stdin.fileno() in events:
             return
-        if inputs in events:
+        received = inputs in events
+        if received:
             while True:
                 try:
                     data = inputs.recv(zmq.NOBLOCK)
@@ -121,6 +124,8 @@ def serve(config: EngineConfig) -> None:
         output = engine.step()
         if output is not None:
             send(output)
+        elif received and engine.idle:
+            send(engine.occupancy)
 
 
 def main() -> None:
