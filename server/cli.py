@@ -1,6 +1,7 @@
 """`lowkey-serve`: serve dense and reduced variants of a model side by side."""
 
 import logging
+import signal
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ Every option can also be set in the environment, e.g. LOWKEY_MAX_REQUESTS=128.
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which on SIGTERM first tells the app to refuse new work, then lets the running requests end."""
+    """uvicorn that on SIGTERM or SIGINT refuses new work, lets the running requests end, and exits with 0."""
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
@@ -38,8 +39,10 @@ class Server(uvicorn.Server):
         """The variant that could not be loaded, if that is why the server stopped."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Not uvicorn's own: that one kills the process with the same signal once all is done."""
         self._state.draining = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT  # a second Ctrl-C
+        self.should_exit = True
 
     def fail(self, variant: str) -> None:
         self.failed = variant

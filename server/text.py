@@ -1,36 +1,50 @@
 """From token ids to text, piece by piece."""
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 
 class Detokenizer:
-    """Incremental decoding that never emits half a character: bytes are held back until they are whole."""
+    """Incremental decoding that never emits half a character: bytes are held back until they are whole.
+
+    Decodes a window of the last piece's tokens and those held back. The last piece is there because a decoder may
+    treat the beginning of a text in its own way (leave out its leading space).
+    """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-        self._held: list[int] = []
+        self._window: list[int] = []
+        self._shown = 0
+        """How many tokens of the window belong to the last piece."""
+        self._shown_text = ""
 
     def add(self, token_id: int) -> str:
         """The text that this token completes, possibly empty."""
-        text = self._stream.step(self._tokenizer, token_id)
-        if text is None:
-            self._held.append(token_id)
+        self._window.append(token_id)
+        text = self._decode()
+        if len(text) <= len(self._shown_text) or text.endswith("\ufffd"):
             return ""
-        self._held.clear()
-        return text
+        piece = text[len(self._shown_text) :]
+        del self._window[: self._shown]
+        self._shown, self._shown_text = len(self._window), self._decode()
+        return piece
 
     def flush(self) -> str:
         """What is left at the end: bytes that never became a character, as U+FFFD."""
-        text = self._tokenizer.decode(self._held, skip_special_tokens=self._skip) if self._held else ""
-        self._held.clear()
+        piece = self._decode()[len(self._shown_text) :]
+        self._window, self._shown, self._shown_text = [], 0, ""
+        return piece
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
         return text
 
 
 class StopMatcher:
-    """Finds the first stop string in text that comes in pieces, holding back only what might begin one."""
+    """Finds the stop string that is complete first in text that comes in pieces, however it is cut.
+
+    Of two that are complete at the same character the longer one counts. Only what might begin one is held back.
+    """
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
@@ -40,10 +54,10 @@ class StopMatcher:
     def add(self, text: str) -> str:
         """Text that is safe to show. Once a stop string is complete, what stood before it, and `matched` is set."""
         text = self._held + text
-        found = min((at for stop in self._stops if (at := text.find(stop)) >= 0), default=None)
-        if found is not None:
+        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
             self.matched, self._held = True, ""
-            return text[:found]
+            return text[: min(found)[1]]
         hold = max((self._overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -6,6 +6,7 @@ full vocabulary: KL, agreement of the most likely token, and the perplexity of t
 
 import asyncio
 import math
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ async def _score(
         return _Scores(perplexity, scored.kl, scored.agree)
 
     try:
-        _allocate(path, len(base.token_ids) * baseline.info.vocab_size * FLOAT_BYTES)
+        await asyncio.to_thread(_allocate, path, len(base.token_ids) * baseline.info.vocab_size * FLOAT_BYTES)
         scores = {baseline.name: await score(baseline, "write")}
         for variant in others:
             scores[variant.name] = await score(variant, "compare")
@@ -160,8 +161,12 @@ async def _score(
 
 
 def _allocate(path: Path, size: int) -> None:
+    """A file of `size` bytes that really has its memory: writing past what is left would kill the engine (SIGBUS)."""
     with path.open("xb") as f:
-        f.truncate(size)
+        try:
+            os.posix_fallocate(f.fileno(), 0, size)
+        except OSError as e:
+            raise unavailable(f"no room for {size} bytes of log-probabilities in {path.parent}: {e}") from e
 
 
 def _result(

@@ -58,7 +58,8 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     drop = (top_k[:, None] > 0) & (rank >= top_k[:, None])
     probs = ordered.masked_fill(drop, float("-inf")).softmax(-1)
     # A token stays when the mass before it is under top_p.
-    drop |= (probs.cumsum(-1) - probs) >= top_p[:, None]
+    # 1 is off exactly: rounding may take the mass before the last tokens to 1.
+    drop |= (top_p[:, None] < 1) & ((probs.cumsum(-1) - probs) >= top_p[:, None])
     drop |= probs < min_p[:, None] * probs[:, :1]
     drop[:, 0] = False
     return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
@@ -74,7 +75,9 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     device = logits.device
     index = torch.tensor(drawn, device=device)
     temperature = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=device)
-    scaled = logits[index].double() / temperature[:, None]
+    scaled = logits[index].double()
+    # The largest is 0 before it is divided: however small the temperature, no infinity meets another.
+    scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature[:, None]
     if any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows):
         scaled = filter_logits(
             scaled,
@@ -86,5 +89,7 @@ def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
     u = uniform([row.seed for row in rows], [row.choice for row in rows], [batch.positions[i] for i in drawn])
     target = torch.from_numpy(u).to(device)[:, None] * cumulative[:, -1:]
     # right=True: the first token whose cumulative mass exceeds the target, so never one of zero probability.
-    tokens[index] = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    drawn_tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    # Beyond the end only where the logits are not numbers; an id outside the vocabulary would end the engine.
+    tokens[index] = drawn_tokens.clamp(max=logits.shape[-1] - 1)
     return tokens
