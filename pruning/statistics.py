@@ -172,6 +172,7 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         save_file(tensors, temporary, metadata={"lowkey_statistics": json.dumps(record)})
+        temporary.chmod(0o644)  # safetensors leaves it readable by its owner only
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -111,7 +111,10 @@ def copy_other_files(source: Path, target: Path) -> None:
     file of a hub snapshot is such a link). Other links are left out: a checkpoint must not be able to pull files
     of the machine into what its user may publish.
     """
-    inside = (source.resolve(), source.resolve().parents[1] / "blobs")
+    root = source.resolve()
+    inside = [root]
+    if root.parent.name == "snapshots":
+        inside.append(root.parent.parent / "blobs")
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         hidden = any(part.startswith(".") for part in name.parts)

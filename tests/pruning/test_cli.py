@@ -1,0 +1,237 @@
+"""The commands, as a user types them."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+from checkpoints import DELTA, GATED, write_checkpoint
+from typer.testing import CliRunner
+
+from modeling.checkpoint import REDUCTION, open_checkpoint
+from pruning.cli import app
+from pruning.corpus import sha256
+from pruning.criteria import CRITERIA
+from pruning.statistics import load_statistics
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("dense") / "dense", GATED)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text(" ".join(f"{i * i}" for i in range(2000)))
+    return file
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*args, code=0):
+        result = CliRunner().invoke(app, [str(a) for a in args])
+        assert result.exit_code == code, result.output + repr(result.exception)
+        return result.output
+
+    return run
+
+
+SMALL = ("--windows", 4, "--window-length", 64)
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, dense, text, tmp_path, method):
+    needs_text = bool(CRITERIA[method].grams)
+    options = ("--text", text, *SMALL) if needs_text else ()
+    output = run("prune", dense, "out", "--method", method, "--keep", 8, "--seed", 3, *options)
+    assert "d_k 32 => 8" in output
+    reduced = open_checkpoint("out")
+    assert reduced.spec.d_k == (8, 8, 8)
+    reduced.load()
+
+    record = json.loads((tmp_path / "out" / REDUCTION).read_text())
+    source = open_checkpoint(dense)
+    assert record["source"] == {
+        "name": str(dense),
+        "sha256": source.sha256,
+        "d_k": [32, 32, 32],
+        "state_bytes": source.spec.state_bytes(),
+    }
+    assert (record["format"], record["method"], record["seed"]) == (1, method, 3)
+    assert record["d_k"] == [8, 8, 8]
+    assert record["state_bytes"] == reduced.spec.state_bytes()
+    assert record["evaluation"] is None
+    assert set(record["versions"]) == {"lowkey", "python", "torch", "numpy", "safetensors", "tokenizers"}
+    for i, layer in enumerate(record["kept_channels"]):
+        for h, kept in enumerate(layer):
+            name = f"model.layers.{i}.attn.k_proj.weight"
+            assert reduced.tensor(name)[h * 8 : (h + 1) * 8].equal(
+                source.tensor(name)[[h * 32 + c for c in kept]]
+            )
+    if not needs_text:
+        assert record["calibration"] is None
+        assert not (tmp_path / "out.stats.safetensors").exists()
+        return
+    assert record["calibration"] == {
+        "tokens": 256,
+        "origins": [
+            {
+                "text": "text.txt",
+                "text_sha256": sha256([text.read_text()]),
+                "seed": 3,
+                "windows": 4,
+                "window_length": 64,
+                "tokens": 256,
+            }
+        ],
+    }
+    assert all(len(layer) == 2 and all(head for head in layer) for layer in record["selection"])
+    assert load_statistics(tmp_path / "out.stats.safetensors").tokens == 256
+
+
+def test_the_whole_way(run, dense, text, tmp_path):
+    """calibrate in parts, merge, prune twice from one file, evaluate, inspect."""
+    run("calibrate", dense, "a.safetensors", "--text", text, *SMALL, "--seed", 1)
+    assert "128 tokens" in run(
+        "calibrate", dense, "b.safetensors", "--text", text, "--windows", 2, "--window-length", 64
+    )
+    assert "384 tokens" in run("merge", "a.safetensors", "b.safetensors", "--out", "all.safetensors")
+    before = hashlib.sha256((tmp_path / "all.safetensors").read_bytes()).digest()
+    for method in ("drrqr", "bilinear"):
+        run("prune", dense, method, "--method", method, "--ratio", 0.75, "--stats", "all.safetensors")
+        assert json.loads((tmp_path / method / REDUCTION).read_text())["calibration"]["tokens"] == 384
+    assert hashlib.sha256((tmp_path / "all.safetensors").read_bytes()).digest() == before
+    assert not list(tmp_path.glob("*.stats.safetensors"))
+
+    output = run("evaluate", dense, "drrqr", "--text", text, "--tokens", 1024, "--json", "deep/e.json")
+    assert "1,024 held-out tokens" in output
+    figures = json.loads((tmp_path / "deep/e.json").read_text())
+    assert figures["text_sha256"] == sha256([text.read_text()])
+    first, second = figures["checkpoints"]
+    assert (first["name"], first["d_k"], second["d_k"]) == (str(dense), [32] * 3, [8] * 3)
+    assert (first["tokens"], first["window"]) == (1024, 512)
+    assert first["state_bytes"] > second["state_bytes"]
+    assert first["sha256"] == open_checkpoint(dense).sha256
+    assert first["perplexity"] != second["perplexity"]
+
+    output = run("inspect", "drrqr")
+    assert "d_k 32 => 8" in output
+    assert f"{first['state_bytes']:,} => {second['state_bytes']:,} bytes" in output
+    assert "made by drrqr" in output and "384 tokens" in output
+    assert "=>" not in run("inspect", dense)
+
+
+def test_stats_file_is_made_if_it_is_not_there_and_then_reused(run, dense, text, tmp_path):
+    run(
+        "prune",
+        dense,
+        "a",
+        "--method",
+        "drrqr",
+        "--keep",
+        8,
+        "--stats",
+        "s.safetensors",
+        "--text",
+        text,
+        *SMALL,
+    )
+    made = (tmp_path / "s.safetensors").stat()
+    run("prune", dense, "b", "--method", "drrqr", "--keep", 8, "--stats", "s.safetensors")
+    assert (tmp_path / "s.safetensors").stat().st_mtime_ns == made.st_mtime_ns
+    a, b = (json.loads((tmp_path / d / REDUCTION).read_text()) for d in "ab")
+    assert a == b
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+def test_bundled_text_is_the_default_and_evaluate_is_recorded(run, tmp_path):
+    small = {**DELTA, "num_hidden_layers": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
+    write_checkpoint(tmp_path / "tiny", small)
+    output = run("prune", "tiny", "out", "--method", "bilinear", "--keep", 8, *SMALL, "--evaluate")
+    record = json.loads((tmp_path / "out" / REDUCTION).read_text())
+    assert "bundled CPython text, train side" in record["calibration"]["origins"][0]["text"]
+    measured = record["evaluation"]
+    assert measured["text"] == "bundled CPython text, heldout side"
+    assert measured["dense"]["tokens"] == measured["reduced"]["tokens"] == 24576
+    figures = f"perplexity {measured['dense']['perplexity']:.3f} => {measured['reduced']['perplexity']:.3f}"
+    assert figures in output
+    run("evaluate", "tiny", "out", "--json", "e.json")
+    again = json.loads((tmp_path / "e.json").read_text())["checkpoints"]
+    assert [c["perplexity"] for c in again] == [measured[v]["perplexity"] for v in ("dense", "reduced")]
+    assert "tiny" in run("inspect", "out")
+
+
+PRUNE = ("prune", "DENSE", "out", "--method")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((*PRUNE, "svd", "--keep", 8), "method='svd' is unknown; known methods: bilinear, drrqr, l1, random"),
+        ((*PRUNE, "l1", "--keep", 33), "keep=33 must be between 1 and 32"),
+        ((*PRUNE, "l1", "--keep", 0), "keep=0 must be between 1 and 32"),
+        ((*PRUNE, "l1", "--ratio", 1), "ratio=1.0 must be above 0 and below 1"),
+        ((*PRUNE, "l1", "--ratio", -0.5), "ratio=-0.5 must be above 0 and below 1"),
+        ((*PRUNE, "l1"), "exactly one of --keep"),
+        ((*PRUNE, "l1", "--keep", 8, "--ratio", 0.5), "exactly one of --keep"),
+        ((*PRUNE, "l1", "--keep", 8, "--windows", 2), "method='l1' reads no statistics"),
+        ((*PRUNE, "l1", "--keep", 8, "--device", "tpu"), "device='tpu'"),
+        ((*PRUNE, "drrqr", "--keep", 8, "--text", "nowhere.txt"), "nowhere.txt"),
+        ((*PRUNE, "drrqr", "--keep", 8, "--windows", 0), "windows=0 must be at least 1"),
+        ((*PRUNE, "drrqr", "--keep", 8, "--stats", "junk"), "junk is not a statistics file"),
+        ((*PRUNE, "drrqr", "--keep", 8, "--stats", "junk", "--windows", 2), "stats='junk' exists"),
+        (("prune", "nowhere", "out", "--method", "l1", "--keep", 8), "nowhere: no such directory"),
+        (("prune", "DENSE", "junk", "--method", "l1", "--keep", 8), "out='junk' already exists"),
+        (
+            ("prune", "DENSE", "junk", "--method", "l1", "--keep", 8, "--overwrite"),
+            "holds no state_reduction.json",
+        ),
+        (("calibrate", "DENSE", "junk"), "out='junk' already exists"),
+        (("merge", "junk", "--out", "new"), "junk is not a statistics file"),
+        (("evaluate", "nowhere"), "nowhere: no such directory"),
+        (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least one window of 512"),
+        (("inspect", "nowhere"), "nowhere: no such directory"),
+        (("prune", "DENSE", "out", "--keep", 8), "--method"),
+        (("prune", "DENSE", "out", "--method", "l1", "--keep", "many"), "--keep"),
+        (("unprune",), "unprune"),
+    ],
+)
+def test_bad_usage_says_what_is_wrong_and_exits_with_2(run, dense, tmp_path, args, message):
+    (tmp_path / "junk").write_text("junk")
+    output = run(*(dense if a == "DENSE" else a for a in args), code=2)
+    assert message in output
+    assert "Traceback" not in output
+    assert {p.name for p in tmp_path.iterdir()} == {"junk"}
+
+
+def test_statistics_of_another_checkpoint_are_refused(run, dense, text, tmp_path):
+    other = write_checkpoint(tmp_path / "other", GATED, seed=5)
+    run("calibrate", other, "s.safetensors", "--text", text, *SMALL)
+    output = run("prune", dense, "out", "--method", "drrqr", "--keep", 8, "--stats", "s.safetensors", code=2)
+    assert "calibrate it again" in output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [(), ("calibrate",), ("merge",), ("prune",), ("evaluate",), ("inspect",)])
+def test_every_help_has_an_example(run, command):
+    output = run(*command, "--help")
+    assert re.search(rf"^ lowkey-prune {command[0] if command else 'prune'} +\S", output, re.MULTILINE)
+
+
+def test_a_real_process_without_a_terminal_prints_the_tree_and_nothing_else(dense, tmp_path):
+    command = [sys.executable, "-c", "from pruning.cli import app; app()"]
+    args = ["prune", str(dense), str(tmp_path / "out"), "--method", "l1", "--keep", "8"]
+    done = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert "d_k 32 => 8" in done.stdout
+    again = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2
+    assert again.stdout == ""
+    assert again.stderr.startswith("error: out=") and again.stderr.count("\n") == 1

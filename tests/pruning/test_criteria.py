@@ -1,0 +1,173 @@
+"""Every criterion by itself, and what all of them promise."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pruning.criteria import CRITERIA, Head, criterion_named
+from pruning.criteria.bilinear import maximise, squared_cosine
+from pruning.errors import PruningError
+
+
+def rows(seed, tokens=200, d=12):
+    """Post-SiLU-like rows: mostly positive, correlated."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, d)) @ rng.standard_normal((d, d)) * np.exp(rng.standard_normal(d) / 2)
+    return x / (1 + np.exp(-x))
+
+
+def normalised(x):
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def head(seed=0, d=12, layer=0, index=0, selection_seed=0):
+    q, k = rows(2 * seed, d=d), rows(2 * seed + 1, d=d)
+    grams = {
+        "q": q.T @ q,
+        "k": k.T @ k,
+        "q_normalised": normalised(q).T @ normalised(q),
+        "k_normalised": normalised(k).T @ normalised(k),
+    }
+    rng = np.random.default_rng(seed)
+    weights = tuple(rng.standard_normal((d, 20)).astype(np.float32) for _ in range(2))
+    return Head(layer=layer, index=index, d_k=d, seed=selection_seed, grams=grams, weights=weights)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+@pytest.mark.parametrize("n", [1, 5, 11, 12])
+def test_choice_is_n_ascending_channels(name, n):
+    for seed in range(5):
+        keep = CRITERIA[name].select(head(seed), n).keep
+        assert keep.dtype == np.int64
+        assert len(keep) == n
+        assert (np.diff(keep) > 0).all()
+        assert keep[0] >= 0 and keep[-1] < 12
+        if n == 12:
+            assert keep.tolist() == list(range(12))
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_choice_depends_on_nothing_but_its_inputs(name):
+    np.random.seed(0)
+    first = CRITERIA[name].select(head(), 6).keep
+    np.random.seed(1)
+    CRITERIA[name].select(head(3, layer=1), 6)
+    assert np.array_equal(first, CRITERIA[name].select(head(), 6).keep)
+
+
+def test_random_differs_by_seed_layer_and_head_only():
+    def draw(**kwargs):
+        return tuple(CRITERIA["random"].select(head(d=64, **kwargs), 32).keep)
+
+    draws = {
+        draw(layer=layer, index=index, selection_seed=seed)
+        for layer, index, seed in itertools.product(range(3), repeat=3)
+    }
+    assert len(draws) == 27
+    assert draw(seed=5, layer=1, index=2) == draw(seed=6, layer=1, index=2)
+
+
+def test_random_draws_every_channel_alike():
+    counts = np.zeros(8)
+    for index in range(400):
+        counts[CRITERIA["random"].select(head(d=8, index=index), 4).keep] += 1
+    assert counts.min() > 150 and counts.max() < 250
+
+
+def test_l1_keeps_the_heaviest_rows_of_q_and_k_together():
+    q, k = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.float32)
+    q[0], q[1], k[2], k[3], q[3] = [1, -1, 0], [-3, 0, 0], [0, 2, 2], [1, 1, 1], [0, 0, -1.5]
+    h = Head(layer=0, index=0, d_k=4, seed=0, weights=(q, k))
+    assert CRITERIA["l1"].select(h, 1).keep.tolist() == [3]
+    assert CRITERIA["l1"].select(h, 2).keep.tolist() == [2, 3]
+    assert CRITERIA["l1"].select(h, 3).keep.tolist() == [1, 2, 3]
+
+
+def test_drrqr_reads_the_sum_of_the_raw_grams():
+    def gram(*diagonal):
+        return np.diag(np.array(diagonal, dtype=float))
+
+    # Each alone, or the normalised ones, would choose otherwise.
+    grams = {
+        "q": gram(5, 0, 3, 1),
+        "k": gram(0, 5.5, 3, 1),
+        "q_normalised": gram(0, 0, 0, 9),
+        "k_normalised": gram(0, 0, 0, 9),
+    }
+    choice = CRITERIA["drrqr"].select(Head(layer=0, index=0, d_k=4, seed=0, grams=grams), 2)
+    assert choice.keep.tolist() == [1, 2]
+    assert choice.report["rank"] == 4
+    assert choice.report["retained_energy"] == pytest.approx(11.5 / 18.5)
+
+
+def test_what_bilinear_sums_is_the_lost_product_matrix():
+    q, k = rows(0), rows(1)
+    m = (q.T @ q) * (k.T @ k)
+    for dropped in ([0], [3, 7], [1, 2, 5, 9, 11]):
+        lost = np.linalg.norm(q[:, dropped] @ k[:, dropped].T) ** 2
+        assert m[np.ix_(dropped, dropped)].sum() == pytest.approx(lost, rel=1e-12)
+
+
+def test_bilinear_objective_is_the_squared_cosine_of_the_products():
+    q, k = normalised(rows(4)), normalised(rows(5))
+    m = (q.T @ q) * (k.T @ k)
+    keep = np.array([0, 2, 3, 8])
+    full, kept = q @ k.T, q[:, keep] @ k[:, keep].T
+    expected = (full * kept).sum() ** 2 / ((full**2).sum() * (kept**2).sum())
+    assert squared_cosine(m, keep) == pytest.approx(expected, rel=1e-10)
+
+
+def test_bilinear_finds_the_best_set():
+    best_found = 0
+    for seed in range(60):
+        h = head(seed, d=10)
+        m = h.grams["q_normalised"] * h.grams["k_normalised"]
+        n = 1 + seed % 9
+        choice = CRITERIA["bilinear"].select(h, n)
+        found = squared_cosine(m, choice.keep)
+        assert choice.report["squared_cosine"] == found
+        best = max(squared_cosine(m, np.array(c)) for c in itertools.combinations(range(10), n))
+        assert found >= 0.995 * best, (seed, n)
+        best_found += found >= best * (1 - 1e-9)
+    assert best_found >= 57
+
+
+def test_no_single_exchange_improves_bilinear():
+    for seed in range(10):
+        h = head(seed, d=24)
+        m = h.grams["q_normalised"] * h.grams["k_normalised"]
+        keep, _ = maximise(m, 10)
+        found = squared_cosine(m, keep)
+        for i, j in itertools.product(range(10), sorted(set(range(24)) - set(keep.tolist()))):
+            other = keep.copy()
+            other[i] = j
+            assert squared_cosine(m, other) <= found * (1 + 1e-8)
+
+
+def test_bilinear_drops_unused_channels_first_and_survives_a_dead_head():
+    h = head(1)
+    for gram in h.grams.values():
+        gram[[2, 5]] = 0
+        gram[:, [2, 5]] = 0
+    assert CRITERIA["bilinear"].select(h, 10).keep.tolist() == [0, 1, 3, 4, 6, 7, 8, 9, 10, 11]
+    dead = Head(
+        layer=0,
+        index=0,
+        d_k=4,
+        seed=0,
+        grams={"q_normalised": np.zeros((4, 4)), "k_normalised": np.zeros((4, 4))},
+    )
+    choice = CRITERIA["bilinear"].select(dead, 2)
+    assert len(choice.keep) == 2
+    assert choice.report["squared_cosine"] == 1.0
+
+
+def test_unknown_method_is_named_with_the_known_ones():
+    with pytest.raises(PruningError, match=r"method='svd'.*bilinear, drrqr, l1, random"):
+        criterion_named("svd")
+
+
+def test_registry_names_are_the_criteria_own():
+    assert all(CRITERIA[name].name == name for name in CRITERIA)
+    assert {"random", "l1", "drrqr", "bilinear"} <= set(CRITERIA)

@@ -1,0 +1,160 @@
+"""Widths, and a criterion over all layers and heads."""
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import GATED, write_checkpoint
+
+from modeling.checkpoint import open_checkpoint
+from modeling.families import family_of
+from pruning.calibration import Origin
+from pruning.criteria import CRITERIA, Choice
+from pruning.errors import PruningError
+from pruning.selection import select, widths_for_ratio, widths_to_keep
+from pruning.statistics import GRAMS, Statistics, collect
+
+WINDOWS = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0))
+ORIGIN = Origin("t", "0" * 64, 0, 4, 32)
+
+
+def spec_of(d_k, d_v=24):
+    widths = d_k if isinstance(d_k, list) else [d_k] * 3
+    config = {**GATED, "head_dim": widths, "expand_v": [d_v / n for n in widths]}
+    return family_of(config).spec(config)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("c") / "c", GATED))
+
+
+@pytest.fixture(scope="module")
+def statistics(checkpoint):
+    return collect(checkpoint.load(), WINDOWS, ORIGIN, checkpoint.sha256)
+
+
+@pytest.mark.parametrize(
+    ("d_k", "ratio", "kept"),
+    [
+        (80, 0.8, 16),
+        (80, 0.2, 64),
+        (128, 0.5, 64),
+        (128, 0.75, 32),
+        (96, 1 / 3, 64),
+        (10, 0.7, 3),
+        (64, 0.001, 64),
+    ],
+)
+def test_ratio_is_the_share_removed_without_float_floor(d_k, ratio, kept):
+    assert widths_for_ratio(spec_of(d_k), ratio) == (kept,) * 3
+
+
+def test_every_percent_of_every_width_is_rounded_as_whole_numbers():
+    for d_k in range(1, 257):
+        spec = spec_of(d_k, d_v=d_k)
+        for percent in range(1, 100):
+            low, rest = divmod(d_k * (100 - percent), 100)
+            expected = {low + (rest > 50)} if rest != 50 else {low, low + 1}
+            if max(expected) >= 1 and low + (rest > 50) >= 1:
+                assert widths_for_ratio(spec, percent / 100)[0] in expected
+
+
+def test_ratio_is_of_each_layer():
+    assert widths_for_ratio(spec_of([32, 16, 8]), 0.5) == (16, 8, 4)
+
+
+@pytest.mark.parametrize("ratio", [0, 1, -0.1, 1.5, float("nan")])
+def test_ratio_outside_zero_to_one_is_refused(ratio):
+    with pytest.raises(PruningError, match=f"ratio={ratio} must be above 0 and below 1"):
+        widths_for_ratio(spec_of(32), ratio)
+
+
+def test_ratio_that_leaves_nothing_is_refused():
+    with pytest.raises(PruningError, match=r"ratio=0\.99 leaves no channel of the 8 in layer 2"):
+        widths_for_ratio(spec_of([128, 128, 8]), 0.99)
+
+
+def test_keep_is_checked_against_every_layer():
+    assert widths_to_keep(spec_of(32), 32) == (32, 32, 32)
+    for keep in (0, -3, 33):
+        with pytest.raises(PruningError, match=f"keep={keep} must be between 1 and 32, the d_k of layer 0"):
+            widths_to_keep(spec_of(32), keep)
+    with pytest.raises(PruningError, match="keep=20 must be between 1 and 16, the d_k of layer 1"):
+        widths_to_keep(spec_of([32, 16, 8]), 20)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_layers_may_get_different_widths(checkpoint, statistics, name):
+    selection = select(checkpoint, CRITERIA[name], (4, 32, 9), statistics=statistics)
+    assert selection.d_k == (4, 32, 9)
+    assert [k.shape for k in selection.keep] == [(2, 4), (2, 32), (2, 9)]
+    assert all(k.dtype == torch.int64 for k in selection.keep)
+    assert [len(layer) for layer in selection.report] == [2, 2, 2]
+
+
+class Spy:
+    """Keeps the first n channels and remembers what it was shown."""
+
+    name = "spy"
+    summary = ""
+
+    def __init__(self, grams=(), weights=False):
+        self.grams, self.weights, self.heads = grams, weights, []
+
+    def select(self, head, n):
+        self.heads.append(head)
+        return Choice(np.arange(n), {"n": n})
+
+
+def test_a_criterion_sees_its_own_head_and_only_what_it_asked_for(checkpoint, statistics):
+    spy = Spy(grams=("k", "q_normalised"), weights=True)
+    select(checkpoint, spy, (4, 4, 4), statistics=statistics, seed=5)
+    assert [(h.layer, h.index, h.d_k, h.seed) for h in spy.heads] == [
+        (layer, h, 32, 5) for layer in range(3) for h in range(2)
+    ]
+    for head in spy.heads:
+        assert set(head.grams) == {"k", "q_normalised"}
+        for name, gram in head.grams.items():
+            assert np.array_equal(gram, statistics.layers[head.layer][name][head.index].numpy())
+        rows = slice(head.index * 32, (head.index + 1) * 32)
+        for ours, name in zip(head.weights, "qk", strict=True):
+            theirs = checkpoint.tensor(f"model.layers.{head.layer}.attn.{name}_proj.weight")[rows]
+            assert np.array_equal(ours, theirs.numpy())
+    plain = Spy()
+    select(checkpoint, plain, (4, 4, 4))
+    assert all(h.grams == {} and h.weights is None for h in plain.heads)
+
+
+def test_statistics_must_be_there_and_of_this_checkpoint(checkpoint, statistics):
+    with pytest.raises(PruningError, match="method='drrqr' needs calibration statistics"):
+        select(checkpoint, CRITERIA["drrqr"], (4, 4, 4))
+    other = Statistics("f" * 64, statistics.origins, statistics.layers)
+    with pytest.raises(PruningError, match="calibrate it again"):
+        select(checkpoint, CRITERIA["drrqr"], (4, 4, 4), statistics=other)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_choice_does_not_depend_on_the_order_of_layers_or_the_number_of_threads(checkpoint, statistics, name):
+    first = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=statistics, seed=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        second = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=statistics, seed=1)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(first.keep, second.keep, strict=True))
+    # Another width in one layer leaves the others as they were.
+    third = select(checkpoint, CRITERIA[name], (3, 7, 7), statistics=statistics, seed=1)
+    assert all(torch.equal(a, b) for a, b in zip(first.keep[1:], third.keep[1:], strict=True))
+
+
+def test_a_common_factor_on_the_statistics_changes_no_choice(checkpoint, statistics):
+    doubled = Statistics(
+        statistics.source_sha256,
+        statistics.origins,
+        tuple({name: 2 * layer[name] for name in GRAMS} for layer in statistics.layers),
+    )
+    for name in ("drrqr", "bilinear"):
+        a = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=statistics)
+        b = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=doubled)
+        assert all(torch.equal(x, y) for x, y in zip(a.keep, b.keep, strict=True))

@@ -1,0 +1,148 @@
+"""Calibration statistics: exact sums, no silent gaps, mergeable, one safe file."""
+
+import json
+
+import pytest
+import torch
+from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from modeling.checkpoint import open_checkpoint
+from pruning.calibration import Origin
+from pruning.errors import PruningError
+from pruning.statistics import GRAMS, Collector, Statistics, collect, load_statistics, merge, save_statistics
+
+ORIGIN = Origin("test text", "0" * 64, seed=0, windows=6, window_length=40)
+
+
+@pytest.fixture(params=[GATED, DELTA], ids=["gated", "delta"], scope="module")
+def checkpoint(request, tmp_path_factory):
+    return open_checkpoint(write_checkpoint(tmp_path_factory.mktemp("s") / "c", request.param))
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(0, 257, (6, 40), generator=torch.Generator().manual_seed(0))
+
+
+def relative(a, b):
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def test_streamed_grams_are_those_of_all_rows_at_once(checkpoint, windows):
+    model = checkpoint.load()
+    seen = []
+
+    def tap(layer, x, q, k):
+        seen.append((q, k))
+        return q, k
+
+    with torch.no_grad():
+        model(windows.flatten(), range(0, 241, 40), tap=tap)
+    statistics = collect(model, windows, ORIGIN, checkpoint.sha256, batch=4)
+    assert statistics.tokens == 240
+    assert len(statistics.layers) == len(seen) == 3
+    for grams, (q, k) in zip(statistics.layers, seen, strict=True):
+        for name, raw in (("q", q), ("k", k)):
+            raw = raw.double()
+            unit = raw / (raw.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+            for key, rows in ((name, raw), (f"{name}_normalised", unit)):
+                assert grams[key].dtype == torch.float64
+                # fp32 forwards of other batch sizes differ in the last bits.
+                assert relative(grams[key], torch.einsum("thi,thj->hij", rows, rows)) < 1e-5
+
+
+def test_grams_are_summed_in_float64(checkpoint, windows):
+    # One loud token and many quiet ones that a float32 sum would swallow.
+    collector = Collector(checkpoint.spec)
+    m = checkpoint.spec.layers[0].mixer
+    loud = torch.full((1, m.num_k_heads, m.d_k), 1e4)
+    quiet = torch.full((1000, m.num_k_heads, m.d_k), 1.0)
+    for rows in (loud, quiet):
+        collector.tap(0, torch.empty(0), rows, rows)
+    assert torch.all(collector.layers[0]["q"] == 1e8 + 1000)
+
+
+def test_merged_shards_are_one_pass(checkpoint, windows):
+    model = checkpoint.load()
+    whole = collect(model, windows, ORIGIN, checkpoint.sha256, batch=2)
+    shards = [
+        collect(model, rows, Origin("test text", "0" * 64, i, len(rows), 40), checkpoint.sha256, batch=2)
+        for i, rows in enumerate(windows.split([2, 4]))
+    ]
+    merged = merge(shards)
+    assert merged.tokens == whole.tokens
+    assert [origin.seed for origin in merged.origins] == [0, 1]
+    for a, b in zip(merged.layers, whole.layers, strict=True):
+        for name in GRAMS:
+            assert relative(a[name], b[name]) < 1e-12
+
+
+def test_merge_refuses_other_checkpoints_the_same_pass_twice_and_nothing(checkpoint, windows):
+    statistics = collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256)
+    other = Statistics("f" * 64, (Origin("x", "1" * 64, 0, 1, 1),), statistics.layers)
+    with pytest.raises(PruningError, match="different checkpoints"):
+        merge([statistics, other])
+    with pytest.raises(PruningError, match="same pass is there twice"):
+        merge([statistics, statistics])
+    with pytest.raises(PruningError, match="no statistics"):
+        merge([])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_activations_that_are_not_finite_are_named(tmp_path, windows, name, value):
+    tensors = random_tensors(GATED)
+    tensors[f"model.layers.1.attn.{name}_proj.weight"][5, 7] = value
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", GATED, tensors))
+    with pytest.raises(PruningError, match=rf"layer 1: {name} holds NaN or Inf"):
+        collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256)
+
+
+def test_a_layer_whose_tap_never_fires_fails(checkpoint, windows):
+    model = checkpoint.load()
+    mixer = model.layers[2].mixer
+    forward = mixer.forward
+    mixer.forward = lambda x, cu, r, c, rule, tap: forward(x, cu, r, c, rule, None)
+    with pytest.raises(PruningError, match="layer 2: the tap saw 0 of 240 tokens"):
+        collect(model, windows, ORIGIN, checkpoint.sha256)
+
+
+def test_progress_counts_every_token(checkpoint, windows):
+    steps = []
+    collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256, batch=4, advance=steps.append)
+    assert steps == [160, 80]
+
+
+def test_file_brings_everything_back(checkpoint, windows, tmp_path):
+    statistics = collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256)
+    file = tmp_path / "deep" / "s.safetensors"
+    save_statistics(statistics, file)
+    assert [p.name for p in file.parent.iterdir()] == ["s.safetensors"]
+    assert file.stat().st_mode & 0o777 == 0o644
+    back = load_statistics(file)
+    assert (back.source_sha256, back.origins) == (statistics.source_sha256, statistics.origins)
+    for a, b in zip(back.layers, statistics.layers, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in GRAMS)
+    with safe_open(file, framework="pt") as f:
+        record = json.loads(f.metadata()["lowkey_statistics"])
+    assert record["origins"][0]["tokens"] == 240
+    back.check_source(checkpoint)
+
+
+def test_statistics_of_another_checkpoint_are_refused(checkpoint, windows, tmp_path):
+    statistics = collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256)
+    other = open_checkpoint(write_checkpoint(tmp_path / "c", dict(checkpoint.config), seed=9))
+    with pytest.raises(PruningError, match=r"taken from a checkpoint with sha256 .* calibrate it again"):
+        statistics.check_source(other)
+
+
+def test_other_files_are_refused(tmp_path):
+    missing, text, foreign, newer = (tmp_path / n for n in ("missing", "text", "foreign", "newer"))
+    text.write_text("not safetensors")
+    save_file({"a": torch.zeros(1)}, foreign)
+    save_file({"a": torch.zeros(1)}, newer, metadata={"lowkey_statistics": json.dumps({"format": 2})})
+    for file in (missing, text, foreign, newer):
+        with pytest.raises(PruningError, match=file.name):
+            load_statistics(file)
