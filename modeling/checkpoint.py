@@ -183,7 +183,9 @@ def write_safetensors(
     def flush() -> None:
         shard = shards[0]
         names.append(list(shard))
-        save_file(shard, directory / f"shard-{len(names):05d}.safetensors", metadata={"format": "pt"})
+        file = directory / f"shard-{len(names):05d}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        file.chmod(0o644)  # safetensors leaves it readable by its owner only
         shards[0] = {}
 
     held = 0
