@@ -50,9 +50,11 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     }
     if body.stream:
         stream = _stream(head, generation, body.stream_options or StreamOptions())
-        return StreamingResponse(
-            stream, media_type="text/event-stream", headers={"cache-control": "no-cache"}
-        )
+        headers = {
+            "cache-control": "no-cache",
+            "x-accel-buffering": "no",
+        }  # proxies must pass tokens on at once
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
     try:
         await unless_disconnected(request, generation.run())
     except EngineUnavailableError as e:
