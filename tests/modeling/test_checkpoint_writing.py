@@ -46,7 +46,7 @@ def test_export_and_write_are_the_inverse_of_load(tmp_path, config, shard_bytes)
 
 
 def test_shards_are_bounded_named_and_indexed(tmp_path):
-    tensors = {f"t{i}": torch.full((100,), float(i)) for i in range(10)} | {"big": torch.zeros(1000)}
+    tensors = {"big": torch.zeros(1000)} | {f"t{i}": torch.full((100,), float(i)) for i in range(10)}
     write_safetensors(tmp_path, tensors.items(), shard_bytes=1000)
     index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == 10 * 400 + 4000

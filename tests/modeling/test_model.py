@@ -16,6 +16,8 @@ CONFIGS = {
     "gated-sigmoid-tied": {**GATED, "output_gate_activation": "sigmoid", "tie_word_embeddings": True},
     "gated-neg-eigval-odd": {**GATED, "allow_neg_eigval": True, "head_dim": 20, "expand_v": 1.4},
     "gated-conv-bias": {**GATED, "conv_bias": True, "conv_size": 3, "num_v_heads": None},
+    # A large eps shows factors on o, which the output norm otherwise cancels.
+    "gated-large-eps": {**GATED, "norm_eps": 0.01},
     "delta": DELTA,
     "delta-gate": {**DELTA, "use_gate": True, "allow_neg_eigval": True, "tie_word_embeddings": False},
     "delta-no-beta-narrow": {**DELTA, "use_beta": False, "expand_k": 0.75},

@@ -37,7 +37,13 @@ RUN = {
         "allow_neg_eigval": True,
         "tie_word_embeddings": False,
     },
-    "delta-narrow-no-beta": {**DELTA, "num_hidden_layers": 2, "expand_k": 36 / 64, "use_beta": False},
+    "delta-narrow-no-beta": {
+        **DELTA,
+        "num_hidden_layers": 2,
+        "expand_k": 36 / 64,
+        "use_beta": False,
+        "norm_eps": 0.01,
+    },
     "gated-value-groups": {**GATED, "num_hidden_layers": 2, "allow_neg_eigval": True},
     "gated-narrow-sigmoid": {
         **GATED,
