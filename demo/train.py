@@ -179,7 +179,9 @@ def model(
             betas=(0.9, 0.95),
         ),
     ]
-    print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(train):,} training tokens", flush=True)
+    print(
+        f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(train):,} training tokens", flush=True
+    )
     curve: list[dict[str, float]] = []
     began, step, epochs = time.monotonic(), 0, 0
     queue: list[Tensor] = []
