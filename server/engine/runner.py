@@ -6,6 +6,7 @@ been collected.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,6 +138,8 @@ class Runner:
             return none
         logprobs = logprobs[skip:]
         rows = self._reference_rows(message, reference)
+        if rows is None:
+            return none
         at = start + skip - reference.from_position
         if reference.mode == "write":
             rows[at : at + len(logprobs)] = logprobs.cpu()
@@ -145,8 +148,12 @@ class Runner:
         kl = (theirs.exp() * (theirs - logprobs)).sum(-1)
         return kl, theirs.argmax(-1) == logprobs.argmax(-1)
 
-    def _reference_rows(self, message: Score, reference: KLReference) -> Tensor:
-        positions, vocab = len(message.token_ids) - reference.from_position, self._model.spec.vocab_size
-        return torch.from_file(reference.path, shared=True, size=positions * vocab, dtype=torch.float32).view(
-            positions, vocab
+    def _reference_rows(self, message: Score, reference: KLReference) -> Tensor | None:
+        """The shared file as `[positions, vocab]`. None if it is gone: the client has left and an abort is coming."""
+        try:
+            rows = np.memmap(reference.path, dtype=np.float32, mode="r+")
+        except FileNotFoundError:
+            return None
+        return torch.from_numpy(rows).view(
+            len(message.token_ids) - reference.from_position, self._model.spec.vocab_size
         )
