@@ -14,13 +14,10 @@ It is maximised over the kept set I by greedy removal, then by the best exchange
 """
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pruning.criteria.base import Choice, Head
 from pruning.statistics import GramName
-
-# An exchange has to gain more than rounding error, or two equal sets would take turns.
-_GAIN = 1 + 1e-9
 
 
 def squared_cosine(m: NDArray[np.float64], keep: NDArray[np.int64]) -> float:
@@ -30,41 +27,55 @@ def squared_cosine(m: NDArray[np.float64], keep: NDArray[np.int64]) -> float:
     return float(m[keep].sum()) ** 2 / (inside * total) if inside > 0 and total > 0 else float(total <= 0)
 
 
-def _ratio(overlap: NDArray[np.float64], inside: NDArray[np.float64]) -> NDArray[np.float64]:
+def _ratio(overlap: ArrayLike, inside: ArrayLike) -> NDArray[np.float64]:
     """overlap^2 / inside, 0 where inside is not positive (a set of channels that are never used)."""
-    return np.divide(overlap**2, inside, out=np.zeros_like(overlap), where=inside > 0)
+    square = np.square(np.asarray(overlap, dtype=np.float64))
+    return np.divide(square, inside, out=np.zeros_like(square), where=np.greater(inside, 0))
 
 
 def maximise(m: NDArray[np.float64], n: int) -> tuple[NDArray[np.int64], int]:
     """The set of n channels that greedy removal and exchanges find, ascending, and the number of exchanges."""
     rows, diagonal = m.sum(1), m.diagonal()
     kept = np.ones(len(m), dtype=bool)
-    while (count := int(kept.sum())) > n:
+    while kept.sum() > n:
         to_kept = m[:, kept].sum(1)
         values = _ratio(rows[kept].sum() - rows, to_kept[kept].sum() - 2 * to_kept + diagonal)
         values[~kept] = -1.0
         kept[int(values.argmax())] = False
-        assert int(kept.sum()) == count - 1
     exchanges = 0
+    best = _objective(rows, m, kept)
     while n < len(m):
-        inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
-        to_kept = m[:, kept].sum(1)
-        overlap, within = rows[kept].sum(), to_kept[kept].sum()
-        current = overlap**2 / within if within > 0 else 0.0
-        values = _ratio(
-            overlap - rows[inside][:, None] + rows[outside],
-            within
-            + (diagonal - 2 * to_kept)[inside][:, None]
-            + (diagonal + 2 * to_kept)[outside]
-            - 2 * m[np.ix_(inside, outside)],
-        )
-        best = int(values.argmax())
-        if not values.flat[best] > current * _GAIN:
+        i, j = _best_exchange(rows, m, kept)
+        kept[[i, j]] = False, True
+        value = _objective(rows, m, kept)
+        # The exchange has to gain more than rounding error, or two equal sets would take turns for ever.
+        if not value > best * (1 + 1e-9):
+            kept[[i, j]] = True, False
             break
-        kept[inside[best // len(outside)]] = False
-        kept[outside[best % len(outside)]] = True
+        best = value
         exchanges += 1
     return np.flatnonzero(kept), exchanges
+
+
+def _objective(rows: NDArray[np.float64], m: NDArray[np.float64], kept: NDArray[np.bool_]) -> float:
+    return float(_ratio(rows[kept].sum(), m[np.ix_(kept, kept)].sum()))
+
+
+def _best_exchange(
+    rows: NDArray[np.float64], m: NDArray[np.float64], kept: NDArray[np.bool_]
+) -> tuple[int, int]:
+    """The kept channel to drop and the dropped one to keep that together give the largest objective."""
+    inside, outside = np.flatnonzero(kept), np.flatnonzero(~kept)
+    to_kept, diagonal = m[:, kept].sum(1), m.diagonal()
+    values = _ratio(
+        rows[kept].sum() - rows[inside][:, None] + rows[outside],
+        to_kept[kept].sum()
+        + (diagonal - 2 * to_kept)[inside][:, None]
+        + (diagonal + 2 * to_kept)[outside]
+        - 2 * m[np.ix_(inside, outside)],
+    )
+    i, j = divmod(int(values.argmax()), len(outside))
+    return int(inside[i]), int(outside[j])
 
 
 class Bilinear:

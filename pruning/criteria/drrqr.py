@@ -1,4 +1,4 @@
-"""Deep RRQR (arXiv 2602.04852): strong rank-revealing QR of the rows [q; k].
+"""The method of arXiv 2602.04852: strong rank-revealing QR of the rows [q; k].
 
 q and k are taken after convolution and SiLU and before L2 normalisation, so the Gram is Gq + Gk of the raw rows.
 """

@@ -140,6 +140,12 @@ def test_figures_of_the_choice():
     assert result.condition == pytest.approx(4 / 3)
 
 
+def test_rank_counts_what_float64_can_tell_from_zero():
+    # 3 * machine epsilon * 1 is 6.7e-16.
+    assert strong_rrqr(np.diag([1.0, 1e-12, 1e-15]), 1).rank == 3
+    assert strong_rrqr(np.diag([1.0, 1e-12, 5e-16]), 1).rank == 2
+
+
 def test_channels_past_the_rank_are_those_of_most_energy():
     # Channel 1 is twice channel 0 and channel 4 three times channel 3; channel 2 is never used.
     a = np.random.default_rng(0).standard_normal((50, 2))
