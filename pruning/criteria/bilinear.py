@@ -35,6 +35,13 @@ def _ratio(overlap: ArrayLike, inside: ArrayLike) -> NDArray[np.float64]:
 
 def maximise(m: NDArray[np.float64], n: int) -> tuple[NDArray[np.int64], int]:
     """The set of n channels that greedy removal and exchanges find, ascending, and the number of exchanges."""
+    kept = greedy_removal(m, n)
+    exchanges = _exchange(m, kept) if n < len(m) else 0
+    return np.flatnonzero(kept), exchanges
+
+
+def greedy_removal(m: NDArray[np.float64], n: int) -> NDArray[np.bool_]:
+    """Mask `[d_k]` of the n channels left after removing, one at a time, the one that leaves the most."""
     rows, diagonal = m.sum(1), m.diagonal()
     kept = np.ones(len(m), dtype=bool)
     while kept.sum() > n:
@@ -42,19 +49,23 @@ def maximise(m: NDArray[np.float64], n: int) -> tuple[NDArray[np.int64], int]:
         values = _ratio(rows[kept].sum() - rows, to_kept[kept].sum() - 2 * to_kept + diagonal)
         values[~kept] = -1.0
         kept[int(values.argmax())] = False
-    exchanges = 0
-    best = _objective(rows, m, kept)
-    while n < len(m):
+    return kept
+
+
+def _exchange(m: NDArray[np.float64], kept: NDArray[np.bool_]) -> int:
+    """Make the best exchange until none helps, in place. Returns how many were made."""
+    rows = m.sum(1)
+    best, exchanges = _objective(rows, m, kept), 0
+    while True:
         i, j = _best_exchange(rows, m, kept)
         kept[[i, j]] = False, True
         value = _objective(rows, m, kept)
         # The exchange has to gain more than rounding error, or two equal sets would take turns for ever.
         if not value > best * (1 + 1e-9):
             kept[[i, j]] = True, False
-            break
+            return exchanges
         best = value
         exchanges += 1
-    return np.flatnonzero(kept), exchanges
 
 
 def _objective(rows: NDArray[np.float64], m: NDArray[np.float64], kept: NDArray[np.bool_]) -> float:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pruning.criteria import CRITERIA, Head, criterion_named
-from pruning.criteria.bilinear import maximise, squared_cosine
+from pruning.criteria.bilinear import greedy_removal, maximise, squared_cosine
 from pruning.errors import PruningError
 
 
@@ -131,6 +131,18 @@ def test_bilinear_finds_the_best_set():
         assert found >= 0.995 * best, (seed, n)
         best_found += found >= best * (1 - 1e-9)
     assert best_found >= 57
+
+
+def test_greedy_removal_leaves_the_most_at_each_step():
+    for seed in range(10):
+        h = head(seed)
+        m = h.grams["q_normalised"] * h.grams["k_normalised"]
+        left = list(range(12))
+        for n in range(11, 0, -1):
+            left = max(
+                ([c for c in left if c != out] for out in left), key=lambda s: squared_cosine(m, np.array(s))
+            )
+            assert np.flatnonzero(greedy_removal(m, n)).tolist() == left
 
 
 def test_no_single_exchange_improves_bilinear():
