@@ -47,7 +47,8 @@ $(BIN)/pip:
 		fi; \
 	done; \
 	if [[ -z $$found ]]; then \
-		echo "error: $(or $(PYTHON),no interpreter on PATH) is not Python 3.11 or newer; set PYTHON=/path/to/python" >&2; \
+		echo "error: $(if $(PYTHON),$(PYTHON) is not Python 3.11 or newer,found no Python 3.11 or newer on PATH; \
+set PYTHON=/path/to/python)" >&2; \
 		exit 1; \
 	fi; \
 	if ! $$found -c 'import ensurepip, venv' 2> /dev/null; then \
