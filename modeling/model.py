@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,7 +23,9 @@ class Model(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        # Given its weight, so that it is not drawn: on the meta device that would import half of torch (2 s).
+        weight = torch.empty(spec.vocab_size, spec.hidden_size)
+        self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=weight)
         self.layers = nn.ModuleList(Block(layer, spec.hidden_size, i) for i, layer in enumerate(spec.layers))
         self.norm = RMSNorm(spec.hidden_size, spec.norm.eps)
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=False)
