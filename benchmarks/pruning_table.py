@@ -24,6 +24,7 @@ from rich.table import Table
 from modeling.checkpoint import open_checkpoint, write_json
 from pruning.calibration import Encoder, bundled_text, draw_windows
 from pruning.criteria import CRITERIA
+from pruning.criteria.base import Report
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows, perplexity
 from pruning.progress import tokens_bar
 from pruning.reduction import Provenance, reduce_checkpoint, versions
@@ -34,7 +35,7 @@ from pruning.views import change
 WIDTHS = (96, 64, 32, 16)
 
 
-def swaps(report: list[list[dict[str, float | int | None]]]) -> int:
+def swaps(report: list[list[Report]]) -> int:
     """Exchanges over all heads, under either of the names that criteria give them."""
     return sum(int(head.get("swaps", head.get("exchanges", 0)) or 0) for layer in report for head in layer)
 

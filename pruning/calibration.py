@@ -73,7 +73,7 @@ class Encoder:
     """The checkpoint's own tokenizer; each document stands behind the checkpoint's end-of-text token, if it has one.
 
     Raises:
-        PruningError: the checkpoint carries no tokenizer.json.
+        PruningError: the checkpoint carries no tokenizer.json, or one that can't be read.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -82,7 +82,10 @@ class Encoder:
             raise PruningError(
                 f"{file} is missing; the text can only be read with the checkpoint's own tokenizer"
             )
-        self._tokenizer = Tokenizer.from_file(str(file))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(file))
+        except Exception as e:  # tokenizers raises nothing narrower
+            raise PruningError(f"{file} is not a tokenizer of the tokenizers library: {e}") from e
         self._file = file
         self._vocab_size = checkpoint.spec.vocab_size
         self._separator = list(checkpoint.spec.eos_token_ids[:1])

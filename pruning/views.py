@@ -7,9 +7,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from modeling.checkpoint import Checkpoint
+from modeling.checkpoint import REDUCTION, Checkpoint
 from modeling.spec import ModelSpec
+from pruning.errors import PruningError
 from pruning.evaluation import Perplexity
+from pruning.reduction import FORMAT
 
 
 def width(d_k: Sequence[int]) -> str:
@@ -23,7 +25,11 @@ def change(before: float, after: float) -> str:
 
 
 def tree(checkpoint: Checkpoint) -> Tree:
-    """Shapes of a checkpoint; for a reduced one before => after, and where it came from."""
+    """Shapes of a checkpoint; for a reduced one before => after, and where it came from.
+
+    Raises:
+        PruningError: `state_reduction.json` is of another format.
+    """
     spec = checkpoint.spec
     root = Tree(
         f"[bold]{escape(checkpoint.source)}[/]  {spec.family}, {len(spec.layers)} layers", highlight=False
@@ -34,6 +40,10 @@ def tree(checkpoint: Checkpoint) -> Tree:
         root.add(f"state per request {spec.state_bytes():,} bytes")
         root.add(_heads(spec))
         return root
+    if record.get("format") != FORMAT:
+        raise PruningError(
+            f"{checkpoint.path / REDUCTION} has format {record.get('format')!r}; this version reads {FORMAT}"
+        )
     source = record["source"]
     root.add(f"d_k {width(source['d_k'])} => [bold]{width(spec.d_k)}[/]")
     before, after = source["state_bytes"], spec.state_bytes()

@@ -128,6 +128,9 @@ def test_tokenizer_must_be_there_and_fit(tmp_path, checkpoint):
     path = write_checkpoint(tmp_path / "c", small)
     with pytest.raises(PruningError, match="vocab_size=100"):
         Encoder(open_checkpoint(path))("é")
+    (path / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(PruningError, match=r"tokenizer\.json is not a tokenizer"):
+        Encoder(open_checkpoint(path))
     (path / "tokenizer.json").unlink()
     with pytest.raises(PruningError, match=r"tokenizer\.json is missing"):
         Encoder(open_checkpoint(path))

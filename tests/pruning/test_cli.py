@@ -218,6 +218,12 @@ def test_statistics_of_another_checkpoint_are_refused(run, dense, text, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_a_record_of_another_format_is_refused(run, tmp_path):
+    path = write_checkpoint(tmp_path / "c", GATED)
+    (path / REDUCTION).write_text('{"format": 2}')
+    assert "state_reduction.json has format 2; this version reads 1" in run("inspect", path, code=2)
+
+
 @pytest.mark.parametrize("command", [(), ("calibrate",), ("merge",), ("prune",), ("evaluate",), ("inspect",)])
 def test_every_help_has_an_example(run, command):
     output = run(*command, "--help")

@@ -53,16 +53,27 @@ def test_streamed_grams_are_those_of_all_rows_at_once(checkpoint, windows):
                 assert relative(grams[key], torch.einsum("thi,thj->hij", rows, rows)) < 1e-5
 
 
-def test_grams_are_summed_in_float64(checkpoint, windows):
+def test_grams_are_summed_in_float64(checkpoint):
     # One loud token and many quiet ones that a float32 sum would swallow.
     collector = Collector(checkpoint.spec)
     m = checkpoint.spec.layers[0].mixer
-    loud = torch.full((1, m.num_k_heads, m.d_k), 1e4)
-    quiet = torch.full((1000, m.num_k_heads, m.d_k), 1.0)
-    for rows in (loud, quiet):
-        q, k = collector.tap(0, torch.empty(0), rows, rows)
-        assert q is rows and k is rows, "what observes must not change the model"
-    assert torch.all(collector.layers[0]["q"] == 1e8 + 1000)
+    rows = torch.ones(1002, m.num_k_heads, m.d_k)
+    rows[0] = 1e4
+    q, k = collector.tap(0, torch.empty(0), rows, rows)
+    assert q is rows and k is rows, "what observes must not change the model"
+    assert torch.all(collector.layers[0]["q"] == 1e8 + 1001)
+
+
+def test_rows_are_normalised_with_the_model_s_eps(checkpoint):
+    collector = Collector(checkpoint.spec)
+    m = checkpoint.spec.layers[0].mixer
+    faint = torch.zeros(3, m.num_k_heads, m.d_k)
+    faint[0, :, 0] = 1e-3  # as large as the root of the eps: half its square is left
+    collector.tap(0, torch.empty(0), faint, faint)
+    for name in ("q_normalised", "k_normalised"):
+        gram = collector.layers[0][name]
+        assert torch.allclose(gram[:, 0, 0], torch.full((m.num_k_heads,), 0.5, dtype=torch.float64))
+        assert float(gram.sum()) == pytest.approx(0.5 * m.num_k_heads)
 
 
 def test_merged_shards_are_one_pass(checkpoint, windows):
