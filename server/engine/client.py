@@ -153,8 +153,8 @@ class EngineClient:
             try:
                 code = await self._run_once(generation)
                 logger.error("%s: engine process ended with code %s", self.config.variant, code)
-            except msgspec.MsgspecError:
-                logger.exception("%s: unreadable message from the engine", self.config.variant)
+            except Exception:  # whatever it was, a supervisor that ends would leave the variant down for good
+                logger.exception("%s: the engine can't be started or understood", self.config.variant)
             finally:
                 self._mark_down()
             if code == CANNOT_LOAD and self.ready is None:

@@ -198,6 +198,7 @@ class FakeRunner:
     def launch(self, batch):
         requests = batch.requests
         assert requests and len(set(requests)) == len(requests)
+        assert all(r.finish_reason is None for r in requests), "work for a request that has ended"
         assert len({r.slot for r in requests}) == len(requests)
         assert sum(c.end - c.start for c in batch.prefills) <= self.prefill_tokens
         for chunk in batch.prefills:
@@ -313,6 +314,21 @@ class EngineMachine(RuleBasedStateMachine):
 
 EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
 TestEngineMachine = EngineMachine.TestCase
+
+
+def test_a_step_is_launched_ahead_at_depth_1_only():
+    for depth in (0, 1):
+        runner = FakeRunner(64)
+        engine = Engine(scheduler(prefill_tokens=64), runner, depth)
+        engine.handle(generate([1] * 3, 3))
+        assert (engine.step() is None) == (depth == 1)
+        assert len(runner.launched) == depth
+        indices = []
+        while not engine.idle:
+            output = engine.step()
+            indices += [] if output is None else [t.token_id for t in output.tokens]
+        assert indices == [1, 2] if depth == 0 else [0, 1, 2]
+        assert engine.step() is None
 
 
 def test_the_pool_refuses_to_free_a_slot_twice():

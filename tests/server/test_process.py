@@ -1,0 +1,234 @@
+"""A real engine process behind an EngineClient: tokens, aborts, deaths, and checkpoints that can't be served."""
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+
+import msgspec
+import psutil
+import pytest
+from checkpoints import GATED, random_tensors, write_checkpoint
+from engine_process import START_S, Harness, engine_config, until
+from engines import Bench, generate, prompt, sampling, score
+
+from server.engine.client import EngineUnavailableError
+
+CONFIG = {**GATED, "max_position_embeddings": 65536}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("m") / "c", CONFIG)
+
+
+@pytest.fixture(scope="module")
+def harness(bench, tmp_path_factory):
+    harness = Harness(engine_config(bench.checkpoint.path), tmp_path_factory.mktemp("run"))
+    harness.wait_until_up()
+    yield harness
+    harness.close()
+
+
+def test_the_engine_says_what_it_is(harness, bench):
+    ready = harness.client.ready
+    assert ready.family == "gated_deltanet" and ready.d_k == [32] * 3 and ready.d_v == [24] * 3
+    assert ready.state_bytes_per_request == bench.model.spec.state_bytes()
+    assert ready.weights_bytes == sum(p.nbytes for p in bench.model.parameters())
+    assert (ready.slots, ready.vocab_size, ready.context_length) == (4, 257, 65536)
+    assert (ready.device, ready.state_dtype, ready.method, ready.eos_token_ids) == (
+        "cpu",
+        "float32",
+        None,
+        [0],
+    )
+    assert ready.checkpoint_path == str(bench.checkpoint.path)
+    assert ready.load_s > 0
+
+
+def test_tokens_and_scores_come_back(harness, bench):
+    messages = [generate(prompt(n, seed=n), 6) for n in (1, 64, 150)]
+    messages.append(generate(prompt(20), 6, sampling=sampling(seed=-(2**63))))
+    messages.append(generate(prompt(20), 6, sampling=sampling(seed=2**63 - 1)))
+
+    async def work():
+        asked = score(prompt(100))
+        return await asyncio.gather(*(harness.tokens(m) for m in messages), harness.client.score(asked))
+
+    *answers, scored = harness.run(work())
+    for message, tokens in zip(messages, answers, strict=True):
+        assert [t.finish_reason for t in tokens] == [None] * 5 + ["length"]
+        bench.check_tokens(message, [t.token_id for t in tokens])
+    assert len(scored.logprobs) == 99 and all(x < 0 for x in scored.logprobs)
+    assert harness.client.in_flight == 0
+
+
+async def none_held(harness):
+    await until(lambda: harness.occupancies[-1].used_slots == 0)
+    assert harness.occupancies[-1].running == 0 and harness.client.in_flight == 0
+
+
+@pytest.mark.parametrize("how", ["break", "cancel"])
+def test_leaving_early_aborts(harness, how):
+    async def leave():
+        got = 0
+        async with contextlib.aclosing(harness.client.generate(generate(prompt(5), 60_000))) as tokens:
+            async for _ in tokens:
+                got += 1
+                if got == 3:
+                    if how == "break":
+                        break
+                    asyncio.current_task().cancel()
+        return got
+
+    async def work():
+        task = asyncio.create_task(leave())
+        await asyncio.wait([task])
+        assert task.cancelled() == (how == "cancel")
+        await none_held(harness)
+
+    harness.run(work())
+
+
+def test_leaving_while_waiting_for_a_slot_aborts(harness):
+    async def work():
+        running = [asyncio.create_task(harness.tokens(generate(prompt(5), 60_000))) for _ in range(4)]
+        await until(lambda: harness.occupancies[-1].used_slots == 4)
+        waiting = asyncio.create_task(harness.tokens(generate(prompt(5), 60_000)))
+        await until(lambda: harness.occupancies[-1].waiting == 1)
+        waiting.cancel()
+        await until(lambda: harness.occupancies[-1].waiting == 0)
+        assert harness.occupancies[-1].used_slots == 4 and harness.client.in_flight == 4
+        for task in running:
+            task.cancel()
+        await none_held(harness)
+
+    harness.run(work())
+
+
+def test_killed_engine_fails_its_requests_and_comes_back(harness, bench):
+    downs, loads = harness.downs, len(harness.readies)
+
+    async def work():
+        tasks = [asyncio.create_task(harness.tokens(generate(prompt(5), 60_000))) for _ in range(6)]
+        tasks.append(asyncio.create_task(harness.client.score(score(prompt(60_000)))))
+        await until(lambda: harness.occupancies[-1].used_slots == 4)
+        harness.engine().kill()
+        for task in tasks:
+            with pytest.raises(EngineUnavailableError, match="'dense' went down"):
+                await task
+        assert not harness.client.up and harness.client.ready is not None
+        assert harness.client.in_flight == 0 and harness.downs == downs + 1
+        with pytest.raises(EngineUnavailableError, match="is not up"):
+            await harness.tokens(generate(prompt(5), 1))
+        with pytest.raises(EngineUnavailableError, match="is not up"):
+            await harness.client.score(score(prompt(5)))
+
+    harness.run(work())
+    harness.wait_until_up()
+    assert len(harness.readies) == loads + 1
+    message = generate(prompt(70), 5)
+    bench.check_tokens(message, [t.token_id for t in harness.run(harness.tokens(message))])
+    assert harness.fatals == 0 and harness.downs == downs + 1
+
+
+def test_closing_fails_what_is_pending_and_leaves_no_process(bench, tmp_path):
+    failures = 1
+
+    def on_ready():
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise OSError("the tokenizer has just been deleted")
+
+    harness = Harness(engine_config(bench.checkpoint.path, variant="closing"), tmp_path, on_ready)
+    # Whatever goes wrong on this side, the engine is started again.
+    harness.wait_until_up()
+    assert len(harness.readies) == 2 and harness.downs == 1
+    engine = harness.engine()
+
+    async def work():
+        task = asyncio.create_task(harness.tokens(generate(prompt(5), 60_000)))
+        await until(lambda: bool(harness.steps))
+        await harness.client.close()
+        with pytest.raises(EngineUnavailableError):
+            await task
+
+    harness.run(work())
+    assert not engine.is_running()
+    assert harness.downs == 1, "closing is no failure"
+
+
+def spoil_shape(path):
+    (path / "config.json").write_text(json.dumps({**CONFIG, "intermediate_size": 128}))
+
+
+def spoil_option(path):
+    (path / "config.json").write_text(json.dumps({**CONFIG, "use_short_conv": False}))
+
+
+def spoil_family(path):
+    (path / "config.json").write_text(json.dumps({**CONFIG, "model_type": "llama"}))
+
+
+def remove_tokenizer(path):
+    (path / "tokenizer.json").unlink()
+
+
+def break_tokenizer(path):
+    (path / "tokenizer.json").write_text("{")
+
+
+def cut_weights(path):
+    file = path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+SPOILERS = [spoil_shape, spoil_option, spoil_family, remove_tokenizer, break_tokenizer, cut_weights]
+
+
+@pytest.mark.timeout(600)
+def test_a_checkpoint_that_cannot_be_served_is_fatal_and_not_tried_again(tmp_path):
+    tensors = random_tensors(CONFIG)
+    harnesses = []
+    for spoil in SPOILERS:
+        path = write_checkpoint(tmp_path / spoil.__name__, CONFIG, tensors)
+        spoil(path)
+        runtime = tmp_path / f"run-{spoil.__name__}"
+        runtime.mkdir()
+        harnesses.append(Harness(engine_config(path, variant=spoil.__name__), runtime))
+    try:
+        for harness in harnesses:
+            harness.run(until(lambda harness=harness: harness.fatals == 1, START_S))
+            harness.run(asyncio.wait_for(asyncio.shield(harness.client._task), 5))
+            assert harness.fatals == 1 and not harness.readies and not harness.client.up
+        names = {spoil.__name__ for spoil in SPOILERS}
+        assert not [p for p in psutil.Process().children() if names & set(" ".join(p.cmdline()).split('"'))]
+    finally:
+        for harness in harnesses:
+            harness.close()
+
+
+def test_the_engine_ends_when_its_parents_pipe_closes_before_it_has_loaded(bench, tmp_path):
+    # After it has loaded: test_failures, where the API process is killed.
+    addresses = {"input_address": f"ipc://{tmp_path}/in", "output_address": f"ipc://{tmp_path}/out"}
+    config = msgspec.json.encode(engine_config(bench.checkpoint.path, **addresses)).decode()
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "server.engine.process", config], stdin=subprocess.PIPE
+    )
+    try:
+        process.stdin.close()
+        assert process.wait(START_S) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_api_process_imports_no_torch():
+    code = (
+        "import sys, server.api.app, server.cli, server.engine.client\n"
+        "heavy = {'torch', 'transformers', 'triton', 'fla'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)

@@ -1,0 +1,100 @@
+"""An EngineClient with everything that it reports, on an event loop that lives as long as the harness."""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from server.engine.client import EngineClient
+from server.engine.messages import EngineConfig, Generate, Occupancy, Ready, StepOutput, Token
+
+T = TypeVar("T")
+
+START_S = 90.0
+"""How long an engine may take to load on a busy machine."""
+
+
+def engine_config(source: Path, **fields: Any) -> EngineConfig:
+    defaults: dict[str, Any] = {
+        "variant": "dense",
+        "source": str(source),
+        "device": "cpu",
+        "dtype": "float32",
+        "max_requests": 4,
+        "prefill_tokens": 64,
+        "threads": 1,
+        "input_address": "",
+        "output_address": "",
+    }
+    return EngineConfig(**{**defaults, **fields})
+
+
+async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    """Poll until the condition holds. Raises AssertionError at the deadline."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        await asyncio.sleep(0.01)
+
+
+class Harness:
+    """One client; `run` runs a coroutine on its loop."""
+
+    def __init__(self, config: EngineConfig, runtime_dir: Path, on_ready: Any = None) -> None:
+        self.readies: list[Ready] = []
+        self.steps: list[StepOutput] = []
+        self.occupancies: list[Occupancy] = []
+        self.downs = 0
+        self.fatals = 0
+        self.on_ready = on_ready
+        self._runner = asyncio.Runner()
+        self.client = self.run(self._make(config, runtime_dir))
+
+    async def _make(self, config: EngineConfig, runtime_dir: Path) -> EngineClient:
+        def ready(message: Ready) -> None:
+            self.readies.append(message)
+            if self.on_ready is not None:
+                self.on_ready()
+
+        def down() -> None:
+            self.downs += 1
+
+        def fatal() -> None:
+            self.fatals += 1
+
+        client = EngineClient(
+            config,
+            runtime_dir,
+            on_ready=ready,
+            on_step=self.steps.append,
+            on_occupancy=self.occupancies.append,
+            on_down=down,
+            on_fatal=fatal,
+        )
+        client.start()
+        return client
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self._runner.run(work)
+
+    def wait_until_up(self) -> None:
+        self.run(until(lambda: self.client.up, START_S))
+
+    def engine(self) -> psutil.Process:
+        """The engine's process."""
+        (process,) = (
+            p
+            for p in psutil.Process().children()
+            if f'"variant":"{self.client.config.variant}"' in " ".join(p.cmdline())
+        )
+        return process
+
+    def close(self) -> None:
+        self.run(self.client.close())
+        self._runner.close()
+
+    async def tokens(self, message: Generate) -> list[Token]:
+        return [token async for token in self.client.generate(message)]
