@@ -1,0 +1,149 @@
+"""A real `lowkey-serve` process on a free port, and readable checkpoints for it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+from checkpoints import GATED, byte_tokenizer, random_tensors, write_checkpoint
+from prometheus_client.parser import text_string_to_metric_families
+
+from modeling.checkpoint import open_checkpoint
+from pruning.surgery import write_reduced
+
+DEADLINE_S = 90.0
+"""How long anything may take on a busy machine."""
+
+E_ID = byte_tokenizer().token_to_id("e")
+CONTEXT = 16384
+CONFIG = {**GATED, "max_position_embeddings": CONTEXT, "eos_token_id": [0, E_ID]}
+"""The letter e ends a text, as the end-of-text token does: random models then have a reason to stop."""
+
+
+def write_variants(directory: Path) -> dict[str, Path]:
+    """A dense checkpoint that writes mostly printable ASCII, and the same with 16 of 32 key channels."""
+    tokenizer = byte_tokenizer()
+    tensors = random_tensors(CONFIG)
+    scale = torch.full((257, 1), 0.05)
+    scale[[tokenizer.token_to_id(chr(c)) for c in range(ord("!"), ord("~") + 1)]] = 4.0
+    scale[0] = 2.0
+    tensors["lm_head.weight"] *= scale
+    dense = write_checkpoint(directory / "dense", CONFIG, tensors)
+    checkpoint = open_checkpoint(dense)
+    reduced = directory / "reduced"
+    reduced.mkdir()
+    heads = checkpoint.spec.layers[0].mixer.num_k_heads
+    keep = [torch.arange(0, 32, 2).expand(heads, -1).contiguous() for _ in checkpoint.spec.layers]
+    write_reduced(checkpoint, keep, reduced)
+    return {"dense": dense, "reduced": reduced}
+
+
+def poll(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
+    """The first truthy value of the condition. Raises AssertionError at the deadline."""
+    deadline = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+
+
+class LiveServer:
+    """The process, its log, and a client."""
+
+    def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
+        self.log = log
+        script = Path(sys.executable).parent / "lowkey-serve"
+        with log.open("wb") as f:
+            self.process = subprocess.Popen(
+                [str(script), *arguments, "--port", "0"],
+                stderr=f,
+                stdout=f,
+                cwd=log.parent,
+                env={**os.environ, **environment},
+            )
+        found = poll(
+            lambda: self.process.poll() is not None or re.search(r"running on (http://\S+)", log.read_text()),
+            "Uvicorn running on",
+        )
+        assert found is not True, log.read_text()
+        self.url = found[1]
+        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_S)
+
+    def wait_ready(self) -> "LiveServer":
+        poll(lambda: self.http.get("/ready").status_code == 200, "/ready is 200")
+        return self
+
+    def engines(self) -> dict[str, psutil.Process]:
+        """Engine processes by variant."""
+        found = {}
+        for process in psutil.Process(self.process.pid).children():
+            match = re.search(r'"variant":"([^"]+)"', " ".join(process.cmdline()))
+            if match:
+                found[match[1]] = process
+        return found
+
+    def complete(self, **fields: Any) -> dict[str, Any]:
+        """A completion that ends at no end of text unless `fields` say otherwise; the body of its 200."""
+        body = {"model": "dense", "prompt": "Once upon", "ignore_eos": True, **fields}
+        response = self.http.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def events(self, **fields: Any) -> list[str]:
+        """The data of each event of a streamed completion."""
+        body = {"model": "dense", "prompt": "Once upon", "ignore_eos": True, "stream": True, **fields}
+        with self.http.stream("POST", "/v1/completions", json=body) as response:
+            text = response.read().decode()
+            assert response.status_code == 200, text
+        blocks = text.split("\n\n")
+        assert blocks.pop() == ""
+        assert all(block.startswith("data: ") and "\n" not in block for block in blocks)
+        return [block.removeprefix("data: ") for block in blocks]
+
+    def samples(self) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+        """All samples of /metrics by name and labels."""
+        text = self.http.get("/metrics").text
+        return {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def sample(self, name: str, **labels: str) -> float:
+        """One sample, 0 if it does not exist."""
+        return self.samples().get((name, frozenset(labels.items())), 0.0)
+
+    def wait_idle(self, variant: str = "dense") -> None:
+        labels = {"variant": variant, "engine": "0"}
+        poll(
+            lambda: (
+                self.sample("lowkey_state_slots", **labels, state="used") == 0
+                and self.sample("lowkey_requests_waiting", **labels) == 0
+            ),
+            "no slot is used",
+        )
+
+    def stop(self) -> None:
+        """SIGTERM, then kill what is left."""
+        self.http.close()
+        children = [] if self.process.poll() is not None else psutil.Process(self.process.pid).children()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(40)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        for child in children:
+            if child.is_running():
+                child.kill()
