@@ -1,5 +1,6 @@
 """The FastAPI application: routes, middleware, and the life of the engines behind it."""
 
+import logging
 import re
 import secrets
 import time
@@ -8,6 +9,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api import compare, completions, errors, health, models
@@ -17,11 +19,13 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.variants import Variants
 
+logger = logging.getLogger("lowkey.api")
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestFrame:
-    """Around every HTTP request: its time of arrival, its id in and out, and the limit on its body."""
+    """Around every HTTP request: its time of arrival, its id in and out, the limit on its body, the last resort."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
         self._app = app
@@ -44,6 +48,7 @@ class RequestFrame:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
+        too_large = HTTPException(413, f"the body is over the limit of {self._max_body_bytes} bytes")
         received = 0
 
         async def limited_receive() -> Message:
@@ -51,21 +56,21 @@ class RequestFrame:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_body_bytes:
-                raise self._too_large()
+                raise too_large  # FastAPI takes any error of another type for a body that it can't parse
             return message
 
         length = headers.get(b"content-length", b"0")
         try:
             if length.isdigit() and int(length) > self._max_body_bytes:
-                raise self._too_large()
+                await APIError(413, str(too_large.detail)).response()(scope, receive, tagged_send)
+                return
             await self._app(scope, limited_receive, tagged_send)
-        except APIError as error:
+        except Exception:
             if started:
                 raise
-            await error.response()(scope, receive, tagged_send)
-
-    def _too_large(self) -> APIError:
-        return APIError(413, f"the request body is over the limit of {self._max_body_bytes} bytes")
+            logger.exception("unexpected error in request %s", request_id)
+            answer = APIError(500, "internal error; the server's log has the details")
+            await answer.response()(scope, receive, tagged_send)
 
 
 def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:

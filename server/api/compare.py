@@ -63,10 +63,12 @@ def _chosen(state: ServerState, body: CompareRequest) -> tuple[Variant, list[Var
         )
     for variant in chosen:
         admit(state, variant)
-        if variant.tokenizer_sha256 != baseline.tokenizer_sha256:
+    for variant in chosen:
+        sizes = variant.info.vocab_size, baseline.info.vocab_size
+        if variant.tokenizer_sha256 != baseline.tokenizer_sha256 or sizes[0] != sizes[1]:
             raise APIError(
                 400,
-                f"variants: {variant.name!r} has another tokenizer than {baseline.name!r}",
+                f"variants: {variant.name!r} has another tokenizer or vocabulary size than {baseline.name!r}",
                 param="variants",
             )
     needed = (body.max_tokens or 16) * baseline.info.vocab_size * FLOAT_BYTES
@@ -98,7 +100,12 @@ async def _compare(
         if not body.parallel:
             await generation.run()
     if body.parallel:
-        await asyncio.gather(*(generation.run() for generation in generations.values()))
+        tasks = [asyncio.create_task(generation.run()) for generation in generations.values()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:  # of those that go on when one has failed
+                task.cancel()
 
     base = generations[baseline.name]
     scores = await _score(state, baseline, others, base)

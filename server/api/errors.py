@@ -1,14 +1,12 @@
 """Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, code = HTTP status."""
 
-import logging
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-
-logger = logging.getLogger("lowkey.api")
 
 MAX_LISTED = 10
 MAX_ECHO = 200
@@ -26,21 +24,28 @@ class APIError(Exception):
     """An answer other than 200. `param` names the field at fault."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, retry_after_s: int | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.param = param
-        self.retry_after_s = retry_after_s
+        self.headers = dict(headers or {})
+        if retry_after_s is not None:
+            self.headers["retry-after"] = str(retry_after_s)
 
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.status}}
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
-        return JSONResponse(self.body(), self.status, headers)
+        return JSONResponse(self.body(), self.status, self.headers)
 
 
 def unavailable(message: str) -> APIError:
@@ -64,8 +69,10 @@ def from_validation(errors: list[dict[str, Any]]) -> APIError:
     listed = [_one(error) for error in errors[:MAX_LISTED]]
     if len(errors) > MAX_LISTED:
         listed.append(f"and {len(errors) - MAX_LISTED} more")
-    location = [str(part) for part in errors[0]["loc"] if part != "body"]
-    return APIError(400, "; ".join(listed), param=location[0] if location else None)
+    # Of unreadable JSON the location is an offset into it, which is no field.
+    location = [part for part in errors[0]["loc"] if part != "body"]
+    param = location[0] if location and isinstance(location[0], str) else None
+    return APIError(400, "; ".join(listed), param=param)
 
 
 def install(app: FastAPI) -> None:
@@ -81,10 +88,6 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
-        detail = f"{request.method} {request.url.path[:MAX_ECHO]}: {error.detail}"
-        return APIError(error.status_code, detail).response()
-
-    @app.exception_handler(Exception)
-    async def _unexpected(_: Request, error: Exception) -> JSONResponse:
-        logger.error("unexpected error", exc_info=error)
-        return APIError(500, "internal error; the server's log has the details").response()
+        # Not request.url: it is made with the client's Host header, whatever that is.
+        detail = f"{request.method} {request.scope['path'][:MAX_ECHO]}: {error.detail}"
+        return APIError(error.status_code, detail, headers=error.headers).response()

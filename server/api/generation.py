@@ -76,12 +76,11 @@ async def encode_prompt(state: ServerState, variant: Variant, fields: SamplingFi
         ids: list[int] = (await asyncio.to_thread(variant.tokenizer.encode, fields.prompt)).ids
     else:
         ids = fields.prompt
-        bad = next((i for i in ids if i >= variant.info.vocab_size), None)
-        if bad is not None:
-            vocab = variant.info.vocab_size
-            raise APIError(
-                400, f"prompt: token id {bad} is not below the vocabulary size {vocab}", param="prompt"
-            )
+    vocab = variant.info.vocab_size
+    if ids and max(ids) >= vocab:  # of a text too: a tokenizer may know more tokens than the model
+        raise APIError(
+            400, f"prompt: token id {max(ids)} is not below the vocabulary size {vocab}", param="prompt"
+        )
     if not ids:
         raise APIError(400, "prompt: is empty; at least one token is needed", param="prompt")
     limit, max_tokens = variant.info.context_length, fields.max_tokens or 16

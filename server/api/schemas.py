@@ -20,6 +20,13 @@ def _only(*no_ops: Any, when: str = "yet") -> BeforeValidator:
 
 def _prompt(value: Any) -> Any:
     """Tell apart what is wrong from what is only not there yet."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:  # JSON may hold half a surrogate pair, which no tokenizer takes
+            raise PydanticCustomError(
+                "not_text", "is no valid text at character {at}", {"at": e.start}
+            ) from None
     if isinstance(value, list) and value and isinstance(value[0], str | list):
         raise PydanticCustomError("not_supported", "several prompts in one request are not supported yet")
     return value
@@ -40,7 +47,7 @@ class SamplingFields(BaseModel):
     max_tokens: int | None = Field(16, ge=1, le=2**31, description="Most tokens to generate.")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(0, ge=-1, description="0 or -1: off.")
+    top_k: int | None = Field(0, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same draws.")
     stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None = Field(
