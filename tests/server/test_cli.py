@@ -1,0 +1,71 @@
+"""`lowkey-serve`: arguments, environment, and errors that say what would be right."""
+
+import pytest
+from typer.testing import CliRunner
+
+from server import cli
+from server.settings import Settings
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the command without a server: (result, settings that it would have served)."""
+    served = []
+    monkeypatch.setattr(cli, "run", served.append)
+
+    def invoke(*arguments, **environment):
+        served.clear()
+        result = CliRunner().invoke(cli.app, list(arguments), env=environment)
+        return result, served[0] if served else None
+
+    return invoke
+
+
+def test_variants_keep_their_order(run, tmp_path):
+    result, settings = run(f"reduced={tmp_path}", "dense=org/name@v1", "--port", "0", "--max-requests", "3")
+    assert result.exit_code == 0, result.output
+    assert list(settings.variants.items()) == [("reduced", str(tmp_path)), ("dense", "org/name@v1")]
+    assert (settings.port, settings.max_requests, settings.max_queue) == (0, 3, 256)
+
+
+def test_the_environment_counts_where_the_command_line_is_silent(run, tmp_path):
+    environment = {"LOWKEY_PORT": "9", "LOWKEY_MAX_QUEUE": "7", "LOWKEY_DRAIN_S": "2.5"}
+    _, settings = run(f"a={tmp_path}", "--port", "10", **environment)
+    assert (settings.port, settings.max_queue, settings.drain_s) == (10, 7, 2.5)
+    _, settings = run(LOWKEY_VARIANTS=f'{{"a": "{tmp_path}"}}')
+    assert settings.variants == {"a": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        ([], "no model to serve"),
+        (["demo/model"], "name=PATH_OR_HUB_ID"),
+        (["=x"], "name=PATH_OR_HUB_ID"),
+        (["dense="], "name=PATH_OR_HUB_ID"),
+        (["dense=/no/such/place"], "no such directory"),
+        (["dense=nowhere"], "no such directory"),
+        (["a=org/x", "a=org/y"], "twice"),
+        (["a b=org/x"], "a b"),
+        (["a=org/x", "--port", "99999"], "port"),
+        (["a=org/x", "--prefill-tokens", "100"], "multiple of 64"),
+        (["a=org/x", "--device", "tpu"], "device"),
+        (["a=org/x", "--dtype", "int8"], "dtype"),
+        (["a=org/x", "--max-requests", "0"], "max_requests"),
+        (["a=org/x", "--nonsense"], "nonsense"),
+    ],
+    ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else None,
+)
+def test_bad_usage_exits_with_2(run, arguments, mention):
+    result, settings = run(*arguments)
+    assert result.exit_code == 2 and settings is None
+    assert mention in " ".join(result.output.replace("│", " ").split())
+
+
+def test_help_has_examples(run):
+    result, _ = run("--help")
+    assert result.exit_code == 0 and "lowkey-serve dense=" in result.output
+
+
+def test_every_setting_is_documented():
+    assert all(field.description for field in Settings.model_fields.values())

@@ -1,0 +1,211 @@
+"""What clients see when queues are full, engines die, and the server is told to stop or is killed."""
+
+import contextlib
+import json
+import signal
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+from checkpoints import GATED, write_checkpoint
+from live_server import DEADLINE_S, LiveServer, poll
+
+DENSE = {"variant": "dense", "engine": "0"}
+ENDLESS = {"model": "dense", "prompt": "Hi", "max_tokens": 16_000, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def small(arguments, tmp_path_factory):
+    """Room for one request, and one that waits. The last test of those that use it stops it."""
+    log = tmp_path_factory.mktemp("small") / "log"
+    server = LiveServer(log, *arguments, "--max-requests", "1", "--max-queue", "1")
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def stream(server, **fields):
+    """A streamed completion: an iterator over the data of its events."""
+    with (
+        httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client,
+        client.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True, **fields}) as response,
+    ):
+        assert response.status_code == 200
+        yield (line.removeprefix("data: ") for line in response.iter_lines() if line)
+
+
+class InBackground:
+    """A request in a thread."""
+
+    def __init__(self, server, **fields):
+        self.response = None
+        self._fields = {**ENDLESS, **fields}
+        self._url = server.url
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self):
+        self.response = httpx.post(f"{self._url}/v1/completions", json=self._fields, timeout=DEADLINE_S)
+
+    def join(self):
+        self._thread.join(DEADLINE_S)
+        assert self.response is not None
+        return self.response
+
+
+def refused(response, *mentions):
+    assert response.status_code == 503, response.text
+    assert int(response.headers["retry-after"]) >= 1
+    error = response.json()["error"]
+    assert error["code"] == 503 and error["type"] == "service_unavailable" and error["param"] is None
+    for mention in mentions:
+        assert mention in error["message"]
+
+
+def test_a_full_queue_is_a_503(small):
+    with stream(small) as running:
+        next(running)
+        waiting = InBackground(small, max_tokens=3)
+        poll(lambda: small.sample("lowkey_requests_waiting", **DENSE) == 1, "one waits")
+        for fields in ({}, {"stream": True}):
+            refused(small.http.post("/v1/completions", json={**ENDLESS, **fields}), "dense", "queue")
+        refused(small.http.post("/v1/compare", json={"prompt": "x"}), "dense")
+        rejected = {"variant": "dense", "reason": "queue_full"}
+        assert small.sample("lowkey_requests_rejected_total", **rejected) == 3
+        # The other variant has a queue of its own.
+        assert small.complete(model="reduced", max_tokens=2)["usage"]["completion_tokens"] == 2
+    assert waiting.join().json()["usage"]["completion_tokens"] == 3
+    small.wait_idle()
+    assert small.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+def test_a_killed_engine_costs_its_variant_only_and_comes_back(small):
+    waiting = InBackground(small)
+    poll(lambda: small.sample("lowkey_state_slots", **DENSE, state="used") == 1, "it runs")
+    with stream(small) as events:
+        poll(lambda: small.sample("lowkey_requests_waiting", **DENSE) == 1, "the stream waits")
+        small.engines()["dense"].kill()
+        refused(waiting.join(), "dense")
+        *_, error, done = events
+        assert done == "[DONE]"
+        error = json.loads(error)["error"]
+        assert error["code"] == 503 and "dense" in error["message"]
+    assert small.http.get("/health").status_code == 200
+    refused(small.http.post("/v1/completions", json=ENDLESS), "dense", "down")
+    refused(small.http.post("/v1/compare", json={"prompt": "x"}), "dense")
+    refused(small.http.get("/ready", params={"variant": "dense"}), "dense")
+    assert small.http.get("/ready").status_code == 200
+    assert small.http.get("/ready", params={"variant": "reduced"}).status_code == 200
+    assert small.http.get("/v1/models/dense").json()["lowkey"]["status"] == "down"
+    assert small.complete(model="reduced", max_tokens=2)["usage"]["completion_tokens"] == 2
+    samples = small.samples()
+
+    def sample(name, **labels):
+        return samples.get((name, frozenset(labels.items())))
+
+    assert sample("lowkey_engine_up", **DENSE) == 0
+    assert sample("lowkey_engine_up", variant="reduced", engine="0") == 1
+    assert sample("lowkey_engine_restarts_total", **DENSE) == 1
+    assert sample("lowkey_state_slots", **DENSE, state="used") == 0
+    assert sample("lowkey_requests_waiting", **DENSE) == 0
+    ended = {"variant": "dense", "endpoint": "completions"}
+    assert sample("lowkey_requests_total", **ended, finish_reason="error") == 2
+    assert sample("lowkey_requests_rejected_total", variant="dense", reason="engine_down") == 2
+    poll(lambda: small.http.get("/ready", params={"variant": "dense"}).status_code == 200, "it is back")
+    assert small.complete(max_tokens=4)["usage"]["completion_tokens"] == 4
+    assert small.sample("lowkey_engine_up", **DENSE) == 1
+    assert small.sample("lowkey_engine_restarts_total", **DENSE) == 1
+
+
+def test_a_stream_that_runs_when_its_engine_dies_ends_in_an_error(small):
+    with stream(small, model="reduced") as events:
+        first = json.loads(next(events))
+        assert first["choices"][0]["finish_reason"] is None
+        small.engines()["reduced"].kill()
+        *rest, error, done = events
+    assert done == "[DONE]" and json.loads(error)["error"]["code"] == 503
+    assert all(json.loads(e)["choices"][0]["finish_reason"] is None for e in rest)
+    poll(lambda: small.http.get("/ready", params={"variant": "reduced"}).status_code == 200, "it is back")
+
+
+def test_sigterm_lets_the_running_requests_end(small):
+    engines = list(small.engines().values())
+    assert len(engines) == 2
+    keep_alive = httpx.Client(base_url=small.url, timeout=DEADLINE_S)
+    assert keep_alive.get("/ready").status_code == 200
+    with stream(small, max_tokens=300, stream_options={"include_usage": True}) as events:
+        next(events)
+        small.process.send_signal(signal.SIGTERM)
+
+        def refuses():
+            try:
+                response = keep_alive.get("/ready")
+            except httpx.TransportError:
+                return True
+            return response.status_code == 503
+
+        poll(refuses, "it refuses new work")
+        with pytest.raises(httpx.TransportError):
+            poll(lambda: httpx.get(f"{small.url}/health", timeout=5) is None, "it no longer listens")
+        *_, usage, done = events
+    assert done == "[DONE]"
+    assert json.loads(usage)["usage"]["completion_tokens"] == 300
+    assert small.process.wait(DEADLINE_S) == 0
+    for engine in engines:
+        poll(lambda engine=engine: not engine.is_running(), "the engine has ended")
+    assert "Traceback" not in small.log.read_text()
+    keep_alive.close()
+
+
+def test_sigterm_does_not_wait_for_an_endless_request(arguments, tmp_path):
+    server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_S="1")
+    try:
+        server.wait_ready()
+        with stream(server) as events:
+            next(events)
+            sent = time.monotonic()
+            server.process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(httpx.TransportError):
+                assert "[DONE]" not in list(events)
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - sent >= 0.9
+    finally:
+        server.stop()
+
+
+def test_engines_end_when_the_server_is_killed(arguments, tmp_path):
+    server = LiveServer(tmp_path / "log", arguments[0])
+    try:
+        # The engine says that it is loaded before the server knows.
+        server.wait_ready()
+        (engine,) = server.engines().values()
+        with stream(server) as events:
+            next(events)
+            server.process.kill()
+            server.process.wait()
+            poll(lambda: not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE, "it has ended")
+            with contextlib.suppress(httpx.TransportError):
+                list(events)
+    finally:
+        server.stop()
+
+
+def test_a_server_whose_checkpoint_cannot_be_loaded_ends_with_1(tmp_path):
+    path = write_checkpoint(tmp_path / "bad", GATED)
+    (path / "config.json").write_text(json.dumps({**GATED, "hidden_size": 72}))
+    server = LiveServer(tmp_path / "log", f"bad={path}")
+    try:
+        response = server.http.get("/ready")
+        assert response.status_code == 503 and "still loading: bad" in response.json()["error"]["message"]
+        refused(server.http.post("/v1/completions", json={**ENDLESS, "model": "bad"}), "still loading")
+        assert server.http.get("/v1/models/bad").json()["lowkey"] == {"status": "loading"}
+        assert server.process.wait(DEADLINE_S) == 1
+    finally:
+        server.stop()
+    log = server.log.read_text()
+    assert "cannot load" in log and "shape" in log and "variant 'bad' could not be loaded" in log
+    assert "Traceback" not in log
