@@ -275,9 +275,7 @@ def _statistics(
                 f"stats={str(stats)!r} exists and is used as it is; drop --text, --windows and --window-length, "
                 "or name a new file to calibrate again"
             )
-        statistics = load_statistics(stats)
-        statistics.check_source(checkpoint)
-        return statistics
+        return load_statistics(stats)
     statistics = _calibrate(checkpoint, text, windows, window_length, seed, device)
     save_statistics(statistics, stats or out.with_name(f"{out.name}.stats.safetensors"))
     return statistics

@@ -54,9 +54,9 @@ def test_every_percent_of_every_width_is_rounded_as_whole_numbers():
         spec = spec_of(d_k, d_v=d_k)
         for percent in range(1, 100):
             low, rest = divmod(d_k * (100 - percent), 100)
-            expected = {low + (rest > 50)} if rest != 50 else {low, low + 1}
-            if max(expected) >= 1 and low + (rest > 50) >= 1:
-                assert widths_for_ratio(spec, percent / 100)[0] in expected
+            expected = low + (rest > 50 or (rest == 50 and low % 2))  # halves to even
+            if expected:
+                assert widths_for_ratio(spec, percent / 100) == (expected,) * 3, (d_k, percent)
 
 
 def test_ratio_is_of_each_layer():
