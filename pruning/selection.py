@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -48,8 +49,9 @@ def widths_for_ratio(spec: ModelSpec, ratio: float) -> tuple[int, ...]:
         raise PruningError(
             f"ratio={ratio} must be above 0 and below 1: the share of channels removed (0.5 halves)"
         )
-    # Not floored: 80 * (1 - 0.8) is 15.999999999999996.
-    widths = tuple(round(d_k * (1 - ratio)) for d_k in spec.d_k)
+    # As a fraction of whole numbers: 80 * (1 - 0.8) is 15.999999999999996 in floats.
+    share = 1 - Fraction(str(ratio))
+    widths = tuple(round(d_k * share) for d_k in spec.d_k)
     if min(widths) < 1:
         layer = widths.index(min(widths))
         raise PruningError(f"ratio={ratio} leaves no channel of the {spec.d_k[layer]} in layer {layer}")
