@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checkpoints import DELTA, GATED
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
@@ -190,3 +191,4 @@ class SlotBookkeeping(RuleBasedStateMachine):
 
 
 TestSlotBookkeeping = SlotBookkeeping.TestCase
+TestSlotBookkeeping.settings = settings(max_examples=40, stateful_step_count=30)
