@@ -312,7 +312,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.runner.order == order, "not first come first served"
 
 
-EngineMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+EngineMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
 TestEngineMachine = EngineMachine.TestCase
 
 
