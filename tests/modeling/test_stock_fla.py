@@ -12,6 +12,9 @@ from modeling.families import family_of
 from modeling.model import Model
 from modeling.state import StatePool
 
+# Seconds of CPU time, but minutes on a machine that is busy with something else.
+pytestmark = pytest.mark.timeout(900)
+
 SHAPES = {
     "delta_net-1.3B": {"model_type": "delta_net"},
     "gated_deltanet-defaults": {"model_type": "gated_deltanet"},

@@ -62,7 +62,7 @@ def ask_stock_fla(
         env=os.environ | {"TRITON_INTERPRET": "1", "FLA_CACHE_RESULTS": "0"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=600,
     )
     if done.returncode:
         raise RuntimeError(f"stock fla failed:\n{done.stderr[-4000:]}")
