@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import signal
 import threading
 import time
@@ -179,10 +180,11 @@ def test_sigterm_does_not_wait_for_an_endless_request(arguments, tmp_path):
 
 def test_engines_end_when_the_server_is_killed(arguments, tmp_path):
     server = LiveServer(tmp_path / "log", arguments[0])
+    runtime_dir = tmp_path / "unknown"
     try:
-        # The engine says that it is loaded before the server knows.
         server.wait_ready()
         (engine,) = server.engines().values()
+        runtime_dir = server.runtime_dir()
         with stream(server) as events:
             next(events)
             server.process.kill()
@@ -192,6 +194,8 @@ def test_engines_end_when_the_server_is_killed(arguments, tmp_path):
                 list(events)
     finally:
         server.stop()
+        # Nobody was left to remove its sockets.
+        shutil.rmtree(runtime_dir, ignore_errors=True)
 
 
 def test_a_server_whose_checkpoint_cannot_be_loaded_ends_with_1(tmp_path):

@@ -92,6 +92,13 @@ class LiveServer:
                 found[match[1]] = process
         return found
 
+    def runtime_dir(self) -> Path:
+        """The server's directory of sockets and shared log-probabilities."""
+        (engine, *_) = self.engines().values()
+        address = re.search(r'"input_address":"ipc://([^"]+)"', " ".join(engine.cmdline()))
+        assert address is not None
+        return Path(address[1]).parent
+
     def complete(self, **fields: Any) -> dict[str, Any]:
         """A completion that ends at no end of text unless `fields` say otherwise; the body of its 200."""
         body = {"model": "dense", "prompt": "Once upon", "ignore_eos": True, **fields}
