@@ -65,8 +65,8 @@ class Checkpoint:
         try:
             with safe_open(single, framework="pt") as f:
                 return dict.fromkeys(f.keys(), single)
-        except SafetensorError as e:
-            raise CheckpointError(f"{single} is not a safetensors file: {e}") from e
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{single} can't be read as safetensors: {e}") from e
 
     @cached_property
     def reduction(self) -> dict[str, Any] | None:
@@ -90,7 +90,7 @@ class Checkpoint:
         try:
             with safe_open(self.files[name], framework="pt") as f:
                 tensor: Tensor = f.get_tensor(name)
-        except SafetensorError as e:
+        except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
         return tensor
 
@@ -112,9 +112,11 @@ class Checkpoint:
             state[m.ours] = self._join(m, shape).to(
                 device=device, dtype=torch.promote_types(dtype, torch.float32) if keep_fp32 else dtype
             )
-        model.load_state_dict(state, strict=not self.spec.tie_embeddings, assign=True)
         if self.spec.tie_embeddings:
-            model.lm_head.weight = model.embeddings.weight
+            state["lm_head.weight"] = state["embeddings.weight"]
+        model.load_state_dict(state, assign=True)
+        if self.spec.tie_embeddings:
+            model.lm_head.weight = model.embeddings.weight  # `assign` has made two parameters of one tensor
         return model.eval().requires_grad_(False)
 
     def _check_names(self, maps: list[TensorMap]) -> None:
@@ -219,9 +221,16 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        if path.exists():  # put aside first: a crash must not lose both
+            old = temporary.with_name(f"{temporary.name}.old")
+            path.rename(old)
+            temporary.rename(path)
+            if old.is_symlink():
+                old.unlink()
+            else:
+                shutil.rmtree(old)
+        else:
+            temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -238,6 +247,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
         raise CheckpointError(f"{path} is missing") from e
+    except OSError as e:
+        raise CheckpointError(f"{path} can't be read: {e}") from e
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise CheckpointError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(value, dict):

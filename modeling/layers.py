@@ -71,10 +71,11 @@ class ShortConv(nn.Module):
         lengths = [b - a for a, b in itertools.pairwise(cu_seqlens)]
         pieces = zip(before.unbind(), x.split(lengths), strict=True)
         buffer = torch.cat([piece for pair in pieces for piece in pair])
+        inputs, weight = wide(buffer), wide(self.weight)
         length = buffer.shape[0] - history
-        y = buffer[:length] * self.weight[:, 0]
+        y = inputs[:length] * weight[:, 0]
         for j in range(1, kernel):
-            y = torch.addcmul(y, buffer[j : j + length], self.weight[:, j])
+            y = torch.addcmul(y, inputs[j : j + length], weight[:, j])
         if sequences > 1:
             seams = [n for length in lengths for n in (length, history)][:-1]
             y = torch.cat(y.split(seams)[::2])
@@ -82,16 +83,16 @@ class ShortConv(nn.Module):
             y = y + self.bias
         ends = [cu_seqlens[i + 1] + (i + 1) * history for i in range(sequences)]
         last = torch.stack([buffer[end - history : end] for end in ends])
-        return F.silu(y), last.transpose(1, 2)
+        return F.silu(y).to(x.dtype), last.transpose(1, 2)
 
     def decode(self, x: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
         """x `[B, channels]`, pool `[slots, channels, kernel - 1]` updated in place at `slots` `[B]`."""
         window = torch.cat([pool[slots].to(x.dtype), x[..., None]], dim=-1)
         pool[slots] = window[..., 1:].to(pool.dtype)
-        y = (window * self.weight).sum(-1)
+        y = (wide(window) * wide(self.weight)).sum(-1)
         if self.bias is not None:
             y = y + self.bias
-        return F.silu(y)
+        return F.silu(y).to(x.dtype)
 
 
 class Mixer(nn.Module):

@@ -321,7 +321,9 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as e:
         raise PruningError(f"device={name!r} is no device; give cpu, cuda or cuda:N") from e
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+    if device.type not in ("cpu", "cuda") or (
+        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    ):
         raise PruningError(f"device={name!r} is not available here; give cpu")
     return device
 

@@ -1,7 +1,7 @@
 """`lowkey-serve`: serve dense and reduced variants of a model side by side."""
 
 import logging
-import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -30,19 +30,33 @@ Every option can also be set in the environment, e.g. LOWKEY_MAX_REQUESTS=128.
 
 
 class Server(uvicorn.Server):
-    """uvicorn that on SIGTERM or SIGINT refuses new work, lets the running requests end, and exits with 0."""
+    """uvicorn that on SIGTERM or SIGINT refuses new work, lets the running requests end, and exits with 0.
+
+    While it drains it still listens: /ready and new requests get their 503.
+    """
 
     def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
         super().__init__(config)
         self._state = state
+        self._drain_until = 0.0
         self.failed: str | None = None
         """The variant that could not be loaded, if that is why the server stopped."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not uvicorn's own: that one kills the process with the same signal once all is done."""
+        """Not uvicorn's own: that one stops listening at once, and kills the process when all is done."""
+        if self._state.draining:  # asked a second time
+            self.should_exit = self.force_exit = True
         self._state.draining = True
-        self.force_exit = self.should_exit and sig == signal.SIGINT  # a second Ctrl-C
-        self.should_exit = True
+        self._drain_until = time.monotonic() + self._state.settings.drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: once a drain is over, stop. Requests that outlast it get their error event first."""
+        if self._state.draining and not self.should_exit:
+            late = time.monotonic() > self._drain_until
+            if late:
+                await self._state.variants.close()
+            self.should_exit = late or not any(variant.admitted for variant in self._state.variants)
+        return await super().on_tick(counter)
 
     def fail(self, variant: str) -> None:
         self.failed = variant
@@ -123,7 +137,7 @@ def run(settings: Settings) -> None:
         log_config=None,
         access_log=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        timeout_graceful_shutdown=5,  # the drain itself is over by then
         server_header=False,
     )
     server = Server(config, fastapi_app.state.lowkey)

@@ -1,10 +1,13 @@
 """Prometheus metrics of the API process. Label values come from configuration only, never from a request."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from server.engine.messages import Occupancy, Ready, StepOutput
+from server.engine.messages import FinishReason, Occupancy, Ready, StepOutput
+
+Rejection = Literal["queue_full", "draining", "engine_down", "too_long"]
 
 ENGINE = "0"
 """Replica index of a variant's engine; there is one engine per variant."""
@@ -124,6 +127,10 @@ class Metrics:
         """Make the variant's series exist from the start, so that a rate over them is defined."""
         for metric in (self.prompt_tokens, self.generation_tokens):
             metric.labels(name)
+        for reason in get_args(FinishReason):
+            self.requests.labels(name, "completions", reason)
+        for reason in get_args(Rejection):
+            self.rejected.labels(name, reason)
         self.engine_up.labels(name, ENGINE).set(0)
         self.engine_restarts.labels(name, ENGINE)
 
@@ -133,17 +140,19 @@ class Metrics:
         self.load_seconds.labels(name, ENGINE).set(ready.load_s)
         self.weights_bytes.labels(name, ENGINE).set(ready.weights_bytes)
         self.state_bytes_per_request.labels(name).set(ready.state_bytes_per_request)
-        self.info.labels(
-            variant=name,
-            model=model,
-            family=ready.family,
-            d_k=one_or_many(ready.d_k),
-            d_v=one_or_many(ready.d_v),
-            method=ready.method or "none",
-            state_dtype=ready.state_dtype,
-            device=ready.device,
-            backend=ready.backend,
-        ).set(1)
+        labels = (
+            name,
+            model,
+            ready.family,
+            one_or_many(ready.d_k),
+            one_or_many(ready.d_v),
+            ready.method or "none",
+            ready.state_dtype,
+            ready.device,
+            ready.backend,
+        )
+        self.info.remove_by_labels({"variant": name})  # a checkpoint may have been replaced before a restart
+        self.info.labels(*labels).set(1)
         self.on_occupancy(name, ready, Occupancy(running=0, waiting=0, used_slots=0))
 
     def on_step(self, name: str, output: StepOutput) -> None:

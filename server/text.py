@@ -2,6 +2,9 @@
 
 from tokenizers import Tokenizer
 
+MAX_HELD_TOKENS = 64
+"""A character has at most four bytes, so tokens that make none for this long are broken bytes and are shown."""
+
 
 class Detokenizer:
     """Incremental decoding that never emits half a character: bytes are held back until they are whole.
@@ -12,7 +15,8 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
+        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._left_out = {token_id for token_id, token in added.items() if token.special}
         self._window: list[int] = []
         self._shown = 0
         """How many tokens of the window belong to the last piece."""
@@ -20,9 +24,12 @@ class Detokenizer:
 
     def add(self, token_id: int) -> str:
         """The text that this token completes, possibly empty."""
+        if token_id in self._left_out:
+            return ""
         self._window.append(token_id)
         text = self._decode()
-        if len(text) <= len(self._shown_text) or text.endswith("\ufffd"):
+        whole = not text.endswith("\ufffd") or len(self._window) - self._shown > MAX_HELD_TOKENS
+        if len(text) <= len(self._shown_text) or not whole:
             return ""
         piece = text[len(self._shown_text) :]
         del self._window[: self._shown]
@@ -36,7 +43,7 @@ class Detokenizer:
         return piece
 
     def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._window, skip_special_tokens=self._skip)
+        text: str = self._tokenizer.decode(self._window, skip_special_tokens=False)
         return text
 
 

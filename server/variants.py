@@ -23,8 +23,12 @@ class Variant:
         self.source = source
         self.client = client
         self.created = int(time.time())
+        self.admitted = 0
+        """Requests that were let in and have not been answered in full."""
         self._tokenizer: Tokenizer | None = None
         self.tokenizer_sha256 = ""
+        self.longest_token = 0
+        """Characters of the longest entry of the vocabulary: so much text takes at least one token."""
 
     @property
     def loaded(self) -> bool:
@@ -51,9 +55,13 @@ class Variant:
         return d_k[0] if len(set(d_k)) == 1 else d_k
 
     def load_tokenizer(self, checkpoint: Path) -> None:
+        """Read the checkpoint's tokenizer, unless it is the one that is there."""
         data = (checkpoint / "tokenizer.json").read_bytes()
-        self.tokenizer_sha256 = hashlib.sha256(data).hexdigest()
-        self._tokenizer = Tokenizer.from_buffer(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        if sha256 != self.tokenizer_sha256:
+            self._tokenizer = Tokenizer.from_buffer(data)
+            self.tokenizer_sha256 = sha256
+            self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
 
 class Variants:

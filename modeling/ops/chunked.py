@@ -137,9 +137,9 @@ def _chunked(
     finals.append(state)
 
     o = torch.cat(outputs).transpose(1, 2).reshape(-1, num_v_heads, d_v)
-    rank_to_sequence = torch.empty(len(order), dtype=torch.long, device=v.device)
-    rank_to_sequence[torch.tensor(order, device=v.device)] = torch.arange(len(order), device=v.device)
-    final_state = torch.cat(finals[::-1]).index_select(0, rank_to_sequence)
+    rank_of = torch.empty(len(order), dtype=torch.long, device=v.device)
+    rank_of[torch.tensor(order, device=v.device)] = torch.arange(len(order), device=v.device)
+    final_state = torch.cat(finals[::-1]).index_select(0, rank_of)
     position = torch.empty(tokens + 1, dtype=torch.long, device=v.device)
     position[index] = torch.arange(len(rows), device=v.device)
     return o.index_select(0, position[:tokens]), final_state

@@ -5,6 +5,7 @@ full vocabulary: KL, agreement of the most likely token, and the perplexity of t
 """
 
 import asyncio
+import contextlib
 import math
 import os
 import secrets
@@ -15,18 +16,18 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.api.errors import APIError, unavailable
+from server.api.errors import APIError, from_engine, unavailable
 from server.api.generation import (
     Generation,
     ServerState,
-    admit,
+    admitted,
     encode_prompt,
     find_variant,
     server_state,
     unless_disconnected,
 )
 from server.api.schemas import CompareRequest
-from server.engine.client import EngineUnavailableError
+from server.engine.client import BrokenOutputError, EngineError
 from server.engine.messages import KLReference, Score, Scored
 from server.variants import Variant
 
@@ -40,12 +41,16 @@ async def compare(body: CompareRequest, request: Request) -> dict[str, Any]:
     """Complete the prompt with each variant and measure the others against the baseline."""
     state = server_state(request)
     baseline, others = _chosen(state, body)
-    try:
-        return await unless_disconnected(
-            request, _compare(state, body, baseline, others, request.scope["lowkey.arrived"])
-        )
-    except EngineUnavailableError as e:
-        raise unavailable(str(e)) from e
+    with contextlib.ExitStack() as stack:
+        for variant in (baseline, *others):
+            stack.enter_context(admitted(state, variant))
+        _check_comparable(state, body, baseline, others)
+        try:
+            return await unless_disconnected(
+                request, _compare(state, body, baseline, others, request.scope["lowkey.arrived"])
+            )
+        except EngineError as e:
+            raise from_engine(e) from e
 
 
 def _chosen(state: ServerState, body: CompareRequest) -> tuple[Variant, list[Variant]]:
@@ -61,9 +66,14 @@ def _chosen(state: ServerState, body: CompareRequest) -> tuple[Variant, list[Var
         raise APIError(
             400, f"baseline: {baseline.name!r} is not among the variants {names}", param="baseline"
         )
-    for variant in chosen:
-        admit(state, variant)
-    for variant in chosen:
+    return baseline, [variant for variant in chosen if variant is not baseline]
+
+
+def _check_comparable(
+    state: ServerState, body: CompareRequest, baseline: Variant, others: list[Variant]
+) -> None:
+    """400 unless all have one tokenizer, and the log-probabilities fit. The variants have loaded."""
+    for variant in others:
         sizes = variant.info.vocab_size, baseline.info.vocab_size
         if variant.tokenizer_sha256 != baseline.tokenizer_sha256 or sizes[0] != sizes[1]:
             raise APIError(
@@ -71,15 +81,14 @@ def _chosen(state: ServerState, body: CompareRequest) -> tuple[Variant, list[Var
                 f"variants: {variant.name!r} has another tokenizer or vocabulary size than {baseline.name!r}",
                 param="variants",
             )
-    needed = (body.max_tokens or 16) * baseline.info.vocab_size * FLOAT_BYTES
+    needed = body.token_limit * baseline.info.vocab_size * FLOAT_BYTES
     if needed > state.settings.compare_bytes:
         most = state.settings.compare_bytes // (baseline.info.vocab_size * FLOAT_BYTES)
         raise APIError(
             400,
-            f"max_tokens: at most {most} in a comparison of these variants, got {body.max_tokens}",
+            f"max_tokens: at most {most} in a comparison of these variants, got {body.token_limit}",
             param="max_tokens",
         )
-    return baseline, [variant for variant in chosen if variant is not baseline]
 
 
 async def _compare(
@@ -91,10 +100,11 @@ async def _compare(
     order = [baseline, *others]
     if state.comparisons % 2 == 0:
         order.reverse()  # whoever goes first finds cold caches
+    prompt_ids = {variant.name: await encode_prompt(state, variant, body) for variant in order}
     generations: dict[str, Generation] = {}
     for variant in order:
         begins = arrived if variant is order[0] or body.parallel else time.monotonic()
-        ids = await encode_prompt(state, variant, body)
+        ids = prompt_ids[variant.name]
         generation = Generation(state, variant, body, ids, endpoint="compare", arrived=begins)
         generations[variant.name] = generation
         if not body.parallel:
@@ -108,7 +118,8 @@ async def _compare(
                 task.cancel()
 
     base = generations[baseline.name]
-    scores = await _score(state, baseline, others, base)
+    async with state.scoring:
+        scores = await _score(state, baseline, others, base)
     results = [_result(base, scores[baseline.name], None)]
     for variant in others:
         difference = _difference(base, generations[variant.name], scores[variant.name], bool(body.parallel))
@@ -154,7 +165,11 @@ async def _score(
         )
         scored: Scored = await variant.client.score(message)
         logprobs = scored.logprobs[: prompt - 1]
-        perplexity = math.exp(-sum(logprobs) / len(logprobs)) if logprobs else None
+        figures = [*scored.logprobs, *scored.kl]
+        if not all(map(math.isfinite, figures)):
+            raise BrokenOutputError(f"variant {variant.name!r} gave NaN or Inf for these tokens")
+        # No more than e^700: a broken model's perplexity must still be a number.
+        perplexity = math.exp(min(-sum(logprobs) / len(logprobs), 700.0)) if logprobs else None
         return _Scores(perplexity, scored.kl, scored.agree)
 
     try:

@@ -4,23 +4,24 @@ import contextlib
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from server.api.errors import APIError, unavailable
+from server.api.errors import from_engine
 from server.api.generation import (
     Generation,
-    admit,
+    admitted,
     encode_prompt,
     find_variant,
     server_state,
     unless_disconnected,
 )
 from server.api.schemas import CompletionRequest, StreamOptions
-from server.engine.client import EngineUnavailableError
+from server.engine.client import EngineError
 
 router = APIRouter()
 
@@ -33,32 +34,45 @@ def sse(data: dict[str, Any] | str) -> str:
 DONE = sse("[DONE]")
 
 
+class EventStream(StreamingResponse):
+    """Server-sent events; calls `on_end` once nothing more is sent, however that came about."""
+
+    def __init__(self, events: AsyncGenerator[str], *, on_end: Callable[[], None]) -> None:
+        # Proxies must pass tokens on at once.
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Complete a prompt, streaming or not."""
     state = server_state(request)
     variant = find_variant(state, body.model, "model")
-    admit(state, variant)
-    arrived = request.scope["lowkey.arrived"]
-    prompt_ids = await encode_prompt(state, variant, body)
-    generation = Generation(state, variant, body, prompt_ids, endpoint="completions", arrived=arrived)
-    head = {
-        "id": f"cmpl-{secrets.token_hex(12)}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": variant.name,
-    }
-    if body.stream:
-        stream = _stream(head, generation, body.stream_options or StreamOptions())
-        headers = {
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",
-        }  # proxies must pass tokens on at once
-        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-    try:
-        await unless_disconnected(request, generation.run())
-    except EngineUnavailableError as e:
-        raise unavailable(str(e)) from e
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(admitted(state, variant))
+        prompt_ids = await encode_prompt(state, variant, body)
+        arrived = request.scope["lowkey.arrived"]
+        generation = Generation(state, variant, body, prompt_ids, endpoint="completions", arrived=arrived)
+        head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": variant.name,
+        }
+        if body.stream:
+            options = body.stream_options or StreamOptions()
+            return EventStream(_stream(head, generation, options), on_end=stack.pop_all().close)
+        try:
+            await unless_disconnected(request, generation.run())
+        except EngineError as e:
+            raise from_engine(e) from e
     speed = generation.tokens_per_second
     return JSONResponse(
         {
@@ -94,8 +108,8 @@ async def _stream(
         async with contextlib.aclosing(generation.pieces()) as pieces:
             async for piece in pieces:
                 yield chunk([_choice(piece, None)])
-    except EngineUnavailableError as e:
-        yield sse(APIError(503, str(e)).body())
+    except EngineError as e:
+        yield sse(from_engine(e).body())
         yield DONE
         return
     finish = [_choice("", generation.finish_reason)]

@@ -8,6 +8,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+from server.engine.client import EngineError, EngineUnavailableError
+
 MAX_LISTED = 10
 MAX_ECHO = 200
 
@@ -46,6 +48,11 @@ class APIError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def from_engine(error: EngineError) -> APIError:
+    """503 where another try may help, 500 where it won't."""
+    return unavailable(str(error)) if isinstance(error, EngineUnavailableError) else APIError(500, str(error))
 
 
 def unavailable(message: str) -> APIError:

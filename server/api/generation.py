@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -12,9 +12,9 @@ from fastapi import Request
 
 from server.api.errors import APIError, unavailable
 from server.api.schemas import SamplingFields
-from server.engine.client import EngineUnavailableError
+from server.engine.client import EngineError
 from server.engine.messages import Generate, Sampling, Token
-from server.metrics import Metrics
+from server.metrics import Metrics, Rejection
 from server.settings import Settings
 from server.text import Detokenizer, StopMatcher
 from server.variants import Variant, Variants
@@ -30,7 +30,9 @@ class ServerState:
     variants: Variants
     metrics: Metrics
     draining: bool = False
-    comparisons: int = field(default=0)
+    scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One comparison at a time may hold `compare_bytes` of shared memory."""
+    comparisons: int = 0
     """How many /v1/compare have run: the order of the variants alternates."""
 
 
@@ -48,9 +50,19 @@ def find_variant(state: ServerState, name: str, param: str) -> Variant:
     return variant
 
 
-def admit(state: ServerState, variant: Variant) -> None:
-    """Refuse (503) what can't be served now, before anything is sent."""
-    reason: Literal["draining", "engine_down", "queue_full"]
+@contextlib.contextmanager
+def admitted(state: ServerState, variant: Variant) -> Iterator[None]:
+    """A place in the variant's queue, from here to the end of the answer. 503 if there is none now."""
+    _check_admission(state, variant)
+    variant.admitted += 1
+    try:
+        yield
+    finally:
+        variant.admitted -= 1
+
+
+def _check_admission(state: ServerState, variant: Variant) -> None:
+    reason: Rejection
     if state.draining:
         reason, message = "draining", "the server is shutting down"
     elif not variant.client.up:
@@ -58,10 +70,10 @@ def admit(state: ServerState, variant: Variant) -> None:
             "engine_down",
             f"variant {variant.name!r} is {'down' if variant.loaded else 'still loading'}",
         )
-    elif variant.client.in_flight >= state.settings.max_requests + state.settings.max_queue:
+    elif variant.admitted >= state.settings.max_requests + state.settings.max_queue:
         reason, message = (
             "queue_full",
-            f"variant {variant.name!r} has {variant.client.in_flight} requests in its queue",
+            f"variant {variant.name!r} has {variant.admitted} requests in its queue",
         )
     else:
         return
@@ -72,8 +84,12 @@ def admit(state: ServerState, variant: Variant) -> None:
 async def encode_prompt(state: ServerState, variant: Variant, fields: SamplingFields) -> list[int]:
     """Token ids of the prompt. 400 if it is empty, has ids that the model lacks, or leaves no room."""
     if isinstance(fields.prompt, str):
-        # In a thread: megabytes of text take seconds, and the event loop serves everybody.
-        ids: list[int] = (await asyncio.to_thread(variant.tokenizer.encode, fields.prompt)).ids
+        # No need to tokenise what can't fit. The rest in a thread, as a batch: `encode` would hold the GIL.
+        least = len(fields.prompt) // variant.longest_token
+        if least > variant.info.context_length:
+            counts = f"the prompt has at least {least}"
+            raise _too_long(state, variant, counts, "prompt")
+        ids: list[int] = (await asyncio.to_thread(variant.tokenizer.encode_batch, [fields.prompt]))[0].ids
     else:
         ids = fields.prompt
     vocab = variant.info.vocab_size
@@ -83,16 +99,19 @@ async def encode_prompt(state: ServerState, variant: Variant, fields: SamplingFi
         )
     if not ids:
         raise APIError(400, "prompt: is empty; at least one token is needed", param="prompt")
-    limit, max_tokens = variant.info.context_length, fields.max_tokens or 16
+    limit, max_tokens = variant.info.context_length, fields.token_limit
     if len(ids) + max_tokens > limit:
-        state.metrics.rejected.labels(variant.name, "too_long").inc()
-        raise APIError(
-            400,
-            f"prompt and max_tokens: the context length is {limit} tokens, but the prompt has {len(ids)} and "
-            f"max_tokens is {max_tokens}, {len(ids) + max_tokens} together",
-            param="max_tokens" if len(ids) < limit else "prompt",
-        )
+        param = "max_tokens" if len(ids) < limit else "prompt"
+        counts = f"the prompt has {len(ids)} and max_tokens is {max_tokens}, {len(ids) + max_tokens} together"
+        raise _too_long(state, variant, counts, param)
     return ids
+
+
+def _too_long(state: ServerState, variant: Variant, counts: str, param: str) -> APIError:
+    state.metrics.rejected.labels(variant.name, "too_long").inc()
+    limit = variant.info.context_length
+    message = f"prompt and max_tokens: the context length is {limit} tokens, but {counts}"
+    return APIError(400, message, param=param)
 
 
 class Generation:
@@ -132,7 +151,7 @@ class Generation:
         self._message = Generate(
             request_id=secrets.token_hex(8),
             token_ids=self.prompt_ids,
-            max_tokens=fields.max_tokens or 16,
+            max_tokens=fields.token_limit,
             sampling=Sampling(
                 temperature=1.0 if fields.temperature is None else fields.temperature,
                 top_p=1.0 if fields.top_p is None else fields.top_p,
@@ -147,9 +166,8 @@ class Generation:
         """The text as it comes, in pieces that are never empty. Leaving early aborts the request.
 
         Raises:
-            EngineUnavailableError: the engine went away.
+            EngineError: the engine went away, or the model's output is broken.
         """
-        self._metrics.prompt_tokens.labels(self.variant.name).inc(len(self.prompt_ids))
         try:
             async with contextlib.aclosing(self.variant.client.generate(self._message)) as tokens:
                 async for token in tokens:
@@ -159,7 +177,7 @@ class Generation:
                         yield piece
                     if self.finish_reason is not None:
                         return
-        except EngineUnavailableError:
+        except EngineError:
             self.finish_reason = "error"
             raise
         finally:
@@ -177,6 +195,7 @@ class Generation:
         now = time.monotonic()
         if self._last is None:
             self._first = now
+            self._metrics.prompt_tokens.labels(self.variant.name).inc(len(self.prompt_ids))
             self._queue_s = token.queue_s
             self._metrics.ttft.labels(self.variant.name).observe(now - self._arrived)
             if token.queue_s is not None and token.prefill_s is not None:
@@ -202,9 +221,9 @@ class Generation:
     def _record(self) -> None:
         name, metrics = self.variant.name, self._metrics
         metrics.requests.labels(name, self._endpoint, self.finish_reason).inc()
-        metrics.request_state_bytes.labels(name).observe(self.variant.info.state_bytes_per_request)
         metrics.request_seconds.labels(name).observe(time.monotonic() - self._arrived)
         if self._first is not None and self._last is not None:
+            metrics.request_state_bytes.labels(name).observe(self.variant.info.state_bytes_per_request)
             metrics.decode.labels(name).observe(self._last - self._first)
         speed = self.tokens_per_second
         if speed is not None:

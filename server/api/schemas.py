@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationInfo,
+)
 from pydantic_core import PydanticCustomError
 
 
@@ -32,8 +39,11 @@ def _prompt(value: Any) -> Any:
     return value
 
 
+Name = Annotated[str, StringConstraints(max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+"""Fails at the first bad id: a million of them would make a million errors, of which ten are shown."""
 
 
 class SamplingFields(BaseModel):
@@ -41,7 +51,7 @@ class SamplingFields(BaseModel):
 
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    prompt: Annotated[str | list[TokenId], BeforeValidator(_prompt)] = Field(
+    prompt: Annotated[str | TokenIds, BeforeValidator(_prompt)] = Field(
         description="Text, or token ids of the model's own tokenizer."
     )
     max_tokens: int | None = Field(16, ge=1, le=2**31, description="Most tokens to generate.")
@@ -50,10 +60,10 @@ class SamplingFields(BaseModel):
     top_k: int | None = Field(0, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63, description="Same seed, same draws.")
-    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=16)] | None = Field(
+    stop: NonEmpty | Annotated[list[NonEmpty], Field(max_length=16, fail_fast=True)] | None = Field(
         None, description="Text that ends the completion; not part of it."
     )
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
     ignore_eos: bool | None = Field(False, description="Go on after an end-of-text token.")
     skip_special_tokens: bool | None = True
 
@@ -71,6 +81,11 @@ class SamplingFields(BaseModel):
     suffix: Annotated[Any, _only(None, when="")] = None
     tools: Annotated[Any, _only(None, [], when="")] = None
     response_format: Annotated[Any, _only(None, {"type": "text"}, when="")] = None
+
+    @property
+    def token_limit(self) -> int:
+        """`max_tokens`, or OpenAI's default where it is null."""
+        return 16 if self.max_tokens is None else self.max_tokens
 
 
 class StreamOptions(BaseModel):
@@ -96,10 +111,10 @@ class CompletionRequest(SamplingFields):
 class CompareRequest(SamplingFields):
     """POST /v1/compare."""
 
-    variants: Annotated[list[str], Field(min_length=2, max_length=16)] | None = Field(
+    variants: Annotated[list[Name], Field(min_length=2, max_length=16, fail_fast=True)] | None = Field(
         None, description="Which variants; all of them if not given."
     )
-    baseline: str | None = Field(
+    baseline: Name | None = Field(
         None, description="What the others are compared with; the first one if not given."
     )
     parallel: bool | None = Field(

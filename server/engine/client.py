@@ -6,6 +6,7 @@ Imports no torch: the API process stays light and never blocks on a device.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import sys
 import time
@@ -38,7 +39,15 @@ MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
 
 
-class EngineUnavailableError(Exception):
+class EngineError(Exception):
+    """A request that an engine could not answer."""
+
+
+class BrokenOutputError(EngineError):
+    """The model's output is not finite."""
+
+
+class EngineUnavailableError(EngineError):
     """The engine is not there (loading, down), or died with this request in it."""
 
 
@@ -75,12 +84,8 @@ class EngineClient:
         self._socket: zmq.Socket[bytes] | None = None
         self._requests: dict[str, asyncio.Queue[Token | Scored | None]] = {}
         self._task: asyncio.Task[None] | None = None
-        self._closing = False
-
-    @property
-    def in_flight(self) -> int:
-        """Requests sent and not finished."""
-        return len(self._requests)
+        self._ready_at = math.inf
+        """time.monotonic() of the last Ready; infinite until this start's."""
 
     def start(self) -> None:
         """Start the process and keep it running until `close`."""
@@ -88,7 +93,6 @@ class EngineClient:
 
     async def close(self) -> None:
         """Stop the process; requests still in it fail with EngineUnavailableError."""
-        self._closing = True
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -100,10 +104,15 @@ class EngineClient:
 
         Raises:
             EngineUnavailableError: before or between tokens.
+            BrokenOutputError: the model gave NaN or Inf.
         """
         async with contextlib.aclosing(self._exchange(message)) as items:
             async for item in items:
                 if isinstance(item, Token):
+                    if item.finish_reason == "error":
+                        raise BrokenOutputError(
+                            f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
+                        )
                     yield item
 
     async def score(self, message: Score) -> Scored:
@@ -148,7 +157,7 @@ class EngineClient:
         backoff, generation = 1.0, 0
         while True:
             generation += 1
-            began = time.monotonic()
+            self._ready_at = math.inf
             code: int | None = None
             try:
                 code = await self._run_once(generation)
@@ -160,7 +169,8 @@ class EngineClient:
             if code == CANNOT_LOAD and self.ready is None:
                 self._on_fatal()
                 return
-            if time.monotonic() - began > HEALTHY_AFTER_S:
+            self._on_down()
+            if time.monotonic() - self._ready_at > HEALTHY_AFTER_S:
                 backoff = 1.0
             logger.info("%s: restarting in %.0f s", self.config.variant, backoff)
             await asyncio.sleep(backoff)
@@ -221,7 +231,7 @@ class EngineClient:
             match message:
                 case Ready():
                     self._on_ready(message)
-                    self.ready, self.up = message, True
+                    self.ready, self.up, self._ready_at = message, True, time.monotonic()
                 case StepOutput():
                     self._deliver(message)
                     self._on_step(message)
@@ -240,5 +250,3 @@ class EngineClient:
         self.up, self._socket = False, None
         for queue in self._requests.values():
             queue.put_nowait(None)
-        if not self._closing:
-            self._on_down()

@@ -16,7 +16,7 @@ from server.engine.messages import (
     Token,
 )
 from server.engine.request import Request
-from server.engine.runner import PendingStep, Runner
+from server.engine.runner import BROKEN, PendingStep, Runner
 from server.engine.scheduler import Scheduler
 
 
@@ -38,6 +38,7 @@ class Engine:
         self._runner = runner
         self._depth = depth
         self._launched: deque[_Launched] = deque()
+        self._collected_at = 0.0
 
     @property
     def idle(self) -> bool:
@@ -83,6 +84,8 @@ class Engine:
             rows.request.logprobs += rows.logprobs.tolist()
             rows.request.kl += rows.kl.tolist()
             rows.request.agree += rows.agree.tolist()
+        step_s = now - max(launched.at, self._collected_at)  # a step launched ahead waits for the one before
+        self._collected_at = now
         batch = launched.step.batch
         scored = [
             self._scored(chunk.request)
@@ -97,7 +100,7 @@ class Engine:
             tokens=tokens,
             scored=scored,
             phase="mixed" if batch.decodes and batch.prefills else "decode" if batch.decodes else "prefill",
-            step_s=now - launched.at,
+            step_s=step_s,
             batch_size=len(batch.requests),
             occupancy=self.occupancy,
         )
@@ -108,7 +111,9 @@ class Engine:
             return None
         request.accepted += 1
         reason: FinishReason | None = None
-        if token in request.message.stop_token_ids:
+        if token == BROKEN:
+            reason = "error"
+        elif token in request.message.stop_token_ids:
             reason = "stop"
         elif request.accepted == request.message.max_tokens:
             reason = "length"

@@ -7,7 +7,7 @@ import msgspec
 CANNOT_LOAD = 78
 """Exit code of an engine whose checkpoint is no good (EX_CONFIG): starting it again would not help."""
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,8 +26,12 @@ def pick_device(config: EngineConfig) -> str:
     """ "auto" is a GPU where there is one."""
     if config.device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device != "cpu" and not torch.cuda.is_available():
-        raise CheckpointError(f"device={config.device!r}, but torch finds no GPU here; use cpu or auto")
+    if config.device != "cpu":
+        index, count = torch.device(config.device).index or 0, torch.cuda.device_count()
+        if index >= count:
+            raise CheckpointError(
+                f"device={config.device!r}, but torch finds {count} GPUs here; use cpu or auto"
+            )
     return config.device
 
 
@@ -102,7 +106,7 @@ def serve(config: EngineConfig) -> None:
 
     try:
         engine, ready = build(config)
-    except (CheckpointError, ConfigError) as e:
+    except (CheckpointError, ConfigError, torch.OutOfMemoryError) as e:
         logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
         sys.exit(CANNOT_LOAD)
     send(ready)

@@ -20,6 +20,9 @@ from server.engine.scheduler import Batch, PrefillChunk
 LOGIT_ROWS = 64
 """Logits are made for at most this many positions at a time: a row is as long as the vocabulary."""
 
+BROKEN = -1
+"""In place of a token, where the model's output is NaN or Inf."""
+
 
 @dataclass(frozen=True)
 class ScoreRows:
@@ -85,7 +88,7 @@ class Runner:
         if not sampled:
             return PendingStep(batch, [], torch.empty(0, dtype=torch.long), scores)
         tokens = self._sample(torch.cat(hidden), sampled, positions)
-        self._last_token[self._slots(sampled)] = tokens
+        self._last_token[self._slots(sampled)] = tokens.clamp_min(0)
         return PendingStep(batch, sampled, tokens, scores)
 
     def _slots(self, requests: list[Request]) -> Tensor:
@@ -111,7 +114,8 @@ class Runner:
             at = slice(start, start + LOGIT_ROWS)
             rows = [r.message.sampling for r in requests[at] if isinstance(r.message, Generate)]
             logits = self._model.logits(hidden[at]).float()
-            tokens.append(sample(logits, SamplingBatch(rows, positions[at])))
+            drawn = sample(logits, SamplingBatch(rows, positions[at]))
+            tokens.append(drawn.where(logits.isfinite().all(-1), BROKEN))
         return torch.cat(tokens)
 
     def _score(self, chunk: PrefillChunk, message: Score, hidden: Tensor) -> list[ScoreRows]:
@@ -145,7 +149,7 @@ class Runner:
             rows[at : at + len(logprobs)] = logprobs.cpu()
             return none
         theirs = rows[at : at + len(logprobs)].to(self._device)
-        kl = (theirs.exp() * (theirs - logprobs)).sum(-1)
+        kl = (theirs.exp() * (theirs - logprobs)).sum(-1).clamp_min(0)  # rounding may make it -1e-9
         return kl, theirs.argmax(-1) == logprobs.argmax(-1)
 
     def _reference_rows(self, message: Score, reference: KLReference) -> Tensor | None:

@@ -213,7 +213,7 @@ def test_an_index_that_puts_a_tensor_in_the_wrong_file(path):
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all", b"\xff" * 64])
 def test_a_weights_file_that_is_none(path, content):
     (path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors can't be read as safetensors"):
         open_checkpoint(path).load()
 
 

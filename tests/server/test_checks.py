@@ -25,8 +25,10 @@ def variant(name="dense", **info):
         name=name,
         tokenizer=byte_tokenizer(),
         tokenizer_sha256="a",
+        longest_token=13,
         loaded=True,
-        client=SimpleNamespace(up=True, in_flight=0),
+        admitted=0,
+        client=SimpleNamespace(up=True),
         info=SimpleNamespace(**{**defaults, **info}),
     )
 
@@ -83,10 +85,18 @@ def test_a_prompt_may_fill_the_context_to_the_last_token():
     ):
         asyncio.run(encode_prompt(s, v, too_long))
     assert s.metrics.rejected.labels("dense", "too_long")._value.get() == 1
+    # Far too long to be worth tokenising: no token has more than 13 characters.
+    v.tokenizer = None
+    endless = CompletionRequest(model="dense", prompt="x" * 1400, max_tokens=1)
+    with pytest.raises(APIError, match="100 tokens, but the prompt has at least 107"):
+        asyncio.run(encode_prompt(s, v, endless))
 
 
 def chosen(s, **fields):
-    return compare._chosen(s, CompareRequest(prompt="x", **fields))
+    body = CompareRequest(prompt="x", **fields)
+    baseline, others = compare._chosen(s, body)
+    compare._check_comparable(s, body, baseline, others)
+    return baseline, others
 
 
 def test_variants_that_cannot_be_compared():

@@ -147,12 +147,15 @@ def test_an_unknown_field_is_ignored(server):
 def test_at_most_ten_errors_are_listed_and_echoes_are_cut(server):
     message = refused(post(server, prompt=["x" * 5000] + [1.5] * 5), 400, "prompt")
     assert "xxxx" not in message or len(message) < 1000
-    message = refused(
-        post(server, stop_token_ids=[f"{i:03}" + "y" * 5000 for i in range(40)]), 400, "stop_token_ids"
-    )
+    fields = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "stop", "ignore_eos")
+    fields += ("skip_special_tokens", "stream", "stream_options", "user")
+    long = [["y" * 5000]]
+    message = refused(post(server, **dict.fromkeys(fields, long)), 400, "max_tokens")
     parts = message.split("; ")
-    assert len(parts) == 11 and parts[-1] == "and 30 more"
-    assert all(part.count("y") <= 200 and part.endswith("...") for part in parts[:10])
+    assert len(parts) == 11 and parts[-1].endswith(" more")
+    assert all(part.count("y") <= 210 and part.endswith("...") for part in parts[:10])
+    # A list fails at its first bad entry: a million of them would make a million errors.
+    assert len(refused(post(server, prompt=[-1] * 100_000), 400, "prompt")) < 1000
     message = refused(post(server, model="z" * 250), 404, "model")
     assert message.count("z") == 200
 

@@ -64,12 +64,12 @@ def test_tokens_and_scores_come_back(harness, bench):
         assert [t.finish_reason for t in tokens] == [None] * 5 + ["length"]
         bench.check_tokens(message, [t.token_id for t in tokens])
     assert len(scored.logprobs) == 99 and all(x < 0 for x in scored.logprobs)
-    assert harness.client.in_flight == 0
+    assert len(harness.client._requests) == 0
 
 
 async def none_held(harness):
     await until(lambda: harness.occupancies[-1].used_slots == 0)
-    assert harness.occupancies[-1].running == 0 and harness.client.in_flight == 0
+    assert harness.occupancies[-1].running == 0 and len(harness.client._requests) == 0
 
 
 @pytest.mark.parametrize("how", ["break", "cancel"])
@@ -102,7 +102,7 @@ def test_leaving_while_waiting_for_a_slot_aborts(harness):
         await until(lambda: harness.occupancies[-1].waiting == 1)
         waiting.cancel()
         await until(lambda: harness.occupancies[-1].waiting == 0)
-        assert harness.occupancies[-1].used_slots == 4 and harness.client.in_flight == 4
+        assert harness.occupancies[-1].used_slots == 4 and len(harness.client._requests) == 4
         for task in running:
             task.cancel()
         await none_held(harness)
@@ -122,7 +122,7 @@ def test_killed_engine_fails_its_requests_and_comes_back(harness, bench):
             with pytest.raises(EngineUnavailableError, match="'dense' went down"):
                 await task
         assert not harness.client.up and harness.client.ready is not None
-        assert harness.client.in_flight == 0 and harness.downs == downs + 1
+        assert len(harness.client._requests) == 0 and harness.downs == downs + 1
         with pytest.raises(EngineUnavailableError, match="is not up"):
             await harness.tokens(generate(prompt(5), 1))
         with pytest.raises(EngineUnavailableError, match="is not up"):
