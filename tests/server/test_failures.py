@@ -1,5 +1,6 @@
 """What clients see when queues are full, engines die, and the server is told to stop or is killed."""
 
+import asyncio
 import contextlib
 import json
 import shutil
@@ -10,7 +11,7 @@ import time
 import httpx
 import psutil
 import pytest
-from checkpoints import GATED, write_checkpoint
+from checkpoints import GATED, random_tensors, write_checkpoint
 from live_server import DEADLINE_S, LiveServer, poll
 
 DENSE = {"variant": "dense", "engine": "0"}
@@ -213,3 +214,60 @@ def test_a_server_whose_checkpoint_cannot_be_loaded_ends_with_1(tmp_path):
     log = server.log.read_text()
     assert "cannot load" in log and "shape" in log and "variant 'bad' could not be loaded" in log
     assert "Traceback" not in log
+
+
+def test_a_burst_gets_the_places_that_there_are(arguments, tmp_path):
+    """Eight streams at once where two fit: places are taken when a request is let in, not when it starts."""
+    server = LiveServer(tmp_path / "log", arguments[0], "--max-requests", "1", "--max-queue", "1")
+    try:
+        server.wait_ready()
+
+        async def burst():
+            async with httpx.AsyncClient(base_url=server.url, timeout=DEADLINE_S) as client:
+                body = {**ENDLESS, "max_tokens": 200, "stream": True}
+                return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(8)))
+
+        assert sorted(r.status_code for r in asyncio.run(burst())) == [200, 200, *[503] * 6]
+        server.wait_idle()
+        assert server.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
+    finally:
+        server.stop()
+
+
+def test_a_draining_server_says_so_until_its_last_request_ends(arguments, tmp_path):
+    server = LiveServer(tmp_path / "log", arguments[0])
+    try:
+        server.wait_ready()
+        with stream(server, max_tokens=2000) as events:
+            next(events)
+            server.process.send_signal(signal.SIGTERM)
+            poll(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "it is not ready any more")
+            refused(httpx.post(f"{server.url}/v1/completions", json=ENDLESS), "shutting down")
+            assert httpx.get(f"{server.url}/health").status_code == 200
+            *_, done = events
+            assert done == "[DONE]"
+        assert server.process.wait(DEADLINE_S) == 0
+    finally:
+        server.stop()
+
+
+def test_a_model_that_gives_nan_is_an_error_and_not_a_text(tmp_path):
+    tensors = random_tensors(GATED)
+    tensors["model.norm.weight"][3] = float("nan")
+    path = write_checkpoint(tmp_path / "broken", GATED, tensors)
+    server = LiveServer(tmp_path / "log", f"broken={path}")
+    try:
+        server.wait_ready()
+        body = {**ENDLESS, "model": "broken", "max_tokens": 4}
+        response = server.http.post("/v1/completions", json=body)
+        assert response.status_code == 500 and "NaN" in response.json()["error"]["message"]
+        with stream(server, model="broken", max_tokens=4) as events:
+            error, done = events
+            assert "NaN" in json.loads(error)["error"]["message"] and done == "[DONE]"
+        sample = server.sample(
+            "lowkey_requests_total", variant="broken", endpoint="completions", finish_reason="error"
+        )
+        assert sample == 2
+        server.wait_idle()
+    finally:
+        server.stop()
