@@ -171,7 +171,8 @@ def test_leaving_a_stream_aborts_it(server):
         httpx.Client(base_url=server.url, timeout=60) as client,
         client.stream("POST", "/v1/completions", json=body) as r,
     ):
-        next(r.iter_lines())
+        lines = r.iter_lines()  # held: httpx closes the connection when the iterator goes
+        next(lines)
         assert server.sample("lowkey_state_slots", **ENGINE, state="used") == 1
     poll(lambda: aborts(server) == before + 1, "the abort is counted")
     server.wait_idle()
