@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from modeling.model import Model
 from pruning import views
 from pruning.calibration import WINDOW, Encoder, Text, bundled_text, draw_windows, text_files
 from pruning.corpus import Split
-from pruning.criteria import CRITERIA, criterion_named
+from pruning.criteria import CRITERIA, Criterion, criterion_named
 from pruning.errors import PruningError
 from pruning.evaluation import (
     DEFAULT_TOKENS,
@@ -29,10 +30,18 @@ from pruning.evaluation import (
     evaluation_windows,
     perplexity,
 )
+from pruning.gradients import GRADIENTS
 from pruning.progress import tokens_bar
 from pruning.reduction import Provenance, check_output, reduce_checkpoint, versions
 from pruning.selection import select, widths_for_ratio, widths_to_keep
-from pruning.statistics import Statistics, collect, load_statistics, merge, save_statistics
+from pruning.statistics import (
+    StatisticName,
+    Statistics,
+    collect,
+    load_statistics,
+    merge,
+    save_statistics,
+)
 
 DEFAULT_WINDOWS = 16
 
@@ -59,6 +68,12 @@ Source = Annotated[
 TextFiles = Annotated[
     list[Path] | None,
     typer.Option("--text", help="UTF-8 text file, one document; may be given several times."),
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method", help="Also collect what this method reads (gradients); may be given several times."
+    ),
 ]
 WindowCount = Annotated[
     int | None,
@@ -88,6 +103,7 @@ def main() -> None:
 def calibrate(
     src: Source,
     out: Annotated[Path, typer.Argument(help="Statistics file to write (.safetensors).")],
+    methods: Methods = None,
     text: TextFiles = None,
     windows: WindowCount = None,
     window_length: WindowLength = None,
@@ -95,16 +111,19 @@ def calibrate(
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """Run text through a checkpoint and save what every data-driven method needs.
+    """Run text through a checkpoint and save what data-driven methods read.
 
-    The text is CPython's own sources (training side of the bundled split) unless --text is given.
+    Gradients cost a second pass, forward and backward; only a --method that reads them has them collected. The
+    text is CPython's own sources (training side of the bundled split) unless --text is given.
 
     \b
     lowkey-prune calibrate  demo demo.stats.safetensors
     lowkey-prune calibrate  demo part1.safetensors --text a.txt --text b.txt --windows 64 --seed 1
+    lowkey-prune calibrate  demo all.safetensors --method taylor --method loss-aware
     """
+    needed = {name for method in methods or () for name in criterion_named(method).statistics}
     _refuse_existing(out, overwrite)
-    statistics = _calibrate(open_checkpoint(src), text, windows, window_length, seed, device)
+    statistics = _calibrate(open_checkpoint(src), needed, text, windows, window_length, seed, device)
     save_statistics(statistics, out)
     out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
 
@@ -172,8 +191,10 @@ def prune(
     _device(device)
 
     statistics = None
-    if criterion.grams:
-        statistics = _statistics(checkpoint, out, stats, text, windows, window_length, seed, device)
+    if criterion.statistics:
+        statistics = _statistics(
+            checkpoint, criterion, out, stats, text, windows, window_length, seed, device
+        )
     elif stats or text or windows is not None or window_length is not None:
         raise PruningError(
             f"method={method!r} reads no statistics; drop --stats, --text, --windows and --window-length"
@@ -260,6 +281,7 @@ def inspect(
 
 def _statistics(
     checkpoint: Checkpoint,
+    criterion: Criterion,
     out: Path,
     stats: Path | None,
     text: list[Path] | None,
@@ -276,13 +298,14 @@ def _statistics(
                 "or name a new file to calibrate again"
             )
         return load_statistics(stats)
-    statistics = _calibrate(checkpoint, text, windows, window_length, seed, device)
+    statistics = _calibrate(checkpoint, criterion.statistics, text, windows, window_length, seed, device)
     save_statistics(statistics, stats or out.with_name(f"{out.name}.stats.safetensors"))
     return statistics
 
 
 def _calibrate(
     checkpoint: Checkpoint,
+    needed: Collection[StatisticName],
     text: list[Path] | None,
     windows: int | None,
     window_length: int | None,
@@ -300,8 +323,9 @@ def _calibrate(
         )
     with err_console.status("loading the checkpoint"):
         model = checkpoint.load(device=target)
-    with tokens_bar(err_console, "calibrating", ids.numel()) as advance:
-        return collect(model, ids, origin, checkpoint.sha256, advance=advance)
+    passes = 2 if set(needed) & set(GRADIENTS) else 1
+    with tokens_bar(err_console, "calibrating", passes * ids.numel()) as advance:
+        return collect(model, ids, origin, checkpoint.sha256, needed=needed, advance=advance)
 
 
 def _perplexity(

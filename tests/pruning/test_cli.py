@@ -47,7 +47,7 @@ SMALL = ("--windows", 4, "--window-length", 64)
 
 @pytest.mark.parametrize("method", CRITERIA)
 def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, dense, text, tmp_path, method):
-    needs_text = bool(CRITERIA[method].grams)
+    needs_text = bool(CRITERIA[method].statistics)
     options = ("--text", text, *SMALL) if needs_text else ()
     output = run("prune", dense, "out", "--method", method, "--keep", 8, "--seed", 3, *options)
     assert "d_k 32 => 8" in output
@@ -97,13 +97,23 @@ def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, d
 
 def test_the_whole_way(run, dense, text, tmp_path):
     """calibrate in parts, merge, prune twice from one file, evaluate, inspect."""
-    run("calibrate", dense, "a.safetensors", "--text", text, *SMALL, "--seed", 1)
+    gradients = ("--method", "taylor", "--method", "loss-aware")
+    run("calibrate", dense, "a.safetensors", "--text", text, *SMALL, "--seed", 1, *gradients)
     assert "128 tokens" in run(
-        "calibrate", dense, "b.safetensors", "--text", text, "--windows", 2, "--window-length", 64
+        "calibrate",
+        dense,
+        "b.safetensors",
+        "--text",
+        text,
+        "--windows",
+        2,
+        "--window-length",
+        64,
+        *gradients,
     )
     assert "384 tokens" in run("merge", "a.safetensors", "b.safetensors", "--out", "all.safetensors")
     before = hashlib.sha256((tmp_path / "all.safetensors").read_bytes()).digest()
-    for method in ("drrqr", "bilinear"):
+    for method in ("drrqr", "taylor", "loss-aware"):
         run("prune", dense, method, "--method", method, "--ratio", 0.75, "--stats", "all.safetensors")
         assert json.loads((tmp_path / method / REDUCTION).read_text())["calibration"]["tokens"] == 384
     assert hashlib.sha256((tmp_path / "all.safetensors").read_bytes()).digest() == before
@@ -173,7 +183,10 @@ PRUNE = ("prune", "DENSE", "out", "--method")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((*PRUNE, "svd", "--keep", 8), "method='svd' is unknown; known methods: bilinear, drrqr, l1, random"),
+        (
+            (*PRUNE, "svd", "--keep", 8),
+            "method='svd' is unknown; known methods: bilinear, drrqr, energy, l1, loss-aware, random, taylor, wanda",
+        ),
         ((*PRUNE, "l1", "--keep", 33), "keep=33 must be between 1 and 32"),
         ((*PRUNE, "l1", "--keep", 0), "keep=0 must be between 1 and 32"),
         ((*PRUNE, "l1", "--ratio", 1), "ratio=1.0 must be above 0 and below 1"),
@@ -193,6 +206,7 @@ PRUNE = ("prune", "DENSE", "out", "--method")
             "holds no state_reduction.json",
         ),
         (("calibrate", "DENSE", "junk"), "out='junk' already exists"),
+        (("calibrate", "DENSE", "new", "--method", "svd"), "method='svd' is unknown"),
         (("merge", "junk", "--out", "new"), "junk is not a statistics file"),
         (("evaluate", "nowhere"), "nowhere: no such directory"),
         (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least one window of 512"),
@@ -215,6 +229,13 @@ def test_statistics_of_another_checkpoint_are_refused(run, dense, text, tmp_path
     run("calibrate", other, "s.safetensors", "--text", text, *SMALL)
     output = run("prune", dense, "out", "--method", "drrqr", "--keep", 8, "--stats", "s.safetensors", code=2)
     assert "calibrate it again" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_without_gradients_say_how_to_get_them(run, dense, text, tmp_path):
+    run("calibrate", dense, "s.safetensors", "--text", text, *SMALL)
+    arguments = ("prune", dense, "out", "--method", "loss-aware", "--keep", 8, "--stats", "s.safetensors")
+    assert "calibrate again with --method loss-aware" in run(*arguments, code=2)
     assert not (tmp_path / "out").exists()
 
 
