@@ -66,7 +66,9 @@ def collect_gradients(
     return sums
 
 
-def _of_window(model: Model, window: Tensor, weights: Sequence[Tensor]) -> Iterator[dict[GradientName, Tensor]]:
+def _of_window(
+    model: Model, window: Tensor, weights: Sequence[Tensor]
+) -> Iterator[dict[GradientName, Tensor]]:
     """Per layer the gradients of the loss on one window `[length]`; those of the gates are not yet squared."""
     mixers = [layer.mixer for layer in model.spec.layers]
     gates = [w.new_ones(m.num_k_heads, m.d_k).requires_grad_() for w, m in zip(weights, mixers, strict=True)]
