@@ -21,7 +21,7 @@ from pruning.budget import (
     widths_per_layer,
 )
 from pruning.calibration import Origin
-from pruning.criteria import CRITERIA
+from pruning.criteria import CRITERIA, Choice
 from pruning.errors import PruningError
 from pruning.evaluation import perplexity
 from pruning.reduction import Provenance, reduce_checkpoint
@@ -46,7 +46,7 @@ def state_bytes(spec, widths):
         ("0.7K", 700),
         ("1.5GiB", 3 << 29),
         ("2Ki", 2048),
-        ("4.35MB", 4_350_000),
+        ("1.001K", 1001),  # 1000.9999999999999 in floats
     ],
 )
 def test_sizes_with_units(text, size):
@@ -224,12 +224,22 @@ def test_spend_measures_every_aligned_width_and_stays_within_the_limit(checkpoin
     assert record["loss_rise"][1] == {str(n): rise for n, rise in budget.curves[1].items()}
 
 
+class Strict:
+    """Takes no width that a head does not have."""
+
+    name, summary, statistics, weights = "strict", "", (), False
+
+    def select(self, head, n):
+        assert 1 <= n <= head.d_k
+        return Choice(np.arange(n))
+
+
 def test_layers_that_are_narrower_already_keep_their_own_width(tmp_path):
     config = {**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]}
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "c", config))
     assert curve_passes(checkpoint.spec, 8) == 1 + 3 + 0 + 2
     limit = state_bytes(checkpoint.spec, (16, 8, 16))
-    widths, budget = spend(checkpoint, CRITERIA["l1"], limit, 8, checkpoint.load(), WINDOWS, ORIGIN)
+    widths, budget = spend(checkpoint, Strict(), limit, 8, checkpoint.load(), WINDOWS, ORIGIN)
     assert [tuple(curve) for curve in budget.curves] == [(8, 16, 24, 32), (8,), (8, 16, 20)]
     assert widths[1] == 8
 
