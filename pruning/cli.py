@@ -6,21 +6,22 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 from typer.core import TyperGroup
 
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint, write_json
 from modeling.families import ConfigError
 from modeling.model import Model
 from pruning import views
-from pruning.calibration import WINDOW, Encoder, Text, bundled_text, draw_windows, text_files
-from pruning.corpus import Split
-from pruning.criteria import CRITERIA, criterion_named
+from pruning.budget import DEFAULT_ALIGN, Budget, curve_passes, spend
+from pruning.calibration import Encoder, Origin, Text, bundled_text
+from pruning.criteria import CRITERIA, Criterion, criterion_named
 from pruning.errors import PruningError
 from pruning.evaluation import (
     DEFAULT_TOKENS,
@@ -29,12 +30,36 @@ from pruning.evaluation import (
     evaluation_windows,
     perplexity,
 )
+from pruning.gradients import GRADIENTS
+from pruning.options import (
+    Align,
+    CalibrationText,
+    Device,
+    Methods,
+    Overwrite,
+    PerLayer,
+    Seed,
+    Source,
+    StateBytes,
+    TextFiles,
+    WindowCount,
+    WindowLength,
+    device_named,
+    refuse_existing,
+    text_of,
+    uniform_widths,
+)
 from pruning.progress import tokens_bar
 from pruning.reduction import Provenance, check_output, reduce_checkpoint, versions
-from pruning.selection import select, widths_for_ratio, widths_to_keep
-from pruning.statistics import Statistics, collect, load_statistics, merge, save_statistics
-
-DEFAULT_WINDOWS = 16
+from pruning.selection import select
+from pruning.statistics import (
+    StatisticName,
+    Statistics,
+    collect,
+    load_statistics,
+    merge,
+    save_statistics,
+)
 
 out_console = Console()
 err_console = Console(stderr=True)
@@ -53,25 +78,6 @@ class Commands(TyperGroup):
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
-Source = Annotated[
-    str, typer.Argument(help="Checkpoint directory, or hub id (org/name[@revision]).", metavar="SRC")
-]
-TextFiles = Annotated[
-    list[Path] | None,
-    typer.Option("--text", help="UTF-8 text file, one document; may be given several times."),
-]
-WindowCount = Annotated[
-    int | None,
-    typer.Option("--windows", help=f"Calibration windows (default {DEFAULT_WINDOWS}).", show_default=False),
-]
-WindowLength = Annotated[
-    int | None,
-    typer.Option("--window-length", help=f"Tokens per window (default {WINDOW}).", show_default=False),
-]
-Seed = Annotated[int, typer.Option(help="Of the calibration draw and of the random method.", min=0)]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
-
 
 @app.callback()
 def main() -> None:
@@ -88,6 +94,7 @@ def main() -> None:
 def calibrate(
     src: Source,
     out: Annotated[Path, typer.Argument(help="Statistics file to write (.safetensors).")],
+    methods: Methods = None,
     text: TextFiles = None,
     windows: WindowCount = None,
     window_length: WindowLength = None,
@@ -95,16 +102,20 @@ def calibrate(
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """Run text through a checkpoint and save what every data-driven method needs.
+    """Run text through a checkpoint and save what data-driven methods read.
 
-    The text is CPython's own sources (training side of the bundled split) unless --text is given.
+    Gradients cost a second pass, forward and backward; only a --method that reads them has them collected. The
+    text is CPython's own sources (training side of the bundled split) unless --text is given.
 
     \b
     lowkey-prune calibrate  demo demo.stats.safetensors
     lowkey-prune calibrate  demo part1.safetensors --text a.txt --text b.txt --windows 64 --seed 1
+    lowkey-prune calibrate  demo all.safetensors --method taylor --method loss-aware
     """
-    _refuse_existing(out, overwrite)
-    statistics = _calibrate(open_checkpoint(src), text, windows, window_length, seed, device)
+    needed = {name for method in methods or () for name in criterion_named(method).statistics}
+    refuse_existing(out, overwrite)
+    source = CalibrationText(text, windows, window_length, seed)
+    statistics = _calibrate(open_checkpoint(src), needed, source, device)
     save_statistics(statistics, out)
     out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
 
@@ -122,7 +133,7 @@ def merge_files(
     \b
     lowkey-prune merge  part1.safetensors part2.safetensors --out all.safetensors
     """
-    _refuse_existing(out, overwrite)
+    refuse_existing(out, overwrite)
     statistics = merge([load_statistics(part) for part in parts])
     save_statistics(statistics, out)
     out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
@@ -137,6 +148,9 @@ def prune(
     ratio: Annotated[
         float | None, typer.Option(help="Share of channels to remove, instead of --keep (0.5 halves).")
     ] = None,
+    state_bytes: StateBytes = None,
+    per_layer: PerLayer = False,
+    align: Align = None,
     stats: Annotated[
         Path | None,
         typer.Option(
@@ -154,30 +168,40 @@ def prune(
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """Write a reduced checkpoint that stock loaders read.
+    """Write a reduced checkpoint. Stock loaders read it, unless --per-layer gave its layers different widths.
+
+    With --per-layer, --keep, --ratio or --state-bytes only say how much state there is to spend.
 
     \b
     lowkey-prune prune  demo reduced --method bilinear --keep 64
     lowkey-prune prune  demo reduced --method drrqr --ratio 0.75 --stats demo.stats.safetensors --evaluate
+    lowkey-prune prune  demo reduced --method loss-aware --state-bytes 400KB --per-layer
     """
-    if (keep is None) == (ratio is None):
-        raise PruningError("give exactly one of --keep (channels to keep) and --ratio (share to remove)")
+    if align is not None and state_bytes is None and not per_layer:
+        raise PruningError(f"align={align} is for the widths that --state-bytes and --per-layer choose")
+    align = DEFAULT_ALIGN if align is None else align
     criterion = criterion_named(method)
     checkpoint = open_checkpoint(src)
-    widths = widths_to_keep(checkpoint.spec, keep) if keep is not None else None
-    if ratio is not None:
-        widths = widths_for_ratio(checkpoint.spec, ratio)
-    assert widths is not None
-    check_output(checkpoint, out, overwrite=overwrite)
-    _device(device)
-
-    statistics = None
-    if criterion.grams:
-        statistics = _statistics(checkpoint, out, stats, text, windows, window_length, seed, device)
-    elif stats or text or windows is not None or window_length is not None:
+    widths, limit = uniform_widths(checkpoint.spec, keep, ratio, state_bytes, align)
+    source = CalibrationText(text, windows, window_length, seed)
+    if not criterion.statistics and (stats or (source.given and not per_layer)):
         raise PruningError(
             f"method={method!r} reads no statistics; drop --stats, --text, --windows and --window-length"
         )
+    if stats is not None and stats.exists() and source.given and not per_layer:
+        raise PruningError(
+            f"stats={str(stats)!r} exists and is used as it is; drop --text, --windows and --window-length, "
+            "or name a new file to calibrate again"
+        )
+    check_output(checkpoint, out, overwrite=overwrite)
+    device_named(device)
+
+    statistics = None
+    if criterion.statistics:
+        statistics = _statistics(checkpoint, criterion, out, stats, source, device)
+    budget = None
+    if per_layer:
+        widths, budget = _spend(checkpoint, criterion, limit, align, statistics, source, device)
     with err_console.status(f"selecting channels ({method})"):
         selection = select(checkpoint, criterion, widths, statistics=statistics, seed=seed)
 
@@ -190,7 +214,7 @@ def prune(
     reduce_checkpoint(
         checkpoint,
         selection,
-        Provenance(method, seed, statistics),
+        Provenance(method, seed, statistics, budget),
         out,
         overwrite=overwrite,
         evaluate=measure if evaluate else None,
@@ -219,9 +243,9 @@ def evaluate(
     lowkey-prune evaluate  demo reduced-64 reduced-32 --json results.json
     lowkey-prune evaluate  demo --text my.txt --tokens 0
     """
-    _device(device)
+    device_named(device)
     opened = [open_checkpoint(c) for c in checkpoints]
-    source = _text(text, "heldout")
+    source = text_of(text, "heldout")
     results = [(c, _perplexity(c, c.load(device=device), source, tokens, c.source)) for c in opened]
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
@@ -260,48 +284,63 @@ def inspect(
 
 def _statistics(
     checkpoint: Checkpoint,
+    criterion: Criterion,
     out: Path,
     stats: Path | None,
-    text: list[Path] | None,
-    windows: int | None,
-    window_length: int | None,
-    seed: int,
+    source: CalibrationText,
     device: str,
 ) -> Statistics:
     """Reuse --stats if it exists, else calibrate and save."""
     if stats is not None and stats.exists():
-        if text or windows is not None or window_length is not None:
-            raise PruningError(
-                f"stats={str(stats)!r} exists and is used as it is; drop --text, --windows and --window-length, "
-                "or name a new file to calibrate again"
-            )
         return load_statistics(stats)
-    statistics = _calibrate(checkpoint, text, windows, window_length, seed, device)
+    statistics = _calibrate(checkpoint, criterion.statistics, source, device)
     save_statistics(statistics, stats or out.with_name(f"{out.name}.stats.safetensors"))
     return statistics
 
 
 def _calibrate(
-    checkpoint: Checkpoint,
-    text: list[Path] | None,
-    windows: int | None,
-    window_length: int | None,
-    seed: int,
-    device: str,
+    checkpoint: Checkpoint, needed: Collection[StatisticName], source: CalibrationText, device: str
 ) -> Statistics:
-    target = _device(device)
-    with err_console.status("reading text"):
-        ids, origin = draw_windows(
-            Encoder(checkpoint),
-            _text(text, "train"),
-            count=DEFAULT_WINDOWS if windows is None else windows,
-            length=WINDOW if window_length is None else window_length,
-            seed=seed,
+    ids, origin, model = _windows_and_model(checkpoint, source, device)
+    passes = 2 if set(needed) & set(GRADIENTS) else 1
+    with tokens_bar(err_console, "calibrating", passes * ids.numel()) as advance:
+        return collect(model, ids, origin, checkpoint.sha256, needed=needed, advance=advance)
+
+
+def _spend(
+    checkpoint: Checkpoint,
+    criterion: Criterion,
+    limit: int,
+    align: int,
+    statistics: Statistics | None,
+    source: CalibrationText,
+    device: str,
+) -> tuple[tuple[int, ...], Budget]:
+    ids, origin, model = _windows_and_model(checkpoint, source, device)
+    total = curve_passes(checkpoint.spec, align) * ids[:, 1:].numel()
+    with tokens_bar(err_console, "measuring each layer", total) as advance:
+        return spend(
+            checkpoint,
+            criterion,
+            limit,
+            align,
+            model,
+            ids,
+            origin,
+            statistics=statistics,
+            seed=source.seed,
+            advance=advance,
         )
+
+
+def _windows_and_model(
+    checkpoint: Checkpoint, source: CalibrationText, device: str
+) -> tuple[Tensor, Origin, Model]:
+    target = device_named(device)
+    with err_console.status("reading text"):
+        ids, origin = source.draw(checkpoint)
     with err_console.status("loading the checkpoint"):
-        model = checkpoint.load(device=target)
-    with tokens_bar(err_console, "calibrating", ids.numel()) as advance:
-        return collect(model, ids, origin, checkpoint.sha256, advance=advance)
+        return ids, origin, checkpoint.load(device=target)
 
 
 def _perplexity(
@@ -310,24 +349,3 @@ def _perplexity(
     windows = evaluation_windows(Encoder(checkpoint), text, tokens=tokens)
     with tokens_bar(err_console, f"evaluating {description}", windows[:, 1:].numel()) as advance:
         return perplexity(model, windows, advance=advance)
-
-
-def _text(files: list[Path] | None, split: Split) -> Text:
-    return text_files(files) if files else bundled_text(split)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise PruningError(f"device={name!r} is no device; give cpu, cuda or cuda:N") from e
-    if device.type not in ("cpu", "cuda") or (
-        device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise PruningError(f"device={name!r} is not available here; give cpu")
-    return device
-
-
-def _refuse_existing(out: Path, overwrite: bool) -> None:
-    if out.exists() and not overwrite:
-        raise PruningError(f"out={str(out)!r} already exists; choose another file or pass --overwrite")

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.layers import Tap
 from modeling.model import Model
 from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
@@ -65,9 +66,14 @@ def evaluation_windows(encoder: Encoder, text: Text, *, tokens: int = 0, window:
 
 @torch.no_grad()
 def perplexity(
-    model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no_progress
+    model: Model,
+    windows: Tensor,
+    *,
+    batch: int = 4,
+    tap: Tap | None = None,
+    advance: Advance = no_progress,
 ) -> Perplexity:
-    """Perplexity of the model on `windows` int64 `[count, window + 1]`, `batch` windows packed at a time.
+    """Perplexity of the model, changed by `tap`, on `windows` int64 `[count, window + 1]`, `batch` at a time.
 
     Raises:
         PruningError: the loss is not finite.
@@ -77,7 +83,7 @@ def perplexity(
     total = 0.0
     for rows in windows.to(device).split(batch):
         inputs, targets = rows[:, :-1].flatten(), rows[:, 1:].flatten()
-        hidden, _ = model(inputs, range(0, len(inputs) + 1, window))
+        hidden, _ = model(inputs, range(0, len(inputs) + 1, window), tap=tap)
         # One window of logits at a time: those of a whole batch are the largest tensor by far.
         for h, t in zip(hidden.split(window), targets.split(window), strict=True):
             total += float(F.cross_entropy(model.logits(h).float(), t, reduction="sum"))

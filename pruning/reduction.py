@@ -15,6 +15,7 @@ import torch
 from modeling.checkpoint import REDUCTION, Checkpoint, new_directory, write_json
 from modeling.model import Model
 from modeling.spec import ModelSpec
+from pruning.budget import Budget
 from pruning.errors import PruningError
 from pruning.selection import Selection
 from pruning.statistics import Statistics
@@ -32,6 +33,8 @@ class Provenance:
     seed: int
     statistics: Statistics | None = None
     """None for a method that needs none."""
+    budget: Budget | None = None
+    """None where all layers were given the same width."""
 
 
 def check_output(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
@@ -107,6 +110,8 @@ def reduction_json(
         "seed": provenance.seed,
         "d_k": list(spec.d_k),
         "state_bytes": spec.state_bytes(),
+        "stock_loaders": len(set(spec.d_k)) == 1,
+        "budget": None if provenance.budget is None else provenance.budget.as_json(),
         "calibration": calibration,
         "evaluation": None,
         "versions": versions(),

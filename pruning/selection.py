@@ -69,12 +69,18 @@ def select(
     """Choose `widths[i]` channels in every head of layer i.
 
     Raises:
-        PruningError: the criterion needs statistics and there are none, or they are of another checkpoint.
+        PruningError: the criterion needs statistics and they are not there, or of another checkpoint.
     """
-    if criterion.grams:
+    if criterion.statistics:
         if statistics is None:
             raise PruningError(f"method={criterion.name!r} needs calibration statistics")
         statistics.check_source(checkpoint)
+        missing = [name for name in criterion.statistics if name not in statistics.names]
+        if missing:
+            raise PruningError(
+                f"these statistics do not hold {', '.join(missing)}, which method={criterion.name!r} reads; "
+                f"calibrate again with --method {criterion.name}"
+            )
     keep: list[Tensor] = []
     report: list[list[Report]] = []
     for layer, n in enumerate(widths):
@@ -91,15 +97,16 @@ def _layer(
     weights = _projections(checkpoint, layer) if criterion.weights else None
     choices: list[Choice] = []
     for h in range(mixer.num_k_heads):
-        grams = {}
+        parts = {}
         if statistics is not None:
-            grams = {name: statistics.layers[layer][name][h].numpy() for name in criterion.grams}
+            of_layer = {name: statistics.layers[layer][name].numpy() for name in criterion.statistics}
+            parts = {name: s if name == "x_squares" else s[h] for name, s in of_layer.items()}
         head = Head(
             layer=layer,
             index=h,
             d_k=mixer.d_k,
             seed=seed,
-            grams=grams,
+            statistics=parts,
             weights=None if weights is None else (weights[0, h], weights[1, h]),
         )
         choices.append(criterion.select(head, n))

@@ -49,6 +49,8 @@ def tree(checkpoint: Checkpoint) -> Tree:
     before, after = source["state_bytes"], spec.state_bytes()
     root.add(f"state per request {before:,} => [bold]{after:,}[/] bytes ({change(before, after)})")
     root.add(_heads(spec))
+    if len(set(spec.d_k)) > 1:
+        root.add("layers differ in d_k: Lowkey runs this, stock loaders refuse it")
     made = root.add(f"made by {escape(str(record['method']))}, seed {record['seed']}")
     made.add(escape(f"from {source['name']}, sha256 {source['sha256'][:12]}..."))
     if record["calibration"] is not None:

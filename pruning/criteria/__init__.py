@@ -3,13 +3,19 @@
 from pruning.criteria.base import Choice, Criterion, Head
 from pruning.criteria.bilinear import Bilinear
 from pruning.criteria.drrqr import DRRQR
+from pruning.criteria.energy import Energy
 from pruning.criteria.l1 import L1
+from pruning.criteria.loss_aware import LossAware
 from pruning.criteria.random import Random
+from pruning.criteria.taylor import Taylor
+from pruning.criteria.wanda import Wanda
 from pruning.errors import PruningError
 
 __all__ = ["CRITERIA", "Choice", "Criterion", "Head", "criterion_named"]
 
-CRITERIA: dict[str, Criterion] = {c.name: c for c in (Random(), L1(), DRRQR(), Bilinear())}
+CRITERIA: dict[str, Criterion] = {
+    c.name: c for c in (Random(), L1(), Wanda(), Taylor(), Energy(), DRRQR(), Bilinear(), LossAware())
+}
 
 
 def criterion_named(name: str) -> Criterion:

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pruning.statistics import GramName
+from pruning.statistics import StatisticName
 
 Report = dict[str, float | int | None]
 """Figures about a choice, for `state_reduction.json`; None where a figure is not finite."""
@@ -23,8 +23,9 @@ class Head:
     d_k: int
     seed: int
     """Of the whole selection; `generator` makes the head's own from it."""
-    grams: Mapping[GramName, NDArray[np.float64]] = field(default_factory=dict)
-    """Sums of outer products over the calibration tokens, `[d_k, d_k]`."""
+    statistics: Mapping[StatisticName, NDArray[np.float64]] = field(default_factory=dict)
+    """The head's part of the calibration statistics: Grams `[d_k, d_k]`, `x_squares` `[hidden]` (of the layer, the same
+    for all heads), weight gradients `[d_k, hidden]`, `gate_fisher` `[d_k]`."""
     weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
     """The head's rows of the q and k projections, `[d_k, hidden]` each."""
 
@@ -55,7 +56,7 @@ class Criterion(Protocol):
         ...
 
     @property
-    def grams(self) -> tuple[GramName, ...]:
+    def statistics(self) -> tuple[StatisticName, ...]:
         """Statistics that it reads; none means that no calibration is run."""
         ...
 
@@ -69,6 +70,8 @@ class Criterion(Protocol):
         ...
 
 
-def largest(scores: NDArray[np.float64], n: int) -> NDArray[np.int64]:
-    """Indices of the n largest scores, ascending; equal scores go to the lowest index."""
-    return np.sort(np.argsort(-scores, kind="stable")[:n])
+def largest(scores: NDArray[np.float64], n: int) -> Choice:
+    """The n channels of the largest scores; equal scores go to the lowest channel. Reports their share of the sum."""
+    keep = np.sort(np.argsort(-scores, kind="stable")[:n])
+    total = float(scores.sum())
+    return Choice(keep, {"score_share": float(scores[keep].sum()) / total if total > 0 else 1.0})

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from pruning.criteria.base import Choice, Head
-from pruning.statistics import GramName
+from pruning.statistics import StatisticName
 
 
 def squared_cosine(m: NDArray[np.float64], keep: NDArray[np.int64]) -> float:
@@ -92,10 +92,10 @@ def _best_exchange(
 class Bilinear:
     name = "bilinear"
     summary = "best preserves the products q.k themselves"
-    grams: tuple[GramName, ...] = ("q_normalised", "k_normalised")
+    statistics: tuple[StatisticName, ...] = ("q_normalised", "k_normalised")
     weights = False
 
     def select(self, head: Head, n: int) -> Choice:
-        m = head.grams["q_normalised"] * head.grams["k_normalised"]
+        m = head.statistics["q_normalised"] * head.statistics["k_normalised"]
         keep, exchanges = maximise(m, n)
         return Choice(keep, {"exchanges": exchanges, "squared_cosine": squared_cosine(m, keep)})

@@ -7,17 +7,17 @@ import math
 
 from pruning.criteria.base import Choice, Head
 from pruning.linalg import strong_rrqr
-from pruning.statistics import GramName
+from pruning.statistics import StatisticName
 
 
 class DRRQR:
     name = "drrqr"
     summary = "strong rank-revealing QR of the stacked queries and keys (the paper's method)"
-    grams: tuple[GramName, ...] = ("q", "k")
+    statistics: tuple[StatisticName, ...] = ("q", "k")
     weights = False
 
     def select(self, head: Head, n: int) -> Choice:
-        result = strong_rrqr(head.grams["q"] + head.grams["k"], n)
+        result = strong_rrqr(head.statistics["q"] + head.statistics["k"], n)
         return Choice(
             result.keep,
             {

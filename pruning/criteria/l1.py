@@ -3,15 +3,16 @@
 import numpy as np
 
 from pruning.criteria.base import Choice, Head, largest
-from pruning.statistics import GramName
+from pruning.statistics import StatisticName
 
 
 class L1:
     name = "l1"
     summary = "largest L1 norm of the q and k projection rows (needs no text)"
-    grams: tuple[GramName, ...] = ()
+    statistics: tuple[StatisticName, ...] = ()
     weights = True
 
     def select(self, head: Head, n: int) -> Choice:
         assert head.weights is not None
-        return Choice(largest(sum(np.abs(w).sum(1, dtype=np.float64) for w in head.weights), n))
+        q, k = head.weights
+        return largest(np.abs(q).sum(1, dtype=np.float64) + np.abs(k).sum(1, dtype=np.float64), n)

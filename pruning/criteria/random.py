@@ -3,13 +3,13 @@
 import numpy as np
 
 from pruning.criteria.base import Choice, Head
-from pruning.statistics import GramName
+from pruning.statistics import StatisticName
 
 
 class Random:
     name = "random"
     summary = "channels drawn at random from --seed"
-    grams: tuple[GramName, ...] = ()
+    statistics: tuple[StatisticName, ...] = ()
     weights = False
 
     def select(self, head: Head, n: int) -> Choice:

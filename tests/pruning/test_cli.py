@@ -47,7 +47,7 @@ SMALL = ("--windows", 4, "--window-length", 64)
 
 @pytest.mark.parametrize("method", CRITERIA)
 def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, dense, text, tmp_path, method):
-    needs_text = bool(CRITERIA[method].grams)
+    needs_text = bool(CRITERIA[method].statistics)
     options = ("--text", text, *SMALL) if needs_text else ()
     output = run("prune", dense, "out", "--method", method, "--keep", 8, "--seed", 3, *options)
     assert "d_k 32 => 8" in output
@@ -66,6 +66,8 @@ def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, d
     assert (record["format"], record["method"], record["seed"]) == (1, method, 3)
     assert record["d_k"] == [8, 8, 8]
     assert record["state_bytes"] == reduced.spec.state_bytes()
+    assert record["stock_loaders"] is True
+    assert record["budget"] is None
     assert record["evaluation"] is None
     assert set(record["versions"]) == {"lowkey", "python", "torch", "numpy", "safetensors", "tokenizers"}
     for i, layer in enumerate(record["kept_channels"]):
@@ -97,13 +99,23 @@ def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, d
 
 def test_the_whole_way(run, dense, text, tmp_path):
     """calibrate in parts, merge, prune twice from one file, evaluate, inspect."""
-    run("calibrate", dense, "a.safetensors", "--text", text, *SMALL, "--seed", 1)
+    gradients = ("--method", "taylor", "--method", "loss-aware")
+    run("calibrate", dense, "a.safetensors", "--text", text, *SMALL, "--seed", 1, *gradients)
     assert "128 tokens" in run(
-        "calibrate", dense, "b.safetensors", "--text", text, "--windows", 2, "--window-length", 64
+        "calibrate",
+        dense,
+        "b.safetensors",
+        "--text",
+        text,
+        "--windows",
+        2,
+        "--window-length",
+        64,
+        *gradients,
     )
     assert "384 tokens" in run("merge", "a.safetensors", "b.safetensors", "--out", "all.safetensors")
     before = hashlib.sha256((tmp_path / "all.safetensors").read_bytes()).digest()
-    for method in ("drrqr", "bilinear"):
+    for method in ("drrqr", "taylor", "loss-aware"):
         run("prune", dense, method, "--method", method, "--ratio", 0.75, "--stats", "all.safetensors")
         assert json.loads((tmp_path / method / REDUCTION).read_text())["calibration"]["tokens"] == 384
     assert hashlib.sha256((tmp_path / "all.safetensors").read_bytes()).digest() == before
@@ -150,6 +162,51 @@ def test_stats_file_is_made_if_it_is_not_there_and_then_reused(run, dense, text,
     assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
 
 
+def test_state_bytes_choose_the_largest_aligned_width(run, dense):
+    spec = open_checkpoint(dense).spec
+    limit = spec.with_d_k((24,) * 3).state_bytes()
+    run("prune", dense, "a", "--method", "l1", "--state-bytes", limit)
+    run("prune", dense, "b", "--method", "l1", "--state-bytes", limit, "--align", 8)
+    run("prune", dense, "c", "--method", "l1", "--state-bytes", f"{limit / 1024}KiB", "--align", 6)
+    assert [set(open_checkpoint(out).spec.d_k) for out in "abc"] == [{16}, {24}, {24}]
+
+
+@pytest.mark.parametrize("method", ["l1", "loss-aware"])
+def test_per_layer_spends_one_budget_and_says_who_runs_the_result(run, dense, text, tmp_path, method):
+    output = run(
+        "prune",
+        dense,
+        "out",
+        "--method",
+        method,
+        "--keep",
+        12,
+        "--per-layer",
+        "--align",
+        4,
+        "--text",
+        text,
+        *SMALL,
+    )
+    spec = open_checkpoint("out").spec
+    assert len(set(spec.d_k)) > 1 and all(n % 4 == 0 for n in spec.d_k)
+    limit = spec.with_d_k((12,) * 3).state_bytes()
+    assert spec.state_bytes() <= limit
+    record = json.loads((tmp_path / "out" / REDUCTION).read_text())
+    assert record["stock_loaders"] is False
+    assert (record["budget"]["state_bytes"], record["budget"]["align"]) == (limit, 4)
+    assert record["budget"]["measured_on"]["tokens"] == 256
+    assert [list(curve) for curve in record["budget"]["loss_rise"]] == [[str(n) for n in range(4, 33, 4)]] * 3
+    assert "stock loaders refuse it" in output and "stock loaders refuse it" in run("inspect", "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["head_dim"] == list(spec.d_k)
+    # The same again from the statistics file that was left, measured on the same text.
+    if method == "loss-aware":
+        again = ("--stats", "out.stats.safetensors", "--text", text, *SMALL)
+        run("prune", dense, "two", "--method", method, "--keep", 12, "--per-layer", "--align", 4, *again)
+        assert (tmp_path / "two" / REDUCTION).read_text() == (tmp_path / "out" / REDUCTION).read_text()
+
+
 def test_bundled_text_is_the_default_and_evaluate_is_recorded(run, tmp_path):
     small = {**DELTA, "num_hidden_layers": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32}
     write_checkpoint(tmp_path / "tiny", small)
@@ -173,13 +230,23 @@ PRUNE = ("prune", "DENSE", "out", "--method")
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((*PRUNE, "svd", "--keep", 8), "method='svd' is unknown; known methods: bilinear, drrqr, l1, random"),
+        (
+            (*PRUNE, "svd", "--keep", 8),
+            "method='svd' is unknown; known methods: bilinear, drrqr, energy, l1, loss-aware, random, taylor, wanda",
+        ),
         ((*PRUNE, "l1", "--keep", 33), "keep=33 must be between 1 and 32"),
         ((*PRUNE, "l1", "--keep", 0), "keep=0 must be between 1 and 32"),
         ((*PRUNE, "l1", "--ratio", 1), "ratio=1.0 must be above 0 and below 1"),
         ((*PRUNE, "l1", "--ratio", -0.5), "ratio=-0.5 must be above 0 and below 1"),
         ((*PRUNE, "l1"), "exactly one of --keep"),
         ((*PRUNE, "l1", "--keep", 8, "--ratio", 0.5), "exactly one of --keep"),
+        ((*PRUNE, "l1", "--keep", 8, "--state-bytes", "1MB"), "exactly one of --keep"),
+        ((*PRUNE, "l1", "--state-bytes", "much"), "state_bytes='much' is no size"),
+        ((*PRUNE, "l1", "--state-bytes", "1KB"), "state_bytes=1000 is below"),
+        ((*PRUNE, "l1", "--state-bytes", "1MB", "--align", 7), "align=7 must be an even number"),
+        ((*PRUNE, "l1", "--keep", 8, "--per-layer", "--align", 0), "align=0 must be an even number"),
+        ((*PRUNE, "l1", "--keep", 8, "--per-layer"), "the state with d_k 16"),
+        ((*PRUNE, "l1", "--keep", 8, "--align", 8), "align=8 is for the widths that"),
         ((*PRUNE, "l1", "--keep", 8, "--windows", 2), "method='l1' reads no statistics"),
         ((*PRUNE, "l1", "--keep", 8, "--device", "tpu"), "device='tpu'"),
         ((*PRUNE, "drrqr", "--keep", 8, "--text", "nowhere.txt"), "nowhere.txt"),
@@ -193,6 +260,7 @@ PRUNE = ("prune", "DENSE", "out", "--method")
             "holds no state_reduction.json",
         ),
         (("calibrate", "DENSE", "junk"), "out='junk' already exists"),
+        (("calibrate", "DENSE", "new", "--method", "svd"), "method='svd' is unknown"),
         (("merge", "junk", "--out", "new"), "junk is not a statistics file"),
         (("evaluate", "nowhere"), "nowhere: no such directory"),
         (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least one window of 512"),
@@ -215,6 +283,13 @@ def test_statistics_of_another_checkpoint_are_refused(run, dense, text, tmp_path
     run("calibrate", other, "s.safetensors", "--text", text, *SMALL)
     output = run("prune", dense, "out", "--method", "drrqr", "--keep", 8, "--stats", "s.safetensors", code=2)
     assert "calibrate it again" in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_without_gradients_say_how_to_get_them(run, dense, text, tmp_path):
+    run("calibrate", dense, "s.safetensors", "--text", text, *SMALL)
+    arguments = ("prune", dense, "out", "--method", "loss-aware", "--keep", 8, "--stats", "s.safetensors")
+    assert "calibrate again with --method loss-aware" in run(*arguments, code=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -23,15 +23,19 @@ def normalised(x):
 
 def head(seed=0, d=12, layer=0, index=0, selection_seed=0):
     q, k = rows(2 * seed, d=d), rows(2 * seed + 1, d=d)
-    grams = {
+    rng = np.random.default_rng(seed)
+    weights = tuple(rng.standard_normal((d, 20)).astype(np.float32) for _ in range(2))
+    statistics = {
         "q": q.T @ q,
         "k": k.T @ k,
         "q_normalised": normalised(q).T @ normalised(q),
         "k_normalised": normalised(k).T @ normalised(k),
+        "x_squares": rng.random(20),
+        "q_gradient": rng.standard_normal((d, 20)),
+        "k_gradient": rng.standard_normal((d, 20)),
+        "gate_fisher": rng.standard_normal(d) ** 2,
     }
-    rng = np.random.default_rng(seed)
-    weights = tuple(rng.standard_normal((d, 20)).astype(np.float32) for _ in range(2))
-    return Head(layer=layer, index=index, d_k=d, seed=selection_seed, grams=grams, weights=weights)
+    return Head(layer=layer, index=index, d_k=d, seed=selection_seed, statistics=statistics, weights=weights)
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -84,18 +88,81 @@ def test_l1_keeps_the_heaviest_rows_of_q_and_k_together():
     assert CRITERIA["l1"].select(h, 3).keep.tolist() == [1, 2, 3]
 
 
+def head_of(statistics, weights=None, d_k=4):
+    return Head(layer=0, index=0, d_k=d_k, seed=0, statistics=statistics, weights=weights)
+
+
+def test_scored_choices_report_the_share_that_is_kept():
+    q = np.diag([1, 2, 3, 4]).astype(np.float32)
+    assert CRITERIA["l1"].select(head_of({}, (q, q)), 2).report == {"score_share": pytest.approx(0.7)}
+    assert CRITERIA["l1"].select(head_of({}, (0 * q, 0 * q)), 2).report == {"score_share": 1.0}
+
+
+def test_wanda_weighs_every_weight_by_its_input():
+    q, k = np.zeros((4, 3), np.float32), np.zeros((4, 3), np.float32)
+    q[0], q[1], k[2], k[3], q[3] = [5, 0, 0], [0, -2, 0], [0, 0, 1], [1, 0, 1], [0, 0, -0.5]
+    # 5 * 1, 2 * 2, 1 * 6, 1 * 1 + 1.5 * 6: an l1 norm, or mean squares instead of roots, would order otherwise.
+    h = head_of({"x_squares": np.array([1.0, 4.0, 36.0])}, (q, k))
+    assert [CRITERIA["wanda"].select(h, n).keep.tolist() for n in (1, 2, 3)] == [[3], [2, 3], [0, 2, 3]]
+    assert CRITERIA["wanda"].select(h, 1).report == {"score_share": pytest.approx(10 / 25)}
+
+
+def test_taylor_sums_absolute_products_of_weights_and_gradients():
+    ones = np.ones((4, 2), np.float32)
+    gradients = {
+        "q_gradient": np.array([[3.0, -3.0], [2.5, 2.5], [0, 0], [9, 0]]),
+        "k_gradient": np.array([[0, 0], [0, 0], [-4.0, -4.0], [9, 9]]),
+    }
+    weights = (ones, ones * np.array([1, 1, 1, 0], np.float32)[:, None])
+    # 6, 5, 8, 9: signs must not cancel, a gradient on a zero weight counts nothing, q and k both count.
+    h = head_of(gradients, weights)
+    assert [CRITERIA["taylor"].select(h, n).keep.tolist() for n in (1, 2, 3)] == [[3], [2, 3], [0, 2, 3]]
+
+
+def test_energy_is_the_product_of_both_mean_squares():
+    q, k = np.diag([4.0, 3.0, 0.5, 1.0]), np.diag([0.1, 1.0, 5.0, 1.5])
+    q[0, 1] = q[1, 0] = 9.0  # products of different channels don't count
+    statistics = {"q_normalised": q, "k_normalised": k}
+    # 0.4, 3, 2.5, 1.5: q alone or the sum would keep channel 0 or 2 first.
+    assert CRITERIA["energy"].select(head_of(statistics), 1).keep.tolist() == [1]
+    assert CRITERIA["energy"].select(head_of(statistics), 3).keep.tolist() == [1, 2, 3]
+
+
+def test_loss_aware_is_bilinear_of_rows_scaled_by_the_eighth_root_of_the_fisher_information():
+    differ = 0
+    for seed in range(8):
+        h = head(seed, d=16)
+        fisher = h.statistics["gate_fisher"]
+        scale = (fisher / fisher.mean()) ** 0.125
+        scaled = {
+            name: scale[:, None] * scale * h.statistics[name] for name in ("q_normalised", "k_normalised")
+        }
+        choice = CRITERIA["loss-aware"].select(h, 5)
+        expected = CRITERIA["bilinear"].select(head_of(scaled, d_k=16), 5)
+        assert choice.keep.tolist() == expected.keep.tolist()
+        assert choice.report["squared_cosine"] == pytest.approx(expected.report["squared_cosine"])
+        differ += choice.keep.tolist() != CRITERIA["bilinear"].select(h, 5).keep.tolist()
+    assert differ >= 4, "the weights must matter"
+
+
+def test_loss_aware_without_any_gradient_is_bilinear():
+    h = head(2)
+    h.statistics["gate_fisher"][:] = 0
+    assert np.array_equal(CRITERIA["loss-aware"].select(h, 5).keep, CRITERIA["bilinear"].select(h, 5).keep)
+
+
 def test_drrqr_reads_the_sum_of_the_raw_grams():
     def gram(*diagonal):
         return np.diag(np.array(diagonal, dtype=float))
 
     # Each alone, or the normalised ones, would choose otherwise.
-    grams = {
+    statistics = {
         "q": gram(5, 0, 3, 1),
         "k": gram(0, 5.5, 3, 1),
         "q_normalised": gram(0, 0, 0, 9),
         "k_normalised": gram(0, 0, 0, 9),
     }
-    choice = CRITERIA["drrqr"].select(Head(layer=0, index=0, d_k=4, seed=0, grams=grams), 2)
+    choice = CRITERIA["drrqr"].select(Head(layer=0, index=0, d_k=4, seed=0, statistics=statistics), 2)
     assert choice.keep.tolist() == [1, 2]
     assert choice.report["rank"] == 4
     assert choice.report["retained_energy"] == pytest.approx(11.5 / 18.5)
@@ -122,7 +189,7 @@ def test_bilinear_finds_the_best_set():
     best_found = 0
     for seed in range(60):
         h = head(seed, d=10)
-        m = h.grams["q_normalised"] * h.grams["k_normalised"]
+        m = h.statistics["q_normalised"] * h.statistics["k_normalised"]
         n = 1 + seed % 9
         choice = CRITERIA["bilinear"].select(h, n)
         found = squared_cosine(m, choice.keep)
@@ -136,7 +203,7 @@ def test_bilinear_finds_the_best_set():
 def test_greedy_removal_leaves_the_most_at_each_step():
     for seed in range(10):
         h = head(seed)
-        m = h.grams["q_normalised"] * h.grams["k_normalised"]
+        m = h.statistics["q_normalised"] * h.statistics["k_normalised"]
         left = list(range(12))
         for n in range(11, 0, -1):
             left = max(
@@ -149,7 +216,7 @@ def test_no_single_exchange_improves_bilinear():
     exchanged = 0
     for seed in range(40):
         h = head(seed, d=24)
-        m = h.grams["q_normalised"] * h.grams["k_normalised"]
+        m = h.statistics["q_normalised"] * h.statistics["k_normalised"]
         keep, exchanges = maximise(m, 6)
         exchanged += exchanges
         found = squared_cosine(m, keep)
@@ -162,16 +229,16 @@ def test_no_single_exchange_improves_bilinear():
 
 def test_bilinear_drops_unused_channels_first_and_survives_a_dead_head():
     h = head(1)
-    for gram in h.grams.values():
-        gram[[2, 5]] = 0
-        gram[:, [2, 5]] = 0
+    for name in ("q_normalised", "k_normalised"):
+        h.statistics[name][[2, 5]] = 0
+        h.statistics[name][:, [2, 5]] = 0
     assert CRITERIA["bilinear"].select(h, 10).keep.tolist() == [0, 1, 3, 4, 6, 7, 8, 9, 10, 11]
     dead = Head(
         layer=0,
         index=0,
         d_k=4,
         seed=0,
-        grams={"q_normalised": np.zeros((4, 4)), "k_normalised": np.zeros((4, 4))},
+        statistics={"q_normalised": np.zeros((4, 4)), "k_normalised": np.zeros((4, 4))},
     )
     choice = CRITERIA["bilinear"].select(dead, 2)
     assert len(choice.keep) == 2
@@ -179,10 +246,21 @@ def test_bilinear_drops_unused_channels_first_and_survives_a_dead_head():
 
 
 def test_unknown_method_is_named_with_the_known_ones():
-    with pytest.raises(PruningError, match=r"method='svd'.*bilinear, drrqr, l1, random"):
+    with pytest.raises(
+        PruningError, match=r"method='svd'.*bilinear, drrqr, energy, l1, loss-aware, random, taylor, wanda"
+    ):
         criterion_named("svd")
 
 
 def test_registry_names_are_the_criteria_own():
     assert all(CRITERIA[name].name == name for name in CRITERIA)
-    assert {"random", "l1", "drrqr", "bilinear"} <= set(CRITERIA)
+    assert set(CRITERIA) == {
+        "random",
+        "l1",
+        "wanda",
+        "taylor",
+        "energy",
+        "drrqr",
+        "bilinear",
+        "loss-aware",
+    }

@@ -10,8 +10,9 @@ from modeling.families import family_of
 from pruning.calibration import Origin
 from pruning.criteria import CRITERIA, Choice
 from pruning.errors import PruningError
+from pruning.gradients import GRADIENTS
 from pruning.selection import select, widths_for_ratio, widths_to_keep
-from pruning.statistics import GRAMS, Statistics, collect
+from pruning.statistics import Statistics, collect
 
 WINDOWS = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0))
 ORIGIN = Origin("t", "0" * 64, 0, 4, 32)
@@ -30,7 +31,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def statistics(checkpoint):
-    return collect(checkpoint.load(), WINDOWS, ORIGIN, checkpoint.sha256)
+    return collect(checkpoint.load(), WINDOWS, ORIGIN, checkpoint.sha256, needed=GRADIENTS)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +99,8 @@ class Spy:
     name = "spy"
     summary = ""
 
-    def __init__(self, grams=(), weights=False):
-        self.grams, self.weights, self.heads = grams, weights, []
+    def __init__(self, statistics=(), weights=False):
+        self.statistics, self.weights, self.heads = statistics, weights, []
 
     def select(self, head, n):
         self.heads.append(head)
@@ -107,27 +108,36 @@ class Spy:
 
 
 def test_a_criterion_sees_its_own_head_and_only_what_it_asked_for(checkpoint, statistics):
-    spy = Spy(grams=("k", "q_normalised"), weights=True)
+    per_head = ("k", "q_normalised", "q_gradient", "gate_fisher")
+    spy = Spy(statistics=(*per_head, "x_squares"), weights=True)
     select(checkpoint, spy, (4, 4, 4), statistics=statistics, seed=5)
     assert [(h.layer, h.index, h.d_k, h.seed) for h in spy.heads] == [
         (layer, h, 32, 5) for layer in range(3) for h in range(2)
     ]
     for head in spy.heads:
-        assert set(head.grams) == {"k", "q_normalised"}
-        for name, gram in head.grams.items():
-            assert np.array_equal(gram, statistics.layers[head.layer][name][head.index].numpy())
+        assert set(head.statistics) == {*per_head, "x_squares"}
+        layer = statistics.layers[head.layer]
+        for name in per_head:
+            assert np.array_equal(head.statistics[name], layer[name][head.index].numpy())
+        assert np.array_equal(head.statistics["x_squares"], layer["x_squares"].numpy())
         rows = slice(head.index * 32, (head.index + 1) * 32)
         for ours, name in zip(head.weights, "qk", strict=True):
             theirs = checkpoint.tensor(f"model.layers.{head.layer}.attn.{name}_proj.weight")[rows]
             assert np.array_equal(ours, theirs.numpy())
     plain = Spy()
     select(checkpoint, plain, (4, 4, 4))
-    assert all(h.grams == {} and h.weights is None for h in plain.heads)
+    assert all(h.statistics == {} and h.weights is None for h in plain.heads)
 
 
 def test_statistics_must_be_there_and_of_this_checkpoint(checkpoint, statistics):
     with pytest.raises(PruningError, match="method='drrqr' needs calibration statistics"):
         select(checkpoint, CRITERIA["drrqr"], (4, 4, 4))
+    without = collect(checkpoint.load(), WINDOWS, ORIGIN, checkpoint.sha256)
+    with pytest.raises(
+        PruningError,
+        match="do not hold gate_fisher, .*'loss-aware' reads; calibrate again with --method loss-aware",
+    ):
+        select(checkpoint, CRITERIA["loss-aware"], (4, 4, 4), statistics=without)
     other = Statistics("f" * 64, statistics.origins, statistics.layers)
     with pytest.raises(PruningError, match="calibrate it again"):
         select(checkpoint, CRITERIA["drrqr"], (4, 4, 4), statistics=other)
@@ -152,9 +162,9 @@ def test_a_common_factor_on_the_statistics_changes_no_choice(checkpoint, statist
     doubled = Statistics(
         statistics.source_sha256,
         statistics.origins,
-        tuple({name: 2 * layer[name] for name in GRAMS} for layer in statistics.layers),
+        tuple({name: 2 * layer[name] for name in layer} for layer in statistics.layers),
     )
-    for name in ("drrqr", "bilinear"):
+    for name in CRITERIA:
         a = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=statistics)
         b = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=doubled)
         assert all(torch.equal(x, y) for x, y in zip(a.keep, b.keep, strict=True))

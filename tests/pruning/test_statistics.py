@@ -11,7 +11,17 @@ from safetensors.torch import save_file
 from modeling.checkpoint import open_checkpoint
 from pruning.calibration import Origin
 from pruning.errors import PruningError
-from pruning.statistics import GRAMS, Collector, Statistics, collect, load_statistics, merge, save_statistics
+from pruning.gradients import GRADIENTS
+from pruning.statistics import (
+    FORWARD,
+    GRAMS,
+    Collector,
+    Statistics,
+    collect,
+    load_statistics,
+    merge,
+    save_statistics,
+)
 
 ORIGIN = Origin("test text", "0" * 64, seed=0, windows=6, window_length=40)
 
@@ -35,7 +45,7 @@ def test_streamed_grams_are_those_of_all_rows_at_once(checkpoint, windows):
     seen = []
 
     def tap(layer, x, q, k):
-        seen.append((q, k))
+        seen.append((x, q, k))
         return q, k
 
     with torch.no_grad():
@@ -43,7 +53,10 @@ def test_streamed_grams_are_those_of_all_rows_at_once(checkpoint, windows):
     statistics = collect(model, windows, ORIGIN, checkpoint.sha256, batch=4)
     assert statistics.tokens == 240
     assert len(statistics.layers) == len(seen) == 3
-    for grams, (q, k) in zip(statistics.layers, seen, strict=True):
+    for grams, (x, q, k) in zip(statistics.layers, seen, strict=True):
+        assert set(grams) == set(FORWARD), "no gradients unless they are asked for"
+        assert grams["x_squares"].dtype == torch.float64
+        assert relative(grams["x_squares"], x.double().square().sum(0)) < 1e-5
         for name, raw in (("q", q), ("k", k)):
             raw = raw.double()
             unit = raw / (raw.square().sum(-1, keepdim=True) + 1e-6).sqrt()
@@ -78,16 +91,18 @@ def test_rows_are_normalised_with_the_model_s_eps(checkpoint):
 
 def test_merged_shards_are_one_pass(checkpoint, windows):
     model = checkpoint.load()
-    whole = collect(model, windows, ORIGIN, checkpoint.sha256, batch=2)
+    both = {"needed": GRADIENTS, "batch": 2}
+    whole = collect(model, windows, ORIGIN, checkpoint.sha256, **both)
     shards = [
-        collect(model, rows, Origin("test text", "0" * 64, i, len(rows), 40), checkpoint.sha256, batch=2)
+        collect(model, rows, Origin("test text", "0" * 64, i, len(rows), 40), checkpoint.sha256, **both)
         for i, rows in enumerate(windows.split([2, 4]))
     ]
     merged = merge(shards)
     assert merged.tokens == whole.tokens
     assert [origin.seed for origin in merged.origins] == [0, 1]
     for a, b in zip(merged.layers, whole.layers, strict=True):
-        for name in GRAMS:
+        assert set(a) == {*FORWARD, *GRADIENTS}
+        for name in a:
             assert relative(a[name], b[name]) < 1e-12
 
 
@@ -98,6 +113,13 @@ def test_merge_refuses_other_checkpoints_the_same_pass_twice_and_nothing(checkpo
         merge([statistics, other])
     with pytest.raises(PruningError, match="same pass is there twice"):
         merge([statistics, statistics])
+    bare = Statistics(
+        checkpoint.sha256,
+        other.origins,
+        tuple({name: layer[name] for name in GRAMS} for layer in statistics.layers),
+    )
+    with pytest.raises(PruningError, match="different statistics: x_squares is not in all of them"):
+        merge([statistics, bare])
     with pytest.raises(PruningError, match="no statistics"):
         merge([])
 
@@ -127,8 +149,9 @@ def test_progress_counts_every_token(checkpoint, windows):
     assert steps == [160, 80]
 
 
-def test_file_brings_everything_back(checkpoint, windows, tmp_path):
-    statistics = collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256)
+@pytest.mark.parametrize("needed", [(), ("gate_fisher",)])
+def test_file_brings_everything_back(checkpoint, windows, tmp_path, needed):
+    statistics = collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256, needed=needed)
     file = tmp_path / "deep" / "s.safetensors"
     save_statistics(statistics, file)
     assert [p.name for p in file.parent.iterdir()] == ["s.safetensors"]
@@ -136,7 +159,8 @@ def test_file_brings_everything_back(checkpoint, windows, tmp_path):
     back = load_statistics(file)
     assert (back.source_sha256, back.origins) == (statistics.source_sha256, statistics.origins)
     for a, b in zip(back.layers, statistics.layers, strict=True):
-        assert all(torch.equal(a[name], b[name]) for name in GRAMS)
+        assert set(a) == {*FORWARD, *needed}
+        assert all(torch.equal(a[name], b[name]) for name in a)
     with safe_open(file, framework="pt") as f:
         record = json.loads(f.metadata()["lowkey_statistics"])
     assert record["origins"][0]["tokens"] == 240
@@ -154,7 +178,7 @@ def test_other_files_are_refused(tmp_path):
     missing, text, foreign, newer = (tmp_path / n for n in ("missing", "text", "foreign", "newer"))
     text.write_text("not safetensors")
     save_file({"a": torch.zeros(1)}, foreign)
-    save_file({"a": torch.zeros(1)}, newer, metadata={"lowkey_statistics": json.dumps({"format": 2})})
+    save_file({"a": torch.zeros(1)}, newer, metadata={"lowkey_statistics": json.dumps({"format": 1})})
     for file in (missing, text, foreign, newer):
         with pytest.raises(PruningError, match=file.name):
             load_statistics(file)

@@ -1,0 +1,106 @@
+"""Gradient statistics: how the loss on the calibration text depends on each key channel.
+
+L is the negative log-likelihood (a sum, in nats) of one window that starts from an empty state. Two things are kept,
+both sums over windows, in float64:
+
+- dL/dWq and dL/dWk of the q and k projections, for first-order scores (LLM-Pruner, arXiv 2305.11627, eq. 3);
+- the Fisher information of a gate z = 1 on each channel of q and of k after convolution and SiLU:
+  F_c = sum over windows of (dL/dz_qc + dL/dz_kc)^2.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.layers import wide
+from modeling.model import Model
+from pruning.errors import PruningError
+from pruning.progress import Advance, no_progress
+
+GradientName = Literal["q_gradient", "k_gradient", "gate_fisher"]
+"""Gradients of the q and k projections, `[num_k_heads, d_k, hidden]`, and the gates' Fisher information,
+`[num_k_heads, d_k]`."""
+
+GRADIENTS: tuple[GradientName, ...] = get_args(GradientName)
+
+
+def collect_gradients(
+    model: Model, windows: Tensor, names: Collection[GradientName], *, advance: Advance = no_progress
+) -> list[dict[GradientName, Tensor]]:
+    """Run `windows` int64 `[count, length]` forward and backward, one at a time; per layer, the sums of `names`.
+
+    Raises:
+        PruningError: a window has no token to predict, a gradient is not finite, or a layer's tap missed tokens.
+    """
+    if windows.shape[1] < 2:
+        raise PruningError(
+            f"window_length={windows.shape[1]} leaves no token to predict; gradients need at least 2"
+        )
+    sums: list[dict[GradientName, Tensor]] = []
+    for layer in model.spec.layers:
+        m = layer.mixer
+        weight, gate = (m.num_k_heads, m.d_k, model.spec.hidden_size), (m.num_k_heads, m.d_k)
+        sums.append(
+            {
+                name: torch.zeros(gate if name == "gate_fisher" else weight, dtype=torch.float64)
+                for name in GRADIENTS
+                if name in names
+            }
+        )
+    weights = [block.get_parameter("mixer.in_proj.weight") for block in model.layers]
+    with _gradients_of(weights):
+        for window in windows.to(model.embeddings.weight.device):
+            for i, found in enumerate(_of_window(model, window, weights)):
+                for name, total in sums[i].items():
+                    if not bool(found[name].isfinite().all()):
+                        raise PruningError(
+                            f"layer {i}: {name} holds NaN or Inf; the loss has no gradient there"
+                        )
+                    value = found[name].to(total)
+                    total += value.square() if name == "gate_fisher" else value
+            advance(len(window))
+    return sums
+
+
+def _of_window(
+    model: Model, window: Tensor, weights: Sequence[Tensor]
+) -> Iterator[dict[GradientName, Tensor]]:
+    """Per layer the gradients of the loss on one window `[length]`; those of the gates are not yet squared."""
+    mixers = [layer.mixer for layer in model.spec.layers]
+    gates = [w.new_ones(m.num_k_heads, m.d_k).requires_grad_() for w, m in zip(weights, mixers, strict=True)]
+    tokens = [0] * len(gates)
+
+    # One gate on both q and k: its gradient is the sum of those of a gate on each.
+    def tap(layer: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        tokens[layer] += q.shape[0]
+        return q * gates[layer], k * gates[layer]
+
+    hidden, _ = model(window, [0, len(window)], tap=tap)
+    for layer, seen in enumerate(tokens):
+        if seen != len(window):
+            raise PruningError(
+                f"layer {layer}: the tap saw {seen} of {len(window)} tokens; its gate is no gate"
+            )
+    loss = F.cross_entropy(wide(model.logits(hidden[:-1])), window[1:], reduction="sum")
+    found = torch.autograd.grad(loss, [*gates, *weights])
+    for m, gate, weight in zip(mixers, found[: len(gates)], found[len(gates) :], strict=True):
+        q, k = weight[: 2 * m.key_dim].view(2, m.num_k_heads, m.d_k, -1)
+        yield {"q_gradient": q, "k_gradient": k, "gate_fisher": gate}
+
+
+@contextmanager
+def _gradients_of(weights: Sequence[Tensor]) -> Iterator[None]:
+    """Grad mode on, and `weights` require gradients, inside the block only."""
+    before = [w.requires_grad for w in weights]
+    try:
+        for w in weights:
+            w.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for w, required in zip(weights, before, strict=True):
+            w.requires_grad_(required)
