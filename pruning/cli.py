@@ -84,8 +84,8 @@ def main() -> None:
     """Make linear-attention checkpoints cheaper to serve by removing key/query channels.
 
     \b
-    lowkey-prune prune     demo reduced --method bilinear --keep 64
-    lowkey-prune evaluate  demo reduced
+    lowkey-prune prune     demo/model reduced --method bilinear --keep 64
+    lowkey-prune evaluate  demo/model reduced
     lowkey-prune inspect   reduced
     """
 
@@ -108,9 +108,9 @@ def calibrate(
     text is CPython's own sources (training side of the bundled split) unless --text is given.
 
     \b
-    lowkey-prune calibrate  demo demo.stats.safetensors
-    lowkey-prune calibrate  demo part1.safetensors --text a.txt --text b.txt --windows 64 --seed 1
-    lowkey-prune calibrate  demo all.safetensors --method taylor --method loss-aware
+    lowkey-prune calibrate  demo/model demo.stats.safetensors
+    lowkey-prune calibrate  demo/model part1.safetensors --text a.txt --text b.txt --windows 64 --seed 1
+    lowkey-prune calibrate  demo/model all.safetensors --method taylor --method loss-aware
     """
     needed = {name for method in methods or () for name in criterion_named(method).statistics}
     refuse_existing(out, overwrite)
@@ -173,9 +173,9 @@ def prune(
     With --per-layer, --keep, --ratio or --state-bytes only say how much state there is to spend.
 
     \b
-    lowkey-prune prune  demo reduced --method bilinear --keep 64
-    lowkey-prune prune  demo reduced --method drrqr --ratio 0.75 --stats demo.stats.safetensors --evaluate
-    lowkey-prune prune  demo reduced --method loss-aware --state-bytes 400KB --per-layer
+    lowkey-prune prune  demo/model reduced --method bilinear --keep 64
+    lowkey-prune prune  demo/model reduced --method drrqr --ratio 0.75 --stats demo.stats.safetensors --evaluate
+    lowkey-prune prune  demo/model reduced --method loss-aware --state-bytes 400KB --per-layer
     """
     if align is not None and state_bytes is None and not per_layer:
         raise PruningError(f"align={align} is for the widths that --state-bytes and --per-layer choose")
@@ -240,8 +240,8 @@ def evaluate(
     empty state.
 
     \b
-    lowkey-prune evaluate  demo reduced-64 reduced-32 --json results.json
-    lowkey-prune evaluate  demo --text my.txt --tokens 0
+    lowkey-prune evaluate  demo/model reduced-64 reduced-32 --json results.json
+    lowkey-prune evaluate  demo/model --text my.txt --tokens 0
     """
     device_named(device)
     opened = [open_checkpoint(c) for c in checkpoints]

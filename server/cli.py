@@ -39,24 +39,37 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._drain_until = 0.0
+        self._announced = self._drain_announced = False
         self.failed: str | None = None
         """The variant that could not be loaded, if that is why the server stopped."""
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Not uvicorn's own: that one stops listening at once, and kills the process when all is done."""
-        if self._state.draining:  # asked a second time
-            self.should_exit = self.force_exit = True
+        again = self._state.draining
         self._state.draining = True
-        self._drain_until = time.monotonic() + self._state.settings.drain_s
+        self._drain_until = 0.0 if again else time.monotonic() + self._state.settings.drain_s
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: once a drain is over, stop. Requests that outlast it get their error event first."""
+        """Ten times a second: say when all models are up, and once a drain is over, stop. Requests that outlast it get
+        their error event first."""
+        variants = list(self._state.variants)
+        if not self._announced and all(variant.client.up for variant in variants):
+            self._announced = True
+            logger.info("ready: %s", ", ".join(variant.name for variant in variants))
         if self._state.draining and not self.should_exit:
-            late = time.monotonic() > self._drain_until
-            if late:
-                await self._state.variants.close()
-            self.should_exit = late or not any(variant.admitted for variant in self._state.variants)
+            await self._drain(sum(variant.admitted for variant in variants))
         return await super().on_tick(counter)
+
+    async def _drain(self, running: int) -> None:
+        left = self._drain_until - time.monotonic()
+        if running and left > 0:
+            if not self._drain_announced:
+                self._drain_announced = True
+                logger.info("draining: %d requests run, up to %.0f s; once more to stop now", running, left)
+            return
+        if running:
+            await self._state.variants.close()
+        self.should_exit = True
 
     def fail(self, variant: str) -> None:
         self.failed = variant

@@ -3,11 +3,20 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
 from server.engine.messages import FinishReason, Occupancy, Ready, StepOutput
 
 Rejection = Literal["queue_full", "draining", "engine_down", "too_long"]
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of time stamps beside every counter and histogram
 
 ENGINE = "0"
 """Replica index of a variant's engine; there is one engine per variant."""

@@ -1,11 +1,15 @@
 """The models that one server holds, dense and reduced, each behind its own engine process."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from tokenizers import Tokenizer
 
@@ -64,6 +68,21 @@ class Variant:
             self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
 
 
+def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
+    """A private directory for sockets and, in memory where the system has a place for that, log-probabilities that
+    engines share; and the lock that says that it is in use. Those of servers that were killed are removed."""
+    memory = Path("/dev/shm")
+    parent = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
+    for lock in parent.glob("lowkey-*/lock"):
+        with contextlib.suppress(OSError), lock.open("rb") as f:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
+            shutil.rmtree(lock.parent)
+    directory = tempfile.TemporaryDirectory(prefix="lowkey-", dir=parent)
+    held = (Path(directory.name) / "lock").open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    return directory, held
+
+
 class Variants:
     """All variants of a server, in the order of the configuration; the first is the default.
 
@@ -72,11 +91,7 @@ class Variants:
     """
 
     def __init__(self, settings: Settings, metrics: Metrics, on_fatal: Callable[[str], None]) -> None:
-        # Sockets and, in memory where the system has a place for that, log-probabilities that engines share.
-        memory = Path("/dev/shm")
-        self._runtime_dir = tempfile.TemporaryDirectory(
-            prefix="lowkey-", dir=memory if os.access(memory, os.W_OK) else None
-        )
+        self._runtime_dir, self._lock = _make_runtime_dir()
         self._by_name: dict[str, Variant] = {}
         self.on_fatal = on_fatal
         for name, source in settings.variants.items():
@@ -106,6 +121,7 @@ class Variants:
         for variant in self._by_name.values():
             await variant.client.close()
         self._runtime_dir.cleanup()
+        self._lock.close()
 
     def _make(self, name: str, source: str, settings: Settings, metrics: Metrics) -> Variant:
         config = EngineConfig(

@@ -62,9 +62,12 @@ def unavailable(message: str) -> APIError:
 
 def _one(error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"] if part != "body")
+    if not where and isinstance(error.get("input"), bytes):
+        return "the body must be JSON, sent with content-type: application/json"
+    where = where or "body"
     message = error["msg"]
     if error["type"] in ("missing", "json_invalid", "not_supported"):
-        return f"{where}: {message}" if where and error["type"] == "missing" else message
+        return f"{where}: {message}" if error["type"] == "missing" else message
     echo = repr(error.get("input"))
     if len(echo) > MAX_ECHO:
         echo = echo[:MAX_ECHO] + "..."

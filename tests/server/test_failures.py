@@ -271,3 +271,26 @@ def test_a_model_that_gives_nan_is_an_error_and_not_a_text(tmp_path):
         server.wait_idle()
     finally:
         server.stop()
+
+
+def test_a_second_signal_ends_a_drain_and_the_next_server_sweeps_up_after_a_killed_one(arguments, tmp_path):
+    killed = LiveServer(tmp_path / "killed", arguments[0])
+    left_behind = killed.wait_ready().runtime_dir()
+    killed.process.kill()
+    killed.process.wait()
+    assert left_behind.exists()
+    server = LiveServer(tmp_path / "log", arguments[0])
+    try:
+        server.wait_ready()
+        assert not left_behind.exists() and server.runtime_dir().exists()
+        with stream(server) as events:
+            next(events)
+            server.process.send_signal(signal.SIGINT)
+            poll(lambda: "draining: 1 requests" in server.log.read_text(), "it says that it drains")
+            server.process.send_signal(signal.SIGINT)
+            *_, error, done = events
+            assert json.loads(error)["error"]["code"] == 503 and done == "[DONE]"
+        assert server.process.wait(DEADLINE_S) == 0
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        server.stop()
