@@ -221,16 +221,14 @@ def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)
+        old = temporary.with_name(f"{temporary.name}.old")
         if path.exists():  # put aside first: a crash must not lose both
-            old = temporary.with_name(f"{temporary.name}.old")
             path.rename(old)
-            temporary.rename(path)
-            if old.is_symlink():
-                old.unlink()
-            else:
-                shutil.rmtree(old)
-        else:
-            temporary.rename(path)
+        temporary.rename(path)
+        if old.is_symlink():
+            old.unlink()
+        elif old.exists():
+            shutil.rmtree(old)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.ops import GatedDeltaRule, reference_step
+from modeling.ops import GatedDeltaRule, reference_step, wide
 from modeling.spec import LayerSpec, MixerSpec
 
 L2_EPS = 1e-6
@@ -21,11 +21,6 @@ Tap = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Called in each mixer as `tap(layer, x, q, k)` with the mixer's input `[tokens, hidden]` and the post-convolution,
 pre-normalisation q and k `[tokens, num_k_heads, d_k]`; what it returns is used as q and k. Statistics observe through
 it, masks and gates act through it."""
-
-
-def wide(x: Tensor) -> Tensor:
-    """float32, or float64 for float64 input."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def l2_normalise(x: Tensor) -> Tensor:

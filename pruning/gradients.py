@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.layers import wide
 from modeling.model import Model
+from modeling.ops import wide
 from pruning.errors import PruningError
 from pruning.progress import Advance, no_progress
 

@@ -95,18 +95,17 @@ def _layer(
 ) -> list[Choice]:
     mixer = checkpoint.spec.layers[layer].mixer
     weights = _projections(checkpoint, layer) if criterion.weights else None
+    of_layer = {}
+    if statistics is not None:
+        of_layer = {name: statistics.layers[layer][name].numpy() for name in criterion.statistics}
     choices: list[Choice] = []
     for h in range(mixer.num_k_heads):
-        parts = {}
-        if statistics is not None:
-            of_layer = {name: statistics.layers[layer][name].numpy() for name in criterion.statistics}
-            parts = {name: s if name == "x_squares" else s[h] for name, s in of_layer.items()}
         head = Head(
             layer=layer,
             index=h,
             d_k=mixer.d_k,
             seed=seed,
-            statistics=parts,
+            statistics={name: s if name == "x_squares" else s[h] for name, s in of_layer.items()},
             weights=None if weights is None else (weights[0, h], weights[1, h]),
         )
         choices.append(criterion.select(head, n))

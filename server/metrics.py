@@ -12,7 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.engine.messages import FinishReason, Occupancy, Ready, StepOutput
+from server.engine.messages import FinishReason, Occupancy, Ready, StepOutput, one_or_all
 
 Rejection = Literal["queue_full", "draining", "engine_down", "too_long"]
 
@@ -153,8 +153,8 @@ class Metrics:
             name,
             model,
             ready.family,
-            one_or_many(ready.d_k),
-            one_or_many(ready.d_v),
+            widths_label(ready.d_k),
+            widths_label(ready.d_v),
             ready.method or "none",
             ready.state_dtype,
             ready.device,
@@ -189,6 +189,7 @@ class Metrics:
         return generate_latest(self.registry)
 
 
-def one_or_many(values: list[int]) -> str:
+def widths_label(widths: list[int]) -> str:
     """ "64" when all layers agree, else "48,48,128"."""
-    return str(values[0]) if len(set(values)) == 1 else ",".join(map(str, values))
+    value = one_or_all(widths)
+    return str(value) if isinstance(value, int) else ",".join(map(str, value))

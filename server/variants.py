@@ -14,7 +14,7 @@ from typing import IO
 from tokenizers import Tokenizer
 
 from server.engine.client import EngineClient
-from server.engine.messages import EngineConfig, Ready
+from server.engine.messages import EngineConfig, Ready, one_or_all
 from server.metrics import Metrics
 from server.settings import Settings
 
@@ -55,8 +55,7 @@ class Variant:
     @property
     def d_k(self) -> int | list[int]:
         """Key channels per head: one number when all layers agree."""
-        d_k = self.info.d_k
-        return d_k[0] if len(set(d_k)) == 1 else d_k
+        return one_or_all(self.info.d_k)
 
     def load_tokenizer(self, checkpoint: Path) -> None:
         """Read the checkpoint's tokenizer, unless it is the one that is there."""

@@ -14,9 +14,15 @@ from typing import Protocol
 from torch import Tensor
 
 from modeling.ops.chunked import chunked_gated_delta_rule
-from modeling.ops.reference import reference_gated_delta_rule, reference_step
+from modeling.ops.reference import reference_gated_delta_rule, reference_step, wide
 
-__all__ = ["GatedDeltaRule", "chunked_gated_delta_rule", "reference_gated_delta_rule", "reference_step"]
+__all__ = [
+    "GatedDeltaRule",
+    "chunked_gated_delta_rule",
+    "reference_gated_delta_rule",
+    "reference_step",
+    "wide",
+]
 
 
 class GatedDeltaRule(Protocol):

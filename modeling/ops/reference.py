@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
+    """float32, or float64 for float64 input: what recurrences, norms and gates are computed in."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -49,15 +50,15 @@ def reference_gated_delta_rule(
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`modeling.ops.GatedDeltaRule`, one token at a time."""
-    q, k, v, beta = _wide(q), _wide(k), _wide(v), _wide(beta)
-    g = None if g is None else _wide(g)
+    q, k, v, beta = wide(q), wide(k), wide(v), wide(beta)
+    g = None if g is None else wide(g)
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
     for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
         if initial_state is None:
             state = v.new_zeros(1, v.shape[1], k.shape[2], v.shape[2])
         else:
-            state = _wide(initial_state[i : i + 1])
+            state = wide(initial_state[i : i + 1])
         for t in range(start, end):
             at = slice(t, t + 1)
             o, state = reference_step(

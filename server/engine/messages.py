@@ -144,6 +144,12 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Output = Ready | StepOutput | Occupancy
 
+
+def one_or_all(values: list[int]) -> int | list[int]:
+    """The single value when all layers agree, else the list."""
+    return values[0] if len(set(values)) == 1 else values
+
+
 encoder = msgspec.msgpack.Encoder()
 input_decoder = msgspec.msgpack.Decoder(Input)
 output_decoder = msgspec.msgpack.Decoder(Output)

@@ -15,7 +15,15 @@ from modeling.families import ConfigError
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
-from server.engine.messages import CANNOT_LOAD, EngineConfig, Output, Ready, encoder, input_decoder
+from server.engine.messages import (
+    CANNOT_LOAD,
+    EngineConfig,
+    Output,
+    Ready,
+    encoder,
+    input_decoder,
+    one_or_all,
+)
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 
@@ -84,7 +92,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         config.variant,
         device,
         ready.load_s,
-        ready.d_k[0] if len(set(ready.d_k)) == 1 else ready.d_k,
+        one_or_all(ready.d_k),
         ready.slots,
         ready.state_bytes_per_request,
     )
