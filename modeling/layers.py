@@ -7,6 +7,7 @@ in float32 (float64 where the parameters are).
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -118,14 +119,13 @@ class Mixer(nn.Module):
         g = -self.A_log.to(decay.dtype).exp() * F.softplus(decay + self.dt_bias.to(decay.dtype))
         return beta, g
 
-    def _output(self, o: Tensor, gate: Tensor) -> Tensor:
-        """Gated RMSNorm of o `[tokens, num_v_heads, d_v]` and the output projection."""
+    def _normed(self, o: Tensor, gate: Tensor) -> Tensor:
+        """Gated RMSNorm of o `[tokens, num_v_heads, d_v]` -> `[tokens, value_dim]` in the gate's dtype."""
         o = self.o_norm(o)
         if self.spec.gate != "none":
             activation = F.silu if self.spec.gate == "silu" else torch.sigmoid
             o = o * activation(wide(gate)).view_as(o)
-        y: Tensor = self.o_proj(o.flatten(1).to(gate.dtype))
-        return y
+        return o.flatten(1).to(gate.dtype)
 
     def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         s = self.spec
@@ -158,11 +158,11 @@ class Mixer(nn.Module):
             cu_seqlens=cu_seqlens,
             initial_state=recurrent,
         )
-        return self._output(o, gate), recurrent, conv
+        return self.o_proj(self._normed(o, gate)), recurrent, conv
 
-    def decode(self, x: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor) -> Tensor:
-        """One token of each request: x `[B, hidden]`; the pools are updated in place at `slots`."""
-        qkv, gate, beta_in, decay_in = self.in_proj(x).split(self.spec.in_proj_sizes, dim=-1)
+    def step(self, projected: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor) -> Tensor:
+        """`MixerStep` in plain torch operations, on any device."""
+        qkv, gate, beta_in, decay_in = projected.split(self.spec.in_proj_sizes, dim=-1)
         q, k, v = self._split_heads(self.conv.decode(qkv, conv, slots))
         beta, g = self._gates(beta_in, decay_in)
         o, state = reference_step(
@@ -175,7 +175,28 @@ class Mixer(nn.Module):
             scale=self.spec.d_k**-0.5,
         )
         recurrent[slots] = state.to(recurrent.dtype)
-        return self._output(o, gate)
+        return self._normed(o, gate)
+
+
+class MixerStep(Protocol):
+    """One token of each of B requests through a mixer, between its input and its output projection.
+
+    Convolution, SiLU, L2 norms, gates, state update, read-out and gated RMSNorm. States move on in place.
+
+    Args:
+        mixer: whose spec and parameters to use.
+        projected: the input projection's output, `[B, sum(in_proj_sizes)]`, rows `q | k | v | gate | beta | decay`.
+        recurrent: the layer's pool, `[slots, num_v_heads, d_k, d_v]`.
+        conv: the layer's pool, `[slots, conv_channels, conv_kernel - 1]`.
+        slots: int64 `[B]`, distinct.
+
+    Returns:
+        The output projection's input, `[B, value_dim]`, in `projected`'s dtype.
+    """
+
+    def __call__(
+        self, mixer: Mixer, projected: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor, /
+    ) -> Tensor: ...
 
 
 class MLP(nn.Module):
@@ -215,7 +236,8 @@ class Block(nn.Module):
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), recurrent, conv
 
-    def decode(self, x: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor) -> Tensor:
-        x = x + self.mixer.decode(self.mixer_norm(x), recurrent, conv, slots)
+    def decode(self, x: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor, step: MixerStep) -> Tensor:
+        mixer = self.mixer
+        x = x + mixer.o_proj(step(mixer, mixer.in_proj(self.mixer_norm(x)), recurrent, conv, slots))
         y: Tensor = self.mlp(self.mlp_norm(x))
         return x + y

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.backends import TORCH, Backend
 from modeling.layers import Block, RMSNorm, Tap
-from modeling.ops import GatedDeltaRule, chunked_gated_delta_rule
+from modeling.ops import GatedDeltaRule
 from modeling.spec import ModelSpec
 from modeling.state import SequenceState, StatePool
 
@@ -23,6 +24,7 @@ class Model(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.backend: Backend = TORCH
         # Given its weight, so that it is not drawn: on the meta device that would import half of torch (2 s).
         weight = torch.empty(spec.vocab_size, spec.hidden_size)
         self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=weight)
@@ -38,7 +40,7 @@ class Model(nn.Module):
         cu_seqlens: Sequence[int],
         state: SequenceState | None = None,
         *,
-        rule: GatedDeltaRule = chunked_gated_delta_rule,
+        rule: GatedDeltaRule | None = None,
         tap: Tap | None = None,
     ) -> tuple[Tensor, SequenceState]:
         """Run packed sequences.
@@ -47,12 +49,13 @@ class Model(nn.Module):
             input_ids: `[tokens]`, all sequences one after the other.
             cu_seqlens: offsets, `[0, ..., tokens]`; no sequence is empty.
             state: where each sequence goes on from; None for the beginning.
-            rule: back end of the gated delta rule.
+            rule: another gated delta rule than the back end's.
             tap: observes or replaces q and k of each layer (`modeling.layers.Tap`).
 
         Returns:
             Hidden states after the final norm, `[tokens, hidden]`, and each sequence's state after its last token.
         """
+        rule = rule or self.backend.rule
         x = self.embeddings(input_ids)
         recurrent: list[Tensor] = []
         conv: list[Tensor] = []
@@ -83,7 +86,7 @@ class Model(nn.Module):
         x = self.embeddings(input_ids)
         for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
             assert isinstance(block, Block)
-            x = block.decode(x, recurrent, conv, slots)
+            x = block.decode(x, recurrent, conv, slots, self.backend.step)
         y: Tensor = self.norm(x)
         return y
 

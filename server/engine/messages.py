@@ -37,6 +37,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     """Of the request. A draw depends on (seed, choice, position) alone."""
     choice: int = 0
+    presence_penalty: float = 0.0
+    """Taken off the logit of each token that this request has generated."""
+    frequency_penalty: float = 0.0
+    """Likewise, times how often it was generated."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or generated."""
+    logit_bias: dict[int, float] = {}
+    """Token id -> added to its logit."""
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -48,6 +56,14 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     sampling: Sampling
     stop_token_ids: list[int]
     """Tokens that end the request (end of text, unless the request ignores it, among them)."""
+    min_tokens: int = 0
+    """`stop_token_ids` can't be drawn before this many tokens."""
+    logprobs: int | None = None
+    """Report each token's log-probability and this many of the most likely ones; None: neither."""
+    priority: int = 0
+    """Lower runs first; first come first served among equals."""
+    state_path: str | None = None
+    """Go on from the state saved in this file instead of an empty one."""
 
 
 class KLReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -66,7 +82,20 @@ class Score(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
     token_ids: list[int]
     from_position: int
+    top_logprobs: int = 0
+    """Also report this many of the most likely tokens at each position."""
     kl_reference: KLReference | None = None
+    priority: int = 0
+
+
+class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Run `token_ids` from an empty state and write the state after the last one to `path` (safetensors)."""
+
+    request_id: str
+    token_ids: list[int]
+    path: str
+    fingerprint: dict[str, str]
+    """Written into the file's metadata."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -75,7 +104,7 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
-Input = Generate | Score | Abort
+Input = Generate | Score | SaveState | Abort
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -101,14 +130,22 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     slots: int
 
 
+TopLogprobs = list[tuple[int, float]]
+"""(token id, natural log-probability), most likely first."""
+
+
 class Token(msgspec.Struct, frozen=True, array_like=True):
-    """One generated token. `queue_s` and `prefill_s` are set on the first one of a request."""
+    """One generated token. `queue_s`, `prefill_s` and `cached_tokens` are set on the first one of a request."""
 
     request_id: str
     token_id: int
     finish_reason: FinishReason | None = None
     queue_s: float | None = None
     prefill_s: float | None = None
+    cached_tokens: int = 0
+    """Prompt tokens whose state came from the prefix cache."""
+    logprob: float | None = None
+    top: TopLogprobs | None = None
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,6 +158,15 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     """With a reference to compare with: KL(reference || this model) in nats, from the reference's first position on."""
     agree: list[bool]
     """Likewise: whether both have the same most likely token."""
+    top: list[TopLogprobs] = []
+
+
+class StateSaved(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to SaveState."""
+
+    request_id: str
+    error: str | None = None
+    """Why the file was not written."""
 
 
 class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -129,6 +175,8 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     running: int
     waiting: int
     used_slots: int
+    cached_slots: int = 0
+    """Slots that hold prefixes and may be taken when a request needs one."""
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -136,6 +184,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     tokens: list[Token]
     scored: list[Scored]
+    saved: list[StateSaved] = []
     phase: Literal["prefill", "decode", "mixed"]
     step_s: float
     batch_size: int

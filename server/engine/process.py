@@ -82,7 +82,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         state_bytes_per_request=pool.bytes_per_slot,
         state_dtype=str(pool.state_dtype).removeprefix("torch."),
         device=device,
-        backend="torch",
+        backend=model.backend.name,
         weights_bytes=sum(weights.values()),
         load_s=time.monotonic() - began,
         slots=pool.num_slots,
