@@ -1,9 +1,10 @@
 """Train the demo model from the text that ships with CPython.
 
     python demo/train.py tokenizer OUT            # byte-level BPE from the training side of the split
-    python demo/train.py model OUT --minutes 90   # needs OUT/tokenizer.json; writes the fla-format checkpoint
+    python demo/train.py model OUT           # needs OUT/tokenizer.json; writes the fla-format checkpoint
 
-One process, on the CPU. The recipe and the curve of the shipped checkpoint are in demo/README.md.
+One process, on the CPU (an hour and a half on two cores) or on a GPU. The recipe and the curve of the shipped
+checkpoint are in demo/README.md.
 """
 
 import os
@@ -121,7 +122,7 @@ def loss_of(model: Model, batch: Tensor) -> Tensor:
     """Mean next-token cross entropy of `[n, WINDOW + 1]` token ids."""
     inputs, targets = batch[:, :-1].flatten(), batch[:, 1:].flatten()
     cu_seqlens = range(0, len(inputs) + 1, batch.shape[1] - 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(batch.device.type, torch.bfloat16):
         hidden, _ = model(inputs, cu_seqlens)
         logits = model.logits(hidden)
     return F.cross_entropy(logits.float(), targets)
@@ -130,10 +131,11 @@ def loss_of(model: Model, batch: Tensor) -> Tensor:
 @torch.no_grad()
 def heldout_loss(model: Model, stream: Tensor, batches: int | None = None) -> float:
     """Mean loss over consecutive windows (all of them, or the first batches of 8)."""
-    starts = torch.arange(0, len(stream) - WINDOW, WINDOW)
+    starts = torch.arange(0, len(stream) - WINDOW, WINDOW, device=stream.device)
     total, count = 0.0, 0
+    offsets = torch.arange(WINDOW + 1, device=stream.device)
     for rows in starts.split(8)[:batches]:
-        total += loss_of(model, stream[rows[:, None] + torch.arange(WINDOW + 1)].long()).item() * len(rows)
+        total += loss_of(model, stream[rows[:, None] + offsets].long()).item() * len(rows)
         count += len(rows)
     return total / count
 
@@ -142,17 +144,18 @@ def save(net: Model, out: Path) -> None:
     """Write the checkpoint in fla's names, weights in bf16."""
     write_json(out / "config.json", CONFIG)
     tensors = export_tensors(net, family_of(CONFIG))
-    write_safetensors(out, ((name, t.to(torch.bfloat16)) for name, t in tensors))
+    write_safetensors(out, ((name, t.to("cpu", torch.bfloat16)) for name, t in tensors))
 
 
 @app.command()
 def model(
     out: Path,
-    minutes: Annotated[float, typer.Option(help="Wall-clock budget; the schedule fits itself to it.")] = 90,
+    tokens: Annotated[int, typer.Option(help="Training tokens, rounded down to whole steps.")] = 7_088_128,
     batch: Annotated[int, typer.Option(help="Windows of 512 tokens per step.")] = 4,
     lr: Annotated[float, typer.Option(help="Peak learning rate, for Muon and AdamW alike.")] = 3e-3,
     seed: int = 0,
     threads: int = 2,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Train the model and write the checkpoint to OUT (bf16 weights, curve.json beside them)."""
     torch.set_num_threads(threads)
@@ -163,8 +166,10 @@ def model(
     train_texts, heldout_texts = corpus("train"), corpus("heldout")
     train, heldout = encode(tok, train_texts), encode(tok, heldout_texts)
     bytes_per_token = sum(len(t.encode()) for t in heldout_texts) / len(heldout)
+    train, heldout = train.to(device), heldout.to(device)
     net = Model(family_of(CONFIG).spec(CONFIG))
     initialise(net)
+    net.to(device)
     matrices = [p for n, p in net.layers.named_parameters() if n.endswith("proj.weight")]
     chosen = {id(p) for p in matrices}
     others = [p for p in net.parameters() if id(p) not in chosen]
@@ -183,14 +188,15 @@ def model(
         f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(train):,} training tokens", flush=True
     )
     curve: list[dict[str, float]] = []
-    began, step, epochs = time.monotonic(), 0, 0
+    steps, epochs = tokens // (batch * WINDOW), 0
     queue: list[Tensor] = []
-    while (elapsed := (time.monotonic() - began) / 60) < minutes:
+    began = time.monotonic()
+    for step in range(1, steps + 1):
         if not queue:
-            queue = list(windows(train, batch, generator).unbind(0))
+            queue = list(windows(train, batch, generator).to(device).unbind(0))
             epochs += 1
-        # Linear warm-up, constant, then linear to zero over the last 60 % of the time.
-        factor = min(1.0, (step + 1) / 100, (1 - elapsed / minutes) / 0.6)
+        # Linear warm-up, constant, then linear to zero over the last 60 %.
+        factor = min(1.0, step / 100, (1 - (step - 1) / steps) / 0.6)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr * factor
@@ -200,22 +206,22 @@ def model(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        step += 1
-        tokens = step * batch * WINDOW
+        seen = step * batch * WINDOW
         if step % 50 == 0:
-            speed = tokens / (time.monotonic() - began)
-            print(f"step {step} {elapsed:.1f} min loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
+            speed = seen / (time.monotonic() - began)
+            print(f"step {step} of {steps} loss {loss.item():.3f} {speed:.0f} tokens/s", flush=True)
         if step % 500 == 0:
             value = heldout_loss(net, heldout, batches=6)
-            curve.append({"minutes": elapsed, "tokens": tokens, "heldout_loss_24k": value})
+            minutes = (time.monotonic() - began) / 60
+            curve.append({"minutes": minutes, "tokens": seen, "heldout_loss_24k": value})
             print(f"held-out (24 k tokens): loss {value:.4f} perplexity {math.exp(value):.2f}", flush=True)
             save(net, out)
     net.to(torch.bfloat16).float()  # what is reported is what is saved
     final = heldout_loss(net, heldout)
     summary = {
-        "minutes": minutes,
-        "steps": step,
-        "tokens": step * batch * WINDOW,
+        "minutes": (time.monotonic() - began) / 60,
+        "steps": steps,
+        "tokens": steps * batch * WINDOW,
         "epochs": epochs,
         "seed": seed,
         "batch": batch,
