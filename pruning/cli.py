@@ -1,4 +1,4 @@
-"""`lowkey-prune`: calibrate, merge, prune, evaluate, inspect."""
+"""`lowkey-prune`: calibrate, merge, prune, recover, evaluate, inspect."""
 
 import os
 
@@ -19,6 +19,7 @@ from pruning.commands.evaluate import evaluate
 from pruning.commands.inspect import inspect
 from pruning.commands.merge import merge_files
 from pruning.commands.prune import prune
+from pruning.commands.recover import recover
 from pruning.errors import PruningError
 
 
@@ -50,5 +51,6 @@ def main() -> None:
 app.command()(calibrate)
 app.command(name="merge")(merge_files)
 app.command()(prune)
+app.command()(recover)
 app.command()(evaluate)
 app.command()(inspect)
