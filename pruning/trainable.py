@@ -74,6 +74,8 @@ def trainable(
         for mixer in mixers:
             assert isinstance(mixer, Mixer)
             _fuse(mixer)
+        if which == "lora":
+            vars(model).pop("peft_config", None)
         model.requires_grad_(False)
 
 

@@ -237,10 +237,10 @@ def _train(
         if progress.step in evaluated:
             progress.curve.append(measured(progress))
             progress.ce = progress.kl = 0.0
-        on_step(settings.tokens_per_step, ce)
         if progress.step == settings.steps or time.monotonic() - kept_at >= save_seconds:
             _save(saved, parameters, optimizer, progress, fingerprint)
             kept_at = time.monotonic()
+        on_step(settings.tokens_per_step, ce)
     return progress.curve
 
 
