@@ -44,7 +44,7 @@ class Settings:
 
     tokens: int
     """Budget, rounded up to whole steps."""
-    train: TrainableSet = "full"
+    train: TrainableSet = "small"
     lr: float = 1e-3
     """Peak learning rate."""
     batch: int = 8

@@ -1,20 +1,19 @@
 """`lowkey-prune recover`: dense and reduced checkpoint -> reduced checkpoint, trained."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from modeling.checkpoint import open_checkpoint
 from pruning.calibration import WINDOW
 from pruning.commands.console import err_console, out_console
-from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS
 from pruning.options import Device, Overwrite, TextFiles, WindowLength, device_named, text_of
 from pruning.progress import training_bar
 from pruning.recovery import plan
 from pruning.recovery import recover as run_recovery
-from pruning.trainable import TRAINABLE_SETS
+from pruning.trainable import TrainableSet
 from pruning.training import Settings
 from pruning.views import change
 
@@ -31,7 +30,7 @@ def recover(
             "lora: adapters on q, k and v, convolutions, norms, biases (needs the extra `recover`)."
         ),
     ] = Settings.train,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of AdamW.")] = None,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
     text: TextFiles = None,
     heldout: Annotated[
         list[Path] | None,
@@ -40,6 +39,9 @@ def recover(
     heldout_tokens: Annotated[
         int, typer.Option(help="Held-out tokens, from the front of the text; 0 for all of it.", min=0)
     ] = DEFAULT_TOKENS,
+    evaluations: Annotated[
+        int, typer.Option(help="Points of the held-out curve, after the first.")
+    ] = Settings.evaluations,
     window_length: WindowLength = None,
     batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = Settings.batch,
     accumulate: Annotated[int, typer.Option(help="Passes per step.")] = Settings.accumulate,
@@ -73,13 +75,10 @@ def recover(
     lowkey-prune evaluate control recovered
     """
     target = device_named(device)
-    found = next((name for name in TRAINABLE_SETS if name == train), None)
-    if found is None:
-        raise PruningError(f"train={train!r} must be one of {', '.join(TRAINABLE_SETS)}")
     settings = Settings(
         tokens=tokens,
-        train=found,
-        lr=Settings.lr if lr is None else lr,
+        train=cast(TrainableSet, train),  # Settings refuses others
+        lr=lr,
         batch=batch,
         accumulate=accumulate,
         window=WINDOW if window_length is None else window_length,
@@ -89,6 +88,7 @@ def recover(
         rank=rank,
         alpha=alpha,
         seed=seed,
+        evaluations=evaluations,
     )
     with err_console.status("reading text"):
         run = plan(

@@ -30,7 +30,7 @@ def load(tmp_path):
 
 
 def settings(**changes):
-    return Settings(**{"tokens": 640, "batch": 2, "window": 32, "evaluations": 2, **changes})
+    return Settings(**{"train": "full", "tokens": 640, "batch": 2, "window": 32, "evaluations": 2, **changes})
 
 
 def run(model, teacher, s, saved, **options):
@@ -88,6 +88,16 @@ def test_a_student_learns_what_its_teacher_knows(load, tmp_path):
     assert kl[-1] < 0.7 * kl[0]
     assert curve[-1].heldout_loss < curve[0].heldout_loss
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+def test_accumulating_small_batches_is_one_large_batch(load, tmp_path):
+    large = run(load(), load(seed=1), settings(lr=1e-4), tmp_path / "large").curve
+    small = run(load(), load(seed=1), settings(lr=1e-4, batch=1, accumulate=2), tmp_path / "small").curve
+    for a, b in zip(large, small, strict=True):
+        assert (a.step, a.tokens, a.lr) == (b.step, b.tokens, b.lr)
+        assert a.heldout_loss == pytest.approx(b.heldout_loss, abs=0.01)
+        assert a.train_loss == pytest.approx(b.train_loss, abs=0.01)
+        assert a.train_kl == pytest.approx(b.train_kl, abs=0.01)
 
 
 def test_without_a_teacher_there_is_cross_entropy_alone(load, tmp_path):
