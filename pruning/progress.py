@@ -24,13 +24,33 @@ class _TokensPerSecond(ProgressColumn):
 @contextmanager
 def tokens_bar(console: Console, description: str, total: int) -> Iterator[Advance]:
     """A bar over `total` tokens with tokens/s and the time that is left."""
-    columns = (
+    with _bar(console) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda tokens: progress.update(task, advance=tokens)
+
+
+@contextmanager
+def training_bar(
+    console: Console, description: str, total: int, *, done: int = 0
+) -> Iterator[Callable[[int, float], None]]:
+    """`tokens_bar` with the loss of the last step, for a run of which `done` tokens lie behind."""
+    with _bar(console) as progress:
+        task = progress.add_task(description, total=total, completed=done)
+
+        def step(tokens: int, loss: float) -> None:
+            progress.update(task, advance=tokens, description=f"{description}, loss {loss:.3f}")
+
+        yield step
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed:,}/{task.total:,} tokens"),
         _TokensPerSecond(),
         TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda tokens: progress.update(task, advance=tokens)

@@ -59,6 +59,8 @@ def tree(checkpoint: Checkpoint) -> Tree:
             branch.add(escape(_origin(origin)))
     if record["evaluation"] is not None:
         root.add(escape(_measured(record["evaluation"])))
+    if "recovery" in record:
+        root.add(escape(_recovered(record["recovery"])))
     return root
 
 
@@ -79,6 +81,16 @@ def _measured(evaluation: dict[str, Any]) -> str:
     return (
         f"perplexity {before:.3f} => {after:.3f} ({change(before, after)}) "
         f"on {evaluation['reduced']['tokens']:,} tokens of {evaluation['text']}"
+    )
+
+
+def _recovered(recovery: dict[str, Any]) -> str:
+    measured = recovery["evaluation"]
+    before, after = measured["before"]["perplexity"], measured["after"]["perplexity"]
+    return (
+        f"recovered on {recovery['tokens']:,} tokens ({recovery['settings']['train']}), "
+        f"perplexity {before:.3f} => {after:.3f} ({change(before, after)}) "
+        f"on {measured['tokens']:,} tokens of {measured['text']}"
     )
 
 

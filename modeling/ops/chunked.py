@@ -7,6 +7,7 @@ is carried. Work per chunk is matrix products, so a prompt costs `tokens / C` se
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -15,18 +16,28 @@ from torch import Tensor
 CHUNK = 64
 
 
-@lru_cache(maxsize=64)
-def _layout(lengths: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
+@dataclass(frozen=True)
+class _Layout:
     """How packed sequences are cut into chunks.
 
     Sequences are taken longest first, and chunks are laid out step-major (the first chunk of every sequence, then
     the second of every sequence that has one ...), so that the sequences still running at a step are a prefix.
-
-    Returns:
-        order: sequence index by rank (longest first).
-        active: number of sequences that have a chunk at step i.
-        rows: for every padded chunk position its packed token, or the number of tokens for padding.
     """
+
+    active: list[int]
+    """Number of sequences that have a chunk at step i."""
+    order: Tensor
+    """Sequence index by rank (longest first)."""
+    rank: Tensor
+    """Rank by sequence index."""
+    rows: Tensor
+    """For every padded chunk position its packed token, or the number of tokens for padding."""
+    positions: Tensor
+    """For every packed token its padded chunk position."""
+
+
+@lru_cache(maxsize=64)
+def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
     starts = [0]
     for n in lengths:
         starts.append(starts[-1] + n)
@@ -42,7 +53,13 @@ def _layout(lengths: tuple[int, ...]) -> tuple[list[int], list[int], list[int]]:
             end = min(first + CHUNK, starts[i + 1])
             rows.extend(range(first, end))
             rows.extend([starts[-1]] * (CHUNK - (end - first)))
-    return order, active, rows
+    # Kept from call to call, so they must not be inference tensors, which autograd refuses.
+    with torch.inference_mode(False):
+        ranks, index = torch.tensor(order), torch.tensor(rows)
+        positions = torch.empty(starts[-1] + 1, dtype=torch.long)
+        positions[index] = torch.arange(len(rows))
+        tensors = (ranks, ranks.argsort(), index, positions[:-1])
+        return _Layout(active, *(t.to(device) for t in tensors))
 
 
 def chunked_gated_delta_rule(
@@ -76,16 +93,16 @@ def _chunked(
     groups = num_v_heads // num_k_heads
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
     lengths = tuple(b - a for a, b in itertools.pairwise(cu_seqlens))
-    order, active, rows = _layout(lengths)
-    padded = len(rows) != tokens
-    index = torch.tensor(rows, device=v.device)
+    layout = _layout(lengths, v.device)
+    active = layout.active
+    padded = len(layout.rows) != tokens
 
     def to_chunks(x: Tensor, heads: int) -> Tensor:
         """`[tokens, heads, d]` -> `[chunks, heads, CHUNK, d]`, padding rows zero."""
         x = x.to(dtype)
         if padded:
             x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-        return x.index_select(0, index).view(-1, CHUNK, heads, x.shape[-1]).transpose(1, 2)
+        return x.index_select(0, layout.rows).view(-1, CHUNK, heads, x.shape[-1]).transpose(1, 2)
 
     def to_value_heads(x: Tensor) -> Tensor:
         return x if groups == 1 else x.repeat_interleave(groups, dim=1)
@@ -118,7 +135,7 @@ def _chunked(
     if initial_state is None:
         state = v.new_zeros(len(lengths), num_v_heads, d_k, d_v, dtype=dtype)
     else:
-        state = initial_state.to(dtype)[torch.tensor(order, device=v.device)]
+        state = initial_state.to(dtype)[layout.order]
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
     # split, not slices: the backward of a slice writes a zero tensor of the whole size.
@@ -137,9 +154,5 @@ def _chunked(
     finals.append(state)
 
     o = torch.cat(outputs).transpose(1, 2).reshape(-1, num_v_heads, d_v)
-    rank_of = torch.empty(len(order), dtype=torch.long, device=v.device)
-    rank_of[torch.tensor(order, device=v.device)] = torch.arange(len(order), device=v.device)
-    final_state = torch.cat(finals[::-1]).index_select(0, rank_of)
-    position = torch.empty(tokens + 1, dtype=torch.long, device=v.device)
-    position[index] = torch.arange(len(rows), device=v.device)
-    return o.index_select(0, position[:tokens]), final_state
+    final_state = torch.cat(finals[::-1]).index_select(0, layout.rank)
+    return o.index_select(0, layout.positions), final_state

@@ -1,0 +1,1 @@
+"""The commands of `lowkey-prune`, one file each; `pruning.cli` puts them together."""

@@ -1,0 +1,119 @@
+"""`lowkey-prune recover`: dense and reduced checkpoint -> reduced checkpoint, trained."""
+
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from modeling.checkpoint import open_checkpoint
+from pruning.calibration import WINDOW
+from pruning.commands.console import err_console, out_console
+from pruning.evaluation import DEFAULT_TOKENS
+from pruning.options import Device, Overwrite, TextFiles, WindowLength, device_named, text_of
+from pruning.progress import training_bar
+from pruning.recovery import plan
+from pruning.recovery import recover as run_recovery
+from pruning.trainable import TrainableSet
+from pruning.training import Settings
+from pruning.views import change
+
+
+def recover(
+    dense: Annotated[str, typer.Argument(help="The checkpoint that REDUCED was cut from; the teacher.")],
+    reduced: Annotated[str, typer.Argument(help="Reduced checkpoint to train.")],
+    out: Annotated[Path, typer.Argument(help="Directory of the recovered checkpoint.")],
+    tokens: Annotated[int, typer.Option(help="Training tokens, rounded up to whole steps.")] = 1_000_000,
+    train: Annotated[
+        str,
+        typer.Option(
+            help="What is trained. full: everything; small: q and k projections, convolutions, norms; "
+            "lora: adapters on q, k and v, convolutions, norms, biases (needs the extra `recover`)."
+        ),
+    ] = Settings.train,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
+    text: TextFiles = None,
+    heldout: Annotated[
+        list[Path] | None,
+        typer.Option("--heldout", help="UTF-8 file of held-out text, one document; may be repeated."),
+    ] = None,
+    heldout_tokens: Annotated[
+        int, typer.Option(help="Held-out tokens, from the front of the text; 0 for all of it.", min=0)
+    ] = DEFAULT_TOKENS,
+    evaluations: Annotated[
+        int, typer.Option(help="Points of the held-out curve, after the first.")
+    ] = Settings.evaluations,
+    window_length: WindowLength = None,
+    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = Settings.batch,
+    accumulate: Annotated[int, typer.Option(help="Passes per step.")] = Settings.accumulate,
+    ce_weight: Annotated[float, typer.Option(help="Weight of the cross entropy.")] = Settings.ce_weight,
+    kl_weight: Annotated[
+        float, typer.Option(help="Weight of T^2 KL(dense || reduced); 0 trains without a teacher.")
+    ] = Settings.kl_weight,
+    temperature: Annotated[float, typer.Option(help="T of the distillation.")] = Settings.temperature,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = Settings.rank,
+    alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / rank.")] = Settings.alpha,
+    seed: Annotated[int, typer.Option(help="Of the order of the text and of the adapters.", min=0)] = 0,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control",
+            help="Train DENSE instead, on the same tokens and settings but without a teacher: what REDUCED, "
+            "recovered, is to be compared with.",
+        ),
+    ] = False,
+    device: Device = "cpu",
+    overwrite: Overwrite = False,
+) -> None:
+    """Train a reduced checkpoint back towards the dense one.
+
+    The text is the training side of the bundled split unless --text is given; held-out text likewise. After a kill or
+    Ctrl-C the same command goes on from the last save (every three minutes, OUT.progress.safetensors).
+
+    \b
+    lowkey-prune recover  demo/model reduced recovered --tokens 1000000
+    lowkey-prune recover  demo/model reduced control   --tokens 1000000 --control
+    lowkey-prune evaluate control recovered
+    """
+    target = device_named(device)
+    settings = Settings(
+        tokens=tokens,
+        train=cast(TrainableSet, train),  # Settings refuses others
+        lr=lr,
+        batch=batch,
+        accumulate=accumulate,
+        window=WINDOW if window_length is None else window_length,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        temperature=temperature,
+        rank=rank,
+        alpha=alpha,
+        seed=seed,
+        evaluations=evaluations,
+    )
+    with err_console.status("reading text"):
+        run = plan(
+            open_checkpoint(dense),
+            open_checkpoint(reduced),
+            out,
+            settings,
+            text_of(text, "train"),
+            text_of(heldout, "heldout"),
+            heldout_tokens=heldout_tokens,
+            control=control,
+            overwrite=overwrite,
+        )
+    done = run.steps_done
+    if done:
+        err_console.print(f"going on after step {done} of {settings.steps}", highlight=False)
+    description = "training the control" if control else "recovering"
+    per_step = settings.tokens_per_step
+    with training_bar(err_console, description, settings.steps * per_step, done=done * per_step) as on_step:
+        record = run_recovery(run, target, on_step=on_step)
+    measured = record["evaluation"]
+    before, after = measured["before"]["perplexity"], measured["after"]["perplexity"]
+    out_console.print(
+        f"{out}: {record['trained_parameters']:,} parameters trained on {record['tokens']:,} tokens, "
+        f"perplexity {before:.3f} => {after:.3f} ({change(before, after)}) on {measured['tokens']:,} held-out tokens",
+        highlight=False,
+        soft_wrap=True,
+    )

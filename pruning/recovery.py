@@ -1,0 +1,238 @@
+"""Recovery: dense and reduced checkpoint in, trained checkpoint out; and the control that makes it comparable."""
+
+import math
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling.checkpoint import (
+    REDUCTION,
+    Checkpoint,
+    export_tensors,
+    new_directory,
+    write_json,
+    write_safetensors,
+)
+from modeling.model import Model
+from pruning.batches import Batches, token_stream
+from pruning.calibration import Encoder, Text
+from pruning.errors import PruningError
+from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
+from pruning.reduction import versions
+from pruning.surgery import copy_other_files, reload
+from pruning.training import OnStep, Settings, check_saved, heldout_loss, no_report, train
+
+RECOVERY = "recovery.json"
+FORMAT = 1
+"""Of `recovery.json`."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recovery that can start: everything was checked but the memory."""
+
+    dense: Checkpoint
+    reduced: Checkpoint
+    out: Path
+    settings: Settings
+    batches: Batches
+    heldout: Tensor
+    """int64 `[count, window + 1]`"""
+    text: Text
+    heldout_text: Text
+    control: bool
+    overwrite: bool
+
+    @property
+    def student(self) -> Checkpoint:
+        """What is trained."""
+        return self.dense if self.control else self.reduced
+
+    @property
+    def teacher(self) -> Checkpoint | None:
+        return None if self.control or not self.settings.kl_weight else self.dense
+
+    @property
+    def saved(self) -> Path:
+        """Where the progress is kept until the output is there."""
+        return self.out.with_name(f"{self.out.name}.progress.safetensors")
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        return {
+            "settings": asdict(self.settings),
+            "student": self.student.sha256,
+            "teacher": None if self.teacher is None else self.teacher.sha256,
+            "tokens": self.batches.sha256,
+            "heldout": self.heldout_text.sha256,
+            "heldout_tokens": self.heldout[:, 1:].numel(),
+        }
+
+    @property
+    def steps_done(self) -> int:
+        """Of an earlier, interrupted run. Raises PruningError if its settings were others."""
+        return check_saved(self.saved, self.fingerprint)
+
+
+def plan(
+    dense: Checkpoint,
+    reduced: Checkpoint,
+    out: Path,
+    settings: Settings,
+    text: Text,
+    heldout: Text,
+    *,
+    heldout_tokens: int = DEFAULT_TOKENS,
+    control: bool = False,
+    overwrite: bool = False,
+) -> Run:
+    """Check everything and read the text.
+
+    Args:
+        heldout_tokens: as in `evaluation_windows`.
+        control: train the dense checkpoint instead, on the same tokens with the same settings, without a teacher.
+
+    Raises:
+        PruningError: `reduced` was not cut from `dense` or is recovered already, the output is refused, or a text
+            is too short.
+    """
+    _check_pair(dense, reduced)
+    _check_output((dense, reduced), out, overwrite=overwrite)
+    if control and not settings.ce_weight:
+        raise PruningError("ce_weight=0.0 leaves a control, which has no teacher, nothing to learn from")
+    encoder = Encoder(dense)
+    # Two windows of slack, so that no token is read twice while the text suffices.
+    stream = token_stream(
+        encoder,
+        text,
+        tokens=settings.steps * settings.tokens_per_step + 2 * settings.window + 1,
+        seed=settings.seed,
+    )
+    run = Run(
+        dense,
+        reduced,
+        out,
+        settings,
+        Batches(stream, window=settings.window, batch=settings.batch, seed=settings.seed),
+        evaluation_windows(encoder, heldout, tokens=heldout_tokens),
+        text,
+        heldout,
+        control,
+        overwrite,
+    )
+    check_saved(run.saved, run.fingerprint)
+    return run
+
+
+def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> dict[str, Any]:
+    """Train, write, reload and measure. The output appears only once it is whole; killed before, call it again.
+
+    Returns:
+        The content of `recovery.json`; docs/pruning.md lists the keys.
+
+    Raises:
+        PruningError, CheckpointError: training diverged, or the result does not load and run.
+    """
+    run.out.parent.mkdir(parents=True, exist_ok=True)
+    model = run.student.load(device=device)
+    teacher = None if run.teacher is None else run.teacher.load(device=device)
+    result = train(
+        model,
+        teacher,
+        run.batches,
+        run.heldout,
+        run.settings,
+        saved=run.saved,
+        fingerprint=run.fingerprint,
+        on_step=on_step,
+    )
+    del teacher
+    with new_directory(run.out, overwrite=run.overwrite) as directory:
+        copy_other_files(run.student.path, directory)
+        shutil.copyfile(run.student.path / "config.json", directory / "config.json")
+        write_safetensors(directory, _as_stored(model, run.student))
+        after = heldout_loss(reload(directory, run.student.spec).to(device), run.heldout)
+        record = _record(run, result.trained_parameters, result.curve[0].heldout_loss, after)
+        if run.student.reduction is not None:
+            write_json(directory / REDUCTION, {**run.student.reduction, "recovery": record})
+        record = {**record, "curve": [asdict(point) for point in result.curve]}
+        write_json(directory / RECOVERY, record)
+    run.saved.unlink(missing_ok=True)
+    return record
+
+
+def _as_stored(model: Model, source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters in the dtypes and shapes of the checkpoint that they came from."""
+    for name, tensor in export_tensors(model, source.family):
+        stored = source.tensor(name)
+        yield name, tensor.detach().to("cpu", stored.dtype).view(stored.shape)
+
+
+def _record(run: Run, trained_parameters: int, before: float, after: float) -> dict[str, Any]:
+    settings = run.settings
+    batches = settings.steps * settings.accumulate
+
+    def named(checkpoint: Checkpoint) -> dict[str, Any]:
+        return {"name": checkpoint.source, "sha256": checkpoint.sha256, "d_k": list(checkpoint.spec.d_k)}
+
+    return {
+        "format": FORMAT,
+        "control": run.control,
+        "dense": named(run.dense),
+        "reduced": named(run.reduced),
+        "distilled": run.teacher is not None,
+        "tokens": settings.steps * settings.tokens_per_step,
+        "steps": settings.steps,
+        "epochs": round(run.batches.epochs(batches), 3),
+        "trained_parameters": trained_parameters,
+        "settings": asdict(settings),
+        "text": {
+            "text": run.text.name,
+            "text_sha256": run.text.sha256,
+            "tokens_sha256": run.batches.sha256,
+        },
+        "evaluation": {
+            "text": run.heldout_text.name,
+            "text_sha256": run.heldout_text.sha256,
+            "tokens": run.heldout[:, 1:].numel(),
+            "window": run.heldout.shape[1] - 1,
+            "before": {"loss": before, "perplexity": math.exp(before)},
+            "after": {"loss": after, "perplexity": math.exp(after)},
+        },
+        "versions": versions(),
+    }
+
+
+def _check_pair(dense: Checkpoint, reduced: Checkpoint) -> None:
+    if reduced.reduction is None:
+        raise PruningError(f"{reduced.source} holds no {REDUCTION}; give a checkpoint that prune has made")
+    if "recovery" in reduced.reduction:
+        raise PruningError(
+            f"{reduced.source} is recovered already; start from the reduced checkpoint that it came from"
+        )
+    cut_from = reduced.reduction["source"]
+    if cut_from["sha256"] != dense.sha256:
+        raise PruningError(
+            f"{reduced.source} was cut from {cut_from['name']} with sha256 {cut_from['sha256']}, "
+            f"not from {dense.source} with sha256 {dense.sha256}"
+        )
+
+
+def _check_output(sources: tuple[Checkpoint, ...], out: Path, *, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
+        raise PruningError(f"out={str(out)!r} is a checkpoint to read or holds one; choose another output")
+    if not overwrite:
+        raise PruningError(f"out={str(out)!r} already exists; choose another output or pass --overwrite")
+    if not (out / RECOVERY).exists():
+        raise PruningError(
+            f"out={str(out)!r} holds no {RECOVERY}, so --overwrite does not replace it; "
+            "remove it yourself or choose another output"
+        )
