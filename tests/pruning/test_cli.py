@@ -263,7 +263,7 @@ PRUNE = ("prune", "DENSE", "out", "--method")
         (("calibrate", "DENSE", "new", "--method", "svd"), "method='svd' is unknown"),
         (("merge", "junk", "--out", "new"), "junk is not a statistics file"),
         (("evaluate", "nowhere"), "nowhere: no such directory"),
-        (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least one window of 512"),
+        (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least 512, which one window scores"),
         (("inspect", "nowhere"), "nowhere: no such directory"),
         (("prune", "DENSE", "out", "--keep", 8), "--method"),
         (("prune", "DENSE", "out", "--method", "l1", "--keep", "many"), "--keep"),
