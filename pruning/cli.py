@@ -1,4 +1,4 @@
-"""`lowkey-prune`: calibrate, merge, prune, evaluate, inspect."""
+"""`lowkey-prune`: calibrate, merge, prune, evaluate, inspect, report."""
 
 import os
 
@@ -19,6 +19,7 @@ from pruning.commands.evaluate import evaluate
 from pruning.commands.inspect import inspect
 from pruning.commands.merge import merge_files
 from pruning.commands.prune import prune
+from pruning.commands.report import report
 from pruning.errors import PruningError
 
 
@@ -52,3 +53,4 @@ app.command(name="merge")(merge_files)
 app.command()(prune)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(report)

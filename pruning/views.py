@@ -117,16 +117,16 @@ def _cells(entry: Entry, first: Entry) -> dict[str, str]:
         cells["KL, nats per token"] = f"{entry.divergence.kl:.4f}"
         cells["top-1 agreement"] = f"{entry.divergence.top1_agreement:.1%}"
     for recall in entry.recall or []:
-        cells[f"recall of {recall.pairs} pairs: right, right among the values, log-prob"] = (
-            f"{recall.accuracy:.1%}  {recall.accuracy_among_values:.1%}  {recall.log_prob:.2f}"
+        cells[f"recall of {recall.pairs} pairs: right / among its values / log-prob"] = (
+            f"{recall.accuracy:.1%} / {recall.accuracy_among_values:.1%} / {recall.log_prob:.2f}"
         )
     if entry.rank is not None:
         label = f"rank utilisation after {entry.rank.positions[-1]} tokens"
         cells[label] = f"{mean_of_heads(entry.rank.utilisation, -1):.2%}"
     if entry.retrieval is not None:
         for i, level in enumerate(entry.retrieval.noise):
-            cells[f"query noise {level:g}: retrieval error, read error"] = (
-                f"{mean_of_heads(entry.retrieval.retrieval_error, i):.3f}  "
+            cells[f"query noise {level:g}: retrieval error / read error"] = (
+                f"{mean_of_heads(entry.retrieval.retrieval_error, i):.3f} / "
                 f"{mean_of_heads(entry.retrieval.read_error, i):.3f}"
             )
     for speed in entry.speed or []:
