@@ -1,12 +1,14 @@
-"""Held-out perplexity of every method at several widths, over several calibration seeds, uniform and per layer.
+"""Held-out perplexity and KL of every method at several widths, over several calibration seeds, uniform and per layer.
 
     python benchmarks/pruning_table.py demo/model --json pruning_table.json
+    python benchmarks/pruning_table.py demo/model --device cuda --json pruning_table.json
 
 Each cell is the mean over seeds, with the range. Behind it are checkpoints that were written, reloaded and evaluated
-as `lowkey-prune` does it: 8,192 calibration tokens and 24,576 held-out tokens of the bundled text, on one thread. A
-seed draws other calibration text (for `random`, other channels; `l1` depends on neither). Per-layer rows hold no more
-state than the uniform width of their column. For the demo model about 5 s a checkpoint, and 2 minutes for the error
-curves of each method and seed: half an hour in all.
+as `lowkey-prune` does it: 8,192 calibration tokens and 24,576 held-out tokens of the bundled text, KL and agreement
+with the dense model on the first 8,192 of them. A seed draws other calibration text (for `random`, other channels;
+`l1` depends on neither). Per-layer rows hold no more state than the uniform width of their column. On one CPU thread
+the demo model takes about 8 s a checkpoint, and 2 minutes for the error curves of each method and seed.
+`lowkey-prune report` draws the JSON file.
 """
 
 import os
@@ -27,12 +29,13 @@ from rich.console import Console
 from rich.table import Table
 
 from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
+from modeling.model import Model
 from pruning.budget import spend, widths_per_layer
-from pruning.calibration import Encoder, bundled_text, draw_windows
-from pruning.criteria import CRITERIA
+from pruning.calibration import WINDOW, Encoder, bundled_text, draw_windows
+from pruning.criteria import CRITERIA, criterion_named
 from pruning.criteria.base import Report
-from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows, perplexity
-from pruning.gradients import GRADIENTS
+from pruning.evaluation import DEFAULT_TOKENS, compare, evaluation_windows, perplexity
+from pruning.options import device_named
 from pruning.reduction import Provenance, reduce_checkpoint, versions
 from pruning.selection import select, widths_to_keep
 from pruning.statistics import Statistics, collect
@@ -41,6 +44,8 @@ from pruning.views import change
 WIDTHS = (96, 64, 32, 16)
 SEEDS = (0, 1, 2)
 PER_LAYER = ("drrqr", "loss-aware")
+KL_TOKENS = 8192
+FORMAT = 1
 
 Row = dict[str, Any]
 
@@ -52,20 +57,24 @@ def swaps(report: list[list[Report]]) -> int:
 
 def measure(
     source: Checkpoint,
+    dense: Model,
     method: str,
     widths: Sequence[int],
     statistics: Statistics,
     seed: int,
     heldout: torch.Tensor,
+    compared: int,
 ) -> Row:
-    """Write, reload and evaluate one reduced checkpoint."""
+    """Write, reload and evaluate one reduced checkpoint; compare it with `dense` on the first `compared` windows."""
     began = time.perf_counter()
     selection = select(source, CRITERIA[method], widths, statistics=statistics, seed=seed)
     seconds = time.perf_counter() - began
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "reduced"
         spec = reduce_checkpoint(source, selection, Provenance(method, seed, statistics), out)
-        result = perplexity(open_checkpoint(out).load(), heldout)
+        model = open_checkpoint(out).load(device=dense.embeddings.weight.device)
+    result = perplexity(model, heldout)
+    _, divergence = compare(model, dense, heldout[:compared])
     return {
         "method": method,
         "seed": seed,
@@ -74,13 +83,19 @@ def measure(
         "select_s": round(seconds, 3),
         "exchanges": swaps(selection.report),
         **result.as_json(),
+        "kl": divergence.kl,
+        "top1_agreement": divergence.top1_agreement,
     }
 
 
 def cell(rows: Sequence[Row], dense: float) -> str:
-    """Mean and range over the seeds, and the mean's change against the dense model."""
+    """Mean and range over the seeds, the mean's change against the dense model, and the mean KL."""
     values = [row["perplexity"] for row in rows]
-    return f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})\n{change(dense, fmean(values))}"
+    kl = fmean(row["kl"] for row in rows)
+    return (
+        f"{fmean(values):.2f} ({min(values):.2f} to {max(values):.2f})\n"
+        f"{change(dense, fmean(values))}, KL {kl:.4f}"
+    )
 
 
 def main(
@@ -91,35 +106,52 @@ def main(
     seeds: Annotated[
         list[int], typer.Option("--seed", help="Calibration seed; may be given several times.")
     ] = list(SEEDS),  # noqa: B006
+    methods: Annotated[
+        list[str], typer.Option("--method", help="Method; may be given several times.")
+    ] = list(CRITERIA),  # noqa: B006
     per_layer: Annotated[
         list[str], typer.Option(help="Method to spend budgets per layer with; may be given several times.")
     ] = list(PER_LAYER),  # noqa: B006
     align: Annotated[int, typer.Option(help="Of the per-layer widths.")] = 8,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = DEFAULT_TOKENS,
+    kl_tokens: Annotated[int, typer.Option(help="Of them, compared with the dense model.")] = KL_TOKENS,
+    device: Annotated[str, typer.Option(help="Where models run: cpu, cuda or cuda:N.")] = "cpu",
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
 ) -> None:
     torch.set_num_threads(1)
+    began = time.perf_counter()
     console = Console()
     source = open_checkpoint(checkpoint)
     spec = source.spec
     encoder = Encoder(source)
-    model = source.load()
+    model = source.load(device=device_named(device))
     heldout = evaluation_windows(encoder, bundled_text("heldout"), tokens=tokens)
+    compared = max(kl_tokens // WINDOW, 1)
+    train = bundled_text("train")
+    needed = {name for method in (*methods, *per_layer) for name in criterion_named(method).statistics}
     dense = perplexity(model, heldout)
 
     rows: list[Row] = []
     curves: list[dict[str, Any]] = []
+
+    def progress(seed: int, what: str) -> None:
+        console.print(f"{time.perf_counter() - began:5.0f} s  seed {seed}: {what}", highlight=False)
+
     for seed in seeds:
-        console.print(f"seed {seed}: calibrating", highlight=False)
-        windows, origin = draw_windows(encoder, bundled_text("train"), seed=seed)
-        statistics = collect(model, windows, origin, source.sha256, needed=GRADIENTS)
-        for method in CRITERIA:
-            console.print(f"seed {seed}: {method}", highlight=False)
+        progress(seed, "calibrating")
+        windows, origin = draw_windows(encoder, train, seed=seed)
+        statistics = collect(model, windows, origin, source.sha256, needed=needed)
+
+        def add(name: str, column: int, method: str, chosen: Sequence[int]) -> None:
+            row = measure(source, model, method, chosen, statistics, seed, heldout, compared)  # noqa: B023
+            rows.append({"row": name, "column": column, **row})
+
+        for method in methods:
+            progress(seed, method)
             for keep in widths:
-                row = measure(source, method, widths_to_keep(spec, keep), statistics, seed, heldout)
-                rows.append({"row": method, "column": keep, **row})
+                add(method, keep, method, widths_to_keep(spec, keep))
         for method in per_layer:
-            console.print(f"seed {seed}: {method}, per layer", highlight=False)
+            progress(seed, f"{method}, per layer")
             limits = {keep: spec.with_d_k(widths_to_keep(spec, keep)).state_bytes() for keep in widths}
             _, budget = spend(
                 source,
@@ -134,9 +166,7 @@ def main(
             )
             curves.append({"method": method, "seed": seed, **budget.as_json()})
             for keep, limit in limits.items():
-                chosen = widths_per_layer(spec, budget.curves, limit)
-                row = measure(source, method, chosen, statistics, seed, heldout)
-                rows.append({"row": f"{method}, per layer", "column": keep, **row})
+                add(f"{method}, per layer", keep, method, widths_per_layer(spec, budget.curves, limit))
 
     table = Table(
         "method",
@@ -151,10 +181,19 @@ def main(
         write_json(
             json,
             {
+                "kind": "pruning_table",
+                "format": FORMAT,
                 "checkpoint": checkpoint,
                 "sha256": source.sha256,
                 "versions": versions(),
-                "dense": {"state_bytes": spec.state_bytes(), **dense.as_json()},
+                "device": device,
+                "seconds": round(time.perf_counter() - began, 1),
+                "kl_tokens": compared * WINDOW,
+                "dense": {
+                    "d_k": list(spec.d_k),
+                    "state_bytes": spec.state_bytes(),
+                    **dense.as_json(),
+                },
                 "reduced": rows,
                 "curves": curves,
             },

@@ -88,16 +88,30 @@ class Encoder:
             raise PruningError(f"{file} is not a tokenizer of the tokenizers library: {e}") from e
         self._file = file
         self._vocab_size = checkpoint.spec.vocab_size
-        self._separator = list(checkpoint.spec.eos_token_ids[:1])
+        self.separator = list(checkpoint.spec.eos_token_ids[:1])
 
     def __call__(self, document: str) -> list[int]:
         """Token ids of one document. Raises PruningError if the model has no such token."""
-        ids: list[int] = self._separator + self._tokenizer.encode(document, add_special_tokens=False).ids
+        ids: list[int] = self.separator + self._tokenizer.encode(document, add_special_tokens=False).ids
         if max(ids, default=0) >= self._vocab_size:
             raise PruningError(
                 f"{self._file} gives token {max(ids)}, but the model's vocab_size={self._vocab_size}"
             )
         return ids
+
+    def words(self) -> list[int]:
+        """Tokens of the model that read as a plain word, ASCII letters with or without a space, ascending.
+
+        Of several that read as the same word the first; the first ones of a vocabulary are the most frequent.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        size = min(self._tokenizer.get_vocab_size(), self._vocab_size)
+        words: dict[str, int] = {}
+        for token in range(size):
+            word = self._tokenizer.decode([token]).strip()
+            if token not in added and word.isascii() and word.isalpha():
+                words.setdefault(word, token)
+        return list(words.values())
 
 
 def draw_windows(

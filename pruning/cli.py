@@ -1,4 +1,4 @@
-"""`lowkey-prune`: calibrate, merge, prune, recover, evaluate, inspect."""
+"""`lowkey-prune`: calibrate, merge, prune, recover, evaluate, inspect, report."""
 
 import os
 
@@ -20,6 +20,7 @@ from pruning.commands.inspect import inspect
 from pruning.commands.merge import merge_files
 from pruning.commands.prune import prune
 from pruning.commands.recover import recover
+from pruning.commands.report import report
 from pruning.errors import PruningError
 
 
@@ -54,3 +55,4 @@ app.command()(prune)
 app.command()(recover)
 app.command()(evaluate)
 app.command()(inspect)
+app.command()(report)

@@ -1,6 +1,7 @@
 """What the terminal shows: the before => after tree and the evaluation table."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.markup import escape
@@ -10,7 +11,8 @@ from rich.tree import Tree
 from modeling.checkpoint import REDUCTION, Checkpoint
 from modeling.spec import ModelSpec
 from pruning.errors import PruningError
-from pruning.evaluation import Perplexity
+from pruning.evaluation.record import Entry, Evaluation
+from pruning.evaluation.states import PerHead
 from pruning.reduction import FORMAT
 
 
@@ -94,20 +96,68 @@ def _recovered(recovery: dict[str, Any]) -> str:
     )
 
 
-def evaluation_table(results: Sequence[tuple[Checkpoint, Perplexity]]) -> Table:
-    """One row per checkpoint; changes are against the first."""
-    table = Table("checkpoint", title=f"perplexity on {results[0][1].tokens:,} held-out tokens")
-    for column in ("d_k", "state bytes", "", "perplexity", ""):
-        table.add_column(column, justify="right")
-    first_bytes, first = results[0][0].spec.state_bytes(), results[0][1].perplexity
-    for i, (checkpoint, result) in enumerate(results):
-        state = checkpoint.spec.state_bytes()
-        table.add_row(
-            escape(checkpoint.source),
-            width(checkpoint.spec.d_k),
-            f"{state:,}",
-            change(first_bytes, state) if i else "",
-            f"{result.perplexity:.3f}",
-            change(first, result.perplexity) if i else "",
-        )
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """One row per figure, one column per checkpoint; changes are against the first."""
+    first = evaluation.checkpoints[0]
+    tokens = "" if first.perplexity is None else f", {first.perplexity.tokens:,} tokens of {evaluation.text}"
+    table = Table("", title=escape(f"{len(evaluation.checkpoints)} checkpoints{tokens}"))
+    for entry in evaluation.checkpoints:
+        table.add_column(escape(entry.name), justify="right")
+    for label, cells in figures(evaluation):
+        table.add_row(escape(label), *(escape(cell) for cell in cells))
     return table
+
+
+def figures(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+    """(label, one cell per checkpoint) for everything that was measured of any."""
+    first, *_ = entries = evaluation.checkpoints
+    columns = [_cells(entry, first) for entry in entries]
+    # What compares with the baseline is not among the baseline's own.
+    labels = dict.fromkeys(label for column in reversed(columns) for label in column)
+    return [(label, [column.get(label, "") for column in columns]) for label in labels]
+
+
+def _cells(entry: Entry, first: Entry) -> dict[str, str]:
+    cells = {} if entry.method is None else {"method": entry.method}
+    cells["d_k"] = width(entry.d_k)
+    cells["state bytes"] = _against(first.state_bytes, entry.state_bytes, ",", entry is first)
+    if entry.perplexity is not None and first.perplexity is not None:
+        cells["perplexity"] = _against(
+            first.perplexity.perplexity, entry.perplexity.perplexity, ".3f", entry is first
+        )
+    if entry.divergence is not None:
+        cells["KL, nats per token"] = f"{entry.divergence.kl:.4f}"
+        cells["top-1 agreement"] = f"{entry.divergence.top1_agreement:.1%}"
+    for recall in entry.recall or []:
+        cells[f"recall of {recall.pairs} pairs: right / among its values / log-prob"] = (
+            f"{recall.accuracy:.1%} / {recall.accuracy_among_values:.1%} / {recall.log_prob:.2f}"
+        )
+    if entry.rank is not None:
+        label = f"rank utilisation after {entry.rank.positions[-1]} tokens"
+        cells[label] = f"{mean_of_heads(entry.rank.utilisation, -1):.2%}"
+    if entry.retrieval is not None:
+        for i, level in enumerate(entry.retrieval.noise):
+            cells[f"query noise {level:g}: retrieval error / read error"] = (
+                f"{mean_of_heads(entry.retrieval.retrieval_error, i):.3f} / "
+                f"{mean_of_heads(entry.retrieval.read_error, i):.3f}"
+            )
+    for speed in entry.speed or []:
+        label = f"decode tokens/s, {speed.batch} at once (quartiles)"
+        cells[label] = f"{speed.tokens_per_second:,.0f} ({_range(speed.quartiles, ',.0f')})"
+        if entry is not first:
+            label = f"speed over the baseline's, {speed.batch} at once (quartiles)"
+            cells[label] = f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
+    return cells
+
+
+def mean_of_heads(values: PerHead, at: int) -> float:
+    """Mean over layers and heads of `[layer][at][head]`."""
+    return fmean(head for layer in values for head in layer[at])
+
+
+def _against(first: float, value: float, form: str, is_first: bool) -> str:
+    return f"{value:{form}}" if is_first else f"{value:{form}} ({change(first, value)})"
+
+
+def _range(quartiles: tuple[float, float], form: str) -> str:
+    return f"{quartiles[0]:{form}} to {quartiles[1]:{form}}"

@@ -1,71 +1,86 @@
-"""`lowkey-prune evaluate`: held-out perplexity, side by side."""
+"""`lowkey-prune evaluate`: checkpoints side by side."""
 
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
 from modeling.model import Model
 from pruning import views
-from pruning.calibration import Encoder, Text
+from pruning.calibration import WINDOW, Encoder, Text
 from pruning.commands.console import err_console, out_console
+from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, evaluation_windows, perplexity
+from pruning.evaluation.suite import PARTS, Part, Settings, evaluate_checkpoints
 from pruning.options import (
     Device,
     TextFiles,
     device_named,
     text_of,
 )
-from pruning.progress import tokens_bar
-from pruning.reduction import versions
+from pruning.progress import Advance, tokens_bar
+
+ALL = "all"
 
 
 def evaluate(
     checkpoints: Annotated[
         list[str], typer.Argument(help="Checkpoints; the first is the baseline.", metavar="CHECKPOINT...")
     ],
+    parts: Annotated[
+        list[str],
+        typer.Option(
+            "--part", help=f"What to measure: {', '.join(PARTS)} or {ALL}; may be given several times."
+        ),
+    ] = ["perplexity"],  # noqa: B006
     text: TextFiles = None,
     tokens: Annotated[
-        int, typer.Option(help="Tokens to predict, from the front of the text; 0 for all of it.", min=0)
+        int, typer.Option(help="Tokens to score, from the front of the text; 0 for all of it.", min=0)
     ] = DEFAULT_TOKENS,
+    window: Annotated[int, typer.Option(help="Tokens per window; each starts from an empty state.")] = WINDOW,
+    stride: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens from one window to the next, each scored with at least window - stride tokens of context "
+            "(default: the window).",
+            show_default=False,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the recall prompts and of the query noise.", min=0)] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
     device: Device = "cpu",
 ) -> None:
-    """Held-out perplexity and state size, side by side.
+    """Perplexity, KL and agreement with the first checkpoint, state size; on request recall, ranks, noise and speed.
 
-    The text is the held-out side of the bundled split unless --text is given. Windows of 512 tokens, each from an
-    empty state.
+    The text is the held-out side of the bundled split unless --text is given.
 
     \b
     lowkey-prune evaluate  demo/model reduced-64 reduced-32 --json results.json
-    lowkey-prune evaluate  demo/model --text my.txt --tokens 0
+    lowkey-prune evaluate  demo/model reduced-64 --part all --json results.json
+    lowkey-prune evaluate  demo/model --text my.txt --tokens 0 --window 2048 --stride 512
     """
-    device_named(device)
-    opened = [open_checkpoint(c) for c in checkpoints]
-    source = text_of(text, "heldout")
-    results = [(c, perplexity_of(c, c.load(device=device), source, tokens, c.source)) for c in opened]
+    settings = Settings(
+        text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
+    )
+    evaluation = evaluate_checkpoints([open_checkpoint(c) for c in checkpoints], settings, _bar)
     if json is not None:
         json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(
-            json,
-            {
-                "text": source.name,
-                "text_sha256": source.sha256,
-                "versions": versions(),
-                "checkpoints": [
-                    {
-                        "name": c.source,
-                        "sha256": c.sha256,
-                        "d_k": list(c.spec.d_k),
-                        "state_bytes": c.spec.state_bytes(),
-                        **result.as_json(),
-                    }
-                    for c, result in results
-                ],
-            },
-        )
-    out_console.print(views.evaluation_table(results))
+        write_json(json, asdict(evaluation))
+    out_console.print(views.evaluation_table(evaluation))
+
+
+def _parts(names: list[str]) -> tuple[Part, ...]:
+    unknown = sorted(set(names) - {*PARTS, ALL})
+    if unknown:
+        raise PruningError(f"part={unknown[0]!r} is unknown; known parts: {', '.join(get_args(Part))}, {ALL}")
+    return tuple(part for part in PARTS if part in names or ALL in names)
+
+
+def _bar(description: str, total: int) -> AbstractContextManager[Advance]:
+    return tokens_bar(err_console, description, total)
 
 
 def perplexity_of(

@@ -151,7 +151,7 @@ def test_evaluation_windows_are_the_front_of_the_text_and_chain(encoder):
 
 @pytest.mark.parametrize("tokens", [10, -1])
 def test_evaluation_of_less_than_a_window_is_refused(encoder, tokens):
-    with pytest.raises(PruningError, match=f"tokens={tokens} must be at least one window of 64"):
+    with pytest.raises(PruningError, match=f"tokens={tokens} must be at least 64"):
         evaluation_windows(encoder, long_text(), tokens=tokens, window=64)
 
 

@@ -122,15 +122,21 @@ def test_the_whole_way(run, dense, text, tmp_path):
     assert not list(tmp_path.glob("*.stats.safetensors"))
 
     output = run("evaluate", dense, "drrqr", "--text", text, "--tokens", 1024, "--json", "deep/e.json")
-    assert "1,024 held-out tokens" in output
+    assert "1,024 tokens of text.txt" in output and "top-1 agreement" in output
     figures = json.loads((tmp_path / "deep/e.json").read_text())
+    assert (figures["kind"], figures["format"]) == ("evaluation", 1)
     assert figures["text_sha256"] == sha256([text.read_text()])
+    assert figures["environment"]["device"] == "cpu"
     first, second = figures["checkpoints"]
     assert (first["name"], first["d_k"], second["d_k"]) == (str(dense), [32] * 3, [8] * 3)
-    assert (first["tokens"], first["window"]) == (1024, 512)
+    measured = first["perplexity"]
+    assert [measured[name] for name in ("tokens", "window", "stride")] == [1024, 512, 512]
     assert first["state_bytes"] > second["state_bytes"]
     assert first["sha256"] == open_checkpoint(dense).sha256
     assert first["perplexity"] != second["perplexity"]
+    assert first["divergence"] is None and second["divergence"]["kl"] > 0
+    assert second["method"] == "drrqr"
+    assert [second[part] for part in ("recall", "rank", "retrieval", "speed")] == [None] * 4
 
     output = run("inspect", "drrqr")
     assert "d_k 32 => 8" in output
@@ -220,7 +226,7 @@ def test_bundled_text_is_the_default_and_evaluate_is_recorded(run, tmp_path):
     assert figures in output
     run("evaluate", "tiny", "out", "--json", "e.json")
     again = json.loads((tmp_path / "e.json").read_text())["checkpoints"]
-    assert [c["perplexity"] for c in again] == [measured[v]["perplexity"] for v in ("dense", "reduced")]
+    assert [c["perplexity"] for c in again] == [measured[v] for v in ("dense", "reduced")]
     assert "tiny" in run("inspect", "out")
 
 
@@ -263,7 +269,13 @@ PRUNE = ("prune", "DENSE", "out", "--method")
         (("calibrate", "DENSE", "new", "--method", "svd"), "method='svd' is unknown"),
         (("merge", "junk", "--out", "new"), "junk is not a statistics file"),
         (("evaluate", "nowhere"), "nowhere: no such directory"),
-        (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least one window of 512"),
+        (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least 512, which one window scores"),
+        (("evaluate", "DENSE", "--stride", 513), "stride=513 must be between 1 and window=512"),
+        (("evaluate", "DENSE", "--window", 0), "window=0 must be at least 1"),
+        (
+            ("evaluate", "DENSE", "--part", "taste"),
+            "part='taste' is unknown; known parts: perplexity, recall",
+        ),
         (("inspect", "nowhere"), "nowhere: no such directory"),
         (("prune", "DENSE", "out", "--keep", 8), "--method"),
         (("prune", "DENSE", "out", "--method", "l1", "--keep", "many"), "--keep"),

@@ -1,0 +1,154 @@
+"""Held-out perplexity, and how far a model's predictions are from another's, over fixed windows."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.layers import Tap
+from modeling.model import Model
+from modeling.ops import wide
+from pruning.calibration import Text
+from pruning.errors import PruningError
+from pruning.progress import Advance, no_progress
+
+CPU_BATCH, GPU_BATCH = 4, 32
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Next-token loss over windows that each start from an empty state."""
+
+    loss: float
+    """Mean cross entropy in nats."""
+    perplexity: float
+    tokens: int
+    """Scored tokens."""
+    window: int
+    stride: int
+    """Targets scored per window, its last ones."""
+
+    def as_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """How a model's predictions differ from the baseline's, over the full vocabulary."""
+
+    kl: float
+    """Mean KL(baseline || model), in nats per token."""
+    top1_agreement: float
+    """Share of tokens where both find the same token most likely."""
+    tokens: int
+
+    def as_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def perplexity(
+    model: Model,
+    windows: Tensor,
+    *,
+    stride: int | None = None,
+    batch: int | None = None,
+    tap: Tap | None = None,
+    advance: Advance = no_progress,
+) -> Perplexity:
+    """Perplexity of the model, changed by `tap`, on `windows` int64 `[count, window + 1]` (`evaluation_windows`).
+
+    Args:
+        stride: the last so many targets of each window are scored; None for all.
+        batch: windows in one forward; None for what suits the device.
+
+    Raises:
+        PruningError: the loss is not finite.
+    """
+    losses: list[Tensor] = []
+    for rows in windows.split(batch or _batch(model)):
+        for logits, targets in _predictions(model, rows, stride, tap):
+            losses.append(F.cross_entropy(logits, targets, reduction="sum"))
+        advance(rows[:, 1:].numel())
+    return _perplexity(losses, windows, stride)
+
+
+@torch.no_grad()
+def compare(
+    model: Model,
+    baseline: Model,
+    windows: Tensor,
+    *,
+    stride: int | None = None,
+    batch: int | None = None,
+    advance: Advance = no_progress,
+) -> tuple[Perplexity, Divergence]:
+    """The model's `perplexity`, and its divergence from `baseline` on the same tokens.
+
+    Raises:
+        PruningError: the vocabularies differ, or a loss is not finite.
+    """
+    if model.spec.vocab_size != baseline.spec.vocab_size:
+        raise PruningError(
+            f"vocab_size={model.spec.vocab_size} is not the baseline's {baseline.spec.vocab_size}; "
+            "only models of one vocabulary can be compared token by token"
+        )
+    losses: list[Tensor] = []
+    divergences: list[Tensor] = []
+    agreements: list[Tensor] = []
+    for rows in windows.split(batch or _batch(model)):
+        pairs = zip(_predictions(model, rows, stride), _predictions(baseline, rows, stride), strict=True)
+        for (logits, targets), (reference, _) in pairs:
+            losses.append(F.cross_entropy(logits, targets, reduction="sum"))
+            p = reference.log_softmax(-1)
+            divergences.append((p.exp() * (p - logits.log_softmax(-1))).sum(dtype=torch.float64))
+            agreements.append((logits.argmax(-1) == reference.argmax(-1)).sum())
+        advance(2 * rows[:, 1:].numel())
+    result = _perplexity(losses, windows, stride)
+    kl = float(torch.stack(divergences).sum()) / result.tokens
+    if not math.isfinite(kl):
+        raise PruningError(f"KL(baseline || model) is {kl}: a model gives NaN or Inf on this text")
+    agreement = int(torch.stack(agreements).sum()) / result.tokens
+    return result, Divergence(kl, agreement, result.tokens)
+
+
+def _batch(model: Model) -> int:
+    """Windows in one forward: on a GPU small batches cost launches, on a CPU large ones cost cache."""
+    return GPU_BATCH if model.embeddings.weight.is_cuda else CPU_BATCH
+
+
+def _predictions(
+    model: Model, rows: Tensor, stride: int | None, tap: Tap | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Float32 logits `[stride, vocab]` and targets `[stride]` of each of `rows` `[batch, window + 1]`.
+
+    One window at a time: the logits of a whole batch are the largest tensor by far.
+    """
+    window = rows.shape[1] - 1
+    scored = window if stride is None else stride
+    rows = rows.to(model.embeddings.weight.device)
+    inputs = rows[:, :-1].flatten()
+    hidden, _ = model(inputs, range(0, len(inputs) + 1, window), tap=tap)
+    for h, row in zip(hidden.split(window), rows, strict=True):
+        yield wide(model.logits(h[-scored:])), row[-scored:]
+
+
+def _perplexity(losses: Sequence[Tensor], windows: Tensor, stride: int | None) -> Perplexity:
+    count, window = windows.shape[0], windows.shape[1] - 1
+    stride = window if stride is None else stride
+    loss = float(torch.stack(list(losses)).double().sum()) / (count * stride)
+    if not math.isfinite(loss):
+        raise PruningError(f"the loss is {loss}: the model gives NaN or Inf on this text")
+    return Perplexity(loss, math.exp(loss), count * stride, window, stride)
+
+
+def evaluation_json(text: Text, results: Sequence[tuple[str, Perplexity]]) -> dict[str, object]:
+    """What `state_reduction.json` says about measured perplexities."""
+    return {
+        "text": text.name,
+        "text_sha256": text.sha256,
+        **{name: result.as_json() for name, result in results},
+    }

@@ -1,0 +1,77 @@
+"""The file that `evaluate --json` writes and `report` reads."""
+
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import torch
+
+from pruning.errors import PruningError
+from pruning.evaluation.likelihood import Divergence, Perplexity
+from pruning.evaluation.recall import Recall
+from pruning.evaluation.speed import Speed
+from pruning.evaluation.states import Rank, Retrieval
+
+KIND = "evaluation"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One checkpoint; None for what was not measured."""
+
+    name: str
+    sha256: str
+    d_k: list[int]
+    state_bytes: int
+    """Of one request, float32."""
+    method: str | None
+    """That reduced it."""
+    perplexity: Perplexity | None = None
+    divergence: Divergence | None = None
+    """None for the baseline too."""
+    recall: list[Recall] | None = None
+    rank: Rank | None = None
+    retrieval: Retrieval | None = None
+    speed: list[Speed] | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of several checkpoints, the first being the baseline, and where."""
+
+    kind: str
+    format: int
+    versions: dict[str, str]
+    environment: dict[str, str | int]
+    text: str
+    text_sha256: str
+    seed: int
+    """Of prompts and noise."""
+    checkpoints: list[Entry]
+
+
+def environment(device: torch.device) -> dict[str, str | int]:
+    """What figures of speed depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "device": str(device),
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+    }
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Raises PruningError if the file is missing, of another format, or something else."""
+    try:
+        evaluation = msgspec.json.decode(path.read_bytes(), type=Evaluation)
+    except (OSError, msgspec.DecodeError) as e:
+        raise PruningError(f"{path} is not a file of lowkey-prune evaluate --json: {e}") from e
+    if evaluation.kind != KIND or evaluation.format != FORMAT:
+        raise PruningError(
+            f"{path} is {evaluation.kind!r} of format {evaluation.format}; "
+            f"this version reads {KIND!r} of format {FORMAT}"
+        )
+    return evaluation

@@ -1,0 +1,192 @@
+"""What the recurrent states of real text hold: how much of their rank is used, and how well they are read.
+
+The states are those that the layer really has, with its decay and its beta.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.layers import l2_normalise
+from modeling.model import Model
+from modeling.ops import GatedDeltaRule
+from modeling.state import SequenceState
+from pruning.progress import Advance, no_progress
+
+FIRST_POSITION = 32
+NOISE = (0.0, 0.1, 0.2, 0.5, 1.0)
+LAG = 64
+
+PerHead = list[list[list[float]]]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Rank utilisation of the state, (||S||_F^2 / ||S||_2^2) / min(d_k, d_v), a mean over windows."""
+
+    windows: int
+    positions: list[int]
+    """Tokens that the state has seen."""
+    utilisation: PerHead
+    """`[layer][position][value head]`, each in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Errors of reads with noisy queries; docs/pruning.md defines both."""
+
+    tokens: int
+    noise: list[float]
+    """Norm of the noise over the norm of the query."""
+    retrieval_error: PerHead
+    """`[layer][noise][value head]`: mean sine of the angle between what a noisy key reads and the value it was
+    stored with."""
+    read_error: PerHead
+    """`[layer][noise][value head]`: RMS of what noise on the model's own queries changes in the reads, over that of
+    the reads."""
+
+
+def utilisation(state: Tensor) -> Tensor:
+    """Stable rank over the largest possible rank, of states `[..., d_k, d_v]`; 0 for a state of zeros."""
+    s = state.double()
+    gram = s @ s.mT if s.shape[-2] <= s.shape[-1] else s.mT @ s
+    squares = torch.linalg.eigvalsh(gram).clamp(min=0)
+    largest = squares[..., -1]
+    stable = torch.where(largest > 0, squares.sum(-1) / largest.clamp(min=1e-300), 0.0)
+    return stable / gram.shape[-1]
+
+
+def positions(window: int) -> list[int]:
+    """Powers of two from 32, and the end of the window."""
+    found = []
+    at = FIRST_POSITION
+    while at < window:
+        found.append(at)
+        at *= 2
+    return [*found, window]
+
+
+@torch.no_grad()
+def rank(model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no_progress) -> Rank:
+    """Rank utilisation along `windows` int64 `[count, length]`."""
+    count, length = windows.shape
+    at = positions(length)
+    sums = [torch.zeros(len(at), layer.mixer.num_v_heads, dtype=torch.float64) for layer in model.spec.layers]
+    for rows in windows.to(model.embeddings.weight.device).split(batch):
+        state: SequenceState | None = None
+        for i, piece in enumerate(rows.tensor_split(at[:-1], dim=1)):
+            size = piece.shape[1]
+            _, state = model(piece.flatten(), range(0, piece.numel() + 1, size), state)
+            for total, recurrent in zip(sums, state.recurrent, strict=True):
+                total[i] += utilisation(recurrent).sum(0).cpu()
+        advance(rows.numel())
+    return Rank(count, at, [(total / count).tolist() for total in sums])
+
+
+@torch.no_grad()
+def retrieval(
+    model: Model,
+    windows: Tensor,
+    *,
+    noise: Sequence[float] = NOISE,
+    seed: int = 0,
+    batch: int = 4,
+    advance: Advance = no_progress,
+) -> Retrieval:
+    """Errors of noisy reads on `windows` int64 `[count, length]`, length at least 2."""
+    readers = [_Reader(noise, seed, layer) for layer in range(len(model.spec.layers))]
+    base = model.backend.rule
+    current = 0
+
+    def tap(layer: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal current
+        current = layer
+        return q, k
+
+    def rule(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        beta: Tensor,
+        *,
+        scale: float,
+        cu_seqlens: Sequence[int],
+        initial_state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        return readers[current](base, q, k, v, g, beta, scale, cu_seqlens)
+
+    length = windows.shape[1]
+    for rows in windows.to(model.embeddings.weight.device).split(batch):
+        model(rows.flatten(), range(0, rows.numel() + 1, length), rule=rule, tap=tap)
+        advance(rows.numel())
+    return Retrieval(
+        windows.numel(),
+        list(noise),
+        [reader.retrieval_error().tolist() for reader in readers],
+        [reader.read_error().tolist() for reader in readers],
+    )
+
+
+class _Reader:
+    """Runs one layer's gated delta rule with other queries: the state does not depend on them."""
+
+    def __init__(self, noise: Sequence[float], seed: int, layer: int) -> None:
+        self._noise = noise
+        self._generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+        self._sines: list[Tensor | float] = [0.0] * len(noise)
+        self._squares: list[Tensor | float] = [0.0] * len(noise)
+        self._clean: Tensor | float = 0.0
+        self._reads = 0
+
+    def __call__(
+        self,
+        rule: GatedDeltaRule,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor | None,
+        beta: Tensor,
+        scale: float,
+        cu_seqlens: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        o, state = rule(q, k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
+        at, of = _earlier(cu_seqlens, self._generator)
+        at, of = at.to(q.device), of.to(q.device)
+        queries = torch.zeros_like(k).index_copy(0, at, k[of])
+        self._clean = self._clean + o.double().square().sum((0, 2))
+        self._reads += len(at)
+        for i, level in enumerate(self._noise):
+            read, _ = rule(self._noisy(queries, level), k, v, g, beta, scale=1.0, cu_seqlens=cu_seqlens)
+            cosine = F.cosine_similarity(read[at].double(), v[of].double(), dim=-1)
+            self._sines[i] = self._sines[i] + (1 - cosine.square()).clamp(min=0).sqrt().sum(0)
+            if level > 0:
+                noisy, _ = rule(self._noisy(q, level), k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
+                self._squares[i] = self._squares[i] + (noisy - o).double().square().sum((0, 2))
+        return o, state
+
+    def _noisy(self, rows: Tensor, level: float) -> Tensor:
+        """Gaussian noise of `level` times the row's norm (RMS), then normalised again as the layer does."""
+        e = torch.randn(rows.shape, generator=self._generator).to(rows) * rows.shape[-1] ** -0.5
+        return l2_normalise(rows + level * e * rows.norm(dim=-1, keepdim=True))
+
+    def retrieval_error(self) -> Tensor:
+        return torch.stack([torch.as_tensor(s) for s in self._sines]).cpu() / self._reads
+
+    def read_error(self) -> Tensor:
+        clean = torch.as_tensor(self._clean).cpu()
+        squares = torch.stack([torch.as_tensor(s).cpu().expand_as(clean) for s in self._squares])
+        return (squares / clean.clamp(min=1e-300)).sqrt()
+
+
+def _earlier(cu_seqlens: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Positions that have an earlier one in their sequence, and one of the `LAG` before each, at random."""
+    starts = torch.tensor(cu_seqlens[:-1]).repeat_interleave(torch.tensor(cu_seqlens).diff())
+    position = torch.arange(len(starts)) - starts
+    at = position.nonzero().squeeze(1)
+    reach = position[at].clamp(max=LAG)
+    back = 1 + (torch.rand(len(at), generator=generator) * reach).long().clamp(max=reach - 1)
+    return at, at - back

@@ -1,0 +1,150 @@
+"""Every measurement of several checkpoints, one after the other; at most two models are in memory."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from modeling.checkpoint import Checkpoint
+from modeling.model import Model
+from pruning.calibration import WINDOW, Encoder, Text
+from pruning.errors import PruningError
+from pruning.evaluation.likelihood import compare, perplexity
+from pruning.evaluation.recall import Prompts, recall, recall_prompts
+from pruning.evaluation.record import FORMAT, KIND, Entry, Evaluation, environment
+from pruning.evaluation.speed import BATCHES, Speed, decode_speed
+from pruning.evaluation.states import rank, retrieval
+from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows
+from pruning.progress import Advance
+from pruning.reduction import versions
+
+Part = Literal["perplexity", "recall", "rank", "retrieval", "speed"]
+PARTS: tuple[Part, ...] = get_args(Part)
+STATE_WINDOWS = 8
+"""Windows that `rank` and `retrieval` look at."""
+
+Bar = Callable[[str, int], AbstractContextManager[Advance]]
+"""`bar(description, total)`: shows progress of one long step."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure, and on what."""
+
+    text: Text
+    parts: Sequence[Part] = ("perplexity",)
+    tokens: int = DEFAULT_TOKENS
+    """To score, from the front of the text; 0 for all of it."""
+    window: int = WINDOW
+    stride: int | None = None
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], settings: Settings, bar: Bar) -> Evaluation:
+    """Measure `settings.parts` of all checkpoints, the first being the baseline.
+
+    Raises:
+        PruningError: the text is too short, tokenizers differ, or a model gives NaN or Inf.
+        CheckpointError: a checkpoint can't be loaded.
+    """
+    baseline, *others = checkpoints
+    windows, prompts = _inputs(baseline, settings)
+    for checkpoint in others:
+        if not windows.equal(_windows(checkpoint, settings)):
+            raise PruningError(
+                f"{checkpoint.source} reads the text as other tokens than {baseline.source}; "
+                "models of different tokenizers can't be compared token by token, evaluate them apart"
+            )
+    dense = baseline.load(device=settings.device)
+    entries = [_measure(baseline, dense, None, windows, prompts, settings, bar)]
+    for checkpoint in others:
+        model = checkpoint.load(device=settings.device)
+        entries.append(_measure(checkpoint, model, dense, windows, prompts, settings, bar))
+        if "speed" in settings.parts:
+            first, own = _speeds([dense, model], checkpoint.source, bar)
+            entries[-1] = replace(entries[-1], speed=own)
+            entries[0] = replace(entries[0], speed=entries[0].speed or first)
+    if "speed" in settings.parts and not others:
+        (alone,) = _speeds([dense], baseline.source, bar)
+        entries[0] = replace(entries[0], speed=alone)
+    return Evaluation(
+        KIND,
+        FORMAT,
+        versions(),
+        environment(settings.device),
+        settings.text.name,
+        settings.text.sha256,
+        settings.seed,
+        entries,
+    )
+
+
+def _windows(checkpoint: Checkpoint, settings: Settings) -> Tensor:
+    return evaluation_windows(
+        Encoder(checkpoint),
+        settings.text,
+        tokens=settings.tokens,
+        window=settings.window,
+        stride=settings.stride,
+    )
+
+
+def _inputs(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, list[Prompts]]:
+    prompts: list[Prompts] = []
+    if "recall" in settings.parts:
+        prompts = recall_prompts(Encoder(checkpoint), seed=settings.seed)
+    return _windows(checkpoint, settings), prompts
+
+
+def _measure(
+    checkpoint: Checkpoint,
+    model: Model,
+    dense: Model | None,
+    windows: Tensor,
+    prompts: Sequence[Prompts],
+    settings: Settings,
+    bar: Bar,
+) -> Entry:
+    """All parts but speed; `dense` is None for the baseline itself."""
+    parts, name = settings.parts, checkpoint.source
+    entry = Entry(
+        name,
+        checkpoint.sha256,
+        list(checkpoint.spec.d_k),
+        checkpoint.spec.state_bytes(),
+        None if checkpoint.reduction is None else str(checkpoint.reduction.get("method")),
+    )
+    if "perplexity" in parts and dense is None:
+        with bar(f"perplexity of {name}", windows[:, 1:].numel()) as advance:
+            found = perplexity(model, windows, stride=settings.stride, advance=advance)
+        entry = replace(entry, perplexity=found)
+    elif "perplexity" in parts:
+        assert dense is not None
+        with bar(f"perplexity and KL of {name}", 2 * windows[:, 1:].numel()) as advance:
+            found, divergence = compare(model, dense, windows, stride=settings.stride, advance=advance)
+        entry = replace(entry, perplexity=found, divergence=divergence)
+    if "recall" in parts:
+        with bar(f"recall of {name}", sum(p.ids.numel() for p in prompts)) as advance:
+            entry = replace(entry, recall=recall(model, prompts, advance=advance))
+    read = windows[:STATE_WINDOWS, :-1]
+    if "rank" in parts:
+        with bar(f"rank of {name}", read.numel()) as advance:
+            entry = replace(entry, rank=rank(model, read, advance=advance))
+    if "retrieval" in parts:
+        with bar(f"retrieval of {name}", read.numel()) as advance:
+            entry = replace(entry, retrieval=retrieval(model, read, seed=settings.seed, advance=advance))
+    return entry
+
+
+def _speeds(models: Sequence[Model], name: str, bar: Bar) -> list[list[Speed]]:
+    """Per model, its speed at each batch size; the first is the baseline."""
+    with bar(f"speed of {name}", len(BATCHES)) as advance:
+        by_batch = []
+        for batch in BATCHES:
+            by_batch.append(decode_speed(models, batch))
+            advance(1)
+    return [list(speeds) for speeds in zip(*by_batch, strict=True)]

@@ -1,0 +1,55 @@
+"""Text -> the windows that a model is evaluated on."""
+
+import torch
+from torch import Tensor
+
+from pruning.calibration import WINDOW, Encoder, Text
+from pruning.errors import PruningError
+
+DEFAULT_TOKENS = 48 * WINDOW
+
+
+def evaluation_windows(
+    encoder: Encoder, text: Text, *, tokens: int = 0, window: int = WINDOW, stride: int | None = None
+) -> Tensor:
+    """Windows from the front of the text, each `stride` tokens after the one before.
+
+    Of each window the last `stride` targets are to be scored: no target is scored twice, none is left out between two
+    windows, and each is predicted with at least `window - stride` tokens of context. What stands in front of the
+    first window's scored targets is context only.
+
+    Args:
+        tokens: score this many, rounded down to whole strides; 0 for as many as the text has.
+        stride: from 1 to `window`; None for `window`: windows then follow one another, each from an empty state.
+
+    Returns:
+        int64 `[windows, window + 1]`: the last column is target only.
+
+    Raises:
+        PruningError: window or stride is out of range, `tokens` is below one stride, or the text has fewer.
+    """
+    if window < 1:
+        raise PruningError(f"window={window} must be at least 1")
+    stride = window if stride is None else stride
+    if not 1 <= stride <= window:
+        raise PruningError(f"stride={stride} must be between 1 and window={window}")
+    if tokens < 0 or 0 < tokens < stride:
+        raise PruningError(
+            f"tokens={tokens} must be at least {stride}, which one window scores, or 0 for the whole text"
+        )
+    context = window - stride
+    stream: list[int] = []
+    for document in text.documents:
+        if tokens and len(stream) > context + tokens:
+            break
+        stream += encoder(document)
+    available = max(len(stream) - 1 - context, 0)
+    count = available // stride
+    wanted = tokens // stride or count
+    if count < max(wanted, 1):
+        raise PruningError(
+            f"tokens={tokens or stride} are more than {text.name} gives, which is {available}; "
+            "ask for fewer, or add text"
+        )
+    starts = torch.arange(wanted)[:, None] * stride
+    return torch.tensor(stream)[starts + torch.arange(window + 1)]

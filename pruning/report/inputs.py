@@ -1,0 +1,208 @@
+"""What a report is drawn from: each input is recognised by what it is, and checked before anything is drawn."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from modeling.checkpoint import REDUCTION
+from pruning.errors import PruningError
+from pruning.evaluation.record import KIND as EVALUATION
+from pruning.evaluation.record import Evaluation, read_evaluation
+from pruning.reduction import FORMAT as REDUCTION_FORMAT
+from pruning.statistics import Statistics, load_statistics
+
+TABLE = "pruning_table"
+TABLE_FORMAT = 1
+RECOVERY = "recovery.json"
+RECOVERY_FORMAT = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What any JSON file of ours says first."""
+
+    kind: str | None = None
+
+
+@dataclass(frozen=True)
+class Dense:
+    """The unpruned model of a table."""
+
+    d_k: list[int]
+    state_bytes: int
+    perplexity: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One reduced checkpoint of a table: one row, column and seed."""
+
+    row: str
+    column: int
+    """The width that names the budget."""
+    method: str
+    seed: int
+    d_k: list[int]
+    state_bytes: int
+    perplexity: float
+    kl: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Measured error curves of one method and seed."""
+
+    method: str
+    seed: int
+    loss_rise: list[dict[int, float]]
+    """Per layer, width -> nats per token."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What `benchmarks/pruning_table.py --json` writes."""
+
+    kind: str
+    format: int
+    checkpoint: str
+    sha256: str
+    device: str
+    kl_tokens: int
+    dense: Dense
+    reduced: list[Cell]
+    curves: list[Curves]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`budget` of `state_reduction.json`."""
+
+    state_bytes: int
+    loss_rise: list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`source` of `state_reduction.json`."""
+
+    name: str
+    sha256: str
+    d_k: list[int]
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What the report reads of `state_reduction.json`."""
+
+    format: int
+    source: Source
+    method: str
+    seed: int
+    d_k: list[int]
+    kept_channels: list[list[list[int]]]
+    budget: Budget | None = None
+    rotated: bool = False
+    """Kept channels are mixtures, not channels of the source."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of a recovery curve; losses in nats per token."""
+
+    tokens: int
+    train_loss: float | None
+    heldout_loss: float
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What the report reads of `recovery.json`."""
+
+    format: int
+    control: bool
+    curve: list[Point]
+
+
+@dataclass
+class Inputs:
+    """Everything that was given, by what it is; names are what the user typed."""
+
+    tables: list[tuple[str, Table]] = field(default_factory=list)
+    evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
+    statistics: list[tuple[str, Statistics]] = field(default_factory=list)
+    reductions: list[tuple[str, Reduction]] = field(default_factory=list)
+    recoveries: list[tuple[str, Recovery]] = field(default_factory=list)
+    hashes: list[tuple[str, str]] = field(default_factory=list)
+    """(file, sha256) of all that was read."""
+
+
+def read_inputs(paths: Sequence[Path]) -> Inputs:
+    """Raises PruningError for a path that is none of the inputs, or a broken one."""
+    inputs = Inputs()
+    for path in paths:
+        if path.is_dir():
+            _read_checkpoint(path, inputs)
+        elif path.suffix == ".safetensors":
+            inputs.statistics.append((str(path), load_statistics(path)))
+            _hash(path, inputs)
+        else:
+            _read_json(path, inputs)
+    return inputs
+
+
+def _read_checkpoint(path: Path, inputs: Inputs) -> None:
+    reduction, recovery = path / REDUCTION, path / RECOVERY
+    if not (reduction.exists() or recovery.exists()):
+        raise PruningError(
+            f"{path} holds neither {REDUCTION} nor {RECOVERY}; give checkpoints that lowkey-prune has made"
+        )
+    if reduction.exists():
+        found = _decode(reduction, Reduction)
+        _check_format(reduction, found.format, REDUCTION_FORMAT)
+        inputs.reductions.append((str(path), found))
+        _hash(reduction, inputs)
+    if recovery.exists():
+        curve = _decode(recovery, Recovery)
+        _check_format(recovery, curve.format, RECOVERY_FORMAT)
+        inputs.recoveries.append((str(path), curve))
+        _hash(recovery, inputs)
+
+
+def _read_json(path: Path, inputs: Inputs) -> None:
+    kind = _decode(path, Kind).kind
+    if kind == EVALUATION:
+        inputs.evaluations.append((str(path), read_evaluation(path)))
+    elif kind == TABLE:
+        table = _decode(path, Table)
+        _check_format(path, table.format, TABLE_FORMAT)
+        inputs.tables.append((str(path), table))
+    else:
+        raise PruningError(
+            f"{path} is neither of evaluate --json nor of benchmarks/pruning_table.py --json: its kind is {kind!r}"
+        )
+    _hash(path, inputs)
+
+
+def _decode(path: Path, as_type: type[T]) -> T:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=as_type)
+    except (OSError, msgspec.DecodeError) as e:
+        raise PruningError(f"{path} can't be read for a report: {e}") from e
+
+
+def _check_format(path: Path, found: int, expected: int) -> None:
+    if found != expected:
+        raise PruningError(f"{path} has format {found}; this version reads {expected}")
+
+
+def _hash(path: Path, inputs: Inputs) -> None:
+    with path.open("rb") as f:
+        inputs.hashes.append((str(path), hashlib.file_digest(f, "sha256").hexdigest()))

@@ -1,0 +1,108 @@
+"""Colours and layout that all figures share; both read on a light and on a dark page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+COLOURS = (
+    "#2f7ed8",
+    "#e8792b",
+    "#2aa876",
+    "#d64545",
+    "#8c6bd8",
+    "#b8860b",
+    "#1aa3b8",
+    "#c44e8e",
+    "#7f9f3f",
+    "#7a8594",
+)
+SYMBOLS = (
+    "circle",
+    "square",
+    "diamond",
+    "triangle-up",
+    "x",
+    "star",
+    "pentagon",
+    "hexagon",
+    "cross",
+    "bowtie",
+)
+SCALE = "Viridis"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure with what stands around it."""
+
+    name: str
+    """For files and links: lower case, digits and dashes."""
+    title: str
+    caption: str
+    figure: Any
+    """plotly.graph_objects.Figure."""
+
+
+def subplots(titles: Sequence[str], *, columns: int = 2, height: int = 360, **options: Any) -> Any:
+    """Empty axes for each title, `columns` beside each other, each row `height` high."""
+    columns = min(columns, len(titles))
+    rows = -(-len(titles) // columns)
+    options = {"horizontal_spacing": 0.11, "vertical_spacing": 0.32 / rows if rows > 1 else 0} | options
+    figure = make_subplots(rows, columns, subplot_titles=[escape(t) for t in titles], **options)
+    figure.update_layout(height=rows * height)
+    figure.update_annotations(font_size=13)
+    return figure
+
+
+def place(index: int, columns: int = 2) -> dict[str, int]:
+    """Row and column of the `index`-th of the subplots."""
+    return {"row": index // columns + 1, "col": index % columns + 1}
+
+
+def single(height: int = 420) -> Any:
+    figure = go.Figure()
+    figure.update_layout(height=height)
+    return figure
+
+
+def shades(count: int) -> list[str]:
+    """`count` colours of the scale, without its ends, which a dark or a light page swallows."""
+    steps = [0.25 + 0.6 * i / max(count - 1, 1) for i in range(count)]
+    return [str(c) for c in sample_colorscale(SCALE, steps)]
+
+
+def line(index: int, *, dash: str = "solid") -> dict[str, Any]:
+    """Line and marker of the `index`-th series."""
+    colour = COLOURS[index % len(COLOURS)]
+    return {
+        "mode": "lines+markers",
+        "line": {"color": colour, "width": 2, "dash": dash},
+        "marker": {"color": colour, "size": 8, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+    }
+
+
+def short(name: str, length: int = 40) -> str:
+    """A name for legends: the end of a long path, safe in plotly's markup."""
+    return escape(name if len(name) <= length else f"...{name[3 - length :]}")
+
+
+def head_ticks(heads_by_layer: Sequence[int]) -> dict[str, Any]:
+    """y axis of a heat map with a row per head: the name of each layer stands at its first head."""
+    starts = [sum(heads_by_layer[:i]) for i in range(len(heads_by_layer))]
+    step = -(-len(starts) // 24)
+    return {
+        "tickvals": starts[::step],
+        "ticktext": [f"layer {i}" for i in range(len(starts))][::step],
+        "autorange": "reversed",
+        "showgrid": False,
+    }
+
+
+def rows_height(rows: int) -> int:
+    """Height of a heat map with so many rows."""
+    return min(max(140 + 14 * rows, 260), 1100)

@@ -1,0 +1,160 @@
+"""Figures from pruning tables: what width costs, by method and layer."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from pruning.report.inputs import Cell, Reduction, Table
+from pruning.report.style import Figure, line, place, shades, short, single, subplots
+
+
+def groups(table: Table) -> dict[str, dict[int, list[Cell]]]:
+    """Row -> column -> the cells of all seeds, in the file's order of rows, columns ascending."""
+    found: dict[str, dict[int, list[Cell]]] = {}
+    for cell in table.reduced:
+        found.setdefault(cell.row, {}).setdefault(cell.column, []).append(cell)
+    return {row: dict(sorted(columns.items())) for row, columns in found.items()}
+
+
+def tradeoff(name: str, table: Table, number: int) -> list[Figure]:
+    """Rise in perplexity, and KL, against the width, per method with the range over seeds."""
+    seeds = len({cell.seed for cell in table.reduced})
+    around = (
+        f"{name}: {table.checkpoint}, mean of {seeds} calibration seed{'s' * (seeds > 1)}, bars from the least to the "
+        "largest. Dashed: the same total state, spent per layer."
+    )
+    dense = table.dense.perplexity
+    rise = {
+        row: {column: [100 * (c.perplexity / dense - 1) for c in cells] for column, cells in columns.items()}
+        for row, columns in groups(table).items()
+    }
+    kl = {
+        row: {column: [c.kl for c in cells] for column, cells in columns.items()}
+        for row, columns in groups(table).items()
+    }
+    return [
+        Figure(
+            f"perplexity-{number}",
+            "Perplexity against width",
+            f"{around} Dense: perplexity {dense:.3f} on {table.dense.tokens:,} held-out tokens.",
+            _against_width(rise, "rise in perplexity, %"),
+        ),
+        Figure(
+            f"kl-{number}",
+            "KL divergence against width",
+            f"{around} KL(dense || reduced) over the full vocabulary, {table.kl_tokens:,} held-out tokens.",
+            _against_width(kl, "KL, nats per token"),
+        ),
+    ]
+
+
+def _against_width(rows: Mapping[str, Mapping[int, Sequence[float]]], label: str) -> Any:
+    figure = single(460)
+    plain = [row for row in rows if ", per layer" not in row]
+    for row, columns in rows.items():
+        method = row.removesuffix(", per layer")
+        index = plain.index(method) if method in plain else len(plain)
+        means = [fmean(values) for values in columns.values()]
+        # A little beside each other, or the bars of methods that do alike hide one another.
+        beside = 1.012 ** (list(rows).index(row) - len(rows) / 2)
+        figure.add_scatter(
+            x=[column * beside for column in columns],
+            customdata=list(columns),
+            hovertemplate="d_k %{customdata}: %{y:.4g}",
+            y=means,
+            name=short(row),
+            error_y={
+                "symmetric": False,
+                "array": [max(v) - m for v, m in zip(columns.values(), means, strict=True)],
+                "arrayminus": [m - min(v) for v, m in zip(columns.values(), means, strict=True)],
+                "thickness": 1,
+                "width": 3,
+            },
+            **line(index, dash="solid" if row == method else "dash"),
+        )
+    widths = sorted({column for columns in rows.values() for column in columns})
+    lowest = min(value for columns in rows.values() for values in columns.values() for value in values)
+    figure.update_xaxes(
+        title="d_k kept (mean over layers, where spent per layer)", type="log", tickvals=widths
+    )
+    # A rise of nothing has no logarithm.
+    figure.update_yaxes(title=label, type="log" if lowest > 0 else "linear")
+    return figure
+
+
+def budgets(tables: Sequence[tuple[str, Table]], reductions: Sequence[tuple[str, Reduction]]) -> list[Figure]:
+    """Measured error curves per layer, and the widths that were bought with them."""
+    figures: list[Figure] = []
+    for name, table in tables:
+        for method in dict.fromkeys(curves.method for curves in table.curves):
+            measured = [curves.loss_rise for curves in table.curves if curves.method == method]
+            chosen = {
+                f"budget of d_k {column}": _mean_widths(cells)
+                for column, cells in groups(table).get(f"{method}, per layer", {}).items()
+            }
+            caption = (
+                f"{name}: {method}, mean of {len(measured)} calibration seed{'s' * (len(measured) > 1)}."
+            )
+            figures.append(_budget(len(figures), caption, _mean_curves(measured), chosen))
+    for name, reduction in reductions:
+        if reduction.budget is not None:
+            caption = (
+                f"{name}: {reduction.method}, seed {reduction.seed}, {reduction.budget.state_bytes:,} bytes."
+            )
+            chosen = {"chosen": [float(n) for n in reduction.d_k]}
+            figures.append(_budget(len(figures), caption, reduction.budget.loss_rise, chosen))
+    return figures
+
+
+def _mean_widths(cells: Sequence[Cell]) -> list[float]:
+    return [fmean(widths) for widths in zip(*(cell.d_k for cell in cells), strict=True)]
+
+
+def _mean_curves(measured: Sequence[Sequence[Mapping[int, float]]]) -> list[dict[int, float]]:
+    return [
+        {width: fmean(curve[width] for curve in curves) for width in curves[0]}
+        for curves in zip(*measured, strict=True)
+    ]
+
+
+def _budget(
+    number: int, caption: str, curves: Sequence[Mapping[int, float]], chosen: Mapping[str, Sequence[float]]
+) -> Figure:
+    figure = subplots(["rise in loss, layer reduced alone", "widths chosen"], height=400)
+    colours = shades(len(curves))
+    for layer, curve in enumerate(curves):
+        widths = sorted(curve)
+        figure.add_scatter(
+            x=widths,
+            y=[curve[n] for n in widths],
+            name=f"layer {layer}",
+            mode="lines",
+            line={"color": colours[layer], "width": 2},
+            showlegend=len(curves) <= 12,
+            **place(0),
+        )
+    if len(chosen) == 1:
+        (bought,) = chosen.values()
+        figure.add_scatter(
+            x=list(bought),
+            y=[curve.get(round(n)) for curve, n in zip(curves, bought, strict=True)],
+            name="chosen",
+            mode="markers",
+            marker={"color": colours, "size": 11, "symbol": "circle-open", "line": {"width": 2}},
+            **place(0),
+        )
+    for i, (label, of_layers) in enumerate(chosen.items()):
+        figure.add_scatter(
+            x=list(range(len(of_layers))), y=list(of_layers), name=short(label), **line(i), **place(1)
+        )
+    figure.update_xaxes(title="d_k kept", row=1, col=1)
+    figure.update_yaxes(title="nats per token", row=1, col=1)
+    figure.update_xaxes(title="layer", row=1, col=2, dtick=max(len(curves) // 12, 1))
+    figure.update_yaxes(title="d_k", row=1, col=2, rangemode="tozero")
+    return Figure(
+        f"budget-{number}",
+        "Error budget per layer",
+        f"{caption} Left: the rise in loss on calibration text when that layer alone keeps so many channels. "
+        "Right: the widths that the budget bought.",
+        figure,
+    )
