@@ -54,6 +54,10 @@ class Checkpoint:
             # The base name only: whatever an index says, nothing outside the directory is read.
             files = {name: self.path / Path(str(file)).name for name, file in weight_map.items()}
             for file in sorted(set(files.values())):
+                if file.suffix != ".safetensors":
+                    raise CheckpointError(
+                        f"{self.path / INDEX} names {file.name}, which is no safetensors file"
+                    )
                 if not file.exists():
                     raise CheckpointError(f"{self.path / INDEX} names {file.name}, which is missing")
             return files
@@ -100,18 +104,10 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing, unexpected or of another shape than the config says.
         """
-        maps = self.family.tensors(self.spec)
-        self._check_names(maps)
+        self.check_names()
         with torch.device("meta"):
             model = Model(self.spec)
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        state: dict[str, Tensor] = {}
-        for m in maps:
-            shape = shapes[m.ours]
-            keep_fp32 = len(shape) == 1 and not m.ours.endswith("conv.bias")
-            state[m.ours] = self._join(m, shape).to(
-                device=device, dtype=torch.promote_types(dtype, torch.float32) if keep_fp32 else dtype
-            )
+        state = self.parameters(dtype=dtype, device=device)
         if self.spec.tie_embeddings:
             state["lm_head.weight"] = state["embeddings.weight"]
         model.load_state_dict(state, assign=True)
@@ -119,8 +115,33 @@ class Checkpoint:
             model.lm_head.weight = model.embeddings.weight  # `assign` has made two parameters of one tensor
         return model.eval().requires_grad_(False)
 
-    def _check_names(self, maps: list[TensorMap]) -> None:
-        expected = {name for m in maps for name in m.theirs}
+    def parameters(
+        self, prefix: str = "", *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """The parameters of the part of our model called `prefix`, by their names within it (of the whole: "").
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape than the config says.
+        """
+        state: dict[str, Tensor] = {}
+        for m in self.family.tensors(self.spec):
+            if not m.ours.startswith(prefix):
+                continue
+            shape = self._shapes[m.ours]
+            keep_fp32 = len(shape) == 1 and not m.ours.endswith("conv.bias")
+            state[m.ours.removeprefix(prefix)] = self._join(m, shape).to(
+                device=device, dtype=torch.promote_types(dtype, torch.float32) if keep_fp32 else dtype
+            )
+        return state
+
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: p.shape for name, p in Model(self.spec).named_parameters()}
+
+    def check_names(self) -> None:
+        """Raises CheckpointError if there are tensors that the config does not account for."""
+        expected = {name for m in self.family.tensors(self.spec) for name in m.theirs}
         if self.spec.tie_embeddings:
             expected.add("lm_head.weight")
         unexpected = sorted(set(self.files) - expected)
@@ -173,6 +194,12 @@ def export_tensors(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
             yield name, part[:, None, :] if name.endswith("conv1d.weight") else part
 
 
+def save_shard(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write one safetensors file as transformers wants it, contiguous tensors only."""
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors leaves it readable by its owner only
+
+
 def write_safetensors(
     directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = 2**31
 ) -> None:
@@ -185,9 +212,7 @@ def write_safetensors(
     def flush() -> None:
         shard = shards[0]
         names.append(list(shard))
-        file = directory / f"shard-{len(names):05d}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        file.chmod(0o644)  # safetensors leaves it readable by its owner only
+        save_shard(directory / f"shard-{len(names):05d}.safetensors", shard)
         shards[0] = {}
 
     held = 0

@@ -149,6 +149,11 @@ def spend(
     for n in aligned_widths(max(spec.d_k), align):
         widths = [min(n, d_k) for d_k in spec.d_k]
         choices.append(select(checkpoint, criterion, widths, statistics=statistics, seed=seed))
+    if any(choice.rotated for choice in choices):
+        raise PruningError(
+            f"method={criterion.name!r} mixes channels, and --per-layer measures masks of the model's own; "
+            "give the layers one width, or choose another method"
+        )
     curves = error_curves(model, choices, windows, advance=advance)
     return widths_per_layer(spec, curves, limit), Budget(limit, align, curves, origin)
 

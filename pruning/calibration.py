@@ -1,8 +1,8 @@
 """Text -> token windows for calibration, with a record of where they came from."""
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from pruning.errors import PruningError
 
 WINDOW = 512
 """Tokens per window, for calibration and evaluation alike."""
+
+BATCH = 4
+"""Windows that calibration runs together. Part of the result: float32 products depend on it in their last bits."""
 
 
 @dataclass(frozen=True)
@@ -37,36 +40,24 @@ class Origin:
     text_sha256: str
     seed: int
     windows: int
+    """That were run, of this shard."""
     window_length: int
+    tokens_sha256: str
+    """Of the tokens that were run, as little-endian int64."""
+    shard: str | None = None
+    """`i/n of count windows` for one of n shards of a larger draw."""
 
     @property
     def tokens(self) -> int:
         return self.windows * self.window_length
 
-    def as_json(self) -> dict[str, str | int]:
+    def as_json(self) -> dict[str, str | int | None]:
         return {**asdict(self), "tokens": self.tokens}
 
 
 def bundled_text(split: Split) -> Text:
     """One side of the text that ships with CPython (`pruning.corpus`)."""
     return Text(f"bundled CPython text, {split} side", corpus(split))
-
-
-def text_files(paths: Sequence[Path]) -> Text:
-    """UTF-8 files, one document each.
-
-    Raises:
-        PruningError: a file is missing, not UTF-8, or all of them are empty.
-    """
-    documents: list[str] = []
-    for path in paths:
-        try:
-            documents.append(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as e:
-            raise PruningError(f"text={str(path)!r} is not a readable UTF-8 file: {e}") from e
-    if not any(documents):
-        raise PruningError(f"text={[str(p) for p in paths]} holds no text")
-    return Text(", ".join(path.name for path in paths), documents)
 
 
 class Encoder:
@@ -120,7 +111,8 @@ def draw_windows(
     """Windows of consecutive tokens from as many documents as possible.
 
     Documents are taken in random order. Each gives one of its windows, at random; documents shorter than a window
-    are joined. Only when the documents run out are the other windows used. No token is used twice.
+    are packed into common ones (`cu_seqlens` keeps them apart). Only when the documents run out are the other windows
+    used. No token is used twice.
 
     Returns:
         int64 `[count, length]` and where it came from.
@@ -156,4 +148,46 @@ def draw_windows(
         )
     if len(windows) < count:
         windows += [others[i] for i in generator.permutation(len(others))]
-    return torch.tensor(windows[:count]), Origin(text.name, text.sha256, seed, count, length)
+    drawn = torch.tensor(windows[:count])
+    return drawn, Origin(text.name, text.sha256, seed, count, length, tokens_sha256(drawn))
+
+
+def tokens_sha256(windows: Tensor) -> str:
+    """Hash of token ids int64 `[count, length]`."""
+    return hashlib.sha256(windows.cpu().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def take_shard(windows: Tensor, origin: Origin, shard: int, shards: int) -> tuple[Tensor, Origin]:
+    """The windows that machine `shard` of `shards` (1 to n) runs: every n-th batch of the draw.
+
+    Whole batches, so that every product is the one of an unsharded run and the statistics add up to its statistics.
+
+    Raises:
+        PruningError: there are fewer batches than shards.
+    """
+    batches = windows.split(BATCH)
+    if len(batches) < shards:
+        raise PruningError(
+            f"shard={shard}/{shards}: {len(windows)} windows are {len(batches)} batches of {BATCH}; "
+            f"take more tokens or at most {len(batches)} shards"
+        )
+    taken = torch.cat(batches[shard - 1 :: shards])
+    return taken, replace(
+        origin,
+        windows=len(taken),
+        tokens_sha256=tokens_sha256(taken),
+        shard=f"{shard}/{shards} of {len(windows)} windows",
+    )
+
+
+def cu_seqlens(windows: Tensor, separators: Sequence[int]) -> list[int]:
+    """Offsets of the sequences in `windows` int64 `[count, length]`, packed: `[0, ..., count * length]`.
+
+    A sequence starts at every window, and inside one at every document: where the end-of-text token stands that
+    `Encoder` puts before each, the first of `separators`. Documents share windows but no state, as requests don't.
+    """
+    first = torch.zeros_like(windows, dtype=torch.bool)
+    first[:, 0] = True
+    for token in separators[:1]:
+        first |= windows == token
+    return [*first.flatten().nonzero().flatten().tolist(), windows.numel()]

@@ -1,16 +1,16 @@
 """Gradient statistics: how the loss on the calibration text depends on each key channel.
 
-L is the negative log-likelihood (a sum, in nats) of one window that starts from an empty state. Two things are kept,
-both sums over windows, in float64:
+L is the negative log-likelihood (a sum, in nats) of one window, every document in it from an empty state. Two things
+are kept, both sums over windows, in float64:
 
 - dL/dWq and dL/dWk of the q and k projections, for first-order scores (LLM-Pruner, arXiv 2305.11627, eq. 3);
 - the Fisher information of a gate z = 1 on each channel of q and of k after convolution and SiLU:
   F_c = sum over windows of (dL/dz_qc + dL/dz_kc)^2.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from modeling.model import Model
 from modeling.ops import wide
+from pruning.calibration import cu_seqlens
 from pruning.errors import PruningError
-from pruning.progress import Advance, no_progress
 
 GradientName = Literal["q_gradient", "k_gradient", "gate_fisher"]
 """Gradients of the q and k projections, `[num_k_heads, d_k, hidden]`, and the gates' Fisher information,
@@ -28,10 +28,14 @@ GradientName = Literal["q_gradient", "k_gradient", "gate_fisher"]
 GRADIENTS: tuple[GradientName, ...] = get_args(GradientName)
 
 
-def collect_gradients(
-    model: Model, windows: Tensor, names: Collection[GradientName], *, advance: Advance = no_progress
-) -> list[dict[GradientName, Tensor]]:
-    """Run `windows` int64 `[count, length]` forward and backward, one at a time; per layer, the sums of `names`.
+def add_gradients(model: Model, windows: Tensor, sums: Sequence[Mapping[Any, Tensor]]) -> Iterator[int]:
+    """Run `windows` int64 `[count, length]` forward and backward, one at a time, and add to `sums`, per layer.
+
+    Args:
+        sums: by name, float64; entries that are no `GradientName` are left alone.
+
+    Yields:
+        The tokens of each window, once all of it has been added.
 
     Raises:
         PruningError: a window has no token to predict, a gradient is not finite, or a layer's tap missed tokens.
@@ -40,30 +44,20 @@ def collect_gradients(
         raise PruningError(
             f"window_length={windows.shape[1]} leaves no token to predict; gradients need at least 2"
         )
-    sums: list[dict[GradientName, Tensor]] = []
-    for layer in model.spec.layers:
-        m = layer.mixer
-        weight, gate = (m.num_k_heads, m.d_k, model.spec.hidden_size), (m.num_k_heads, m.d_k)
-        sums.append(
-            {
-                name: torch.zeros(gate if name == "gate_fisher" else weight, dtype=torch.float64)
-                for name in GRADIENTS
-                if name in names
-            }
-        )
     weights = [block.get_parameter("mixer.in_proj.weight") for block in model.layers]
-    with _gradients_of(weights):
-        for window in windows.to(model.embeddings.weight.device):
+    for window in windows.to(model.embeddings.weight.device):
+        with _gradients_of(weights):
             for i, found in enumerate(_of_window(model, window, weights)):
-                for name, total in sums[i].items():
-                    if not bool(found[name].isfinite().all()):
+                for name, value in found.items():
+                    if name not in sums[i]:
+                        continue
+                    if not bool(value.isfinite().all()):
                         raise PruningError(
                             f"layer {i}: {name} holds NaN or Inf; the loss has no gradient there"
                         )
-                    value = found[name].to(total)
-                    total += value.square() if name == "gate_fisher" else value
-            advance(len(window))
-    return sums
+                    value = value.to(sums[i][name])
+                    sums[i][name].add_(value.square() if name == "gate_fisher" else value)
+        yield len(window)
 
 
 def _of_window(
@@ -79,7 +73,7 @@ def _of_window(
         tokens[layer] += q.shape[0]
         return q * gates[layer], k * gates[layer]
 
-    hidden, _ = model(window, [0, len(window)], tap=tap)
+    hidden, _ = model(window, cu_seqlens(window[None], model.spec.eos_token_ids), tap=tap)
     for layer, seen in enumerate(tokens):
         if seen != len(window):
             raise PruningError(

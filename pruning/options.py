@@ -1,5 +1,6 @@
 """Options that several commands share, and what they stand for."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,19 +12,39 @@ from torch import Tensor
 from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
 from pruning.budget import DEFAULT_ALIGN, aligned_widths, parse_bytes, widths_for_bytes
-from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text, draw_windows, text_files
+from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text, draw_windows
 from pruning.corpus import Split
 from pruning.errors import PruningError
 from pruning.selection import widths_for_ratio, widths_to_keep
+from pruning.sources import DEFAULT_FIELD, dataset_text, read_text
 
-DEFAULT_WINDOWS = 16
+DEFAULT_TOKENS = 16 * WINDOW
+DEFAULT_SPLIT = "train"
 
 Source = Annotated[
     str, typer.Argument(help="Checkpoint directory, or hub id (org/name[@revision]).", metavar="SRC")
 ]
 TextFiles = Annotated[
     list[Path] | None,
-    typer.Option("--text", help="UTF-8 text file, one document; may be given several times."),
+    typer.Option(
+        "--text",
+        help="Text file, folder, glob or .jsonl file; may be given several times. A file is one document.",
+    ),
+]
+Field = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Field of the .jsonl lines or data set records that is the text (default {DEFAULT_FIELD}).",
+        show_default=False,
+    ),
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(help="Hugging Face data set instead of --text: org/name[:subset][@revision], streamed."),
+]
+DatasetSplit = Annotated[
+    str | None,
+    typer.Option("--split", help=f"Split of the data set (default {DEFAULT_SPLIT}).", show_default=False),
 ]
 Methods = Annotated[
     list[str] | None,
@@ -31,9 +52,12 @@ Methods = Annotated[
         "--method", help="Also collect what this method reads (gradients); may be given several times."
     ),
 ]
-WindowCount = Annotated[
+Tokens = Annotated[
     int | None,
-    typer.Option("--windows", help=f"Calibration windows (default {DEFAULT_WINDOWS}).", show_default=False),
+    typer.Option(
+        help=f"Calibration tokens, rounded up to whole windows (default {DEFAULT_TOKENS}).",
+        show_default=False,
+    ),
 ]
 WindowLength = Annotated[
     int | None,
@@ -61,6 +85,9 @@ PerLayer = Annotated[
 Seed = Annotated[int, typer.Option(help="Of the calibration draw and of the random method.", min=0)]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done and what it takes, and write nothing.")
+]
 
 
 @dataclass(frozen=True)
@@ -68,24 +95,65 @@ class CalibrationText:
     """The text that a command reads, as its options say; None stands for the default."""
 
     files: list[Path] | None
-    windows: int | None
+    field: str | None
+    dataset: str | None
+    split: str | None
+    tokens: int | None
     window_length: int | None
     seed: int
+
+    def __post_init__(self) -> None:
+        if self.files and self.dataset is not None:
+            raise PruningError("give --text or --dataset, not both")
+        if self.field is not None and not self.files and self.dataset is None:
+            raise PruningError(
+                f"field={self.field!r} is for --text FILE.jsonl and --dataset; neither is given"
+            )
+        if self.split is not None and self.dataset is None:
+            raise PruningError(f"split={self.split!r} is for --dataset, which is not given")
+        for name, value in (("tokens", self.tokens), ("window_length", self.window_length)):
+            if value is not None and value < 1:
+                raise PruningError(f"{name}={value} must be at least 1")
 
     @property
     def given(self) -> bool:
         """Whether any option but the seed was given."""
-        return bool(self.files) or self.windows is not None or self.window_length is not None
+        return any(
+            option not in (None, [])
+            for option in (self.files, self.field, self.dataset, self.tokens, self.window_length)
+        )
+
+    @property
+    def length(self) -> int:
+        """Tokens of one window."""
+        return WINDOW if self.window_length is None else self.window_length
+
+    @property
+    def count(self) -> int:
+        """Windows to draw."""
+        return -(-(DEFAULT_TOKENS if self.tokens is None else self.tokens) // self.length)
 
     def draw(self, checkpoint: Checkpoint) -> tuple[Tensor, Origin]:
         """Token windows in the checkpoint's own tokens; see `draw_windows`."""
-        return draw_windows(
-            Encoder(checkpoint),
-            text_of(self.files, "train"),
-            count=DEFAULT_WINDOWS if self.windows is None else self.windows,
-            length=WINDOW if self.window_length is None else self.window_length,
-            seed=self.seed,
-        )
+        if self.dataset is None:
+            text = text_of(self.files, "train", self.field)
+        else:
+            text = dataset_text(
+                self.dataset,
+                split=self.split or DEFAULT_SPLIT,
+                field=self.field,
+                tokens=self.count * self.length,
+                seed=self.seed,
+            )
+        return draw_windows(Encoder(checkpoint), text, count=self.count, length=self.length, seed=self.seed)
+
+
+def shard_numbers(shard: str) -> tuple[int, int]:
+    """`i/n` -> (i, n). Raises PruningError for anything else."""
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        raise PruningError(f"shard={shard!r} must be i/n with i from 1 to n, like 2/4")
+    return int(match[1]), int(match[2])
 
 
 def uniform_widths(
@@ -112,9 +180,9 @@ def uniform_widths(
     return widths, spec.with_d_k(widths).state_bytes()
 
 
-def text_of(files: list[Path] | None, split: Split) -> Text:
-    """The files, or one side of the bundled text."""
-    return text_files(files) if files else bundled_text(split)
+def text_of(files: list[Path] | None, split: Split, field: str | None = None) -> Text:
+    """The files, folders and globs, or one side of the bundled text."""
+    return read_text(files, field) if files else bundled_text(split)
 
 
 def device_named(name: str) -> torch.device:

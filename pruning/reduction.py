@@ -12,14 +12,14 @@ import safetensors
 import tokenizers
 import torch
 
-from modeling.checkpoint import REDUCTION, Checkpoint, new_directory, write_json
+from modeling.checkpoint import REDUCTION, Checkpoint, new_directory, open_checkpoint, write_json
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
 from pruning.errors import PruningError
 from pruning.selection import Selection
 from pruning.statistics import Statistics
-from pruning.surgery import reload, write_reduced
+from pruning.surgery import check_runs, write_reduced
 
 FORMAT = 1
 """Of `state_reduction.json`."""
@@ -68,7 +68,7 @@ def reduce_checkpoint(
     """Write the reduced checkpoint to `out`, which appears only once it is whole and has been run.
 
     Args:
-        evaluate: measures the reloaded reduced model; what it returns goes into `state_reduction.json`.
+        evaluate: measures the reduced model, loaded whole; what it returns goes into `state_reduction.json`.
 
     Returns:
         The reduced model's spec.
@@ -78,11 +78,11 @@ def reduce_checkpoint(
     """
     check_output(checkpoint, out, overwrite=overwrite)
     with new_directory(out, overwrite=overwrite) as directory:
-        spec = write_reduced(checkpoint, selection.keep, directory)
-        model = reload(directory, spec)
+        spec = write_reduced(checkpoint, selection.cuts, directory)
+        check_runs(directory, spec)
         record = reduction_json(checkpoint, selection, provenance, spec)
         if evaluate is not None:
-            record["evaluation"] = evaluate(model)
+            record["evaluation"] = evaluate(open_checkpoint(directory).load())
         write_json(directory / REDUCTION, record)
     return spec
 
@@ -116,6 +116,7 @@ def reduction_json(
         "evaluation": None,
         "versions": versions(),
         "selection": selection.report,
+        "rotated": selection.rotated,
         "kept_channels": [layer.tolist() for layer in selection.keep],
     }
 

@@ -15,6 +15,7 @@ from pruning.criteria import Choice, Criterion, Head
 from pruning.criteria.base import Report
 from pruning.errors import PruningError
 from pruning.statistics import Statistics
+from pruning.surgery import Cut
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,24 @@ class Selection:
     """Per layer int64 `[num_k_heads, n]`, ascending in each head; layers may differ in n."""
     report: list[list[Report]]
     """Per layer and head, the criterion's figures."""
+    rotation: tuple[Tensor | None, ...] = ()
+    """Per layer float64 `[num_k_heads, d_k, d_k]` where `keep` counts mixtures of channels (`surgery.Cut`), None where
+    it counts the checkpoint's own; empty where it does so in every layer."""
 
     @property
     def d_k(self) -> tuple[int, ...]:
         return tuple(k.shape[1] for k in self.keep)
+
+    @property
+    def rotated(self) -> bool:
+        """Whether any layer's channels are mixtures."""
+        return any(r is not None for r in self.rotation)
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """What surgery does to each layer."""
+        rotations = self.rotation or (None,) * len(self.keep)
+        return [Cut(keep, rotation) for keep, rotation in zip(self.keep, rotations, strict=True)]
 
 
 def widths_to_keep(spec: ModelSpec, keep: int) -> tuple[int, ...]:
@@ -83,11 +98,14 @@ def select(
             )
     keep: list[Tensor] = []
     report: list[list[Report]] = []
+    rotation: list[Tensor | None] = []
     for layer, n in enumerate(widths):
         choices = _layer(checkpoint, criterion, layer, n, statistics, seed)
         keep.append(torch.from_numpy(np.stack([choice.keep for choice in choices])))
         report.append([choice.report for choice in choices])
-    return Selection(tuple(keep), report)
+        mixed = [choice.rotation for choice in choices if choice.rotation is not None]
+        rotation.append(torch.from_numpy(np.stack(mixed)) if mixed else None)
+    return Selection(tuple(keep), report, tuple(rotation))
 
 
 def _layer(
@@ -105,6 +123,7 @@ def _layer(
             index=h,
             d_k=mixer.d_k,
             seed=seed,
+            tokens=0 if statistics is None else statistics.tokens,
             statistics={name: s if name == "x_squares" else s[h] for name, s in of_layer.items()},
             weights=None if weights is None else (weights[0, h], weights[1, h]),
         )

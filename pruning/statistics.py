@@ -1,9 +1,9 @@
-"""Calibration statistics: per layer the float64 Grams of q and k and the second moments of the input, from one
-streaming pass; gradients, from a second one, where a criterion reads them (`pruning.gradients`).
+"""Calibration statistics: what one text says about the key channels of one checkpoint, as sums over its tokens.
 
-A Gram is the sum over tokens of outer products, `[d_k, d_k]` per key head. Everything kept is a sum: its size does not
-depend on the number of tokens, and the statistics of two passes add up to those of both. The file is safetensors with
-one JSON record in the metadata; it holds no code, so reading one from a stranger is safe.
+Per layer the float64 Grams and sums of q and k and the second moments of the input, and gradients where a criterion
+reads them. Everything kept is a sum: its size does not depend on the number of tokens, and the statistics of two passes
+add up to those of both. The file is safetensors with one JSON record in the metadata; it holds no code, so reading
+one from a stranger is safe. `pruning.collection` collects them.
 """
 
 import json
@@ -19,25 +19,49 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
-from modeling.layers import l2_normalise
-from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.calibration import Origin
 from pruning.errors import PruningError
-from pruning.gradients import GRADIENTS, GradientName, collect_gradients
-from pruning.progress import Advance, no_progress
+from pruning.gradients import GRADIENTS, GradientName
 
 GramName = Literal["q", "k", "q_normalised", "k_normalised"]
 """Which rows: queries or keys of one head, after convolution and SiLU, before or after L2 normalisation."""
 
-StatisticName = GramName | Literal["x_squares"] | GradientName
-"""A Gram of each key head, `[num_k_heads, d_k, d_k]`; the sum of the squared channels of the layer's input, `[hidden]`;
-or one of the gradient statistics."""
+SumName = Literal["q_sum", "k_sum", "q_normalised_sum", "k_normalised_sum"]
+"""The same rows, summed; over `Statistics.tokens` they are the means."""
+
+StatisticName = GramName | SumName | Literal["x_squares"] | GradientName
+"""A Gram of each key head, `[num_k_heads, d_k, d_k]`, or a sum of its rows, `[num_k_heads, d_k]`; the sum of the
+squared channels of the layer's input, `[hidden]`; or one of the gradient statistics."""
 
 GRAMS: tuple[GramName, ...] = get_args(GramName)
-FORWARD: tuple[StatisticName, ...] = (*GRAMS, "x_squares")
+SUMS: tuple[SumName, ...] = get_args(SumName)
+FORWARD: tuple[StatisticName, ...] = (*GRAMS, *SUMS, "x_squares")
 """What every calibration collects."""
-_FORMAT = 2
+_FORMAT = 3
+
+
+def names_for(needed: Collection[StatisticName]) -> tuple[StatisticName, ...]:
+    """What a calibration collects for criteria that read `needed`: `FORWARD`, and the gradients in it."""
+    return (*FORWARD, *(name for name in GRADIENTS if name in needed))
+
+
+def shapes(spec: ModelSpec, names: Collection[StatisticName]) -> list[dict[StatisticName, tuple[int, ...]]]:
+    """Per layer the shape of each statistic; all are float64."""
+    layers: list[dict[StatisticName, tuple[int, ...]]] = []
+    for layer in spec.layers:
+        m = layer.mixer
+        channels, hidden = (m.num_k_heads, m.d_k), spec.hidden_size
+        known: dict[StatisticName, tuple[int, ...]] = {
+            **dict.fromkeys(GRAMS, (*channels, m.d_k)),
+            **dict.fromkeys(SUMS, channels),
+            "x_squares": (hidden,),
+            "q_gradient": (*channels, hidden),
+            "k_gradient": (*channels, hidden),
+            "gate_fisher": channels,
+        }
+        layers.append({name: known[name] for name in names})
+    return layers
 
 
 @dataclass(frozen=True)
@@ -70,97 +94,6 @@ class Statistics:
             )
 
 
-class Collector:
-    """Accumulates the `FORWARD` statistics through the model's tap. Use `collect`, unless you drive the model."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        mixers = [layer.mixer for layer in spec.layers]
-        self.tokens = [0] * len(mixers)
-        self.layers: list[dict[StatisticName, Tensor]] = [
-            {
-                **{name: torch.zeros(m.num_k_heads, m.d_k, m.d_k, dtype=torch.float64) for name in GRAMS},
-                "x_squares": torch.zeros(spec.hidden_size, dtype=torch.float64),
-            }
-            for m in mixers
-        ]
-
-    def tap(self, layer: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """A `modeling.layers.Tap`: adds x `[tokens, hidden]`, q and k `[tokens, num_k_heads, d_k]` of one layer, and
-        changes nothing.
-
-        Raises:
-            PruningError: x, q or k is not finite.
-        """
-        raw_q, raw_k = q.detach().double(), k.detach().double()
-        rows: dict[GramName, Tensor] = {
-            "q": raw_q,
-            "k": raw_k,
-            "q_normalised": l2_normalise(raw_q),
-            "k_normalised": l2_normalise(raw_k),
-        }
-        squares = x.detach().double().square()
-        self._check_finite(layer, "x", squares)
-        self.layers[layer]["x_squares"] += squares.sum(0).cpu()
-        for name, r in rows.items():
-            self._check_finite(layer, name, r)
-            heads = r.transpose(0, 1)
-            self.layers[layer][name] += (heads.transpose(1, 2) @ heads).cpu()
-        self.tokens[layer] += q.shape[0]
-        return q, k
-
-    def _check_finite(self, layer: int, name: str, values: Tensor) -> None:
-        if not bool(values.isfinite().all()):
-            raise PruningError(
-                f"layer {layer}: {name} holds NaN or Inf after {self.tokens[layer]} tokens; "
-                "the checkpoint or its dtype is broken, and no selection from this would mean anything"
-            )
-
-    def check_tokens(self, fed: int) -> None:
-        """Raises PruningError unless every layer saw exactly the tokens that were fed to the model."""
-        for layer, seen in enumerate(self.tokens):
-            if seen != fed:
-                raise PruningError(
-                    f"layer {layer}: the tap saw {seen} of {fed} tokens; its statistics would be wrong"
-                )
-
-
-def collect(
-    model: Model,
-    windows: Tensor,
-    origin: Origin,
-    source_sha256: str,
-    *,
-    needed: Collection[StatisticName] = (),
-    batch: int = 4,
-    advance: Advance = no_progress,
-) -> Statistics:
-    """Run `windows` int64 `[count, length]` through the model, `batch` at a time, and keep the `FORWARD` statistics.
-
-    Args:
-        needed: what criteria read. Gradient statistics in it take a second pass, which goes forward and backward.
-
-    Raises:
-        PruningError: an activation or a gradient is not finite, or a layer's tap missed tokens.
-    """
-    collector = Collector(model.spec)
-    length = windows.shape[1]
-    device = model.embeddings.weight.device
-    with torch.no_grad():
-        for rows in windows.split(batch):
-            cu_seqlens = range(0, rows.numel() + 1, length)
-            model(rows.flatten().to(device), cu_seqlens, tap=collector.tap)
-            advance(rows.numel())
-    collector.check_tokens(windows.numel())
-    gradients = [name for name in GRADIENTS if name in needed]
-    if gradients:
-        for layer, found in zip(
-            collector.layers, collect_gradients(model, windows, gradients, advance=advance), strict=True
-        ):
-            for name, total in found.items():
-                layer[name] = total
-    return Statistics(source_sha256, (origin,), tuple(collector.layers))
-
-
 def merge(parts: Sequence[Statistics]) -> Statistics:
     """Add up passes over the same checkpoint.
 
@@ -184,9 +117,9 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                 "calibrate them for the same methods"
             )
         for origin in part.origins:
-            if origin in origins:
+            if any(origin.tokens_sha256 == o.tokens_sha256 for o in origins):
                 raise PruningError(
-                    f"the same pass is there twice ({origin.as_json()}); draw with another seed"
+                    f"the same pass is there twice ({origin.as_json()}); draw with another seed or take another shard"
                 )
             origins.append(origin)
     layers = [
@@ -196,13 +129,20 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
     return Statistics(first.source_sha256, tuple(origins), tuple(layers))
 
 
-def save_statistics(statistics: Statistics, path: Path) -> None:
-    """Write one safetensors file, through a temporary name."""
+def save_statistics(
+    statistics: Statistics, path: Path, *, unfinished: Mapping[str, int] | None = None
+) -> None:
+    """Write one safetensors file, through a temporary name.
+
+    Args:
+        unfinished: how far a calibration that is still running has come; only `load_unfinished` reads such a file.
+    """
     record = {
         "format": _FORMAT,
         "source_sha256": statistics.source_sha256,
         "names": statistics.names,
         "origins": [origin.as_json() for origin in statistics.origins],
+        "unfinished": None if unfinished is None else dict(unfinished),
     }
     tensors = {
         f"layers.{i}.{name}": values
@@ -220,12 +160,31 @@ def save_statistics(statistics: Statistics, path: Path) -> None:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Read what `save_statistics` wrote. Raises PruningError if the file is missing or something else."""
+    """Read what `save_statistics` wrote. Raises PruningError if the file is missing, unfinished or something else."""
+    statistics, unfinished = _load(path)
+    if unfinished is not None:
+        raise PruningError(f"{path} is of a calibration that has not ended; start it again and it goes on")
+    return statistics
+
+
+def load_unfinished(path: Path) -> tuple[Statistics, dict[str, int]]:
+    """Read what an interrupted calibration left. Raises PruningError if it is something else."""
+    statistics, unfinished = _load(path)
+    if unfinished is None:
+        raise PruningError(
+            f"{path} is a finished statistics file, not what an interrupted calibration leaves"
+        )
+    return statistics, unfinished
+
+
+def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
     try:
         with safe_open(path, framework="pt") as f:
             record: dict[str, Any] = json.loads((f.metadata() or {})["lowkey_statistics"])
             if record["format"] != _FORMAT:
-                raise PruningError(f"{path} has format {record['format']}; this version reads {_FORMAT}")
+                raise PruningError(
+                    f"{path} has format {record['format']}; this version reads {_FORMAT}: calibrate again"
+                )
             names: list[StatisticName] = record["names"]
             count = len(list(f.keys())) // len(names)
             layers = tuple({name: f.get_tensor(f"layers.{i}.{name}") for name in names} for i in range(count))
@@ -233,7 +192,7 @@ def load_statistics(path: Path) -> Statistics:
                 Origin(**{key: value for key, value in origin.items() if key != "tokens"})
                 for origin in record["origins"]
             )
-            return Statistics(record["source_sha256"], origins, layers)
+            return Statistics(record["source_sha256"], origins, layers), record["unfinished"]
     except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
         raise PruningError(
             f"{path} is not a statistics file of lowkey-prune ({type(e).__name__}: {e})"

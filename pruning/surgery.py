@@ -1,21 +1,24 @@
-"""Keep-indices -> a new checkpoint directory, tensor by tensor.
+"""Keep-indices -> a new checkpoint directory, shard by shard.
 
 Where the key axis is comes from the family (`key_rows`), so nothing here knows a tensor's name.
 """
 
 import itertools
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint, write_json, write_safetensors
+from modeling.checkpoint import INDEX, REDUCTION, Checkpoint, open_checkpoint, save_shard, write_json
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.errors import PruningError
 
+_PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _WEIGHTS = {
     ".safetensors",
     ".bin",
@@ -31,62 +34,122 @@ _WEIGHTS = {
 }
 
 
-def write_reduced(checkpoint: Checkpoint, keep: Sequence[Tensor], directory: Path) -> ModelSpec:
+@dataclass(frozen=True)
+class Cut:
+    """What becomes of the key channels of one layer."""
+
+    keep: Tensor
+    """int64 `[num_k_heads, n]`, ascending channels of each key head."""
+    rotation: Tensor | None = None
+    """float64 `[num_k_heads, d_k, d_k]`, orthonormal rows: the channels that `keep` counts are these mixtures of the
+    checkpoint's own. None where they are its own."""
+
+
+def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -> ModelSpec:
     """Write the reduced checkpoint's config, weights and the source's other files into `directory`.
 
+    Weights go shard by shard into files of the source's names, so no more than one shard is in memory.
+
     Args:
-        keep: per layer int64 `[num_k_heads, n]`, ascending channels of each key head; layers may differ in n.
+        cuts: one for each layer; layers may differ in n.
         directory: exists and is empty.
 
     Returns:
         The reduced model's spec.
 
     Raises:
-        PruningError: `keep` does not fit the checkpoint.
+        PruningError: `cuts` do not fit the checkpoint, or its weights are quantised.
+        CheckpointError: a tensor is missing, or the config does not account for it.
     """
-    check_keep(checkpoint.spec, keep)
-    spec = checkpoint.spec.with_d_k(tuple(k.shape[1] for k in keep))
+    check_cuts(checkpoint.spec, cuts)
+    checkpoint.check_names()
+    spec = checkpoint.spec.with_d_k(tuple(cut.keep.shape[1] for cut in cuts))
     copy_other_files(checkpoint.path, directory)
     write_json(directory / "config.json", checkpoint.family.config_with_d_k(checkpoint.config, spec))
-    write_safetensors(directory, reduced_tensors(checkpoint, keep))
+    write_shards(checkpoint, cuts, directory)
     return spec
 
 
-def check_keep(spec: ModelSpec, keep: Sequence[Tensor]) -> None:
-    """Raises PruningError unless `keep` has distinct, ascending, existing channels for every layer and head."""
-    if len(keep) != len(spec.layers):
-        raise PruningError(f"keep has {len(keep)} entries for {len(spec.layers)} layers")
-    for layer, (k, block) in enumerate(zip(keep, spec.layers, strict=True)):
-        m = block.mixer
+def check_cuts(spec: ModelSpec, cuts: Sequence[Cut]) -> None:
+    """Raises PruningError unless `cuts` have distinct, ascending, existing channels for every layer and head."""
+    if len(cuts) != len(spec.layers):
+        raise PruningError(f"keep has {len(cuts)} entries for {len(spec.layers)} layers")
+    for layer, (cut, block) in enumerate(zip(cuts, spec.layers, strict=True)):
+        m, k = block.mixer, cut.keep
         if k.ndim != 2 or k.shape[0] != m.num_k_heads or k.shape[1] < 1 or k.dtype != torch.int64:
             raise PruningError(
                 f"keep of layer {layer} is {k.dtype} {list(k.shape)}; it must be int64 [{m.num_k_heads}, n], n >= 1"
             )
         if k.min() < 0 or k.max() >= m.d_k or not bool((k.diff(dim=1) > 0).all()):
             raise PruningError(f"keep of layer {layer} must be ascending channels from 0 to {m.d_k - 1}")
+        square = (m.num_k_heads, m.d_k, m.d_k)
+        if cut.rotation is not None and cut.rotation.shape != square:
+            raise PruningError(
+                f"rotation of layer {layer} is {list(cut.rotation.shape)}; it must be {list(square)}"
+            )
 
 
-def reduced_tensors(checkpoint: Checkpoint, keep: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of the checkpoint in its stored dtype, those with a key axis cut to the kept rows.
+def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -> None:
+    """Every tensor in its stored dtype, in the source's shards and order, cut where it has a key axis.
 
     Raises:
-        PruningError: a tensor that has a key axis is missing.
+        PruningError: a tensor that has a key axis is missing or quantised.
     """
-    layer_of = {
-        name: int(m.ours.split(".")[1])
-        for m in checkpoint.family.tensors(checkpoint.spec)
-        if m.ours.startswith("layers.")
-        for name in m.theirs
-    }
+    ours = {name: m.ours for m in checkpoint.family.tensors(checkpoint.spec) for name in m.theirs}
     rows = checkpoint.family.key_rows(checkpoint.spec)
     missing = sorted(set(rows) - set(checkpoint.files))
     if missing:
         raise PruningError(f"{checkpoint.source}: tensors to cut are missing: {missing[:5]}")
-    for name in checkpoint.files:
-        tensor = checkpoint.tensor(name)
-        if name in rows:
-            tensor = keep_rows(tensor, rows[name], keep[layer_of[name]])
-        yield name, tensor
+    total = 0
+    for file in dict.fromkeys(checkpoint.files.values()):
+        shard: dict[str, Tensor] = {}
+        for name in (name for name, holder in checkpoint.files.items() if holder == file):
+            tensor = checkpoint.tensor(name)
+            if name in rows:
+                cut = cuts[int(ours[name].split(".")[1])]
+                tensor = cut_rows(
+                    tensor, rows[name], cut, filters=ours[name].endswith("conv.weight"), name=name
+                )
+            shard[name] = tensor.contiguous()
+            total += tensor.nbytes
+        save_shard(directory / file.name, shard)
+    if (checkpoint.path / INDEX).exists():
+        weight_map = {name: file.name for name, file in checkpoint.files.items()}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def cut_rows(tensor: Tensor, rows: Tensor, cut: Cut, *, filters: bool, name: str) -> Tensor:
+    """A tensor with a key axis `[rows, ...]`, rotated where the cut says so, then without the rows that go.
+
+    Raises:
+        PruningError: it is quantised.
+    """
+    if tensor.dtype not in _PLAIN:
+        raise PruningError(
+            f"{name} is {tensor.dtype}; the scales of quantised weights span rows that would be cut: reduce the "
+            "checkpoint they were made from, then quantise"
+        )
+    if cut.rotation is not None:
+        tensor = rotate_rows(tensor, rows, cut.rotation, filters=filters)
+    return keep_rows(tensor, rows, cut.keep)
+
+
+def rotate_rows(tensor: Tensor, rows: Tensor, rotation: Tensor, *, filters: bool) -> Tensor:
+    """Replace the channels of each head by mixtures of them; all other rows stay.
+
+    Args:
+        tensor: `[rows, ...]`.
+        rows: row of (set, head, channel), `[sets, num_k_heads, d_k]`.
+        rotation: float64 `[num_k_heads, d_k, d_k]`, new channel by old channel.
+        filters: the rows are filters of a depthwise convolution, which a mixture can't have one for each of its parts:
+            it gets their mean, weighed by the squares of its row of `rotation` (which add up to 1).
+    """
+    weights = rotation.square() if filters else rotation
+    old = tensor[rows].flatten(3).double() if tensor.ndim > 1 else tensor[rows][..., None].double()
+    mixed = torch.einsum("hij,shjx->shix", weights, old)
+    out = tensor.clone()
+    out[rows] = mixed.reshape(*rows.shape, *tensor.shape[1:]).to(tensor.dtype)
+    return out
 
 
 def keep_rows(tensor: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
@@ -132,8 +195,8 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def reload(directory: Path, expected: ModelSpec) -> Model:
-    """Open a checkpoint that was just written, run one forward, and return the model.
+def check_runs(directory: Path, expected: ModelSpec) -> None:
+    """Open a checkpoint that was just written and run one forward, holding one layer at a time.
 
     The spec read back must be the expected one, which also proves fla's arithmetic for d_v: a config from which stock
     loaders would derive another width does not give this spec.
@@ -145,18 +208,32 @@ def reload(directory: Path, expected: ModelSpec) -> Model:
     checkpoint = open_checkpoint(directory)
     if checkpoint.spec != expected:
         raise PruningError(f"{directory}: the config reads back as {checkpoint.spec}, expected {expected}")
-    model = checkpoint.load()
+    checkpoint.check_names()
+    with torch.device("meta"):
+        model = Model(expected)
     # Longer than one chunk of the chunked form, in two sequences.
     lengths = (70, 3)
-    ids = torch.arange(sum(lengths)) % expected.vocab_size
-    hidden, state = model(ids, [0, *itertools.accumulate(lengths)])
-    if not bool(model.logits(hidden).isfinite().all()):
-        raise PruningError(f"{directory}: a forward of the reduced model gives NaN or Inf")
-    for layer, (recurrent, block) in enumerate(zip(state.recurrent, expected.layers, strict=True)):
-        m = block.mixer
+    offsets = [0, *itertools.accumulate(lengths)]
+    x = _stored(checkpoint, "embeddings.weight")[torch.arange(sum(lengths)) % expected.vocab_size].float()
+    for layer, (block, spec) in enumerate(zip(model.layers, expected.layers, strict=True)):
+        block.load_state_dict(checkpoint.parameters(f"layers.{layer}."), assign=True)
+        x, recurrent, _ = block(x, offsets, None, None, model.backend.rule, None)
+        block.to_empty(device="meta")
+        m = spec.mixer
         shape = (len(lengths), m.num_v_heads, m.d_k, m.d_v)
         if recurrent.shape != shape:
             raise PruningError(
                 f"{directory}: layer {layer} has state {list(recurrent.shape)}, expected {list(shape)}"
             )
-    return model
+    model.norm.load_state_dict(checkpoint.parameters("norm."), assign=True)
+    hidden = model.norm(x)
+    head = _stored(checkpoint, "embeddings.weight" if expected.tie_embeddings else "lm_head.weight")
+    # A large vocabulary's head in float32 can be larger than a shard.
+    if not all(bool(F.linear(hidden, rows.float()).isfinite().all()) for rows in head.split(4096)):
+        raise PruningError(f"{directory}: a forward of the reduced model gives NaN or Inf")
+
+
+def _stored(checkpoint: Checkpoint, ours: str) -> Tensor:
+    """A tensor that is one of theirs as well, as it is stored and without reading all of it."""
+    ((name,),) = (m.theirs for m in checkpoint.family.tensors(checkpoint.spec) if m.ours == ours)
+    return checkpoint.tensor(name)

@@ -1,32 +1,48 @@
 """`lowkey-prune prune`: checkpoint -> reduced checkpoint."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
+from torch import Tensor
 
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning import views
 from pruning.budget import DEFAULT_ALIGN, Budget, curve_passes, spend
-from pruning.calibration import bundled_text
-from pruning.commands.calibrate import run_calibration, windows_and_model
+from pruning.calibration import Origin, bundled_text
+from pruning.commands.calibrate import draw, run_calibration, tell
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
 from pruning.criteria import CRITERIA, Criterion, criterion_named
 from pruning.errors import PruningError
+from pruning.estimate import (
+    budget_line,
+    calibration_lines,
+    disk_line,
+    reduced_bytes,
+    reduction_lines,
+    shape_lines,
+    statistics_bytes,
+)
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_json
 from pruning.options import (
     Align,
     CalibrationText,
+    Dataset,
+    DatasetSplit,
     Device,
+    DryRun,
+    Field,
     Overwrite,
     PerLayer,
     Seed,
     Source,
     StateBytes,
     TextFiles,
-    WindowCount,
+    Tokens,
     WindowLength,
     device_named,
     uniform_widths,
@@ -34,7 +50,7 @@ from pruning.options import (
 from pruning.progress import tokens_bar
 from pruning.reduction import Provenance, check_output, reduce_checkpoint
 from pruning.selection import select
-from pruning.statistics import Statistics, load_statistics, save_statistics
+from pruning.statistics import Statistics, load_statistics, names_for
 
 
 def prune(
@@ -56,13 +72,17 @@ def prune(
         ),
     ] = None,
     text: TextFiles = None,
-    windows: WindowCount = None,
+    field: Field = None,
+    dataset: Dataset = None,
+    split: DatasetSplit = None,
+    tokens: Tokens = None,
     window_length: WindowLength = None,
     seed: Seed = 0,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Record held-out perplexity before and after.")
     ] = False,
     device: Device = "cpu",
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Write a reduced checkpoint. Stock loaders read it, unless --per-layer gave its layers different widths.
@@ -80,25 +100,52 @@ def prune(
     criterion = criterion_named(method)
     checkpoint = open_checkpoint(src)
     widths, limit = uniform_widths(checkpoint.spec, keep, ratio, state_bytes, align)
-    source = CalibrationText(text, windows, window_length, seed)
+    source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
     if not criterion.statistics and (stats or (source.given and not per_layer)):
-        raise PruningError(
-            f"method={method!r} reads no statistics; drop --stats, --text, --windows and --window-length"
-        )
+        raise PruningError(f"method={method!r} reads no statistics; drop --stats and the options of its text")
     if stats is not None and stats.exists() and source.given and not per_layer:
         raise PruningError(
-            f"stats={str(stats)!r} exists and is used as it is; drop --text, --windows and --window-length, "
+            f"stats={str(stats)!r} exists and is used as it is; drop the options of its text, "
             "or name a new file to calibrate again"
         )
     check_output(checkpoint, out, overwrite=overwrite)
-    device_named(device)
+    where = device_named(device)
 
-    statistics = None
-    if criterion.statistics:
-        statistics = _statistics(checkpoint, criterion, out, stats, source, device)
-    budget = None
+    reused = stats is not None and stats.exists()
+    calibrating = bool(criterion.statistics) and not reused
+    drawn = draw(checkpoint, source) if calibrating or per_layer else None
+    stats = stats or out.with_name(f"{out.name}.stats.safetensors")
+    plan = _plan(
+        checkpoint,
+        criterion,
+        widths,
+        out,
+        passes=curve_passes(checkpoint.spec, align) if per_layer else 0,
+        limit=limit,
+        windows=None if drawn is None else drawn[0],
+        calibrating=calibrating,
+        device=where,
+    )
+    tell(plan, dry_run=dry_run)
+    if dry_run:
+        return
+
+    statistics, budget = None, None
+    if drawn is not None:
+        with err_console.status("loading the checkpoint"):
+            model = checkpoint.load(device=where)
+    if calibrating:
+        assert drawn is not None
+        statistics = run_calibration(
+            checkpoint, model, *drawn, criterion.statistics, stats, overwrite=overwrite
+        )
+    elif reused:
+        statistics = load_statistics(stats)
     if per_layer:
-        widths, budget = _spend(checkpoint, criterion, limit, align, statistics, source, device)
+        assert drawn is not None
+        widths, budget = _spend(checkpoint, criterion, limit, align, statistics, model, *drawn, seed)
+    if drawn is not None:
+        del model  # surgery needs little memory; the model is what would stay
     with err_console.status(f"selecting channels ({method})"):
         selection = select(checkpoint, criterion, widths, statistics=statistics, seed=seed)
 
@@ -119,20 +166,31 @@ def prune(
     out_console.print(views.tree(open_checkpoint(out)))
 
 
-def _statistics(
+def _plan(
     checkpoint: Checkpoint,
     criterion: Criterion,
+    widths: Sequence[int],
     out: Path,
-    stats: Path | None,
-    source: CalibrationText,
-    device: str,
-) -> Statistics:
-    """Reuse --stats if it exists, else calibrate and save."""
-    if stats is not None and stats.exists():
-        return load_statistics(stats)
-    statistics = run_calibration(checkpoint, criterion.statistics, source, device)
-    save_statistics(statistics, stats or out.with_name(f"{out.name}.stats.safetensors"))
-    return statistics
+    *,
+    passes: int,
+    limit: int,
+    windows: Tensor | None,
+    calibrating: bool,
+    device: torch.device,
+) -> Iterator[str]:
+    """What `prune` is going to do, line by line."""
+    spec = checkpoint.spec
+    yield from shape_lines(spec)
+    written = [("the checkpoint", reduced_bytes(checkpoint, widths))]
+    if calibrating and windows is not None:
+        names = names_for(criterion.statistics)
+        yield from calibration_lines(spec, names, windows, device)
+        written.append(("its statistics", statistics_bytes(spec, names)))
+    if passes and windows is not None:
+        yield budget_line(spec, passes, limit, windows, device)
+    else:
+        yield from reduction_lines(spec, widths)
+    yield disk_line(written, out)
 
 
 def _spend(
@@ -141,11 +199,12 @@ def _spend(
     limit: int,
     align: int,
     statistics: Statistics | None,
-    source: CalibrationText,
-    device: str,
+    model: Model,
+    windows: Tensor,
+    origin: Origin,
+    seed: int,
 ) -> tuple[tuple[int, ...], Budget]:
-    ids, origin, model = windows_and_model(checkpoint, source, device)
-    total = curve_passes(checkpoint.spec, align) * ids[:, 1:].numel()
+    total = curve_passes(checkpoint.spec, align) * windows[:, 1:].numel()
     with tokens_bar(err_console, "measuring each layer", total) as advance:
         return spend(
             checkpoint,
@@ -153,9 +212,9 @@ def _spend(
             limit,
             align,
             model,
-            ids,
+            windows,
             origin,
             statistics=statistics,
-            seed=source.seed,
+            seed=seed,
             advance=advance,
         )

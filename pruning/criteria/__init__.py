@@ -6,6 +6,7 @@ from pruning.criteria.drrqr import DRRQR
 from pruning.criteria.energy import Energy
 from pruning.criteria.l1 import L1
 from pruning.criteria.loss_aware import LossAware
+from pruning.criteria.pca import PCA
 from pruning.criteria.random import Random
 from pruning.criteria.taylor import Taylor
 from pruning.criteria.wanda import Wanda
@@ -14,7 +15,7 @@ from pruning.errors import PruningError
 __all__ = ["CRITERIA", "Choice", "Criterion", "Head", "criterion_named"]
 
 CRITERIA: dict[str, Criterion] = {
-    c.name: c for c in (Random(), L1(), Wanda(), Taylor(), Energy(), DRRQR(), Bilinear(), LossAware())
+    c.name: c for c in (Random(), L1(), Wanda(), Taylor(), Energy(), PCA(), DRRQR(), Bilinear(), LossAware())
 }
 
 

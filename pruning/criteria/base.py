@@ -23,9 +23,11 @@ class Head:
     d_k: int
     seed: int
     """Of the whole selection; `generator` makes the head's own from it."""
+    tokens: int = 0
+    """That the statistics are sums over."""
     statistics: Mapping[StatisticName, NDArray[np.float64]] = field(default_factory=dict)
-    """The head's part of the calibration statistics: Grams `[d_k, d_k]`, `x_squares` `[hidden]` (of the layer, the same
-    for all heads), weight gradients `[d_k, hidden]`, `gate_fisher` `[d_k]`."""
+    """The head's part of the calibration statistics: Grams `[d_k, d_k]`, sums of rows `[d_k]`, `x_squares` `[hidden]`
+    (of the layer, the same for all heads), weight gradients `[d_k, hidden]`, `gate_fisher` `[d_k]`."""
     weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
     """The head's rows of the q and k projections, `[d_k, hidden]` each."""
 
@@ -42,6 +44,9 @@ class Choice:
     keep: NDArray[np.int64]
     """`[n]`, ascending, distinct."""
     report: Report = field(default_factory=dict)
+    rotation: NDArray[np.float64] | None = None
+    """`[d_k, d_k]` with orthonormal rows, of every head or of none: `keep` then counts these mixtures of the head's
+    channels. A choice of channels has none."""
 
 
 class Criterion(Protocol):

@@ -1,0 +1,168 @@
+"""Collects calibration statistics: one streaming pass, and a second one, forward and backward, for gradients.
+
+A pass can be interrupted at any moment, even killed, and goes on from what was last saved. Sums are only ever saved
+between batches and added to in the same order, so the result is the same to the last bit.
+"""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modeling.layers import l2_normalise
+from modeling.model import Model
+from modeling.spec import ModelSpec
+from pruning.calibration import BATCH, Origin, cu_seqlens
+from pruning.errors import PruningError
+from pruning.gradients import GRADIENTS, add_gradients
+from pruning.progress import Advance, no_progress
+from pruning.statistics import (
+    GRAMS,
+    SUMS,
+    StatisticName,
+    Statistics,
+    load_unfinished,
+    names_for,
+    save_statistics,
+    shapes,
+)
+
+SAVE_EVERY = 120.0
+"""Seconds between two saves of an unfinished calibration."""
+
+Layers = tuple[Mapping[StatisticName, Tensor], ...]
+
+
+def zeros(spec: ModelSpec, names: Collection[StatisticName]) -> Layers:
+    """Sums of nothing."""
+    return tuple(
+        {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layer.items()}
+        for layer in shapes(spec, names)
+    )
+
+
+class Collector:
+    """Adds the `FORWARD` statistics to `layers` through the model's tap. Use `collect`, unless you drive the model."""
+
+    def __init__(self, layers: Sequence[Mapping[StatisticName, Tensor]], tokens: int = 0) -> None:
+        self.layers = layers
+        self.tokens = [tokens] * len(layers)
+        """Per layer, those in the sums; `tokens` of them from before."""
+
+    def tap(self, layer: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """A `modeling.layers.Tap`: adds x `[tokens, hidden]`, q and k `[tokens, num_k_heads, d_k]` of one layer, and
+        changes nothing.
+
+        Raises:
+            PruningError: x, q or k is not finite.
+        """
+        raw_q, raw_k = q.detach().double(), k.detach().double()
+        self._add(layer, "x", "x_squares", x.detach().double().square().sum(0))
+        rows = (raw_q, raw_k, l2_normalise(raw_q), l2_normalise(raw_k))
+        for gram, total, r in zip(GRAMS, SUMS, rows, strict=True):
+            heads = r.transpose(0, 1)
+            self._add(layer, gram, gram, heads.mT @ heads)
+            self._add(layer, gram, total, r.sum(0))
+        self.tokens[layer] += q.shape[0]
+        return q, k
+
+    def _add(self, layer: int, what: str, name: StatisticName, value: Tensor) -> None:
+        # A NaN or an Inf in any row is one on the diagonal of its Gram: no need to look at all rows.
+        if not bool(value.isfinite().all()):
+            raise PruningError(
+                f"layer {layer}: {what} holds NaN or Inf after {self.tokens[layer]} tokens; "
+                "the checkpoint or its dtype is broken, and no selection from this would mean anything"
+            )
+        self.layers[layer][name].add_(value.cpu())
+
+    def check_tokens(self, fed: int) -> None:
+        """Raises PruningError unless every layer saw exactly the tokens that were fed to the model."""
+        for layer, seen in enumerate(self.tokens):
+            if seen != fed:
+                raise PruningError(
+                    f"layer {layer}: the tap saw {seen} of {fed} tokens; its statistics would be wrong"
+                )
+
+
+def collect(
+    model: Model,
+    windows: Tensor,
+    origin: Origin,
+    source_sha256: str,
+    *,
+    needed: Collection[StatisticName] = (),
+    batch: int = BATCH,
+    advance: Advance = no_progress,
+    partial: Path | None = None,
+    save_every: float = SAVE_EVERY,
+) -> Statistics:
+    """Run `windows` int64 `[count, length]` through the model, `batch` at a time, and keep the `FORWARD` statistics.
+
+    Every document in a window starts from an empty state (`cu_seqlens`).
+
+    Args:
+        needed: what criteria read. Gradient statistics in it take a second pass, which goes forward and backward.
+        partial: file to save to every `save_every` seconds, and to go on from if it is there. It stays, for the caller
+            to remove once the result is safe.
+
+    Raises:
+        PruningError: an activation or a gradient is not finite, a layer's tap missed tokens, or `partial` is of another
+            calibration.
+    """
+    names = names_for(needed)
+    running = Statistics(source_sha256, (origin,), zeros(model.spec, names))
+    done = {"forward": 0, "backward": 0, "batch": batch}
+    if partial is not None and partial.exists():
+        running, done = resumed(partial, running, batch)
+        advance((done["forward"] + done["backward"]) * windows.shape[1])
+    saved = time.monotonic()
+
+    def save_now_and_then() -> None:
+        nonlocal saved
+        if partial is not None and time.monotonic() - saved >= save_every:
+            save_statistics(running, partial, unfinished=done)
+            saved = time.monotonic()
+
+    device = model.embeddings.weight.device
+    collector = Collector(running.layers, done["forward"] * windows.shape[1])
+    with torch.no_grad():
+        for rows in windows[done["forward"] :].split(batch):
+            offsets = cu_seqlens(rows, model.spec.eos_token_ids)
+            model(rows.flatten().to(device), offsets, tap=collector.tap)
+            done["forward"] += len(rows)
+            collector.check_tokens(done["forward"] * windows.shape[1])
+            advance(rows.numel())
+            save_now_and_then()
+    if set(names) & set(GRADIENTS):
+        for tokens in add_gradients(model, windows[done["backward"] :], running.layers):
+            done["backward"] += 1
+            advance(tokens)
+            save_now_and_then()
+    return running
+
+
+def resumed(partial: Path, expected: Statistics, batch: int) -> tuple[Statistics, dict[str, int]]:
+    """What an interrupted calibration left, and how many windows it had done.
+
+    Raises:
+        PruningError: the file is of another checkpoint, text or set of statistics than `expected`.
+    """
+    found, done = load_unfinished(partial)
+    differs = [
+        what
+        for what, a, b in (
+            ("the checkpoint", found.source_sha256, expected.source_sha256),
+            ("the text or how it is drawn", found.origins, expected.origins),
+            ("what is collected", found.names, expected.names),
+            ("the batch", done["batch"], batch),
+        )
+        if a != b
+    ]
+    if differs:
+        raise PruningError(
+            f"{partial} is of an interrupted calibration that differs in {' and '.join(differs)}; repeat its "
+            "options to go on with it, or start anew with --overwrite"
+        )
+    return found, done
