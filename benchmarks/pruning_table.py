@@ -32,13 +32,14 @@ from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
 from modeling.model import Model
 from pruning.budget import spend, widths_per_layer
 from pruning.calibration import WINDOW, Encoder, bundled_text, draw_windows
+from pruning.collection import collect
 from pruning.criteria import CRITERIA, criterion_named
 from pruning.criteria.base import Report
 from pruning.evaluation import DEFAULT_TOKENS, compare, evaluation_windows, perplexity
 from pruning.options import device_named
 from pruning.reduction import Provenance, reduce_checkpoint, versions
 from pruning.selection import select, widths_to_keep
-from pruning.statistics import Statistics, collect
+from pruning.statistics import Statistics
 from pruning.views import change
 
 WIDTHS = (96, 64, 32, 16)

@@ -27,6 +27,7 @@ from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
 from modeling.model import Model
 from pruning.budget import spend
 from pruning.calibration import Encoder, bundled_text, draw_windows
+from pruning.collection import collect
 from pruning.criteria import CRITERIA
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows, perplexity
 from pruning.gradients import GRADIENTS
@@ -35,7 +36,6 @@ from pruning.progress import training_bar
 from pruning.recovery import Run, plan, recover
 from pruning.reduction import Provenance, reduce_checkpoint, versions
 from pruning.selection import select, widths_to_keep
-from pruning.statistics import collect
 from pruning.training import Settings
 from pruning.views import change, width
 

@@ -15,6 +15,7 @@ from modeling.checkpoint import (
     Checkpoint,
     export_tensors,
     new_directory,
+    open_checkpoint,
     write_json,
     write_safetensors,
 )
@@ -24,7 +25,7 @@ from pruning.calibration import Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.reduction import versions
-from pruning.surgery import copy_other_files, reload
+from pruning.surgery import check_runs, copy_other_files
 from pruning.training import OnStep, Settings, check_saved, heldout_loss, no_report, train
 
 RECOVERY = "recovery.json"
@@ -157,7 +158,8 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
         copy_other_files(run.student.path, directory)
         shutil.copyfile(run.student.path / "config.json", directory / "config.json")
         write_safetensors(directory, _as_stored(model, run.student))
-        after = heldout_loss(reload(directory, run.student.spec).to(device), run.heldout)
+        check_runs(directory, run.student.spec)
+        after = heldout_loss(open_checkpoint(directory).load(device=device), run.heldout)
         record = _record(run, result.trained_parameters, result.curve[0].heldout_loss, after)
         if run.student.reduction is not None:
             write_json(directory / REDUCTION, {**run.student.reduction, "recovery": record})
