@@ -25,7 +25,7 @@ from rich.table import Table
 
 from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
 from modeling.model import Model
-from pruning.budget import spend
+from pruning.budget import spend, widths_per_layer
 from pruning.calibration import Encoder, bundled_text, draw_windows
 from pruning.collection import collect
 from pruning.criteria import CRITERIA
@@ -60,17 +60,27 @@ def reduce_all(
     rows: list[Row] = []
     for method in methods:
         criterion = CRITERIA[method]
-        for keep in widths:
-            uniform = widths_to_keep(source.spec, keep)
-            limit = source.spec.with_d_k(uniform).state_bytes()
-            console.print(f"{method}, mean d_k {keep}: measuring each layer", highlight=False)
-            layered, budget = spend(
-                source, criterion, limit, align, model, windows, origin, statistics=statistics, seed=seed
-            )
-            for kind, chosen, spent in (("uniform", uniform, None), ("per layer", layered, budget)):
+        console.print(f"{method}: measuring each layer", highlight=False)
+        uniform = {keep: widths_to_keep(source.spec, keep) for keep in widths}
+        limits = {keep: source.spec.with_d_k(chosen).state_bytes() for keep, chosen in uniform.items()}
+        _, budget = spend(
+            source,
+            criterion,
+            max(limits.values()),
+            align,
+            model,
+            windows,
+            origin,
+            statistics=statistics,
+            seed=seed,
+        )
+        for keep, limit in limits.items():
+            layered = widths_per_layer(source.spec, budget.curves, limit)
+            spent = replace(budget, state_bytes=limit)
+            for kind, chosen, used in (("uniform", uniform[keep], None), ("per layer", layered, spent)):
                 out = folder / f"{method}-{kind.replace(' ', '-')}-{keep}"
                 selection = select(source, criterion, chosen, statistics=statistics, seed=seed)
-                spec = reduce_checkpoint(source, selection, Provenance(method, seed, statistics, spent), out)
+                spec = reduce_checkpoint(source, selection, Provenance(method, seed, statistics, used), out)
                 rows.append(
                     {
                         "method": method,
@@ -196,7 +206,7 @@ def table(report: Row, name: str) -> Table:
         f"control {control:.3f} after {trained:,} tokens"
     )
     for column in ("method", "d_k", "pruned", "to dense", "recovered", "to dense", "to control"):
-        view.add_column(column, justify="left" if column == "method" else "right")
+        view.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in report["reduced"]:
         pruned, recovered = (row[key][name]["perplexity"] for key in ("pruned", "recovered"))
         view.add_row(
