@@ -29,13 +29,14 @@ from rich.table import Table
 from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
 from pruning.budget import spend, widths_per_layer
 from pruning.calibration import Encoder, bundled_text, draw_windows
+from pruning.collection import collect
 from pruning.criteria import CRITERIA
 from pruning.criteria.base import Report
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows, perplexity
 from pruning.gradients import GRADIENTS
 from pruning.reduction import Provenance, reduce_checkpoint, versions
 from pruning.selection import select, widths_to_keep
-from pruning.statistics import Statistics, collect
+from pruning.statistics import Statistics
 from pruning.views import change
 
 WIDTHS = (96, 64, 32, 16)

@@ -8,14 +8,15 @@ from checkpoints import GATED, write_checkpoint
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
 from pruning.calibration import Origin
+from pruning.collection import collect
 from pruning.criteria import CRITERIA, Choice
 from pruning.errors import PruningError
 from pruning.gradients import GRADIENTS
 from pruning.selection import select, widths_for_ratio, widths_to_keep
-from pruning.statistics import Statistics, collect
+from pruning.statistics import Statistics
 
 WINDOWS = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0))
-ORIGIN = Origin("t", "0" * 64, 0, 4, 32)
+ORIGIN = Origin("t", "0" * 64, 0, 4, 32, tokens_sha256="0" * 64)
 
 
 def spec_of(d_k, d_v=24):
