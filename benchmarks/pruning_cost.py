@@ -5,9 +5,9 @@
     python benchmarks/pruning_cost.py large /tmp/large --memory 8e9
 
 `selection` draws post-SiLU-like rows, so that Grams are as ill-conditioned as real ones. `calibration` alternates plain
-forward passes with ones that collect, and prints the median ratio. `large` writes a sharded checkpoint of the shapes of
-delta_net-1.3B with random weights (2.7 GB), calibrates and prunes it with `lowkey-prune`, prints the peak resident memory
-of that process, fails if it is above --memory, and removes what it wrote.
+forward passes with ones that collect, and prints the median ratio. `large` writes a sharded checkpoint of the shapes
+of delta_net-1.3B with random weights (2.7 GB), calibrates and prunes it with `lowkey-prune`, prints the peak resident
+memory of that process, fails if it is above --memory, and removes what it wrote.
 """
 
 import os
