@@ -128,7 +128,8 @@ def collect(
     device = model.embeddings.weight.device
     collector = Collector(running.layers, done["forward"] * windows.shape[1])
     with torch.no_grad():
-        for rows in windows[done["forward"] :].split(batch):
+        for at in range(done["forward"], len(windows), batch):
+            rows = windows[at : at + batch]
             offsets = cu_seqlens(rows, model.spec.eos_token_ids)
             model(rows.flatten().to(device), offsets, tap=collector.tap)
             done["forward"] += len(rows)

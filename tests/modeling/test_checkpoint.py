@@ -181,9 +181,20 @@ def test_an_index_cannot_name_a_file_outside_the_directory(path, tmp_path):
         (path / INDEX).write_text(json.dumps({"weight_map": {n: prefix + f for n, f in weight_map.items()}}))
         files = Checkpoint(path).files
         assert {file.parent for file in files.values()} == {path}
-    (path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, "../outside/only-there")}))
-    (outside / "only-there").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="names only-there, which is missing"):
+    (path / INDEX).write_text(
+        json.dumps({"weight_map": dict.fromkeys(weight_map, "../outside/only-there.safetensors")})
+    )
+    (outside / "only-there.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"names only-there\.safetensors, which is missing"):
+        _ = Checkpoint(path).files
+
+
+def test_an_index_that_names_what_is_no_safetensors_file(path):
+    weight_map = shard(path)
+    (path / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(weight_map, "config.json")}))
+    with pytest.raises(
+        CheckpointError, match=r"index\.json names config\.json, which is no safetensors file"
+    ):
         _ = Checkpoint(path).files
 
 

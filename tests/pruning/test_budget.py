@@ -21,14 +21,14 @@ from pruning.budget import (
     widths_per_layer,
 )
 from pruning.calibration import Origin
+from pruning.collection import collect
 from pruning.criteria import CRITERIA, Choice
 from pruning.errors import PruningError
 from pruning.evaluation import perplexity
 from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select
-from pruning.statistics import collect
 
-ORIGIN = Origin("t", "0" * 64, 0, 4, 40)
+ORIGIN = Origin("t", "0" * 64, 0, 4, 40, tokens_sha256="0" * 64)
 WINDOWS = torch.randint(0, 257, (4, 40), generator=torch.Generator().manual_seed(0))
 SPEC = family_of(GATED).spec({**GATED, "head_dim": 128, "expand_v": 1.0})
 

@@ -1,8 +1,11 @@
 """Text -> windows, for calibration and for evaluation."""
 
+import hashlib
 import itertools
 import math
+import struct
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +13,16 @@ from checkpoints import GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
 
 from modeling.checkpoint import open_checkpoint
-from pruning.calibration import Encoder, Text, bundled_text, draw_windows, text_files
+from pruning.calibration import (
+    BATCH,
+    Encoder,
+    Text,
+    bundled_text,
+    cu_seqlens,
+    draw_windows,
+    take_shard,
+    tokens_sha256,
+)
 from pruning.errors import PruningError
 from pruning.evaluation import evaluation_windows, perplexity
 
@@ -46,8 +58,12 @@ def test_windows_are_drawn_by_seed_and_recorded(encoder):
         "seed": 3,
         "windows": 5,
         "window_length": 32,
+        "tokens_sha256": hashlib.sha256(struct.pack("<160q", *windows.flatten())).hexdigest(),
+        "shard": None,
         "tokens": 160,
     }
+    torch.manual_seed(99)  # no global generator has a say
+    np.random.seed(99)
     again, _ = draw_windows(encoder, text, count=5, length=32, seed=3)
     other, _ = draw_windows(encoder, text, count=5, length=32, seed=4)
     assert torch.equal(windows, again)
@@ -94,26 +110,53 @@ def test_too_little_text_says_how_much_there_is(encoder):
         draw_windows(encoder, long_text(), count=1000, length=64)
 
 
+@torch.no_grad()
+def test_packed_documents_share_a_window_but_no_state(checkpoint, encoder):
+    text = Text("t", [f"document {i} is short" for i in range(40)])
+    windows, _ = draw_windows(encoder, text, count=3, length=48)
+    offsets = cu_seqlens(windows, checkpoint.spec.eos_token_ids)
+    starts = {i for i, token in enumerate(windows.flatten().tolist()) if token == 0}
+    assert set(offsets) == starts | {0, 48, 96, 144}
+    assert len(starts) > 6
+    # Each document gives what it gives alone, whatever stands before it in its window.
+    model = checkpoint.load(dtype=torch.float64)
+    flat = windows.flatten()
+    packed, _ = model(flat, offsets)
+    for a, b in itertools.pairwise(offsets):
+        alone, _ = model(flat[a:b], [0, b - a])
+        assert torch.allclose(packed[a:b], alone, rtol=0, atol=1e-10)
+    unbroken, _ = model(flat, [0, 48, 96, 144])
+    assert not torch.allclose(packed, unbroken, rtol=0, atol=1e-3)
+
+
+def test_a_checkpoint_without_an_end_of_text_token_has_one_sequence_a_window():
+    assert cu_seqlens(torch.zeros(2, 5, dtype=torch.long), ()) == [0, 5, 10]
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_shards_are_whole_batches_and_together_all_windows(encoder, shards):
+    windows, origin = draw_windows(encoder, long_text(), count=4 * BATCH + 1, length=16)
+    parts = [take_shard(windows, origin, i + 1, shards) for i in range(shards)]
+    taken = [row for rows, _ in parts for batch in rows.split(BATCH) for row in batch.tolist()]
+    assert sorted(taken) == sorted(windows.tolist())
+    batches = [batch.tolist() for batch in windows.split(BATCH)]
+    for i, (rows, found) in enumerate(parts):
+        assert all(batch.tolist() in batches for batch in rows.split(BATCH))
+        assert (found.windows, found.shard) == (len(rows), f"{i + 1}/{shards} of 17 windows")
+        assert found.tokens_sha256 == tokens_sha256(rows)
+
+
+def test_more_shards_than_batches_are_refused(encoder):
+    windows, origin = draw_windows(encoder, long_text(), count=5, length=16)
+    with pytest.raises(PruningError, match="shard=1/3: 5 windows are 2 batches of 4; .* at most 2 shards"):
+        take_shard(windows, origin, 1, 3)
+
+
 @pytest.mark.parametrize("field", ["windows", "window_length"])
 def test_sizes_below_one_are_refused(encoder, field):
     sizes = {"count": 1, "length": 8} | {{"windows": "count", "window_length": "length"}[field]: 0}
     with pytest.raises(PruningError, match=f"{field}=0"):
         draw_windows(encoder, long_text(), **sizes)
-
-
-def test_text_files_are_read_or_named(tmp_path):
-    good, empty, binary = tmp_path / "good.txt", tmp_path / "empty.txt", tmp_path / "binary"
-    good.write_text("héllo", encoding="utf-8")
-    empty.write_text("")
-    binary.write_bytes(b"\xff\xfe\x00")
-    text = text_files([good, empty])
-    assert (text.name, text.documents) == ("good.txt, empty.txt", ["héllo", ""])
-    with pytest.raises(PruningError, match="binary"):
-        text_files([good, binary])
-    with pytest.raises(PruningError, match="missing"):
-        text_files([tmp_path / "missing"])
-    with pytest.raises(PruningError, match="no text"):
-        text_files([empty])
 
 
 def test_bundled_sides_share_no_document():

@@ -42,7 +42,7 @@ def run(monkeypatch, tmp_path):
     return run
 
 
-SMALL = ("--windows", 4, "--window-length", 64)
+SMALL = ("--tokens", 256, "--window-length", 64)
 
 
 @pytest.mark.parametrize("method", CRITERIA)
@@ -70,8 +70,12 @@ def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, d
     assert record["budget"] is None
     assert record["evaluation"] is None
     assert set(record["versions"]) == {"lowkey", "python", "torch", "numpy", "safetensors", "tokenizers"}
+    assert record["rotated"] is (method == "pca")
     for i, layer in enumerate(record["kept_channels"]):
         for h, kept in enumerate(layer):
+            if method == "pca":
+                assert kept == list(range(8))
+                continue
             name = f"model.layers.{i}.attn.k_proj.weight"
             assert reduced.tensor(name)[h * 8 : (h + 1) * 8].equal(
                 source.tensor(name)[[h * 32 + c for c in kept]]
@@ -89,6 +93,8 @@ def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, d
                 "seed": 3,
                 "windows": 4,
                 "window_length": 64,
+                "tokens_sha256": load_statistics(tmp_path / "out.stats.safetensors").origins[0].tokens_sha256,
+                "shard": None,
                 "tokens": 256,
             }
         ],
@@ -107,8 +113,8 @@ def test_the_whole_way(run, dense, text, tmp_path):
         "b.safetensors",
         "--text",
         text,
-        "--windows",
-        2,
+        "--tokens",
+        128,
         "--window-length",
         64,
         *gradients,
@@ -238,7 +244,7 @@ PRUNE = ("prune", "DENSE", "out", "--method")
     [
         (
             (*PRUNE, "svd", "--keep", 8),
-            "method='svd' is unknown; known methods: bilinear, drrqr, energy, l1, loss-aware, random, taylor, wanda",
+            "method='svd' is unknown; known methods: bilinear, drrqr, energy, l1, loss-aware, pca, random, taylor",
         ),
         ((*PRUNE, "l1", "--keep", 33), "keep=33 must be between 1 and 32"),
         ((*PRUNE, "l1", "--keep", 0), "keep=0 must be between 1 and 32"),
@@ -253,12 +259,12 @@ PRUNE = ("prune", "DENSE", "out", "--method")
         ((*PRUNE, "l1", "--keep", 8, "--per-layer", "--align", 0), "align=0 must be an even number"),
         ((*PRUNE, "l1", "--keep", 8, "--per-layer"), "the state with d_k 16"),
         ((*PRUNE, "l1", "--keep", 8, "--align", 8), "align=8 is for the widths that"),
-        ((*PRUNE, "l1", "--keep", 8, "--windows", 2), "method='l1' reads no statistics"),
+        ((*PRUNE, "l1", "--keep", 8, "--tokens", 2), "method='l1' reads no statistics"),
         ((*PRUNE, "l1", "--keep", 8, "--device", "tpu"), "device='tpu'"),
         ((*PRUNE, "drrqr", "--keep", 8, "--text", "nowhere.txt"), "nowhere.txt"),
-        ((*PRUNE, "drrqr", "--keep", 8, "--windows", 0), "windows=0 must be at least 1"),
+        ((*PRUNE, "drrqr", "--keep", 8, "--tokens", 0), "tokens=0 must be at least 1"),
         ((*PRUNE, "drrqr", "--keep", 8, "--stats", "junk"), "junk is not a statistics file"),
-        ((*PRUNE, "drrqr", "--keep", 8, "--stats", "junk", "--windows", 2), "stats='junk' exists"),
+        ((*PRUNE, "drrqr", "--keep", 8, "--stats", "junk", "--tokens", 2), "stats='junk' exists"),
         (("prune", "nowhere", "out", "--method", "l1", "--keep", 8), "nowhere: no such directory"),
         (("prune", "DENSE", "junk", "--method", "l1", "--keep", 8), "out='junk' already exists"),
         (
@@ -267,6 +273,23 @@ PRUNE = ("prune", "DENSE", "out", "--method")
         ),
         (("calibrate", "DENSE", "junk"), "out='junk' already exists"),
         (("calibrate", "DENSE", "new", "--method", "svd"), "method='svd' is unknown"),
+        (("calibrate", "DENSE", "new", "--shard", "3/2"), "shard='3/2' must be i/n with i from 1 to n"),
+        (("calibrate", "DENSE", "new", "--shard", "2"), "shard='2' must be i/n"),
+        (("calibrate", "DENSE", "new", "--shard", "1/9"), "16 windows are 4 batches of 4"),
+        (("calibrate", "DENSE", "new", "--text", "*.none"), "text='*.none' matches no file"),
+        (
+            ("calibrate", "DENSE", "new", "--text", "junk", "--field", "body"),
+            "field='body' is for .jsonl files",
+        ),
+        (
+            ("calibrate", "DENSE", "new", "--field", "body"),
+            "field='body' is for --text FILE.jsonl and --dataset",
+        ),
+        (("calibrate", "DENSE", "new", "--split", "test"), "split='test' is for --dataset"),
+        (
+            ("calibrate", "DENSE", "new", "--text", "junk", "--dataset", "a/b"),
+            "--text or --dataset, not both",
+        ),
         (("merge", "junk", "--out", "new"), "junk is not a statistics file"),
         (("evaluate", "nowhere"), "nowhere: no such directory"),
         (("evaluate", "DENSE", "--tokens", 5), "tokens=5 must be at least 512, which one window scores"),
@@ -322,8 +345,11 @@ def test_a_real_process_without_a_terminal_prints_the_tree_and_nothing_else(dens
     args = ["prune", str(dense), str(tmp_path / "out"), "--method", "l1", "--keep", "8"]
     done = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "d_k 32 => 8" in done.stdout
+    plan = done.stderr.splitlines()
+    assert (
+        plan[0].startswith("gated_deltanet: 3 layers") and "d_k 32 => 8" in plan[1] and "disk: " in plan[-1]
+    )
+    assert "d_k 32 => 8" in done.stdout and "gated_deltanet, 3 layers" in done.stdout
     again = subprocess.run(command + args, capture_output=True, text=True, timeout=120)
     assert again.returncode == 2
     assert again.stdout == ""

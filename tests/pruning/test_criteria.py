@@ -28,6 +28,7 @@ def head(seed=0, d=12, layer=0, index=0, selection_seed=0):
     statistics = {
         "q": q.T @ q,
         "k": k.T @ k,
+        "k_sum": k.sum(0),
         "q_normalised": normalised(q).T @ normalised(q),
         "k_normalised": normalised(k).T @ normalised(k),
         "x_squares": rng.random(20),
@@ -35,7 +36,15 @@ def head(seed=0, d=12, layer=0, index=0, selection_seed=0):
         "k_gradient": rng.standard_normal((d, 20)),
         "gate_fisher": rng.standard_normal(d) ** 2,
     }
-    return Head(layer=layer, index=index, d_k=d, seed=selection_seed, statistics=statistics, weights=weights)
+    return Head(
+        layer=layer,
+        index=index,
+        d_k=d,
+        seed=selection_seed,
+        tokens=len(k),
+        statistics=statistics,
+        weights=weights,
+    )
 
 
 @pytest.mark.parametrize("name", CRITERIA)
@@ -151,6 +160,30 @@ def test_loss_aware_without_any_gradient_is_bilinear():
     assert np.array_equal(CRITERIA["loss-aware"].select(h, 5).keep, CRITERIA["bilinear"].select(h, 5).keep)
 
 
+def test_pca_turns_to_the_directions_of_most_variance_of_the_keys():
+    k = rows(5) + 3.0  # a large mean, which is no variance
+    statistics = {"k": k.T @ k, "k_sum": k.sum(0)}
+    choice = CRITERIA["pca"].select(
+        Head(layer=0, index=0, d_k=12, seed=0, tokens=len(k), statistics=statistics), 5
+    )
+    assert choice.keep.tolist() == list(range(5)), "of the rotated channels"
+    rotation = choice.rotation
+    assert np.allclose(rotation @ rotation.T, np.eye(12), atol=1e-12)
+    _, s, vt = np.linalg.svd(k - k.mean(0), full_matrices=False)
+    assert np.allclose(np.abs(np.sum(rotation * vt, axis=1)), 1, atol=1e-8)
+    assert (rotation @ k.mean(0) >= 0).all(), "SiLU is not odd, so the sign is part of the choice"
+    assert choice.report["variance_share"] == pytest.approx(float((s[:5] ** 2).sum() / (s**2).sum()))
+
+
+def test_pca_of_all_channels_changes_nothing():
+    assert CRITERIA["pca"].select(head(), 12).rotation is None
+
+
+@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "pca"])
+def test_every_other_criterion_chooses_channels_as_they_are(name):
+    assert CRITERIA[name].select(head(), 5).rotation is None
+
+
 def test_drrqr_reads_the_sum_of_the_raw_grams():
     def gram(*diagonal):
         return np.diag(np.array(diagonal, dtype=float))
@@ -247,7 +280,8 @@ def test_bilinear_drops_unused_channels_first_and_survives_a_dead_head():
 
 def test_unknown_method_is_named_with_the_known_ones():
     with pytest.raises(
-        PruningError, match=r"method='svd'.*bilinear, drrqr, energy, l1, loss-aware, random, taylor, wanda"
+        PruningError,
+        match=r"method='svd'.*bilinear, drrqr, energy, l1, loss-aware, pca, random, taylor, wanda",
     ):
         criterion_named("svd")
 
@@ -260,6 +294,7 @@ def test_registry_names_are_the_criteria_own():
         "wanda",
         "taylor",
         "energy",
+        "pca",
         "drrqr",
         "bilinear",
         "loss-aware",

@@ -1,6 +1,7 @@
 """Calibration statistics: exact sums, no silent gaps, mergeable, one safe file."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,21 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modeling.checkpoint import open_checkpoint
-from pruning.calibration import Origin
+from pruning.calibration import BATCH, Origin, take_shard, tokens_sha256
+from pruning.collection import Collector, collect, zeros
 from pruning.errors import PruningError
 from pruning.gradients import GRADIENTS
-from pruning.statistics import (
-    FORWARD,
-    GRAMS,
-    Collector,
-    Statistics,
-    collect,
-    load_statistics,
-    merge,
-    save_statistics,
-)
+from pruning.statistics import FORWARD, Statistics, load_statistics, merge, save_statistics
 
-ORIGIN = Origin("test text", "0" * 64, seed=0, windows=6, window_length=40)
+ORIGIN = Origin("test text", "0" * 64, seed=0, windows=6, window_length=40, tokens_sha256="a" * 64)
 
 
 @pytest.fixture(params=[GATED, DELTA], ids=["gated", "delta"], scope="module")
@@ -33,7 +26,7 @@ def checkpoint(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def windows():
-    return torch.randint(0, 257, (6, 40), generator=torch.Generator().manual_seed(0))
+    return torch.randint(1, 257, (6, 40), generator=torch.Generator().manual_seed(0))
 
 
 def relative(a, b):
@@ -64,42 +57,45 @@ def test_streamed_grams_are_those_of_all_rows_at_once(checkpoint, windows):
                 assert grams[key].dtype == torch.float64
                 # fp32 forwards of other batch sizes differ in the last bits.
                 assert relative(grams[key], torch.einsum("thi,thj->hij", rows, rows)) < 1e-5
+                assert grams[f"{key}_sum"].dtype == torch.float64
+                assert relative(grams[f"{key}_sum"], rows.sum(0)) < 1e-5
 
 
 def test_grams_are_summed_in_float64(checkpoint):
     # One loud token and many quiet ones that a float32 sum would swallow.
-    collector = Collector(checkpoint.spec)
+    collector = Collector(zeros(checkpoint.spec, FORWARD))
     m = checkpoint.spec.layers[0].mixer
     rows = torch.ones(1002, m.num_k_heads, m.d_k)
     rows[0] = 1e4
-    q, k = collector.tap(0, torch.empty(0), rows, rows)
+    q, k = collector.tap(0, torch.zeros(1002, 64), rows, rows)
     assert q is rows and k is rows, "what observes must not change the model"
     assert torch.all(collector.layers[0]["q"] == 1e8 + 1001)
 
 
 def test_rows_are_normalised_with_the_model_s_eps(checkpoint):
-    collector = Collector(checkpoint.spec)
+    collector = Collector(zeros(checkpoint.spec, FORWARD))
     m = checkpoint.spec.layers[0].mixer
     faint = torch.zeros(3, m.num_k_heads, m.d_k)
     faint[0, :, 0] = 1e-3  # as large as the root of the eps: half its square is left
-    collector.tap(0, torch.empty(0), faint, faint)
+    collector.tap(0, torch.zeros(3, 64), faint, faint)
     for name in ("q_normalised", "k_normalised"):
         gram = collector.layers[0][name]
         assert torch.allclose(gram[:, 0, 0], torch.full((m.num_k_heads,), 0.5, dtype=torch.float64))
         assert float(gram.sum()) == pytest.approx(0.5 * m.num_k_heads)
 
 
-def test_merged_shards_are_one_pass(checkpoint, windows):
+def test_merged_shards_are_one_pass(checkpoint):
+    windows = torch.randint(1, 257, (4 * BATCH + 3, 40), generator=torch.Generator().manual_seed(3))
+    origin = replace(ORIGIN, windows=len(windows), tokens_sha256=tokens_sha256(windows))
     model = checkpoint.load()
-    both = {"needed": GRADIENTS, "batch": 2}
-    whole = collect(model, windows, ORIGIN, checkpoint.sha256, **both)
-    shards = [
-        collect(model, rows, Origin("test text", "0" * 64, i, len(rows), 40), checkpoint.sha256, **both)
-        for i, rows in enumerate(windows.split([2, 4]))
-    ]
+    whole = collect(model, windows, origin, checkpoint.sha256, needed=GRADIENTS)
+    shards = []
+    for i in (3, 1, 2):
+        rows, part = take_shard(windows, origin, i, 3)
+        shards.append(collect(model, rows, part, checkpoint.sha256, needed=GRADIENTS))
     merged = merge(shards)
-    assert merged.tokens == whole.tokens
-    assert [origin.seed for origin in merged.origins] == [0, 1]
+    assert merged.tokens == whole.tokens == windows.numel()
+    assert [origin.shard for origin in merged.origins] == [f"{i}/3 of 19 windows" for i in (3, 1, 2)]
     for a, b in zip(merged.layers, whole.layers, strict=True):
         assert set(a) == {*FORWARD, *GRADIENTS}
         for name in a:
@@ -108,15 +104,17 @@ def test_merged_shards_are_one_pass(checkpoint, windows):
 
 def test_merge_refuses_other_checkpoints_the_same_pass_twice_and_nothing(checkpoint, windows):
     statistics = collect(checkpoint.load(), windows, ORIGIN, checkpoint.sha256)
-    other = Statistics("f" * 64, (Origin("x", "1" * 64, 0, 1, 1),), statistics.layers)
+    other = Statistics("f" * 64, (Origin("x", "1" * 64, 0, 1, 1, "b" * 64),), statistics.layers)
     with pytest.raises(PruningError, match="different checkpoints"):
         merge([statistics, other])
-    with pytest.raises(PruningError, match="same pass is there twice"):
-        merge([statistics, statistics])
+    renamed = replace(statistics, origins=(replace(ORIGIN, text="the same tokens under another name"),))
+    for again in (statistics, renamed):
+        with pytest.raises(PruningError, match="same pass is there twice"):
+            merge([statistics, again])
     bare = Statistics(
         checkpoint.sha256,
         other.origins,
-        tuple({name: layer[name] for name in GRAMS} for layer in statistics.layers),
+        tuple({name: layer[name] for name in layer if name != "x_squares"} for layer in statistics.layers),
     )
     with pytest.raises(PruningError, match="different statistics: x_squares is not in all of them"):
         merge([statistics, bare])
@@ -139,7 +137,7 @@ def test_a_layer_whose_tap_never_fires_fails(checkpoint, windows):
     mixer = model.layers[2].mixer
     forward = mixer.forward
     mixer.forward = lambda x, cu, r, c, rule, tap: forward(x, cu, r, c, rule, None)
-    with pytest.raises(PruningError, match="layer 2: the tap saw 0 of 240 tokens"):
+    with pytest.raises(PruningError, match="layer 2: the tap saw 0 of 160 tokens"):
         collect(model, windows, ORIGIN, checkpoint.sha256)
 
 

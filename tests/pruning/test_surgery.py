@@ -6,14 +6,14 @@ import pytest
 import torch
 from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
-from safetensors.torch import load_file, save_file
+from reducing import difference, random_keep, reduce
+from safetensors.torch import load_file
 
 from modeling.checkpoint import REDUCTION, open_checkpoint
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
-from pruning.reduction import Provenance, reduce_checkpoint
-from pruning.selection import Selection, select
-from pruning.surgery import keep_rows, reload, write_reduced
+from pruning.selection import select
+from pruning.surgery import Cut, check_runs, keep_rows, write_reduced
 
 CONFIGS = {
     "gated-value-groups": GATED,
@@ -28,28 +28,6 @@ def case(request, tmp_path):
     config = CONFIGS[request.param]
     tensors = random_tensors(config)
     return config, tensors, open_checkpoint(write_checkpoint(tmp_path / "dense", config, tensors))
-
-
-def random_keep(spec, widths, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.stack(
-            [
-                torch.randperm(layer.mixer.d_k, generator=generator)[:n].sort().values
-                for _ in range(layer.mixer.num_k_heads)
-            ]
-        )
-        for layer, n in zip(spec.layers, widths, strict=True)
-    )
-
-
-def reduce(checkpoint, keep, out, **kwargs):
-    report = [[{} for _ in layer] for layer in keep]
-    return reduce_checkpoint(checkpoint, Selection(tuple(keep), report), Provenance("test", 0), out, **kwargs)
-
-
-def difference(a, b):
-    return float((a - b).abs().max() / b.abs().max())
 
 
 def masked_dense(checkpoint, keep, ids, *, eps_factor=True):
@@ -175,23 +153,6 @@ def test_rows_between_the_keys_stay_in_their_order():
     assert keep_rows(torch.arange(14), rows, keep).tolist() == [0, 2, 3, 5, 6, 8, 9, 11, 12, 13]
 
 
-def test_sharded_sources_are_read_and_their_index_is_not_copied(tmp_path):
-    tensors = random_tensors(GATED)
-    path = write_checkpoint(tmp_path / "dense", GATED, tensors)
-    (path / "model.safetensors").unlink()
-    names = sorted(tensors)
-    weight_map = {}
-    for i, part in enumerate((names[::2], names[1::2]), start=1):
-        file = f"model-{i:05d}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, path / file)
-        weight_map |= dict.fromkeys(part, file)
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    checkpoint = open_checkpoint(path)
-    reduce(checkpoint, random_keep(checkpoint.spec, (8, 8, 8)), tmp_path / "out")
-    assert not (tmp_path / "out/model.safetensors.index.json").exists()
-    assert set(open_checkpoint(tmp_path / "out").files) == set(tensors)
-
-
 def test_other_files_come_along_and_weights_and_foreign_links_do_not(tmp_path):
     path = write_checkpoint(tmp_path / "hub/snapshots/abc", GATED)
     (tmp_path / "secret.txt").write_text("secret")
@@ -243,10 +204,11 @@ def test_widths_at_which_d_v_over_d_k_truncates(tmp_path, n):
 def test_a_config_that_reads_back_otherwise_is_refused(tmp_path):
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "dense", GATED))
     (tmp_path / "out").mkdir()
-    spec = write_reduced(checkpoint, random_keep(checkpoint.spec, (8, 8, 8)), tmp_path / "out")
-    reload(tmp_path / "out", spec)
+    cuts = [Cut(keep) for keep in random_keep(checkpoint.spec, (8, 8, 8))]
+    spec = write_reduced(checkpoint, cuts, tmp_path / "out")
+    check_runs(tmp_path / "out", spec)
     with pytest.raises(PruningError, match="the config reads back as"):
-        reload(tmp_path / "out", checkpoint.spec)
+        check_runs(tmp_path / "out", checkpoint.spec)
 
 
 def test_weights_that_are_not_finite_leave_no_output(tmp_path):

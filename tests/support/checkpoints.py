@@ -1,6 +1,7 @@
 """Random checkpoints in fla's format, small enough for any test."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +51,17 @@ def random_tensors(
     config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
     """Every tensor that the config calls for, random but well scaled: activations neither vanish nor explode."""
+    return dict(random_stream(config, seed, dtype))
+
+
+def random_stream(
+    config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Iterator[tuple[str, Tensor]]:
+    """`random_tensors`, one at a time."""
     generator = torch.Generator().manual_seed(seed)
     family = family_of(config)
     spec = family.spec(config)
     hidden = spec.hidden_size
-    tensors: dict[str, Tensor] = {}
     for m in family.tensors(spec):
         for name, rows in zip(m.theirs, m.rows, strict=True):
             if name.endswith("conv1d.weight"):
@@ -71,8 +78,7 @@ def random_tensors(
             t = torch.randn(*shape, generator=generator) * scale
             if name.endswith("norm.weight"):
                 t = t + 1
-            tensors[name] = t.to(dtype)
-    return tensors
+            yield name, t.to(dtype)
 
 
 def byte_tokenizer() -> Tokenizer:

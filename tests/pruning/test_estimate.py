@@ -1,0 +1,134 @@
+"""What is said before the work is done, against what the work then takes."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkpoints import DELTA, GATED, write_checkpoint
+from reducing import random_keep, reduce
+
+from modeling.checkpoint import open_checkpoint
+from pruning.calibration import Origin, tokens_sha256
+from pruning.collection import collect
+from pruning.criteria import CRITERIA
+from pruning.errors import PruningError
+from pruning.estimate import (
+    calibration_lines,
+    disk_line,
+    duration,
+    in_units,
+    parameter_count,
+    reduced_bytes,
+    statistics_bytes,
+    width_notes,
+)
+from pruning.statistics import names_for, save_statistics
+
+WINDOWS = torch.randint(1, 257, (4, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(params=[GATED, DELTA], ids=["gated", "delta"])
+def checkpoint(request, tmp_path):
+    return open_checkpoint(write_checkpoint(tmp_path / "dense", request.param))
+
+
+def test_sizes_are_those_of_the_files_that_are_written(checkpoint, tmp_path):
+    model = checkpoint.load()
+    assert parameter_count(checkpoint.spec) == sum(p.numel() for p in model.parameters())
+    for method in ("drrqr", "taylor", "loss-aware"):
+        needed = CRITERIA[method].statistics
+        origin = Origin("t", "0" * 64, 0, 4, 32, tokens_sha256(WINDOWS))
+        file = tmp_path / method
+        save_statistics(collect(model, WINDOWS, origin, checkpoint.sha256, needed=needed), file)
+        said = statistics_bytes(checkpoint.spec, names_for(needed))
+        assert said <= file.stat().st_size < said + 20_000, "the header comes on top"
+    widths = (4, 32, 7)
+    reduce(
+        checkpoint,
+        random_keep(checkpoint.spec, [min(n, d) for n, d in zip(widths, checkpoint.spec.d_k, strict=True)]),
+        tmp_path / "out",
+    )
+    said = reduced_bytes(checkpoint, open_checkpoint(tmp_path / "out").spec.d_k)
+    assert abs(said - (tmp_path / "out/model.safetensors").stat().st_size) < 4_000
+
+
+def test_lines_of_a_calibration_say_passes_memory_and_time(checkpoint):
+    spec = checkpoint.spec
+    device = torch.device("cpu")
+    plain = list(calibration_lines(spec, names_for(()), WINDOWS, device))
+    both = list(calibration_lines(spec, names_for(("gate_fisher",)), WINDOWS, device))
+    assert plain[0] == "calibration: 128 tokens, 4 windows of 32; forward"
+    assert both[0].endswith("; forward, then forward and backward")
+    for lines in (plain, both):
+        assert re.fullmatch(
+            r"memory: about \S+ [MG]B \(weights in float32 .*, activations .*, statistics .*\)", lines[1]
+        )
+        assert re.fullmatch(r"time: about \S+ (s|min|h) on cpu, by one window through one layer", lines[2])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "notes"),
+    [
+        ([128] * 2, [128] * 2, []),
+        ([64], [32], []),
+        ([128], [64], ["d_k 64: fused kernels"]),
+        ([96, 96], [48, 24], ["d_k 24: no multiple of 16", "d_k 48: decode kernels pad"]),
+        ([128, 128], [96, 64], ["d_k 96: decode kernels pad", "d_k 64, 96: fused kernels"]),
+        ([128, 64], [64, 64], []),
+    ],
+)
+def test_widths_that_lose_a_kernel_are_named(before, after, notes):
+    found = list(width_notes(before, after))
+    assert len(found) == len(notes)
+    assert all(f"note: {note}" in line for note, line in zip(notes, found, strict=True))
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path):
+    out = tmp_path / "not/yet/there"
+    assert re.fullmatch(
+        r"disk: 1\.0 KB for a and 3\.0 MB for b; \S+ [MG]B free",
+        disk_line([("a", 1000), ("b", 3_000_000)], out),
+    )
+    with pytest.raises(PruningError, match=r"out='.*there' needs 1000000\.0 GB, but .* free"):
+        disk_line([("much", 10**15)], out)
+
+
+def test_figures_for_people():
+    assert [in_units(n) for n in (12, 1500, 26_345_472, 2e9)] == ["12 bytes", "1.5 KB", "26.3 MB", "2.0 GB"]
+    assert [duration(s) for s in (0.01, 59.6, 300, 9000)] == ["1 s", "60 s", "5 min", "2.5 h"]
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from pruning.cli import app
+app(sys.argv[1:], standalone_mode=False)
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["drrqr", "loss-aware"])
+def test_memory_said_is_about_memory_taken(tmp_path, method):
+    config = {
+        **GATED,
+        "hidden_size": 768,
+        "num_hidden_layers": 4,
+        "num_heads": 6,
+        "num_v_heads": 6,
+        "head_dim": 128,
+    }
+    config |= {"expand_v": 1.0, "intermediate_size": 2048, "vocab_size": 16000}
+    path = write_checkpoint(tmp_path / "dense", config)
+    arguments = ["calibrate", str(path), str(tmp_path / "s"), "--method", method, "--tokens", "2048"]
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, timeout=280, check=True
+    )
+    taken = int(done.stdout.split()[-1])
+    said, unit = re.search(r"memory: about (\S+) ([MG])B", done.stderr).groups()
+    said = float(said) * {"M": 1e6, "G": 1e9}[unit]
+    print(json.dumps({"method": method, "said": said, "taken": taken}))
+    assert 0.6 < taken / said < 1.25
