@@ -1,6 +1,8 @@
 """What the terminal shows: the before => after tree and the evaluation table."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -62,6 +64,79 @@ def tree(checkpoint: Checkpoint) -> Tree:
     if record["evaluation"] is not None:
         root.add(escape(_measured(record["evaluation"])))
     return root
+
+
+def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
+    """Add to a checkpoint's `tree` the state of each layer and every tensor; before => after where it is reduced.
+
+    Neighbouring layers that are alike share a line.
+
+    Raises:
+        CheckpointError: the weights can't be read.
+    """
+    after = checkpoint.spec
+    before = after
+    if checkpoint.reduction is not None:
+        before = after.with_d_k(tuple(checkpoint.reduction["source"]["d_k"]))
+    states = root.add("state per request and layer")
+    lines = [
+        [
+            f"d_k {_arrow(str(a.mixer.d_k), str(b.mixer.d_k))}",
+            f"{_arrow(f'{_state_bytes(before, i):,}', f'{_state_bytes(after, i):,}')} bytes",
+        ]
+        for i, (a, b) in enumerate(zip(before.layers, after.layers, strict=True))
+    ]
+    for label, (width_line, bytes_line) in _alike(lines):
+        states.add(f"{label}: {width_line}, {bytes_line}")
+    tensors = root.add("tensors")
+    outside, by_layer = _tensor_lines(checkpoint, before)
+    for line in outside:
+        tensors.add(line)
+    for label, of_layer in _alike(by_layer):
+        branch = tensors.add(label)
+        for line in of_layer:
+            branch.add(line)
+
+
+def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], list[list[str]]]:
+    """A line for every tensor: those outside the layers, and those of each layer."""
+    spec = checkpoint.spec
+    keys = checkpoint.family.key_rows(spec)
+    outside: list[str] = []
+    by_layer: list[list[str]] = [[] for _ in spec.layers]
+    for m in checkpoint.family.tensors(spec):
+        for name in m.theirs:
+            dtype, shape = checkpoint.dtype_and_shape(name)
+            if not m.ours.startswith("layers."):
+                outside.append(escape(f"{name} {dtype} {shape}"))
+                continue
+            layer = int(m.ours.split(".")[1])
+            was = list(shape)
+            if name in keys:
+                sets, heads, d_k = keys[name].shape
+                was[0] += sets * heads * (before.layers[layer].mixer.d_k - d_k)
+            inside = name.split(f".{layer}.", 1)[1]
+            by_layer[layer].append(
+                f"{escape(f'{inside} {dtype}')} {_arrow(escape(str(was)), escape(str(shape)))}"
+            )
+    return outside, by_layer
+
+
+def _alike(lines: Sequence[list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """(which layers, their common lines) for each run of layers with the same lines."""
+    first = 0
+    for of_layers, run in itertools.groupby(lines):
+        last = first + len(list(run)) - 1
+        yield f"layer {first}" if first == last else f"layers {first} to {last}, each", of_layers
+        first = last + 1
+
+
+def _arrow(before: str, after: str) -> str:
+    return after if before == after else f"{before} => [bold]{after}[/]"
+
+
+def _state_bytes(spec: ModelSpec, layer: int) -> int:
+    return replace(spec, layers=spec.layers[layer : layer + 1]).state_bytes()
 
 
 def _heads(spec: ModelSpec) -> str:
