@@ -163,12 +163,20 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     """One row per figure, one column per checkpoint; changes are against the first."""
     first = evaluation.checkpoints[0]
     tokens = "" if first.perplexity is None else f", {first.perplexity.tokens:,} tokens of {evaluation.text}"
-    table = Table("", title=escape(f"{len(evaluation.checkpoints)} checkpoints{tokens}"))
+    title = escape(f"{len(evaluation.checkpoints)} checkpoints{tokens}")
+    measured = any(e.recall or e.rank or e.retrieval or e.speed for e in evaluation.checkpoints)
+    table = Table("", title=title, caption=LEGEND if measured else None)
     for entry in evaluation.checkpoints:
         table.add_column(escape(entry.name), justify="right")
     for label, cells in figures(evaluation):
         table.add_row(escape(label), *(escape(cell) for cell in cells))
     return table
+
+
+LEGEND = (
+    "Changes and speedups are against the first. Recall: right / right among the prompt's values / log-probability. "
+    "Rank: utilisation of the states. Reads: retrieval error / read error. Speeds: medians (quartiles)."
+)
 
 
 def figures(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
@@ -189,27 +197,29 @@ def _cells(entry: Entry, first: Entry) -> dict[str, str]:
             first.perplexity.perplexity, entry.perplexity.perplexity, ".3f", entry is first
         )
     if entry.divergence is not None:
-        cells["KL, nats per token"] = f"{entry.divergence.kl:.4f}"
+        cells["KL, nats/token"] = f"{entry.divergence.kl:.4f}"
         cells["top-1 agreement"] = f"{entry.divergence.top1_agreement:.1%}"
     for recall in entry.recall or []:
-        cells[f"recall of {recall.pairs} pairs: right / among its values / log-prob"] = (
+        cells[f"recall, {recall.pairs} pairs"] = (
             f"{recall.accuracy:.1%} / {recall.accuracy_among_values:.1%} / {recall.log_prob:.2f}"
         )
     if entry.rank is not None:
-        label = f"rank utilisation after {entry.rank.positions[-1]} tokens"
+        label = f"rank, {entry.rank.positions[-1]} tokens"
         cells[label] = f"{mean_of_heads(entry.rank.utilisation, -1):.2%}"
     if entry.retrieval is not None:
         for i, level in enumerate(entry.retrieval.noise):
-            cells[f"query noise {level:g}: retrieval error / read error"] = (
+            cells[f"reads, noise {level:g}"] = (
                 f"{mean_of_heads(entry.retrieval.retrieval_error, i):.3f} / "
                 f"{mean_of_heads(entry.retrieval.read_error, i):.3f}"
             )
     for speed in entry.speed or []:
-        label = f"decode tokens/s, {speed.batch} at once (quartiles)"
-        cells[label] = f"{speed.tokens_per_second:,.0f} ({_range(speed.quartiles, ',.0f')})"
+        cells[f"tokens/s, batch {speed.batch}"] = (
+            f"{speed.tokens_per_second:,.0f} ({_range(speed.quartiles, ',.0f')})"
+        )
         if entry is not first:
-            label = f"speed over the baseline's, {speed.batch} at once (quartiles)"
-            cells[label] = f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
+            cells[f"speedup, batch {speed.batch}"] = (
+                f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
+            )
     return cells
 
 

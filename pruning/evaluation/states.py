@@ -45,8 +45,8 @@ class Retrieval:
     """`[layer][noise][value head]`: mean sine of the angle between what a noisy key reads and the value it was
     stored with."""
     read_error: PerHead
-    """`[layer][noise][value head]`: RMS of what noise on the model's own queries changes in the reads, over that of
-    the reads."""
+    """`[layer][noise][value head]`: change in a read by noise on the model's own query, over the read (norms), the
+    median over tokens: a read of almost nothing makes the mean anything."""
 
 
 def utilisation(state: Tensor) -> Tensor:
@@ -138,8 +138,7 @@ class _Reader:
         self._noise = noise
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
         self._sines: list[Tensor | float] = [0.0] * len(noise)
-        self._squares: list[Tensor | float] = [0.0] * len(noise)
-        self._clean: Tensor | float = 0.0
+        self._changes: list[list[Tensor]] = [[] for _ in noise]
         self._reads = 0
 
     def __call__(
@@ -157,15 +156,13 @@ class _Reader:
         at, of = _earlier(cu_seqlens, self._generator)
         at, of = at.to(q.device), of.to(q.device)
         queries = torch.zeros_like(k).index_copy(0, at, k[of])
-        self._clean = self._clean + o.double().square().sum((0, 2))
         self._reads += len(at)
         for i, level in enumerate(self._noise):
             read, _ = rule(self._noisy(queries, level), k, v, g, beta, scale=1.0, cu_seqlens=cu_seqlens)
             cosine = F.cosine_similarity(read[at].double(), v[of].double(), dim=-1)
             self._sines[i] = self._sines[i] + (1 - cosine.square()).clamp(min=0).sqrt().sum(0)
-            if level > 0:
-                noisy, _ = rule(self._noisy(q, level), k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
-                self._squares[i] = self._squares[i] + (noisy - o).double().square().sum((0, 2))
+            noisy, _ = rule(self._noisy(q, level), k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
+            self._changes[i].append(((noisy - o).norm(dim=-1) / o.norm(dim=-1).clamp(min=1e-30)).cpu())
         return o, state
 
     def _noisy(self, rows: Tensor, level: float) -> Tensor:
@@ -177,9 +174,7 @@ class _Reader:
         return torch.stack([torch.as_tensor(s) for s in self._sines]).cpu() / self._reads
 
     def read_error(self) -> Tensor:
-        clean = torch.as_tensor(self._clean).cpu()
-        squares = torch.stack([torch.as_tensor(s).cpu().expand_as(clean) for s in self._squares])
-        return (squares / clean.clamp(min=1e-300)).sqrt()
+        return torch.stack([torch.cat(changes).median(0).values for changes in self._changes])
 
 
 def _earlier(cu_seqlens: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:

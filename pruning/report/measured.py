@@ -223,7 +223,7 @@ def noise(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
             "Errors of noisy reads",
             f"{name}: mean over layers and heads, {measured[0][1].tokens:,} tokens. Left: sine of the angle between "
             "what a noisy key reads and the value that it was stored with. Right: change in the model's own reads, "
-            "over the reads.",
+            "over the reads, the median over tokens.",
             figure,
         )
     ]
