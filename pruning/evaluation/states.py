@@ -14,6 +14,7 @@ from modeling.layers import l2_normalise
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule
 from modeling.state import SequenceState
+from pruning.errors import PruningError
 from pruning.progress import Advance, no_progress
 
 FIRST_POSITION = 32
@@ -71,7 +72,11 @@ def positions(window: int) -> list[int]:
 
 @torch.no_grad()
 def rank(model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no_progress) -> Rank:
-    """Rank utilisation along `windows` int64 `[count, length]`."""
+    """Rank utilisation along `windows` int64 `[count, length]`.
+
+    Raises:
+        PruningError: a state is not finite.
+    """
     count, length = windows.shape
     at = positions(length)
     sums = [torch.zeros(len(at), layer.mixer.num_v_heads, dtype=torch.float64) for layer in model.spec.layers]
@@ -80,7 +85,9 @@ def rank(model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no
         for i, piece in enumerate(rows.tensor_split(at[:-1], dim=1)):
             size = piece.shape[1]
             _, state = model(piece.flatten(), range(0, piece.numel() + 1, size), state)
-            for total, recurrent in zip(sums, state.recurrent, strict=True):
+            for layer, (total, recurrent) in enumerate(zip(sums, state.recurrent, strict=True)):
+                if not bool(recurrent.isfinite().all()):
+                    raise PruningError(f"layer {layer}: the state after {at[i]} tokens holds NaN or Inf")
                 total[i] += utilisation(recurrent).sum(0).cpu()
         advance(rows.numel())
     return Rank(count, at, [(total / count).tolist() for total in sums])
@@ -96,7 +103,13 @@ def retrieval(
     batch: int = 4,
     advance: Advance = no_progress,
 ) -> Retrieval:
-    """Errors of noisy reads on `windows` int64 `[count, length]`, length at least 2."""
+    """Errors of noisy reads on `windows` int64 `[count, length]`.
+
+    Raises:
+        PruningError: windows are of one token, which has none before it to read, or a read is not finite.
+    """
+    if windows.shape[1] < 2:
+        raise PruningError(f"window={windows.shape[1]} leaves nothing to retrieve; give at least 2")
     readers = [_Reader(noise, seed, layer) for layer in range(len(model.spec.layers))]
     base = model.backend.rule
     current = 0
@@ -123,11 +136,15 @@ def retrieval(
     for rows in windows.to(model.embeddings.weight.device).split(batch):
         model(rows.flatten(), range(0, rows.numel() + 1, length), rule=rule, tap=tap)
         advance(rows.numel())
+    errors = [(reader.retrieval_error(), reader.read_error()) for reader in readers]
+    for layer, found in enumerate(errors):
+        if not all(bool(values.isfinite().all()) for values in found):
+            raise PruningError(f"layer {layer}: reads from the state hold NaN or Inf")
     return Retrieval(
         windows.numel(),
         list(noise),
-        [reader.retrieval_error().tolist() for reader in readers],
-        [reader.read_error().tolist() for reader in readers],
+        [found[0].tolist() for found in errors],
+        [found[1].tolist() for found in errors],
     )
 
 

@@ -253,7 +253,7 @@ def kept_channels(reductions: Sequence[tuple[str, Reduction]]) -> list[Figure]:
                 hovertemplate="channel %{x}<extra></extra>",
             )
         )
-        figure.update_xaxes(title="key channel of the source", showgrid=False)
+        figure.update_xaxes(title="key channel of the source", showgrid=False, zeroline=False)
         figure.update_yaxes(**head_ticks([len(heads) for heads in reduction.kept_channels]))
         figures.append(
             Figure(

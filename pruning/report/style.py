@@ -100,6 +100,7 @@ def head_ticks(heads_by_layer: Sequence[int]) -> dict[str, Any]:
         "ticktext": [f"layer {i}" for i in range(len(starts))][::step],
         "autorange": "reversed",
         "showgrid": False,
+        "zeroline": False,
     }
 
 

@@ -178,8 +178,8 @@ def _budget(
         figure.add_scatter(
             x=list(bought),
             y=[curve.get(round(n)) for curve, n in zip(curves, bought, strict=True)],
-            name="chosen",
             mode="markers",
+            showlegend=False,
             marker={"color": colours, "size": 11, "symbol": "circle-open", "line": {"width": 2}},
             **place(0),
         )

@@ -1,5 +1,6 @@
 """Evaluation against hand computation, brute force, and models whose answers are known."""
 
+import copy
 import json
 import math
 
@@ -240,6 +241,18 @@ def test_reads_are_the_brute_force_over_every_token(model):
         assert all(
             a > 10 * b for a, b in zip(result.read_error[layer][2], result.read_error[layer][1], strict=True)
         )
+
+
+def test_states_that_are_not_finite_name_the_layer(model):
+    broken = copy.deepcopy(model)
+    broken.layers[1].mixer.A_log.fill_(float("nan"))
+    windows = torch.zeros(1, 40, dtype=torch.long)
+    with pytest.raises(PruningError, match="layer 1: the state after 32 tokens holds NaN or Inf"):
+        rank(broken, windows)
+    with pytest.raises(PruningError, match="layer 1: reads from the state hold NaN or Inf"):
+        retrieval(broken, windows)
+    with pytest.raises(PruningError, match="window=1 leaves nothing to retrieve"):
+        retrieval(model, windows[:, :1])
 
 
 def test_measuring_reads_does_not_change_the_model(model):

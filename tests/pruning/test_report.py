@@ -6,6 +6,7 @@ import json
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from checkpoints import GATED, write_checkpoint
 from typer.testing import CliRunner
 
 from modeling.checkpoint import REDUCTION
-from pruning.calibration import Origin
 from pruning.cli import app
 from pruning.evaluation import suite
 from pruning.evaluation.speed import decode_speed
@@ -23,7 +23,6 @@ from pruning.report.measured import kept_channels, spectra
 from pruning.report.page import all_figures, missing, page
 from pruning.report.png import BROWSERS, browser, screenshot, write_png
 from pruning.report.trade import budgets, tradeoff
-from pruning.statistics import Statistics
 
 EVIL = "<img src=http://x.example/>&</script>"
 
@@ -249,8 +248,7 @@ def test_spectra_are_the_eigenvalues_of_the_grams():
         return torch.from_numpy((turn * np.array(values)) @ turn.T)[None]
 
     layer = {"q_normalised": gram(1.0, 100.0, 10.0, 0.0), "k_normalised": gram(2.0, 2.0, 2.0, 2.0)}
-    statistics = Statistics("0" * 64, (Origin("t", "0" * 64, 0, 1, 8),), (layer,))
-    by_layer, by_head = spectra("s", statistics, 0)
+    by_layer, by_head = spectra("s", SimpleNamespace(layers=[layer], tokens=8), 0)
     queries, keys = by_layer.figure.data
     assert queries.y == pytest.approx([1.0, 0.1, 0.01, 1e-10], rel=1e-6)
     assert keys.y == pytest.approx([1.0] * 4)
