@@ -34,6 +34,7 @@ SYMBOLS = (
     "bowtie",
 )
 SCALE = "Viridis"
+SHADES = "The first layer is dark, the last one light."
 
 
 @dataclass(frozen=True)

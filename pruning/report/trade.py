@@ -5,7 +5,7 @@ from statistics import fmean
 from typing import Any
 
 from pruning.report.inputs import Cell, Reduction, Table
-from pruning.report.style import Figure, line, place, shades, short, single, subplots
+from pruning.report.style import SHADES, Figure, line, place, shades, short, single, subplots
 
 PER_LAYER = ", per layer"
 """What the rows of budgets per layer have behind the method's name."""
@@ -195,6 +195,6 @@ def _budget(
         f"budget-{number}",
         "Error budget per layer",
         f"{caption} Left: the rise in loss on calibration text when that layer alone keeps so many channels. "
-        "Right: the widths that the budget bought.",
+        f"Right: the widths that the budget bought. {SHADES}",
         figure,
     )
