@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from pruning.evaluation.recall import recall, recall_prompts
 from pruning.evaluation.record import read_evaluation
 from pruning.evaluation.speed import decode_speed
 from pruning.evaluation.states import positions, rank, retrieval, utilisation
+from pruning.evaluation.suite import Settings, evaluate_checkpoints
+from pruning.progress import no_progress
 from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select
 
@@ -317,3 +320,16 @@ def test_evaluations_of_other_formats_are_refused(tmp_path):
     (tmp_path / "e.json").write_text(json.dumps(record))
     with pytest.raises(PruningError, match="is 'evaluation' of format 2; this version reads 'evaluation' of"):
         read_evaluation(tmp_path / "e.json")
+
+
+def test_checkpoints_that_read_the_text_otherwise_are_refused(checkpoint, tmp_path):
+    path = write_checkpoint(tmp_path / "swapped", GATED)
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    settings = Settings(TEXT, tokens=64, window=32)
+    with pytest.raises(PruningError, match="swapped reads the text as other tokens than"):
+        evaluate_checkpoints(
+            [checkpoint, open_checkpoint(path)], settings, lambda *_: nullcontext(no_progress)
+        )
