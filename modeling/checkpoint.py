@@ -98,6 +98,21 @@ class Checkpoint:
             raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
         return tensor
 
+    def dtype_and_shape(self, name: str) -> tuple[str, list[int]]:
+        """A tensor's dtype as safetensors calls it (`BF16`) and its shape, from the file's header alone.
+
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        if name not in self.files:
+            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
+        try:
+            with safe_open(self.files[name], framework="pt") as f:
+                part = f.get_slice(name)
+                return str(part.get_dtype()), list(part.get_shape())
+        except (SafetensorError, OSError) as e:
+            raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
+
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
         """The model, in eval mode. A_log, dt_bias and norm weights are float32 whatever `dtype` is.
 

@@ -1,6 +1,8 @@
 """What the terminal shows: the before => after tree and the evaluation table."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -66,6 +68,79 @@ def tree(checkpoint: Checkpoint) -> Tree:
     return root
 
 
+def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
+    """Add to a checkpoint's `tree` the state of each layer and every tensor; before => after where it is reduced.
+
+    Neighbouring layers that are alike share a line.
+
+    Raises:
+        CheckpointError: the weights can't be read.
+    """
+    after = checkpoint.spec
+    before = after
+    if checkpoint.reduction is not None:
+        before = after.with_d_k(tuple(checkpoint.reduction["source"]["d_k"]))
+    states = root.add("state per request and layer")
+    lines = [
+        [
+            f"d_k {_arrow(str(a.mixer.d_k), str(b.mixer.d_k))}",
+            f"{_arrow(f'{_state_bytes(before, i):,}', f'{_state_bytes(after, i):,}')} bytes",
+        ]
+        for i, (a, b) in enumerate(zip(before.layers, after.layers, strict=True))
+    ]
+    for label, (width_line, bytes_line) in _alike(lines):
+        states.add(f"{label}: {width_line}, {bytes_line}")
+    tensors = root.add("tensors")
+    outside, by_layer = _tensor_lines(checkpoint, before)
+    for line in outside:
+        tensors.add(line)
+    for label, of_layer in _alike(by_layer):
+        branch = tensors.add(label)
+        for line in of_layer:
+            branch.add(line)
+
+
+def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], list[list[str]]]:
+    """A line for every tensor: those outside the layers, and those of each layer."""
+    spec = checkpoint.spec
+    keys = checkpoint.family.key_rows(spec)
+    outside: list[str] = []
+    by_layer: list[list[str]] = [[] for _ in spec.layers]
+    for m in checkpoint.family.tensors(spec):
+        for name in m.theirs:
+            dtype, shape = checkpoint.dtype_and_shape(name)
+            if not m.ours.startswith("layers."):
+                outside.append(escape(f"{name} {dtype} {shape}"))
+                continue
+            layer = int(m.ours.split(".")[1])
+            was = list(shape)
+            if name in keys:
+                sets, heads, d_k = keys[name].shape
+                was[0] += sets * heads * (before.layers[layer].mixer.d_k - d_k)
+            inside = name.split(f".{layer}.", 1)[1]
+            by_layer[layer].append(
+                f"{escape(f'{inside} {dtype}')} {_arrow(escape(str(was)), escape(str(shape)))}"
+            )
+    return outside, by_layer
+
+
+def _alike(lines: Sequence[list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """(which layers, their common lines) for each run of layers with the same lines."""
+    first = 0
+    for of_layers, run in itertools.groupby(lines):
+        last = first + len(list(run)) - 1
+        yield f"layer {first}" if first == last else f"layers {first} to {last}, each", of_layers
+        first = last + 1
+
+
+def _arrow(before: str, after: str) -> str:
+    return after if before == after else f"{before} => [bold]{after}[/]"
+
+
+def _state_bytes(spec: ModelSpec, layer: int) -> int:
+    return replace(spec, layers=spec.layers[layer : layer + 1]).state_bytes()
+
+
 def _heads(spec: ModelSpec) -> str:
     mixer = spec.layers[0].mixer
     return f"{mixer.num_k_heads} key heads, {mixer.num_v_heads} value heads, d_v {mixer.d_v}"
@@ -100,12 +175,20 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     """One row per figure, one column per checkpoint; changes are against the first."""
     first = evaluation.checkpoints[0]
     tokens = "" if first.perplexity is None else f", {first.perplexity.tokens:,} tokens of {evaluation.text}"
-    table = Table("", title=escape(f"{len(evaluation.checkpoints)} checkpoints{tokens}"))
+    title = escape(f"{len(evaluation.checkpoints)} checkpoints{tokens}")
+    measured = any(e.recall or e.rank or e.retrieval or e.speed for e in evaluation.checkpoints)
+    table = Table("", title=title, caption=LEGEND if measured else None)
     for entry in evaluation.checkpoints:
         table.add_column(escape(entry.name), justify="right")
     for label, cells in figures(evaluation):
         table.add_row(escape(label), *(escape(cell) for cell in cells))
     return table
+
+
+LEGEND = (
+    "Changes and speedups are against the first. Recall: right / right among the prompt's values / log-probability. "
+    "Rank: utilisation of the states. Reads: retrieval error / read error. Speeds: medians (quartiles)."
+)
 
 
 def figures(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
@@ -126,27 +209,29 @@ def _cells(entry: Entry, first: Entry) -> dict[str, str]:
             first.perplexity.perplexity, entry.perplexity.perplexity, ".3f", entry is first
         )
     if entry.divergence is not None:
-        cells["KL, nats per token"] = f"{entry.divergence.kl:.4f}"
+        cells["KL, nats/token"] = f"{entry.divergence.kl:.4f}"
         cells["top-1 agreement"] = f"{entry.divergence.top1_agreement:.1%}"
     for recall in entry.recall or []:
-        cells[f"recall of {recall.pairs} pairs: right / among its values / log-prob"] = (
+        cells[f"recall, {recall.pairs} pairs"] = (
             f"{recall.accuracy:.1%} / {recall.accuracy_among_values:.1%} / {recall.log_prob:.2f}"
         )
     if entry.rank is not None:
-        label = f"rank utilisation after {entry.rank.positions[-1]} tokens"
+        label = f"rank, {entry.rank.positions[-1]} tokens"
         cells[label] = f"{mean_of_heads(entry.rank.utilisation, -1):.2%}"
     if entry.retrieval is not None:
         for i, level in enumerate(entry.retrieval.noise):
-            cells[f"query noise {level:g}: retrieval error / read error"] = (
+            cells[f"reads, noise {level:g}"] = (
                 f"{mean_of_heads(entry.retrieval.retrieval_error, i):.3f} / "
                 f"{mean_of_heads(entry.retrieval.read_error, i):.3f}"
             )
     for speed in entry.speed or []:
-        label = f"decode tokens/s, {speed.batch} at once (quartiles)"
-        cells[label] = f"{speed.tokens_per_second:,.0f} ({_range(speed.quartiles, ',.0f')})"
+        cells[f"tokens/s, batch {speed.batch}"] = (
+            f"{speed.tokens_per_second:,.0f} ({_range(speed.quartiles, ',.0f')})"
+        )
         if entry is not first:
-            label = f"speed over the baseline's, {speed.batch} at once (quartiles)"
-            cells[label] = f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
+            cells[f"speedup, batch {speed.batch}"] = (
+                f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
+            )
     return cells
 
 

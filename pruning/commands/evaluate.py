@@ -3,7 +3,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
@@ -75,7 +75,7 @@ def evaluate(
 def _parts(names: list[str]) -> tuple[Part, ...]:
     unknown = sorted(set(names) - {*PARTS, ALL})
     if unknown:
-        raise PruningError(f"part={unknown[0]!r} is unknown; known parts: {', '.join(get_args(Part))}, {ALL}")
+        raise PruningError(f"part={unknown[0]!r} is unknown; known parts: {', '.join(PARTS)}, {ALL}")
     return tuple(part for part in PARTS if part in names or ALL in names)
 
 

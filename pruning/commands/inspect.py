@@ -12,9 +12,12 @@ from pruning.commands.console import out_console
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory or hub id.")],
 ) -> None:
-    """What a checkpoint is, and for a reduced one what it was and how it was made.
+    """What a checkpoint is, layer by layer and tensor by tensor, and how a reduced one was made (before => after).
 
     \b
     lowkey-prune inspect  reduced
     """
-    out_console.print(views.tree(open_checkpoint(checkpoint)))
+    opened = open_checkpoint(checkpoint)
+    root = views.tree(opened)
+    views.add_layers(root, opened)
+    out_console.print(root)

@@ -14,6 +14,7 @@ from modeling.layers import l2_normalise
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule
 from modeling.state import SequenceState
+from pruning.errors import PruningError
 from pruning.progress import Advance, no_progress
 
 FIRST_POSITION = 32
@@ -45,8 +46,8 @@ class Retrieval:
     """`[layer][noise][value head]`: mean sine of the angle between what a noisy key reads and the value it was
     stored with."""
     read_error: PerHead
-    """`[layer][noise][value head]`: RMS of what noise on the model's own queries changes in the reads, over that of
-    the reads."""
+    """`[layer][noise][value head]`: change in a read by noise on the model's own query, over the read (norms), the
+    median over tokens: a read of almost nothing makes the mean anything."""
 
 
 def utilisation(state: Tensor) -> Tensor:
@@ -71,7 +72,11 @@ def positions(window: int) -> list[int]:
 
 @torch.no_grad()
 def rank(model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no_progress) -> Rank:
-    """Rank utilisation along `windows` int64 `[count, length]`."""
+    """Rank utilisation along `windows` int64 `[count, length]`.
+
+    Raises:
+        PruningError: a state is not finite.
+    """
     count, length = windows.shape
     at = positions(length)
     sums = [torch.zeros(len(at), layer.mixer.num_v_heads, dtype=torch.float64) for layer in model.spec.layers]
@@ -80,7 +85,9 @@ def rank(model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no
         for i, piece in enumerate(rows.tensor_split(at[:-1], dim=1)):
             size = piece.shape[1]
             _, state = model(piece.flatten(), range(0, piece.numel() + 1, size), state)
-            for total, recurrent in zip(sums, state.recurrent, strict=True):
+            for layer, (total, recurrent) in enumerate(zip(sums, state.recurrent, strict=True)):
+                if not bool(recurrent.isfinite().all()):
+                    raise PruningError(f"layer {layer}: the state after {at[i]} tokens holds NaN or Inf")
                 total[i] += utilisation(recurrent).sum(0).cpu()
         advance(rows.numel())
     return Rank(count, at, [(total / count).tolist() for total in sums])
@@ -96,7 +103,13 @@ def retrieval(
     batch: int = 4,
     advance: Advance = no_progress,
 ) -> Retrieval:
-    """Errors of noisy reads on `windows` int64 `[count, length]`, length at least 2."""
+    """Errors of noisy reads on `windows` int64 `[count, length]`.
+
+    Raises:
+        PruningError: windows are of one token, which has none before it to read, or a read is not finite.
+    """
+    if windows.shape[1] < 2:
+        raise PruningError(f"window={windows.shape[1]} leaves nothing to retrieve; give at least 2")
     readers = [_Reader(noise, seed, layer) for layer in range(len(model.spec.layers))]
     base = model.backend.rule
     current = 0
@@ -123,11 +136,15 @@ def retrieval(
     for rows in windows.to(model.embeddings.weight.device).split(batch):
         model(rows.flatten(), range(0, rows.numel() + 1, length), rule=rule, tap=tap)
         advance(rows.numel())
+    errors = [(reader.retrieval_error(), reader.read_error()) for reader in readers]
+    for layer, found in enumerate(errors):
+        if not all(bool(values.isfinite().all()) for values in found):
+            raise PruningError(f"layer {layer}: reads from the state hold NaN or Inf")
     return Retrieval(
         windows.numel(),
         list(noise),
-        [reader.retrieval_error().tolist() for reader in readers],
-        [reader.read_error().tolist() for reader in readers],
+        [found[0].tolist() for found in errors],
+        [found[1].tolist() for found in errors],
     )
 
 
@@ -138,8 +155,7 @@ class _Reader:
         self._noise = noise
         self._generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
         self._sines: list[Tensor | float] = [0.0] * len(noise)
-        self._squares: list[Tensor | float] = [0.0] * len(noise)
-        self._clean: Tensor | float = 0.0
+        self._changes: list[list[Tensor]] = [[] for _ in noise]
         self._reads = 0
 
     def __call__(
@@ -157,15 +173,13 @@ class _Reader:
         at, of = _earlier(cu_seqlens, self._generator)
         at, of = at.to(q.device), of.to(q.device)
         queries = torch.zeros_like(k).index_copy(0, at, k[of])
-        self._clean = self._clean + o.double().square().sum((0, 2))
         self._reads += len(at)
         for i, level in enumerate(self._noise):
             read, _ = rule(self._noisy(queries, level), k, v, g, beta, scale=1.0, cu_seqlens=cu_seqlens)
             cosine = F.cosine_similarity(read[at].double(), v[of].double(), dim=-1)
             self._sines[i] = self._sines[i] + (1 - cosine.square()).clamp(min=0).sqrt().sum(0)
-            if level > 0:
-                noisy, _ = rule(self._noisy(q, level), k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
-                self._squares[i] = self._squares[i] + (noisy - o).double().square().sum((0, 2))
+            noisy, _ = rule(self._noisy(q, level), k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
+            self._changes[i].append(((noisy - o).norm(dim=-1) / o.norm(dim=-1).clamp(min=1e-30)).cpu())
         return o, state
 
     def _noisy(self, rows: Tensor, level: float) -> Tensor:
@@ -177,9 +191,7 @@ class _Reader:
         return torch.stack([torch.as_tensor(s) for s in self._sines]).cpu() / self._reads
 
     def read_error(self) -> Tensor:
-        clean = torch.as_tensor(self._clean).cpu()
-        squares = torch.stack([torch.as_tensor(s).cpu().expand_as(clean) for s in self._squares])
-        return (squares / clean.clamp(min=1e-300)).sqrt()
+        return torch.stack([torch.cat(changes).median(0).values for changes in self._changes])
 
 
 def _earlier(cu_seqlens: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:

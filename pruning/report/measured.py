@@ -12,6 +12,7 @@ from pruning.report.inputs import Recovery, Reduction
 from pruning.report.style import (
     COLOURS,
     SCALE,
+    SHADES,
     Figure,
     head_ticks,
     line,
@@ -82,7 +83,7 @@ def spectra(name: str, statistics: Statistics, number: int) -> list[Figure]:
         Figure(
             f"spectra-{number}",
             "Spectra by layer",
-            f"{caption} Geometric mean over the layer's heads.",
+            f"{caption} Geometric mean over the layer's heads. {SHADES}",
             by_layer,
         ),
         Figure(f"spectra-heads-{number}", "Spectra by head", f"{caption} One row a head.", by_head),
@@ -134,8 +135,12 @@ def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
         sum(heads) / len(heads) for _, rank in measured for layer in rank.utilisation for heads in layer
     )
     along.update_yaxes(title="%", range=[0, 105 * highest])
-    at_end.update_xaxes(title="value head", dtick=1, showgrid=False)
-    at_end.update_yaxes(title="layer", autorange="reversed", dtick=1, showgrid=False)
+    layers, heads = (
+        len(measured[0][1].utilisation),
+        max(len(layer[0]) for layer in measured[0][1].utilisation),
+    )
+    at_end.update_xaxes(title="value head", dtick=-(-heads // 16), showgrid=False)
+    at_end.update_yaxes(title="layer", autorange="reversed", dtick=-(-layers // 12), showgrid=False)
     caption = (
         f"{name}: (||S||F^2 / ||S||2^2) / min(d_k, d_v) of the states that real text leaves, decay included; "
         f"mean of {measured[0][1].windows} windows."
@@ -144,7 +149,7 @@ def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
         Figure(
             f"rank-{number}",
             "Rank utilisation along the sequence",
-            f"{caption} Mean over value heads.",
+            f"{caption} Mean over value heads. {SHADES}",
             along,
         ),
         Figure(
@@ -223,7 +228,7 @@ def noise(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
             "Errors of noisy reads",
             f"{name}: mean over layers and heads, {measured[0][1].tokens:,} tokens. Left: sine of the angle between "
             "what a noisy key reads and the value that it was stored with. Right: change in the model's own reads, "
-            "over the reads.",
+            "over the reads, the median over tokens.",
             figure,
         )
     ]
@@ -249,11 +254,11 @@ def kept_channels(reductions: Sequence[tuple[str, Reduction]]) -> list[Figure]:
                 z=np.stack(rows),
                 colorscale=[[0, "rgba(128,128,128,0.15)"], [1, COLOURS[0]]],
                 showscale=False,
-                ygap=1,
+                ygap=1 if len(rows) <= 64 else 0,
                 hovertemplate="channel %{x}<extra></extra>",
             )
         )
-        figure.update_xaxes(title="key channel of the source", showgrid=False)
+        figure.update_xaxes(title="key channel of the source", showgrid=False, zeroline=False)
         figure.update_yaxes(**head_ticks([len(heads) for heads in reduction.kept_channels]))
         figures.append(
             Figure(

@@ -12,7 +12,7 @@ from pruning.evaluation.record import Evaluation
 from pruning.report import measured, trade
 from pruning.report.inputs import Cell, Inputs, Table
 from pruning.report.style import Figure
-from pruning.views import change, figures
+from pruning.views import LEGEND, change, figures
 
 
 def all_figures(inputs: Inputs) -> list[Figure]:
@@ -115,7 +115,7 @@ def _evaluation_summary(name: str, evaluation: Evaluation) -> str:
     scored = evaluation.checkpoints[0].perplexity
     tokens = "" if scored is None else f"{scored.tokens:,} tokens of "
     device = evaluation.environment.get("device_name", "")
-    caption = f"{name}: {tokens}{evaluation.text}, on {device}. Changes are against the first."
+    caption = f"{name}: {tokens}{evaluation.text}, on {device}. {LEGEND}"
     header = ["", *(entry.name for entry in evaluation.checkpoints)]
     rows = [[label, *cells] for label, cells in figures(evaluation)]
     return _html_table("Checkpoints side by side", caption, header, rows)

@@ -34,6 +34,7 @@ SYMBOLS = (
     "bowtie",
 )
 SCALE = "Viridis"
+SHADES = "The first layer is dark, the last one light."
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def head_ticks(heads_by_layer: Sequence[int]) -> dict[str, Any]:
         "ticktext": [f"layer {i}" for i in range(len(starts))][::step],
         "autorange": "reversed",
         "showgrid": False,
+        "zeroline": False,
     }
 
 

@@ -1,11 +1,14 @@
 """Figures from pruning tables: what width costs, by method and layer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from pruning.report.inputs import Cell, Reduction, Table
-from pruning.report.style import Figure, line, place, shades, short, single, subplots
+from pruning.report.style import SHADES, Figure, line, place, shades, short, single, subplots
+
+PER_LAYER = ", per layer"
+"""What the rows of budgets per layer have behind the method's name."""
 
 
 def groups(table: Table) -> dict[str, dict[int, list[Cell]]]:
@@ -40,6 +43,12 @@ def tradeoff(name: str, table: Table, number: int) -> list[Figure]:
             _against_width(rise, "rise in perplexity, %"),
         ),
         Figure(
+            f"methods-{number}",
+            "Methods at each width",
+            f"{around} The same rises, each width on a scale of its own.",
+            _at_each_width(rise),
+        ),
+        Figure(
             f"kl-{number}",
             "KL divergence against width",
             f"{around} KL(dense || reduced) over the full vocabulary, {table.kl_tokens:,} held-out tokens.",
@@ -50,27 +59,14 @@ def tradeoff(name: str, table: Table, number: int) -> list[Figure]:
 
 def _against_width(rows: Mapping[str, Mapping[int, Sequence[float]]], label: str) -> Any:
     figure = single(460)
-    plain = [row for row in rows if ", per layer" not in row]
     for row, columns in rows.items():
-        method = row.removesuffix(", per layer")
-        index = plain.index(method) if method in plain else len(plain)
         means = [fmean(values) for values in columns.values()]
-        # A little beside each other, or the bars of methods that do alike hide one another.
-        beside = 1.012 ** (list(rows).index(row) - len(rows) / 2)
         figure.add_scatter(
-            x=[column * beside for column in columns],
-            customdata=list(columns),
-            hovertemplate="d_k %{customdata}: %{y:.4g}",
+            x=list(columns),
             y=means,
             name=short(row),
-            error_y={
-                "symmetric": False,
-                "array": [max(v) - m for v, m in zip(columns.values(), means, strict=True)],
-                "arrayminus": [m - min(v) for v, m in zip(columns.values(), means, strict=True)],
-                "thickness": 1,
-                "width": 3,
-            },
-            **line(index, dash="solid" if row == method else "dash"),
+            error_y=_spread(columns.values()),
+            **_style(row, list(rows)),
         )
     widths = sorted({column for columns in rows.values() for column in columns})
     lowest = min(value for columns in rows.values() for values in columns.values() for value in values)
@@ -82,6 +78,50 @@ def _against_width(rows: Mapping[str, Mapping[int, Sequence[float]]], label: str
     return figure
 
 
+def _at_each_width(rows: Mapping[str, Mapping[int, Sequence[float]]]) -> Any:
+    widths = sorted({column for columns in rows.values() for column in columns}, reverse=True)
+    titles = [f"d_k {width}: rise, %" for width in widths]
+    figure = subplots(titles, height=140 + 18 * len(rows), shared_yaxes=True, horizontal_spacing=0.05)
+    for i, width in enumerate(widths):
+        for row, columns in rows.items():
+            if width in columns:
+                figure.add_scatter(
+                    x=[fmean(columns[width])],
+                    y=[short(row)],
+                    error_x=_spread([columns[width]]),
+                    showlegend=False,
+                    **_style(row, list(rows)),
+                    **place(i),
+                )
+        drawn = [value for columns in rows.values() for value in columns.get(width, ())]
+        scale = {"type": "log", "dtick": "D2"} if min(drawn) > 0 else {"type": "linear"}
+        figure.update_xaxes(**scale, **place(i))
+    figure.update_yaxes(autorange="reversed")
+    return figure
+
+
+def _style(row: str, rows: Sequence[str]) -> dict[str, Any]:
+    """A method's colour and symbol, hollow and dashed where its budget is spent per layer."""
+    method = row.removesuffix(PER_LAYER)
+    methods = list(dict.fromkeys(r.removesuffix(PER_LAYER) for r in rows))
+    style = line(methods.index(method), dash="solid" if row == method else "dash")
+    if row != method:
+        style["marker"] = {**style["marker"], "symbol": f"{style['marker']['symbol']}-open"}
+    return style
+
+
+def _spread(seeds: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """Bars from the least to the largest value, around the mean."""
+    values = [list(v) for v in seeds]
+    return {
+        "symmetric": False,
+        "array": [max(v) - fmean(v) for v in values],
+        "arrayminus": [fmean(v) - min(v) for v in values],
+        "thickness": 1.5,
+        "width": 4,
+    }
+
+
 def budgets(tables: Sequence[tuple[str, Table]], reductions: Sequence[tuple[str, Reduction]]) -> list[Figure]:
     """Measured error curves per layer, and the widths that were bought with them."""
     figures: list[Figure] = []
@@ -90,7 +130,7 @@ def budgets(tables: Sequence[tuple[str, Table]], reductions: Sequence[tuple[str,
             measured = [curves.loss_rise for curves in table.curves if curves.method == method]
             chosen = {
                 f"budget of d_k {column}": _mean_widths(cells)
-                for column, cells in groups(table).get(f"{method}, per layer", {}).items()
+                for column, cells in groups(table).get(f"{method}{PER_LAYER}", {}).items()
             }
             caption = (
                 f"{name}: {method}, mean of {len(measured)} calibration seed{'s' * (len(measured) > 1)}."
@@ -138,8 +178,8 @@ def _budget(
         figure.add_scatter(
             x=list(bought),
             y=[curve.get(round(n)) for curve, n in zip(curves, bought, strict=True)],
-            name="chosen",
             mode="markers",
+            showlegend=False,
             marker={"color": colours, "size": 11, "symbol": "circle-open", "line": {"width": 2}},
             **place(0),
         )
@@ -155,6 +195,6 @@ def _budget(
         f"budget-{number}",
         "Error budget per layer",
         f"{caption} Left: the rise in loss on calibration text when that layer alone keeps so many channels. "
-        "Right: the widths that the budget bought.",
+        f"Right: the widths that the budget bought. {SHADES}",
         figure,
     )

@@ -148,7 +148,12 @@ def test_the_whole_way(run, dense, text, tmp_path):
     assert "d_k 32 => 8" in output
     assert f"{first['state_bytes']:,} => {second['state_bytes']:,} bytes" in output
     assert "made by drrqr" in output and "384 tokens" in output
-    assert "=>" not in run("inspect", dense)
+    assert "layers 0 to 2, each: d_k 32 => 8, " in output
+    assert "attn.q_proj.weight F32 [64, 64] => [16, 64]" in output
+    assert "attn.v_proj.weight F32 [96, 64]\n" in output
+    assert "model.embeddings.weight F32 [257, 64]" in output
+    dense_output = run("inspect", dense)
+    assert "=>" not in dense_output and "attn.q_proj.weight F32 [64, 64]\n" in dense_output
 
 
 def test_stats_file_is_made_if_it_is_not_there_and_then_reused(run, dense, text, tmp_path):
@@ -209,7 +214,13 @@ def test_per_layer_spends_one_budget_and_says_who_runs_the_result(run, dense, te
     assert (record["budget"]["state_bytes"], record["budget"]["align"]) == (limit, 4)
     assert record["budget"]["measured_on"]["tokens"] == 256
     assert [list(curve) for curve in record["budget"]["loss_rise"]] == [[str(n) for n in range(4, 33, 4)]] * 3
-    assert "stock loaders refuse it" in output and "stock loaders refuse it" in run("inspect", "out")
+    inspected = run("inspect", "out")
+    assert "stock loaders refuse it" in output and "stock loaders refuse it" in inspected
+    for n in set(spec.d_k) - {32}:
+        assert (
+            f"d_k 32 => {n}, " in inspected
+            and f"attn.q_conv1d.weight F32 [64, 1, 4] => [{2 * n}, 1, 4]" in inspected
+        )
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["head_dim"] == list(spec.d_k)
     # The same again from the statistics file that was left, measured on the same text.
@@ -334,7 +345,9 @@ def test_a_record_of_another_format_is_refused(run, tmp_path):
     assert "state_reduction.json has format 2; this version reads 1" in run("inspect", path, code=2)
 
 
-@pytest.mark.parametrize("command", [(), ("calibrate",), ("merge",), ("prune",), ("evaluate",), ("inspect",)])
+@pytest.mark.parametrize(
+    "command", [(), ("calibrate",), ("merge",), ("prune",), ("evaluate",), ("inspect",), ("report",)]
+)
 def test_every_help_has_an_example(run, command):
     output = run(*command, "--help")
     assert re.search(rf"^ lowkey-prune {command[0] if command else 'prune'} +\S", output, re.MULTILINE)

@@ -1,0 +1,368 @@
+"""The report's figures against the numbers that they are drawn from, its HTML, and (slow) a browser that draws it."""
+
+import functools
+import importlib.util
+import json
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import GATED, write_checkpoint
+from typer.testing import CliRunner
+
+from modeling.checkpoint import REDUCTION
+from pruning.cli import app
+from pruning.evaluation import suite
+from pruning.evaluation.speed import decode_speed
+from pruning.report.inputs import read_inputs
+from pruning.report.measured import kept_channels, spectra
+from pruning.report.page import all_figures, missing, page
+from pruning.report.png import BROWSERS, browser, screenshot, write_png
+from pruning.report.trade import budgets, tradeoff
+
+EVIL = "<img src=http://x.example/>&</script>"
+
+
+def run(*args, code=0):
+    result = CliRunner().invoke(app, [str(a) for a in args])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+def table(**changes):
+    cells = [
+        {
+            "row": row,
+            "column": column,
+            "method": row.split(",")[0],
+            "seed": seed,
+            "d_k": [column, column] if "," not in row else [column - 4, column + 4],
+            "state_bytes": 100 * column,
+            "perplexity": 10.0 + rise + seed,
+            "kl": (rise + seed) / 100,
+            "top1_agreement": 0.9,
+        }
+        for row, rise in (("l1", 2.0), (EVIL, 1.0), ("l1, per layer", 0.5))
+        for column in (16, 8)
+        for seed in (0, 1)
+    ]
+    curves = [{"8": 0.2, "16": 0.1, "32": 0.0}, {"8": 0.4, "16": 0.3, "32": 0.0}]
+    return {
+        "kind": "pruning_table",
+        "format": 1,
+        "checkpoint": EVIL,
+        "sha256": "ab" * 32,
+        "device": "cpu",
+        "kl_tokens": 512,
+        "dense": {"d_k": [32, 32], "state_bytes": 3200, "perplexity": 10.0, "tokens": 1024},
+        "reduced": cells,
+        "curves": [
+            {
+                "method": "l1",
+                "seed": seed,
+                "loss_rise": [{n: (1 + seed) * r for n, r in c.items()} for c in curves],
+            }
+            for seed in (0, 1)
+        ],
+        **changes,
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with one input of every kind, made by the commands themselves."""
+    folder = tmp_path_factory.mktemp("made")
+    dense = write_checkpoint(folder / "dense", GATED)
+    text = folder / "text.txt"
+    text.write_text(" ".join(f"{i * i}" for i in range(2000)))
+    small = ("--text", text, "--window-length", 64)
+    run("prune", dense, folder / "reduced", "--method", "drrqr", "--keep", 8, *small)
+    run(
+        "prune",
+        dense,
+        folder / "layered",
+        "--method",
+        "l1",
+        "--keep",
+        16,
+        "--per-layer",
+        "--align",
+        16,
+        *small,
+    )
+    (folder / "layered/recovery.json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "control": False,
+                "curve": [
+                    {"step": 0, "tokens": 0, "train_loss": None, "heldout_loss": 3.0},
+                    {"step": 5, "tokens": 5120, "train_loss": 2.5, "heldout_loss": 2.75},
+                ],
+            }
+        )
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "decode_speed", functools.partial(decode_speed, rounds=2, round_seconds=0.01))
+        run(
+            *("evaluate", dense, folder / "reduced", "--part", "all", "--json", folder / "e.json"),
+            *("--text", text, "--window", 64, "--stride", 32, "--tokens", 512),
+        )
+    (folder / "table.json").write_text(json.dumps(table()))
+    return folder
+
+
+def inputs_of(made):
+    names = ("table.json", "e.json", "reduced.stats.safetensors", "reduced", "layered")
+    return [made / name for name in names]
+
+
+class Page(HTMLParser):
+    """What a page holds and asks for."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.data, self.text, self._in = [], None, "", ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._in = "data" if dict(attributes).get("id") == "data" else tag
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        if self._in == "data":
+            self.data = json.loads(data)
+        elif self._in not in ("script", "style"):
+            self.text += data
+
+
+def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
+    output = run("report", tmp_path / "deep/r.html", *inputs_of(made), "--title", "A <b>title</b>")
+    assert "r.html: 14 figures" in output
+    html = (tmp_path / "deep/r.html").read_text()
+    found = Page(html)
+    for tag, attributes in found.tags:
+        assert tag in {"html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "p", "div"} | {
+            "table", "tr", "th", "td", "br", "ul", "li", "script"
+        }  # fmt: skip
+        assert not {"src", "href"} & set(attributes)
+    policy = next(a["content"] for _, a in found.tags if "http-equiv" in a)
+    assert "default-src 'none'" in policy and "http" not in policy
+    style = html.split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style and "@import" not in style
+    divs = [a["id"] for tag, a in found.tags if tag == "div" and a.get("class") == "figure"]
+    assert divs == [figure["name"] for figure in found.data]
+    assert len(set(divs)) == 14
+    assert "A <b>title</b>" in found.text
+    assert "Not in this report" not in found.text
+    measured = json.loads((made / "e.json").read_text())
+    for entry in measured["checkpoints"]:
+        assert f"{entry['perplexity']['perplexity']:.3f}" in found.text
+        assert entry["sha256"] in found.text
+    assert f"{measured['checkpoints'][1]['divergence']['kl']:.4f}" in found.text
+
+
+def test_names_from_files_stay_text(made, tmp_path):
+    run("report", tmp_path / "r.html", made / "table.json")
+    html = (tmp_path / "r.html").read_text()
+    found = Page(html)
+    assert EVIL in found.text
+    assert "img" not in [tag for tag, _ in found.tags]
+    labels = [trace["name"] for trace in found.data[0]["data"]]
+    assert labels == ["l1", "&lt;img src=http://x.example/&gt;&amp;&lt;/script&gt;", "l1, per layer"]
+
+
+def test_what_is_missing_is_left_out_and_said(made, tmp_path):
+    output = run("report", tmp_path / "r.html", made / "reduced")
+    assert "r.html: 1 figures" in output
+    text = Page((tmp_path / "r.html").read_text()).text
+    assert "Not in this report" in text
+    for what in ("perplexity and KL against width", "error budget", "recall", "spectra", "recovery curves"):
+        assert what in text
+    assert "kept channels (give" not in text
+    inputs = read_inputs(inputs_of(made))
+    assert missing(inputs, all_figures(inputs)) == []
+
+
+def test_methods_are_drawn_as_the_means_and_ranges_of_their_seeds(made):
+    perplexity, methods, kl = tradeoff("t", read_inputs([made / "table.json"]).tables[0][1], 0)
+    l1, _, layered = perplexity.figure.data
+    assert list(l1.x) == [8, 16] and list(l1.y) == pytest.approx([25.0, 25.0])  # 12 and 13 against 10
+    assert list(l1.error_y.array) == pytest.approx([5.0, 5.0])
+    assert list(l1.error_y.arrayminus) == pytest.approx([5.0, 5.0])
+    assert (l1.line.dash, layered.line.dash) == ("solid", "dash")
+    assert l1.line.color == layered.line.color
+    assert list(kl.figure.data[0].y) == pytest.approx([0.025, 0.025])
+    assert [trace.x[0] for trace in methods.figure.data] == pytest.approx([25.0, 15.0, 10.0] * 2)
+
+
+def test_a_reduction_that_costs_nothing_is_drawn_too(made, tmp_path):
+    record = table()
+    record["reduced"][0]["perplexity"] = 9.0
+    (tmp_path / "t.json").write_text(json.dumps(record))
+    perplexity, _, kl = tradeoff("t", read_inputs([tmp_path / "t.json"]).tables[0][1], 0)
+    assert (perplexity.figure.layout.yaxis.type, kl.figure.layout.yaxis.type) == ("linear", "log")
+
+
+def test_budgets_show_the_curves_and_what_they_bought(made):
+    inputs = read_inputs(inputs_of(made))
+    of_table, of_checkpoint = budgets(inputs.tables, inputs.reductions)
+    first, second, *chosen = of_table.figure.data
+    assert list(first.y) == pytest.approx([0.3, 0.15, 0.0]) and second.y[0] == pytest.approx(0.6)
+    assert [(c.name, list(c.y)) for c in chosen] == [
+        ("budget of d_k 8", [4.0, 12.0]),
+        ("budget of d_k 16", [12.0, 20.0]),
+    ]
+    record = json.loads((made / "layered" / REDUCTION).read_text())
+    *curves, marks, widths = of_checkpoint.figure.data
+    assert [list(c.y) for c in curves] == [list(r.values()) for r in record["budget"]["loss_rise"]]
+    assert list(widths.y) == record["d_k"]
+    assert list(marks.y) == [
+        rise[str(n)] for rise, n in zip(record["budget"]["loss_rise"], record["d_k"], strict=True)
+    ]
+
+
+def test_kept_channels_are_those_of_the_record(made):
+    (_, reduction), _ = read_inputs([made / "reduced", made / "layered"]).reductions
+    (figure,) = kept_channels([("reduced", reduction)])
+    z = np.array(figure.figure.data[0].z)
+    assert z.shape == (3 * 2, 32)
+    assert [np.flatnonzero(row).tolist() for row in z] == [
+        kept for layer in reduction.kept_channels for kept in layer
+    ]
+
+
+def test_spectra_are_the_eigenvalues_of_the_grams():
+    generator = np.random.default_rng(0)
+    turn = np.linalg.qr(generator.normal(size=(4, 4)))[0]
+
+    def gram(*values):
+        return torch.from_numpy((turn * np.array(values)) @ turn.T)[None]
+
+    layer = {"q_normalised": gram(1.0, 100.0, 10.0, 0.0), "k_normalised": gram(2.0, 2.0, 2.0, 2.0)}
+    by_layer, by_head = spectra("s", SimpleNamespace(layers=[layer], tokens=8), 0)
+    queries, keys = by_layer.figure.data
+    assert queries.y == pytest.approx([1.0, 0.1, 0.01, 1e-10], rel=1e-6)
+    assert keys.y == pytest.approx([1.0] * 4)
+    assert by_head.figure.data[0].z[0] == pytest.approx([0, -1, -2, -10], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "in.json can't be read for a report"),
+        (
+            "{}",
+            "in.json is neither of evaluate --json nor of benchmarks/pruning_table.py --json: its kind is None",
+        ),
+        (json.dumps(table(format=7)), "in.json has format 7; this version reads 1"),
+        (json.dumps(table(dense={})), "missing required field"),
+        (json.dumps(table(reduced=[{"row": 3}])), "Expected `str`, got `int` - at `$.reduced[0].row`"),
+        ('{"kind": "evaluation"}', "missing required field"),
+    ],
+)
+def test_other_inputs_are_refused_by_name(tmp_path, content, message):
+    (tmp_path / "in.json").write_text(content)
+    assert message in run("report", tmp_path / "r.html", tmp_path / "in.json", code=2).replace("\n", "")
+    assert [p.name for p in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_folders_and_missing_files_are_refused(made, tmp_path):
+    assert "holds neither state_reduction.json nor recovery.json" in run(
+        "report", tmp_path / "r.html", made / "dense", code=2
+    )
+    assert "can't be read" in run("report", tmp_path / "r.html", tmp_path / "no.json", code=2)
+    assert "is not a statistics file" in run(
+        "report", tmp_path / "r.html", tmp_path / "no.safetensors", code=2
+    )
+    (tmp_path / "r.html").write_text("mine")
+    assert "already exists" in run("report", tmp_path / "r.html", made / "table.json", code=2)
+    run("report", tmp_path / "r.html", made / "table.json", "--overwrite")
+
+
+def test_pictures_without_a_browser_are_refused_before_anything_is_written(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "--png needs a Chromium browser" in run(
+        "report", tmp_path / "r.html", made / "table.json", "--png", tmp_path / "p", code=2
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_benchmark_writes_what_the_report_reads(made, tmp_path):
+    file = Path(__file__).parents[2] / "benchmarks/pruning_table.py"
+    spec = importlib.util.spec_from_file_location("pruning_table", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    threads = torch.get_num_threads()
+    try:
+        module.main(
+            str(made / "dense"),
+            widths=[16],
+            seeds=[0],
+            methods=["l1", "random"],
+            per_layer=["l1"],
+            align=16,
+            tokens=1024,
+            kl_tokens=512,
+            json=tmp_path / "table.json",
+        )
+    finally:
+        torch.set_num_threads(threads)
+    ((_, found),) = read_inputs([tmp_path / "table.json"]).tables
+    rows = [(c.row, c.column, c.seed) for c in found.reduced]
+    assert rows == [("l1", 16, 0), ("random", 16, 0), ("l1, per layer", 16, 0)]
+    assert all(c.perplexity > 0 and c.kl > 0 and 0 < c.top1_agreement <= 1 for c in found.reduced)
+    assert [len(c.loss_rise) for c in found.curves] == [3]
+    assert found.kl_tokens == 512 and found.dense.tokens == 1024
+
+
+def has_browser():
+    try:
+        return bool(browser())
+    except Exception:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_browser(), reason=f"none of {', '.join(BROWSERS)} is on PATH")
+@pytest.mark.timeout(600)
+def test_a_browser_draws_every_figure_without_complaint(made, tmp_path):
+    inputs = read_inputs(inputs_of(made))
+    drawn = all_figures(inputs)
+    html = page("Test", inputs, drawn)
+    # What the page measures of itself, once it is drawn.
+    measure = "document.body.dataset.width = document.documentElement.scrollWidth"
+    probe = f"<script>setTimeout(() => {measure}, 5000)</script>"
+    (tmp_path / "r.html").write_text(html.replace("</body>", f"{probe}</body>"))
+    for dark in (False, True):
+        said = screenshot(tmp_path / "r.html", tmp_path / f"{dark}.png", 800, 1200, dark=dark)
+        assert "CONSOLE" not in said, said
+        assert (tmp_path / f"{dark}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "True.png").read_bytes() != (tmp_path / "False.png").read_bytes()
+    dom = subprocess.run(
+        [
+            *(browser(), "--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=10000"),
+            *(f"--user-data-dir={tmp_path / 'profile'}", "--window-size=800,1200", "--dump-dom"),
+            (tmp_path / "r.html").as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+    body = dict(next(a for tag, a in Page(dom).tags if tag == "body"))
+    assert body["data-drawn"] == str(len(drawn))
+    assert int(body["data-width"]) <= 800
+    write_png(drawn[0], tmp_path / "one.png", width=600)
+    header = (tmp_path / "one.png").read_bytes()[16:24]
+    assert (int.from_bytes(header[:4]), int.from_bytes(header[4:])) == (
+        1200,
+        2 * drawn[0].figure.layout.height,
+    )
