@@ -1,5 +1,6 @@
 """Settings of the API process: command line first, then environment (`LOWKEY_...`), then these defaults."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
@@ -45,6 +46,15 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     compare_bytes: int = Field(
         2**30, ge=2**20, description="Most shared memory for the log-probabilities of one /v1/compare."
+    )
+    state_dir: Path | None = Field(
+        None, description="Where saved states are kept; none: /v1/states is off. Replicas may share it."
+    )
+    state_ttl_s: float = Field(
+        86400.0, gt=0, description="A saved state that nobody used for so long is gone."
+    )
+    state_budget_bytes: int = Field(
+        4 * 2**30, ge=2**10, description="Of all saved states; the least recently used go first."
     )
     drain_s: float = Field(30.0, ge=0, description="How long requests may go on after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(

@@ -3,20 +3,31 @@
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tokenizers import Tokenizer
 
+from server.chat_template import (
+    ChatTemplate,
+    TemplateRefusedError,
+    read_tokenizer_config,
+    special_tokens_of,
+    template_of,
+)
 from server.engine.client import EngineClient
 from server.engine.messages import EngineConfig, Ready, one_or_all
 from server.metrics import Metrics
 from server.settings import Settings
+from server.text import TokenTexts
+
+logger = logging.getLogger("lowkey.variants")
 
 
 class Variant:
@@ -30,7 +41,11 @@ class Variant:
         self.admitted = 0
         """Requests that were let in and have not been answered in full."""
         self._tokenizer: Tokenizer | None = None
+        self._token_texts: TokenTexts | None = None
         self.tokenizer_sha256 = ""
+        self.tokenizer_config: dict[str, Any] = {}
+        self.chat_template: ChatTemplate | None = None
+        """None for a model that has none, or a bad one."""
         self.longest_token = 0
         """Characters of the longest entry of the vocabulary: so much text takes at least one token."""
 
@@ -53,18 +68,33 @@ class Variant:
         return self._tokenizer
 
     @property
+    def token_texts(self) -> TokenTexts:
+        if self._token_texts is None:
+            raise RuntimeError(f"variant {self.name!r} has not loaded")
+        return self._token_texts
+
+    @property
     def d_k(self) -> int | list[int]:
         """Key channels per head: one number when all layers agree."""
         return one_or_all(self.info.d_k)
 
     def load_tokenizer(self, checkpoint: Path) -> None:
-        """Read the checkpoint's tokenizer, unless it is the one that is there."""
+        """Read the checkpoint's tokenizer, unless it is the one that is there, and its chat template."""
         data = (checkpoint / "tokenizer.json").read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != self.tokenizer_sha256:
             self._tokenizer = Tokenizer.from_buffer(data)
+            self._token_texts = TokenTexts(self._tokenizer)
             self.tokenizer_sha256 = sha256
             self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
+        self.chat_template = None
+        try:
+            self.tokenizer_config = read_tokenizer_config(checkpoint)
+            source = template_of(self.tokenizer_config)
+            if source is not None:
+                self.chat_template = ChatTemplate(source, special_tokens_of(self.tokenizer_config))
+        except (ValueError, TemplateRefusedError) as e:  # completions need neither
+            logger.warning("%s: no chat: %s", self.name, e)
 
 
 def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:

@@ -12,9 +12,11 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api import compare, completions, errors, health, models
+from server.api import chat, compare, completions, errors, health, models, states, tokenize
+from server.api.answers import ERRORS
 from server.api.errors import APIError
 from server.api.generation import ServerState
+from server.api.saved import SavedStates
 from server.metrics import Metrics
 from server.settings import Settings
 from server.variants import Variants
@@ -25,11 +27,16 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestFrame:
-    """Around every HTTP request: its time of arrival, its id in and out, the limit on its body, the last resort."""
+    """Around every HTTP request: its time of arrival, its id in and out, the limit on its body, the last resort.
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    Args:
+        max_body_bytes: of every path but those in `limits`.
+    """
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, limits: dict[str, int]) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,20 +55,21 @@ class RequestFrame:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        too_large = HTTPException(413, f"the body is over the limit of {self._max_body_bytes} bytes")
+        limit = self._limits.get(scope["path"], self._max_body_bytes)
+        too_large = HTTPException(413, f"the body is over the limit of {limit} bytes")
         received = 0
 
         async def limited_receive() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
+            if received > limit:
                 raise too_large  # FastAPI takes any error of another type for a body that it can't parse
             return message
 
         length = headers.get(b"content-length", b"0")
         try:
-            if length.isdigit() and int(length) > self._max_body_bytes:
+            if length.isdigit() and int(length) > limit:
                 await APIError(413, str(too_large.detail)).response()(scope, receive, tagged_send)
                 return
             await self._app(scope, limited_receive, tagged_send)
@@ -80,7 +88,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         on_fatal: called with a variant's name when its checkpoint can't be loaded at all.
     """
     metrics = Metrics()
-    state = ServerState(settings, Variants(settings, metrics, on_fatal), metrics)
+    state = ServerState(settings, Variants(settings, metrics, on_fatal), metrics, SavedStates(settings))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -95,10 +103,15 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         version=version("lowkey"),
         summary="Serves dense and reduced-state linear-attention models side by side.",
         lifespan=lifespan,
+        responses=ERRORS,
     )
     app.state.lowkey = state
     errors.install(app)
-    for module in (completions, compare, models, health):
+    for module in (completions, chat, tokenize, states, compare, models, health):
         app.include_router(module.router)
-    app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        RequestFrame,
+        max_body_bytes=settings.max_body_bytes,
+        limits={"/v1/states/import": settings.state_budget_bytes + states.IMPORT_ROOM},
+    )
     return app

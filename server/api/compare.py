@@ -100,7 +100,9 @@ async def _compare(
     order = [baseline, *others]
     if state.comparisons % 2 == 0:
         order.reverse()  # whoever goes first finds cold caches
-    prompt_ids = {variant.name: await encode_prompt(state, variant, body) for variant in order}
+    prompt_ids = {
+        variant.name: await encode_prompt(state, variant, body.prompt, body.token_limit) for variant in order
+    }
     generations: dict[str, Generation] = {}
     for variant in order:
         begins = arrived if variant is order[0] or body.parallel else time.monotonic()

@@ -66,7 +66,7 @@ def _one(error: dict[str, Any]) -> str:
         return "the body must be JSON, sent with content-type: application/json"
     where = where or "body"
     message = error["msg"]
-    if error["type"] in ("missing", "json_invalid", "not_supported"):
+    if error["type"] in ("missing", "json_invalid", "refused"):
         return f"{where}: {message}" if error["type"] == "missing" else message
     echo = repr(error.get("input"))
     if len(echo) > MAX_ECHO:
@@ -81,7 +81,8 @@ def from_validation(errors: list[dict[str, Any]]) -> APIError:
         listed.append(f"and {len(errors) - MAX_LISTED} more")
     # Of unreadable JSON the location is an offset into it, which is no field.
     location = [part for part in errors[0]["loc"] if part != "body"]
-    param = location[0] if location and isinstance(location[0], str) else None
+    first = location[0] if location else errors[0].get("ctx", {}).get("field")
+    param = first if isinstance(first, str) else None
     return APIError(400, "; ".join(listed), param=param)
 
 

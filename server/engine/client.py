@@ -25,8 +25,10 @@ from server.engine.messages import (
     Input,
     Occupancy,
     Ready,
+    SaveState,
     Score,
     Scored,
+    StateSaved,
     StepOutput,
     Token,
     encoder,
@@ -82,7 +84,7 @@ class EngineClient:
         self._on_step, self._on_occupancy = on_step, on_occupancy
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
-        self._requests: dict[str, asyncio.Queue[Token | Scored | None]] = {}
+        self._requests: dict[str, asyncio.Queue[Token | Scored | StateSaved | None]] = {}
         self._task: asyncio.Task[None] | None = None
         self._ready_at = math.inf
         """time.monotonic() of the last Ready; infinite until this start's."""
@@ -123,14 +125,26 @@ class EngineClient:
                     return item
         raise EngineUnavailableError(f"variant {self.config.variant!r} went away")
 
-    async def _exchange(self, message: Generate | Score) -> AsyncGenerator[Token | Scored]:
-        queue: asyncio.Queue[Token | Scored | None] = asyncio.Queue()
+    async def save_state(self, message: SaveState) -> None:
+        """Write a state to a file. Raises EngineUnavailableError, or EngineError if the file can't be written."""
+        async with contextlib.aclosing(self._exchange(message)) as items:
+            async for item in items:
+                if isinstance(item, StateSaved):
+                    if item.error is not None:
+                        raise EngineError(item.error)
+                    return
+        raise EngineUnavailableError(f"variant {self.config.variant!r} went away")
+
+    async def _exchange(
+        self, message: Generate | Score | SaveState
+    ) -> AsyncGenerator[Token | Scored | StateSaved]:
+        queue: asyncio.Queue[Token | Scored | StateSaved | None] = asyncio.Queue()
         self._requests[message.request_id] = queue
         finished = False
         try:
             self._send(message)
             while (item := await queue.get()) is not None:
-                finished = isinstance(item, Scored) or item.finish_reason is not None
+                finished = not isinstance(item, Token) or item.finish_reason is not None
                 yield item
                 if finished:
                     return
@@ -240,7 +254,7 @@ class EngineClient:
                     self._on_occupancy(message)
 
     def _deliver(self, output: StepOutput) -> None:
-        items: list[Token | Scored] = [*output.tokens, *output.scored]
+        items: list[Token | Scored | StateSaved] = [*output.tokens, *output.scored, *output.saved]
         for item in items:
             queue = self._requests.get(item.request_id)
             if queue is not None:  # else it was aborted while this was on its way
