@@ -23,6 +23,8 @@ MAX_HEADER_BYTES = 2**20
 ABANDONED_S = 3600.0
 """A half-written file of this age belongs to nobody any more."""
 
+_PARTIAL = re.compile(r"\.{1,2}[0-9a-f]{32}\.part(\.[0-9a-f]{8})?")
+"""Ours, and the name under which an engine writes it."""
 _ID = re.compile(r"state-[0-9a-f]{32}")
 _COUNT = re.compile(r"[1-9][0-9]{0,9}")
 
@@ -186,7 +188,7 @@ class StateStore:
 
     def new_file(self) -> Path:
         """Where to write a state before it is `keep`t."""
-        return self._directory / f"{secrets.token_hex(16)}.part"
+        return self._directory / f".{secrets.token_hex(16)}.part"
 
     def keep(self, written: Path, owner: str) -> SavedState:
         """Take a written file in, and let go what is over the budget. Raises StateFileError."""
@@ -240,8 +242,9 @@ class StateStore:
         for path in self._directory.iterdir():
             with contextlib.suppress(FileNotFoundError):  # another replica may sweep at the same time
                 stat = path.stat()
-                if path.suffix == ".part" and stat.st_mtime + ABANDONED_S < now:
-                    path.unlink()
+                if _PARTIAL.fullmatch(path.name):
+                    if stat.st_mtime + ABANDONED_S < now:
+                        path.unlink()
                 elif path.suffix == ".safetensors" and path.name.startswith("state-"):
                     if stat.st_mtime + self._ttl_s < now and path != keep:
                         path.unlink()

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.engine.client import EngineError, EngineUnavailableError
+from server.engine.client import EngineError, EngineUnavailableError, StateError
 
 MAX_LISTED = 10
 MAX_ECHO = 200
@@ -51,8 +51,12 @@ class APIError(Exception):
 
 
 def from_engine(error: EngineError) -> APIError:
-    """503 where another try may help, 500 where it won't."""
-    return unavailable(str(error)) if isinstance(error, EngineUnavailableError) else APIError(500, str(error))
+    """503 where another try may help, 409 for a saved state that is no good (any more), else 500."""
+    if isinstance(error, EngineUnavailableError):
+        return unavailable(str(error))
+    if isinstance(error, StateError):
+        return APIError(409, f"state_id: {error}", param="state_id")
+    return APIError(500, str(error))
 
 
 def unavailable(message: str) -> APIError:

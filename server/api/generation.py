@@ -65,26 +65,26 @@ def admitted(state: ServerState, variant: Variant, places: int = 1) -> Iterator[
 
 
 def _check_admission(state: ServerState, variant: Variant, places: int) -> None:
-    reason: Rejection
-    room = state.settings.max_requests + state.settings.max_queue
-    if places > room:
-        raise APIError(400, f"n: {places} choices in all are more than this server holds ({room})", param="n")
     if state.draining:
-        reason, message = "draining", "the server is shutting down"
-    elif not variant.client.up:
-        reason, message = (
-            "engine_down",
-            f"variant {variant.name!r} is {'down' if variant.loaded else 'still loading'}",
+        raise _rejected(state, variant, "draining", "the server is shutting down")
+    if not variant.client.up:
+        now = "down" if variant.loaded else "still loading"
+        raise _rejected(state, variant, "engine_down", f"variant {variant.name!r} is {now}")
+    room = variant.info.max_running + state.settings.max_queue
+    if places > room:
+        raise APIError(
+            400,
+            f"n: {places} choices in all are more than variant {variant.name!r} has room for, {room}",
+            param="n",
         )
-    elif variant.admitted + places > room:
-        reason, message = (
-            "queue_full",
-            f"variant {variant.name!r} has {variant.admitted} requests in its queue",
-        )
-    else:
-        return
+    if variant.admitted + places > room:
+        message = f"variant {variant.name!r} has {variant.admitted} requests in its queue"
+        raise _rejected(state, variant, "queue_full", message)
+
+
+def _rejected(state: ServerState, variant: Variant, reason: Rejection, message: str) -> APIError:
     state.metrics.rejected.labels(variant.name, reason).inc()
-    raise unavailable(message)
+    return unavailable(message)
 
 
 async def tokenize(variant: Variant, text: str, *, special: bool = True) -> list[int]:
@@ -309,6 +309,7 @@ class Generation:
             self._first = now
             self.cached_tokens = self._saved_tokens + token.cached_tokens
             self._metrics.prompt_tokens.labels(name).inc(self.prompt_tokens)
+            self._metrics.cached_prompt_tokens.labels(name).inc(token.cached_tokens)
             self._queue_s = token.queue_s
             self._metrics.ttft.labels(name).observe(now - self._arrived)
             if token.queue_s is not None and token.prefill_s is not None:

@@ -1,11 +1,13 @@
 """What the saved states of each variant look like, and the store that they are in."""
 
 import asyncio
+import logging
 import secrets
 from pathlib import Path
 from typing import Any
 
-from server.api.errors import APIError
+from server.api.errors import APIError, unavailable
+from server.engine.client import StateError
 from server.engine.messages import Ready, SaveState
 from server.settings import Settings
 from server.states import (
@@ -17,6 +19,8 @@ from server.states import (
     weights_sha256,
 )
 from server.variants import Variant
+
+logger = logging.getLogger("lowkey.states")
 
 
 class SavedStates:
@@ -70,7 +74,11 @@ class SavedStates:
             path=str(path),
             fingerprint=fingerprint.metadata(variant.name, len(ids)),
         )
-        await variant.client.save_state(message)
+        try:
+            await variant.client.save_state(message)
+        except StateError as e:  # a full disk; the message names the file, which is nobody's business outside
+            logger.error("%s: %s", variant.name, e)
+            raise unavailable("the state could not be written; the server's log has the details") from e
         return await asyncio.to_thread(_header_of, path)
 
     async def _layout(self, variant: Variant) -> dict[str, Any]:

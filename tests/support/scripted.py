@@ -80,6 +80,7 @@ class ScriptedClient:
             weights_bytes=1,
             load_s=0.0,
             slots=4,
+            max_running=4,
         )
         self._on_ready(self.ready)
         self.up = True
