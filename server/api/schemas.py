@@ -15,6 +15,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+MAX_PROMPTS = 1024
+"""Most prompts in one request; the queue of a variant may hold fewer."""
 MAX_CHOICES = 128
 """Most choices for one prompt."""
 MAX_LOGPROBS = 20
@@ -70,9 +72,9 @@ Prompt = Annotated[
 ]
 Prompts = Annotated[
     Annotated[Text, Tag("text")]
-    | Annotated[list[Text], Field(fail_fast=True), Tag("texts")]
+    | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("texts")]
     | Annotated[TokenIds, Tag("ids")]
-    | Annotated[list[TokenIds], Field(fail_fast=True), Tag("id_lists")],
+    | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("id_lists")],
     Discriminator(_prompt_kind),
 ]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
