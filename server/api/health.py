@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import PlainTextResponse, RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.errors import unavailable
@@ -48,7 +48,7 @@ async def get_version() -> dict[str, str]:
     return {"version": version("lowkey")}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text exposition."""
     return Response(server_state(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -1,10 +1,10 @@
 """/tokenize, /detokenize and /tokenizer_info: vLLM's fields, the tokenizer's own answers."""
 
 import pytest
-from checkpoints import byte_tokenizer
+from checkpoints import CHATML, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import CHATML, CONTEXT, scripted_api
+from scripted import CONTEXT, scripted_api
 from tokenizers import Tokenizer, processors
 from tokenizers.models import BPE
 

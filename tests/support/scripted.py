@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from checkpoints import GATED, write_checkpoint
+from checkpoints import CHATML, GATED, write_checkpoint
 from safetensors import safe_open
 from safetensors.numpy import save_file
 from starlette.testclient import TestClient
@@ -20,13 +20,6 @@ from server.settings import Settings
 VOCAB = 257
 CONTEXT = 512
 D_K = {"dense": 32, "reduced": 16}
-
-CHATML = (
-    "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('no role ' + message.role) }}{% endif %}"
-    "<{{ message.role }}>{{ message.content }}{{ eos_token }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 class Script:
