@@ -14,9 +14,9 @@ from typing import IO
 from tokenizers import Tokenizer
 
 from server.engine.client import EngineClient
-from server.engine.messages import EngineConfig, Ready, one_or_all
+from server.engine.messages import EngineConfig, Occupancy, Ready, one_or_all
 from server.metrics import Metrics
-from server.settings import Settings
+from server.settings import Settings, VariantSettings
 
 
 class Variant:
@@ -29,6 +29,8 @@ class Variant:
         self.created = int(time.time())
         self.admitted = 0
         """Requests that were let in and have not been answered in full."""
+        self.waiting = 0
+        """Requests in the engine's queue, as it last said."""
         self._tokenizer: Tokenizer | None = None
         self.tokenizer_sha256 = ""
         self.longest_token = 0
@@ -93,8 +95,8 @@ class Variants:
         self._runtime_dir, self._lock = _make_runtime_dir()
         self._by_name: dict[str, Variant] = {}
         self.on_fatal = on_fatal
-        for name, source in settings.variants.items():
-            self._by_name[name] = self._make(name, source, settings, metrics)
+        for name, own in settings.variants.items():
+            self._by_name[name] = self._make(name, own, settings, metrics)
             metrics.add_variant(name)
 
     @property
@@ -122,12 +124,12 @@ class Variants:
         self._runtime_dir.cleanup()
         self._lock.close()
 
-    def _make(self, name: str, source: str, settings: Settings, metrics: Metrics) -> Variant:
+    def _make(self, name: str, own: VariantSettings, settings: Settings, metrics: Metrics) -> Variant:
         config = EngineConfig(
             variant=name,
-            source=source,
-            device=settings.device,
-            dtype=settings.dtype,
+            source=own.source,
+            device=own.device or settings.device,
+            dtype=own.dtype or settings.dtype,
             max_requests=settings.max_requests,
             prefill_tokens=settings.prefill_tokens,
             threads=settings.threads,
@@ -137,16 +139,20 @@ class Variants:
 
         def on_ready(ready: Ready) -> None:
             variant.load_tokenizer(Path(ready.checkpoint_path))
-            metrics.on_ready(name, source, ready)
+            metrics.on_ready(name, own.source, ready)
+
+        def on_occupancy(occupancy: Occupancy) -> None:
+            variant.waiting = occupancy.waiting
+            metrics.on_occupancy(name, variant.info, occupancy)
 
         client = EngineClient(
             config,
             self.runtime_dir,
             on_ready=on_ready,
             on_step=lambda output: metrics.on_step(name, output),
-            on_occupancy=lambda occupancy: metrics.on_occupancy(name, variant.info, occupancy),
+            on_occupancy=on_occupancy,
             on_down=lambda: metrics.on_down(name, client.ready),
             on_fatal=lambda: self.on_fatal(name),
         )
-        variant = Variant(name, source, client)
+        variant = Variant(name, own.source, client)
         return variant

@@ -1,15 +1,13 @@
 """POST /v1/completions."""
 
 import contextlib
-import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import JSONResponse, Response
 
 from server.api.errors import from_engine
 from server.api.generation import (
@@ -18,43 +16,21 @@ from server.api.generation import (
     encode_prompt,
     find_variant,
     server_state,
+    sticky_identity,
     unless_disconnected,
 )
 from server.api.schemas import CompletionRequest, StreamOptions
+from server.api.streaming import DONE, EventStream, sse
 from server.engine.client import EngineError
 
 router = APIRouter()
-
-
-def sse(data: dict[str, Any] | str) -> str:
-    """One server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data, separators=(',', ':'))}\n\n"
-
-
-DONE = sse("[DONE]")
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; calls `on_end` once nothing more is sent, however that came about."""
-
-    def __init__(self, events: AsyncGenerator[str], *, on_end: Callable[[], None]) -> None:
-        # Proxies must pass tokens on at once.
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._on_end()
 
 
 @router.post("/v1/completions")
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Complete a prompt, streaming or not."""
     state = server_state(request)
-    variant = find_variant(state, body.model, "model")
+    variant = find_variant(state, body.model, "model", sticky_identity(request, body.user))
     with contextlib.ExitStack() as stack:
         stack.enter_context(admitted(state, variant))
         prompt_ids = await encode_prompt(state, variant, body)

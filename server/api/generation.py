@@ -4,17 +4,19 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 
+from server.api.auth import client_of
 from server.api.errors import APIError, unavailable
 from server.api.schemas import SamplingFields
 from server.engine.client import EngineError
 from server.engine.messages import Generate, Sampling, Token
 from server.metrics import Metrics, Rejection
+from server.routing import Routing
 from server.settings import Settings
 from server.text import Detokenizer, StopMatcher
 from server.variants import Variant, Variants
@@ -29,6 +31,9 @@ class ServerState:
     settings: Settings
     variants: Variants
     metrics: Metrics
+    routing: Routing
+    on_finish: list[Callable[["Generation"], None]] = field(default_factory=list)
+    """Told of every generation that has ended, well or not."""
     draining: bool = False
     scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One comparison at a time may hold `compare_bytes` of shared memory."""
@@ -41,13 +46,40 @@ def server_state(request: Request) -> ServerState:
     return state
 
 
-def find_variant(state: ServerState, name: str, param: str) -> Variant:
-    """The variant of that name. 404 if there is none."""
+def named_variant(state: ServerState, name: str, param: str) -> Variant:
+    """The variant of that very name. 404 if there is none."""
     variant = state.variants.get(name)
     if variant is None:
         known = ", ".join(state.variants.names)
-        raise APIError(404, f"{param}: no model {name[:200]!r}; there are: {known}", param=param)
+        raise APIError(404, f"{param}: no variant {name[:200]!r}; there are: {known}", param=param)
     return variant
+
+
+def find_variant(state: ServerState, name: str, param: str, identity: str | None = None) -> Variant:
+    """The variant of that name, or the one that the alias of that name sends a client of that identity
+    (`sticky_identity`) to. 404 if there is neither."""
+    if name in state.routing.aliases:
+        name = state.routing.choose(name, identity)
+    elif state.variants.get(name) is None:
+        known = ", ".join([*state.variants.names, *state.routing.aliases])
+        raise APIError(404, f"{param}: no model {name[:200]!r}; there are: {known}", param=param)
+    return named_variant(state, name, param)
+
+
+def sticky_identity(request: Request, user: str | None) -> str | None:
+    """What keeps this client on one variant of an alias: the first thing of `sticky.by` that the request has."""
+    sticky = server_state(request).routing.sticky
+    for kind in sticky.by:
+        match kind:
+            case "api_key":
+                value = client_of(request).name
+            case "user":
+                value = user or ""
+            case "header":
+                value = request.headers.get(sticky.header, "")
+        if value:
+            return f"{kind}:{value}"
+    return None
 
 
 @contextlib.contextmanager
@@ -135,8 +167,11 @@ class Generation:
         self.text = ""
         self.finish_reason: Literal["stop", "length", "abort", "error"] | None = None
         self.variant = variant
+        self.endpoint = endpoint
+        self.gaps_s: list[float] = []
+        """Between the tokens."""
         self._metrics = state.metrics
-        self._endpoint = endpoint
+        self._on_finish = state.on_finish
         self._arrived = arrived
         self._first: float | None = None
         self._last: float | None = None
@@ -202,6 +237,7 @@ class Generation:
                 self._metrics.queue.labels(self.variant.name).observe(token.queue_s)
                 self._metrics.prefill.labels(self.variant.name).observe(token.prefill_s)
         else:
+            self.gaps_s.append(now - self._last)
             self._metrics.itl.labels(self.variant.name).observe(now - self._last)
         self._last = now
         self._metrics.generation_tokens.labels(self.variant.name).inc()
@@ -220,7 +256,7 @@ class Generation:
 
     def _record(self) -> None:
         name, metrics = self.variant.name, self._metrics
-        metrics.requests.labels(name, self._endpoint, self.finish_reason).inc()
+        metrics.requests.labels(name, self.endpoint, self.finish_reason).inc()
         metrics.request_seconds.labels(name).observe(time.monotonic() - self._arrived)
         if self._first is not None and self._last is not None:
             metrics.request_state_bytes.labels(name).observe(self.variant.info.state_bytes_per_request)
@@ -228,6 +264,13 @@ class Generation:
         speed = self.tokens_per_second
         if speed is not None:
             metrics.request_tokens_per_second.labels(name).observe(speed)
+        for tell in self._on_finish:
+            tell(self)
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the arrival to the first token; None before that."""
+        return None if self._first is None else self._first - self._arrived
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -255,7 +298,7 @@ class Generation:
             "state_dtype": info.state_dtype,
             "d_k": self.variant.d_k,
             "queue_s": self._queue_s,
-            "ttft_s": None if self._first is None else self._first - self._arrived,
+            "ttft_s": self.ttft_s,
             "decode_s": None if self._first is None or self._last is None else self._last - self._first,
             "tokens_per_second": self.tokens_per_second,
             "cached_tokens": 0,

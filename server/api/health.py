@@ -7,7 +7,7 @@ from fastapi.responses import RedirectResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.errors import unavailable
-from server.api.generation import find_variant, server_state
+from server.api.generation import named_variant, server_state
 
 router = APIRouter()
 
@@ -32,7 +32,7 @@ async def ready(request: Request, variant: str | None = None) -> dict[str, str]:
     if state.draining:
         raise unavailable("the server is shutting down")
     if variant is not None:
-        if not find_variant(state, variant, "variant").client.up:
+        if not named_variant(state, variant, "variant").client.up:
             raise unavailable(f"variant {variant!r} is not up")
         return {"status": "ready"}
     loading = [v.name for v in state.variants if not v.loaded]

@@ -15,6 +15,7 @@ from server.api.errors import APIError
 from server.api.generation import encode_prompt
 from server.api.schemas import CompareRequest, CompletionRequest
 from server.metrics import Metrics
+from server.routing import Routing
 from server.settings import Settings
 
 
@@ -40,6 +41,7 @@ def state(*variants, **settings):
         metrics=Metrics(),
         draining=False,
         variants=SimpleNamespace(get=by_name.get, names=list(by_name)),
+        routing=Routing(Settings()),
     )
 
 
