@@ -65,7 +65,7 @@ class Sticky(_Table):
         "anew. Empty: every request is.",
     )
     header: str = Field(
-        "x-lowkey-user", pattern=r"^[a-z0-9-]+$", description="The header that `header` means."
+        default="x-lowkey-user", pattern=r"^[a-z0-9-]+$", description="The header that `header` means."
     )
     seed: int = Field(default=0, description="Of the hash; another one deals all clients anew.")
 
@@ -144,9 +144,7 @@ class Settings(BaseSettings):
         default_factory=dict,
         description="Alias -> variant -> weight: a name that clients ask for and that is split over variants.",
     )
-    sticky: Sticky = Field(
-        default_factory=Sticky, description="What keeps a client on one variant of an alias."
-    )
+    sticky: Sticky = Field(Sticky(), description="What keeps a client on one variant of an alias.")
     shadow: list[ShadowRule] = Field(
         default_factory=list, description="Requests that are repeated on another variant, for metrics only."
     )

@@ -7,11 +7,13 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import compare, completions, errors, health, models
+from server.ab import ABWindow
+from server.api import ab, compare, completions, errors, health, models
 from server.api.auth import Clients
 from server.api.context import current
 from server.api.generation import Generation, ServerState
 from server.api.middleware import Guard, Limits, RequestFrame
+from server.api.shadow import Shadow
 from server.metrics import Metrics
 from server.routing import Routing
 from server.settings import Settings
@@ -25,8 +27,14 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         on_fatal: called with a variant's name when its checkpoint can't be loaded at all.
     """
     metrics = Metrics()
-    state = ServerState(settings, Variants(settings, metrics, on_fatal), metrics, Routing(settings))
-    state.on_finish.append(lambda generation: _account(generation, settings))
+    variants = Variants(settings, metrics, on_fatal)
+    state = ServerState(settings, variants, metrics, Routing(settings), ABWindow(settings.ab_samples))
+    shadow = Shadow(state)
+    state.on_finish += [
+        lambda generation: _account(generation, settings),
+        lambda generation: ab.record(generation, state.ab),
+        shadow.offer,
+    ]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -34,6 +42,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         try:
             yield
         finally:
+            await shadow.close()
             await state.variants.close()
 
     app = FastAPI(
@@ -44,7 +53,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
     )
     app.state.lowkey = state
     errors.install(app)
-    for module in (completions, compare, models, health):
+    for module in (completions, compare, ab, models, health):
         app.include_router(module.router)
     _add_middleware(app, state)
     return app

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from fastapi import Request
 
+from server.ab import ABWindow, Pair, Source
 from server.api.auth import client_of
 from server.api.errors import APIError, unavailable
 from server.api.schemas import SamplingFields
@@ -32,6 +33,7 @@ class ServerState:
     variants: Variants
     metrics: Metrics
     routing: Routing
+    ab: ABWindow
     on_finish: list[Callable[["Generation"], None]] = field(default_factory=list)
     """Told of every generation that has ended, well or not."""
     draining: bool = False
@@ -39,6 +41,12 @@ class ServerState:
     """One comparison at a time may hold `compare_bytes` of shared memory."""
     comparisons: int = 0
     """How many /v1/compare have run: the order of the variants alternates."""
+
+    def observe_pair(self, variant: str, baseline: str, source: Source, pair: Pair) -> None:
+        """A variant was measured against a baseline on one prompt."""
+        self.metrics.compare_kl.labels(variant, baseline, source).observe(pair.kl)
+        self.metrics.compare_agreement.labels(variant, baseline, source).observe(pair.top1_agreement)
+        self.ab.add_pair(variant, baseline, source, pair)
 
 
 def server_state(request: Request) -> ServerState:
@@ -266,6 +274,11 @@ class Generation:
             metrics.request_tokens_per_second.labels(name).observe(speed)
         for tell in self._on_finish:
             tell(self)
+
+    @property
+    def from_state(self) -> bool:
+        """Whether it goes on from a saved state."""
+        return self._message.state_path is not None
 
     @property
     def ttft_s(self) -> float | None:
