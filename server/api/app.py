@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from server.ab import ABWindow
-from server.api import ab, compare, completions, errors, health, models
+from server.api import ab, compare, completions, errors, health, models, ui
 from server.api.auth import Clients
 from server.api.context import current
 from server.api.generation import Generation, ServerState
@@ -50,10 +50,12 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         version=version("lowkey"),
         summary="Serves dense and reduced-state linear-attention models side by side.",
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.lowkey = state
     errors.install(app)
-    for module in (completions, compare, ab, models, health):
+    for module in (completions, compare, ab, models, health, ui):
         app.include_router(module.router)
     _add_middleware(app, state)
     return app

@@ -3,19 +3,13 @@
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.errors import unavailable
 from server.api.generation import named_variant, server_state
 
 router = APIRouter()
-
-
-@router.get("/", include_in_schema=False)
-async def root() -> RedirectResponse:
-    """A browser is most likely looking for the documentation."""
-    return RedirectResponse("/docs")
 
 
 @router.get("/health")

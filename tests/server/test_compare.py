@@ -233,4 +233,4 @@ def test_probes(server):
     assert server.http.get("/version").json()["version"]
     paths = server.http.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/compare", "/v1/models", "/metrics", "/ready"} <= set(paths)
-    assert server.http.get("/docs").status_code == 200
+    assert server.http.get("/docs", follow_redirects=True).json()["info"]["title"] == "Lowkey"
