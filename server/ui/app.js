@@ -182,20 +182,25 @@ function redraw() {
 
 function draw() {
   const [base, ...others] = cards;
+  const apart = divergenceOf(base.text, others.map((card) => card.text));
+  for (const card of cards) card.showText(card === base ? apart : divergenceOf(base.text, [card.text]));
+  drawCharts();
+}
+
+function drawCharts() {
   const last = cards.map((card) => card.points.at(-1) ?? [0, 0]);
   const scale = {
     seconds: Math.max(...last.map(([s]) => s)),
     tokens: Math.max(...last.map(([, t]) => t)),
+    ttft: Math.max(...cards.map((card) => card.ttftS ?? 0)),
     bytes: Math.max(...cards.map((card) => card.stateBytes ?? 0)),
-    divergence: divergenceOf(base.text, others.map((card) => card.text)),
   };
-  for (const card of cards) card.draw(base, scale);
+  for (const card of cards) card.draw(scale);
 }
 
 function settle(answer) {
   cancelAnimationFrame(frame);
   frame = 0;
-  draw();
   const [base, ...others] = answer.results;
   const parts = others.map((result) => result.against_baseline.first_divergence).filter((at) => at != null);
   const first = parts.length ? Math.min(...parts) : null;
@@ -203,6 +208,7 @@ function settle(answer) {
     const at = i ? result.against_baseline.first_divergence : first;
     cards[i].finish(result, base, offsetOf(result.tokens, at, result.text));
   });
+  drawCharts();
   $("verdict").replaceChildren(...verdict(answer));
   $("verdict").hidden = false;
 }
@@ -217,7 +223,6 @@ function remember(answer, prompt) {
     deal(answer.results.map((result) => result.variant));
     answer.results.forEach((result, i) => {
       cards[i].points = points[i];
-      cards[i].stateBytes = result.lowkey.state_bytes;
     });
     settle(answer);
     say("A run from the history.");
@@ -237,7 +242,8 @@ $("key-button").addEventListener("click", async () => {
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
-$("prompt").value = "def fibonacci(n):\n";
+$("prompt").value = "import os\n\ndef find(path, name):\n";
+addEventListener("resize", () => cards.length && drawCharts());
 refresh(true);
 setInterval(() => {
   if (!running && !document.hidden && !$("key-dialog").open) refresh(false);

@@ -11,27 +11,28 @@ export function svg(name, attributes = {}, children = []) {
 
 // Tokens over time. `points` are [seconds, tokens]; all cards share `maxSeconds` and `maxTokens`.
 export function drawProgress(node, points, maxSeconds, maxTokens) {
-  const [w, h] = [240, 44];
-  const x = (s) => ((s / Math.max(maxSeconds, 1e-9)) * (w - 8) + 2).toFixed(1);
-  const y = (t) => (h - 3 - (t / Math.max(maxTokens, 1)) * (h - 8)).toFixed(1);
+  const w = node.clientWidth || 160;
+  const h = 34;
+  const x = (s) => ((s / Math.max(maxSeconds, 1e-9)) * (w - 6) + 1).toFixed(1);
+  const y = (t) => (h - 2 - (t / Math.max(maxTokens, 1)) * (h - 7)).toFixed(1);
   const line = [[0, 0], ...points].map(([s, t]) => `${x(s)},${y(t)}`).join(" ");
   const [lastS, lastT] = points.at(-1) ?? [0, 0];
   node.setAttribute("viewBox", `0 0 ${w} ${h}`);
   node.replaceChildren(
-    svg("line", { x1: 2, x2: w - 2, y1: h - 3, y2: h - 3, class: "axis" }),
-    svg("polygon", { points: `${x(0)},${h - 3} ${line} ${x(lastS)},${h - 3}`, class: "area" }),
+    svg("line", { x1: 1, x2: w - 1, y1: h - 2, y2: h - 2, class: "axis" }),
+    svg("polygon", { points: `${x(0)},${h - 2} ${line} ${x(lastS)},${h - 2}`, class: "area" }),
     svg("polyline", { points: line, class: "line" }),
     svg("circle", { cx: x(lastS), cy: y(lastT), r: 2.6, class: "dot" }),
   );
 }
 
-// One bar: how much of the largest variant's state this one holds.
-export function drawState(node, value, largest) {
-  const share = largest ? value / largest : 0;
-  node.setAttribute("viewBox", "0 0 240 10");
+// A bar: how much of the largest card's value this one has.
+export function drawBar(node, value, largest) {
+  const w = node.clientWidth || 160;
+  node.setAttribute("viewBox", `0 0 ${w} 8`);
   node.replaceChildren(
-    svg("rect", { x: 0, y: 1, width: 240, height: 8, rx: 4, class: "track" }),
-    svg("rect", { x: 0, y: 1, width: (240 * share).toFixed(1), height: 8, rx: 4, class: "bar" }),
+    svg("rect", { x: 0, y: 1, width: w, height: 6, rx: 3, class: "track" }),
+    svg("rect", { x: 0, y: 1, width: (largest ? (w * value) / largest : 0).toFixed(1), height: 6, rx: 3, class: "bar" }),
   );
 }
 

@@ -1,6 +1,6 @@
 // What is on the page: the cards of a run, its figures, and the history. No requests here.
 
-import { drawHeat, drawProgress, drawState, HEAT_EDGES, moveCursor, svg } from "./charts.js";
+import { drawBar, drawHeat, drawProgress, HEAT_EDGES, moveCursor, svg } from "./charts.js";
 import * as format from "./format.js";
 
 export function el(name, attributes = {}, ...children) {
@@ -21,9 +21,9 @@ function divergence(a, b) {
   return -1;
 }
 
-function figure(label, unit = "") {
+function figure(label, unit, chart) {
   const value = el("span", { class: "value" }, "–");
-  const node = el("div", { class: "figure" }, el("span", { class: "label" }, label), value, el("span", { class: "unit" }, unit));
+  const node = el("div", { class: "figure" }, el("span", { class: "label" }, label), value, el("span", { class: "unit" }, unit), chart);
   return { node, set: (text) => { value.textContent = text; } };
 }
 
@@ -36,11 +36,14 @@ export class Card {
     this.stateBytes = null;
     this.ended = false;
     this.started = null;
-    this.speed = figure("Speed", "tokens/s");
-    this.ttft = figure("First token");
-    this.state = figure("State");
-    this.progress = svg("svg", { class: "progress", role: "img", "aria-label": `Tokens over time of ${variant}` });
-    this.memory = svg("svg", { class: "memory", role: "img", "aria-label": `State memory of ${variant}` });
+    this.ttftS = null;
+    const chart = (kind, what) => svg("svg", { class: kind, role: "img", "aria-label": `${what} of ${variant}` });
+    this.progress = chart("progress", "Tokens over time");
+    this.wait = chart("bar-chart", "Time to the first token");
+    this.memory = chart("bar-chart", "State memory");
+    this.speed = figure("Speed", "tokens/s", this.progress);
+    this.ttft = figure("First token", "", this.wait);
+    this.state = figure("State", "", this.memory);
     this.note = el("span", { class: "note" }, "waiting");
     this.body = el("div", { class: "text", tabindex: "0", role: "region", "aria-label": `Answer of ${variant}` });
     this.below = el("div", { class: "below" });
@@ -55,8 +58,6 @@ export class Card {
         this.note,
       ),
       el("div", { class: "figures" }, this.speed.node, this.ttft.node, this.state.node),
-      this.progress,
-      this.memory,
       this.body,
       this.below,
     );
@@ -66,7 +67,6 @@ export class Card {
     this.started ??= now;
     if (event.object === "compare.chunk") this.text += event.text;
     this.points.push([(event.lowkey.ttft_s ?? 0) + (event.lowkey.decode_s ?? 0), event.usage.completion_tokens]);
-    this.stateBytes = event.lowkey.state_bytes;
     this.ended = event.object === "compare.end";
     this.note.textContent = this.ended ? ending(event) : `${event.usage.completion_tokens} tokens`;
     this.figures(event.lowkey);
@@ -82,19 +82,21 @@ export class Card {
   }
 
   figures(lowkey) {
+    this.ttftS = lowkey.ttft_s;
+    this.stateBytes = lowkey.state_bytes;
     this.speed.set(format.speed(lowkey.tokens_per_second));
     this.ttft.set(format.seconds(lowkey.ttft_s));
     this.state.set(format.bytes(lowkey.state_bytes));
   }
 
-  // Draw text and charts against the other cards.
-  draw(base, scale) {
+  // Charts on the scale that all cards share.
+  draw(scale) {
     drawProgress(this.progress, this.points, scale.seconds, scale.tokens);
-    drawState(this.memory, this.stateBytes ?? 0, scale.bytes);
-    const at = base === this ? scale.divergence : divergence(base.text, this.text);
-    this.showText(at);
+    drawBar(this.wait, this.ttftS ?? 0, scale.ttft);
+    drawBar(this.memory, this.stateBytes ?? 0, scale.bytes);
   }
 
+  // The text, marked from the character on at which it leaves the baseline's; -1: it doesn't.
   showText(at) {
     const stick = this.body.scrollHeight - this.body.scrollTop - this.body.clientHeight < 24;
     if (at < 0) this.body.replaceChildren(this.text);
@@ -119,8 +121,10 @@ export class Card {
     this.note.textContent = ending(result);
     this.figures(result.lowkey);
     this.showText(at);
+    const split = this.body.querySelector(".split");
+    this.body.scrollTop = split ? split.offsetTop - this.body.clientHeight / 2 : 0;
     const difference = result.against_baseline;
-    this.below.replaceChildren(...(difference ? heatStrip(result.variant, base, difference) : []));
+    this.below.replaceChildren(...(difference ? heatStrip(result.variant, base, difference, this.body.clientWidth) : []));
   }
 }
 
@@ -139,9 +143,9 @@ export function offsetOf(tokens, index, text) {
   return index == null ? -1 : Math.min(tokens.slice(0, index).join("").length, text.length);
 }
 
-function heatStrip(variant, base, difference) {
+function heatStrip(variant, base, difference, pixels) {
   const count = difference.kl.length;
-  const columns = Math.min(count, 48);
+  const columns = Math.max(1, Math.floor(pixels / 9));
   const strip = svg("svg", {
     class: "heat",
     tabindex: "0",
