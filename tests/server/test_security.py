@@ -160,12 +160,16 @@ def test_too_many_tokens_are_paid_off_by_waiting(guarded):
 
 
 def test_one_line_for_each_request_without_keys_or_text(guarded):
-    before = len(request_lines(guarded))
-    answer = post(guarded, "bob", headers={"x-request-id": "mine-1"}).json()
-    refused = post(guarded, "bob", model="nobody's")
-    guarded.http.get("/nothing/%0aforged")
-    poll(lambda: len(request_lines(guarded)) >= before + 3, "three lines")
-    served, unknown, odd = request_lines(guarded)[before:]
+    ids = ["mine-1", "mine-2", "mine-3"]
+    answer = post(guarded, "bob", headers={"x-request-id": ids[0]}).json()
+    refused = post(guarded, "bob", model="nobody's", headers={"x-request-id": ids[1]})
+    guarded.http.get("/nothing/%0aforged", headers={"x-request-id": ids[2]})
+
+    def lines():
+        found = [line for line in request_lines(guarded) if line["id"] in ids]
+        return found if len(found) >= 3 else None
+
+    served, unknown, odd = poll(lines, "three lines")
     assert served["id"] == "mine-1" and served["status"] == 200 and served["level"] == "info"
     assert (
         served["message"] == "POST /v1/completions"
