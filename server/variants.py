@@ -22,9 +22,9 @@ from server.chat_template import (
     template_of,
 )
 from server.engine.client import EngineClient
-from server.engine.messages import EngineConfig, Ready, one_or_all
+from server.engine.messages import EngineConfig, Occupancy, Ready, one_or_all
 from server.metrics import Metrics
-from server.settings import Settings
+from server.settings import Settings, VariantSettings
 from server.text import TokenTexts
 
 logger = logging.getLogger("lowkey.variants")
@@ -40,6 +40,8 @@ class Variant:
         self.created = int(time.time())
         self.admitted = 0
         """Requests that were let in and have not been answered in full."""
+        self.waiting = 0
+        """Requests in the engine's queue, as it last said."""
         self._tokenizer: Tokenizer | None = None
         self._token_texts: TokenTexts | None = None
         self.tokenizer_sha256 = ""
@@ -123,8 +125,8 @@ class Variants:
         self._runtime_dir, self._lock = _make_runtime_dir()
         self._by_name: dict[str, Variant] = {}
         self.on_fatal = on_fatal
-        for name, source in settings.variants.items():
-            self._by_name[name] = self._make(name, source, settings, metrics)
+        for name, own in settings.variants.items():
+            self._by_name[name] = self._make(name, own, settings, metrics)
             metrics.add_variant(name)
 
     @property
@@ -152,12 +154,12 @@ class Variants:
         self._runtime_dir.cleanup()
         self._lock.close()
 
-    def _make(self, name: str, source: str, settings: Settings, metrics: Metrics) -> Variant:
+    def _make(self, name: str, own: VariantSettings, settings: Settings, metrics: Metrics) -> Variant:
         config = EngineConfig(
             variant=name,
-            source=source,
-            device=settings.device,
-            dtype=settings.dtype,
+            source=own.source,
+            device=own.device or settings.device,
+            dtype=own.dtype or settings.dtype,
             max_requests=settings.max_requests,
             state_memory=settings.state_memory,
             state_dtype=settings.state_dtype,
@@ -171,7 +173,11 @@ class Variants:
 
         def on_ready(ready: Ready) -> None:
             variant.load_tokenizer(Path(ready.checkpoint_path))
-            metrics.on_ready(name, source, ready)
+            metrics.on_ready(name, own.source, ready)
+
+        def on_occupancy(occupancy: Occupancy) -> None:
+            variant.waiting = occupancy.waiting
+            metrics.on_occupancy(name, variant.info, occupancy)
 
         client = EngineClient(
             config,
@@ -179,9 +185,9 @@ class Variants:
             hang_s=settings.hang_s,
             on_ready=on_ready,
             on_step=lambda output: metrics.on_step(name, output),
-            on_occupancy=lambda occupancy: metrics.on_occupancy(name, variant.info, occupancy),
+            on_occupancy=on_occupancy,
             on_down=lambda: metrics.on_down(name, client.ready),
             on_fatal=lambda: self.on_fatal(name),
         )
-        variant = Variant(name, source, client)
+        variant = Variant(name, own.source, client)
         return variant

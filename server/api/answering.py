@@ -9,8 +9,8 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.choices import Choices, Chunk
 from server.api.errors import from_engine
-from server.api.generation import unless_disconnected
 from server.api.schemas import ChoiceFields, StreamOptions
+from server.api.serving import unless_disconnected
 from server.api.streaming import DONE, EventStream, sse
 from server.engine.client import EngineError
 

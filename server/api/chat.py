@@ -12,11 +12,12 @@ from fastapi.responses import Response
 from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, ChatCompletion
-from server.api.caller import priority_of
+from server.api.auth import capped_priority
 from server.api.choices import Choices, Chunk
 from server.api.errors import APIError
-from server.api.generation import admitted, encode_prompt, find_variant, server_state
+from server.api.prompts import encode_prompt
 from server.api.schemas import ChatRequest, Message
+from server.api.serving import admitted, find_variant, server_state, sticky_identity
 from server.chat_template import TemplateRefusedError
 from server.variants import Variant
 
@@ -52,7 +53,7 @@ def _plain(message: Message) -> dict[str, Any]:
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation, streaming or not."""
     state = server_state(request)
-    variant = find_variant(state, body.model, "model")
+    variant = find_variant(state, body.model, "model", sticky_identity(request, body.user))
     with ExitStack() as stack:
         stack.enter_context(admitted(state, variant, body.choices_each))
         text = await conversation(variant, body.messages)
@@ -67,7 +68,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             [ids],
             endpoint="chat",
             arrived=request.scope["lowkey.arrived"],
-            priority=priority_of(request, body.priority),
+            priority=capped_priority(request, body.priority or 0),
         )
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = {

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from server.api.generation import Entry, Generation, Saved, ServerState, usage
+from server.api.generation import Entry, Generation, Saved, usage
 from server.api.schemas import ChoiceFields
+from server.api.serving import ServerState
 from server.api.streaming import merged, together
 from server.engine.client import BrokenOutputError
 from server.engine.messages import Score

@@ -11,10 +11,12 @@ from fastapi.responses import Response
 from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, Completion
-from server.api.caller import priority_of
+from server.api.auth import capped_priority
 from server.api.choices import Choices, Chunk
-from server.api.generation import Saved, ServerState, admitted, encode_prompt, find_variant, server_state
+from server.api.generation import Saved
+from server.api.prompts import encode_prompt
 from server.api.schemas import CompletionRequest
+from server.api.serving import ServerState, admitted, find_variant, server_state, sticky_identity
 from server.api.states import saved_state
 from server.api.streaming import together
 from server.variants import Variant
@@ -26,7 +28,7 @@ router = APIRouter()
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Complete prompts, streaming or not."""
     state = server_state(request)
-    variant = find_variant(state, body.model, "model")
+    variant = find_variant(state, body.model, "model", sticky_identity(request, body.user))
     with ExitStack() as stack:
         stack.enter_context(admitted(state, variant, len(body.prompts) * body.choices_each))
         saved = await saved_state(request, variant, body.state_id)
@@ -71,7 +73,7 @@ async def _choices(
         prompts,
         endpoint="completions",
         arrived=request.scope["lowkey.arrived"],
-        priority=priority_of(request, body.priority),
+        priority=capped_priority(request, body.priority or 0),
         saved=saved,
         echo=echo,
     )

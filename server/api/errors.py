@@ -15,10 +15,13 @@ MAX_ECHO = 200
 
 _TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
     404: "not_found_error",
-    413: "invalid_request_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
     500: "internal_error",
     503: "service_unavailable",
+    504: "timeout_error",
 }
 
 
@@ -64,8 +67,14 @@ def unavailable(message: str) -> APIError:
     return APIError(503, message, retry_after_s=1)
 
 
+def _location(error: dict[str, Any]) -> tuple[str | int, ...]:
+    """Of the field at fault, without the place that FastAPI found it in."""
+    location: tuple[str | int, ...] = error["loc"]
+    return location[1:] if location[0] in ("body", "query", "path") else location
+
+
 def _one(error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part != "body")
+    where = ".".join(map(str, _location(error)))
     if not where and isinstance(error.get("input"), bytes):
         return "the body must be JSON, sent with content-type: application/json"
     where = where or "body"
@@ -84,7 +93,7 @@ def from_validation(errors: list[dict[str, Any]]) -> APIError:
     if len(errors) > MAX_LISTED:
         listed.append(f"and {len(errors) - MAX_LISTED} more")
     # Of unreadable JSON the location is an offset into it, which is no field.
-    location = [part for part in errors[0]["loc"] if part != "body"]
+    location = _location(errors[0])
     first = location[0] if location else errors[0].get("ctx", {}).get("field")
     param = first if isinstance(first, str) else None
     return APIError(400, "; ".join(listed), param=param)

@@ -1,144 +1,20 @@
 """One completion under way: from a validated request to text, with its timings and metrics."""
 
-import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from fastapi import Request
-
-from server.api.errors import APIError, unavailable
-from server.api.saved import SavedStates
+from server.api.errors import APIError
 from server.api.schemas import SamplingFields
+from server.api.serving import ServerState
 from server.engine.client import EngineError
 from server.engine.messages import Generate, Sampling, Token, TopLogprobs
-from server.metrics import Metrics, Rejection
-from server.settings import Settings
 from server.text import Detokenizer, StopMatcher
-from server.variants import Variant, Variants
-
-T = TypeVar("T")
-
-
-@dataclass
-class ServerState:
-    """What every route needs; lives in `app.state.lowkey`."""
-
-    settings: Settings
-    variants: Variants
-    metrics: Metrics
-    states: SavedStates
-    draining: bool = False
-    scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One comparison at a time may hold `compare_bytes` of shared memory."""
-    comparisons: int = 0
-    """How many /v1/compare have run: the order of the variants alternates."""
-
-
-def server_state(request: Request) -> ServerState:
-    state: ServerState = request.app.state.lowkey
-    return state
-
-
-def find_variant(state: ServerState, name: str, param: str) -> Variant:
-    """The variant of that name. 404 if there is none."""
-    variant = state.variants.get(name)
-    if variant is None:
-        known = ", ".join(state.variants.names)
-        raise APIError(404, f"{param}: no model {name[:200]!r}; there are: {known}", param=param)
-    return variant
-
-
-@contextlib.contextmanager
-def admitted(state: ServerState, variant: Variant, places: int = 1) -> Iterator[None]:
-    """Places in the variant's queue, from here to the end of the answer. 503 if there are none now."""
-    _check_admission(state, variant, places)
-    variant.admitted += places
-    try:
-        yield
-    finally:
-        variant.admitted -= places
-
-
-def _check_admission(state: ServerState, variant: Variant, places: int) -> None:
-    if state.draining:
-        raise _rejected(state, variant, "draining", "the server is shutting down")
-    if not variant.client.up:
-        now = "down" if variant.loaded else "still loading"
-        raise _rejected(state, variant, "engine_down", f"variant {variant.name!r} is {now}")
-    room = variant.info.max_running + state.settings.max_queue
-    if places > room:
-        raise APIError(
-            400,
-            f"n: {places} choices in all are more than variant {variant.name!r} has room for, {room}",
-            param="n",
-        )
-    if variant.admitted + places > room:
-        message = f"variant {variant.name!r} has {variant.admitted} requests in its queue"
-        raise _rejected(state, variant, "queue_full", message)
-
-
-def _rejected(state: ServerState, variant: Variant, reason: Rejection, message: str) -> APIError:
-    state.metrics.rejected.labels(variant.name, reason).inc()
-    return unavailable(message)
-
-
-async def tokenize(variant: Variant, text: str, *, special: bool = True) -> list[int]:
-    """Token ids of a text. In a thread and as a batch: `encode` would hold the GIL."""
-    batch = await asyncio.to_thread(variant.tokenizer.encode_batch, [text], add_special_tokens=special)
-    ids: list[int] = batch[0].ids
-    return ids
-
-
-async def encode_prompt(
-    state: ServerState,
-    variant: Variant,
-    prompt: str | list[int],
-    max_tokens: int,
-    *,
-    before: int = 0,
-    param: str = "prompt",
-    special: bool = True,
-) -> list[int]:
-    """Token ids of the prompt. 400 if it is empty, has ids that the model lacks, or leaves no room.
-
-    Args:
-        before: tokens that a saved state stands for.
-        param: the field that the prompt comes from.
-        special: whether the tokenizer adds its special tokens to a text.
-    """
-    if isinstance(prompt, str):
-        # No need to tokenise what can't fit.
-        least = len(prompt) // variant.longest_token
-        if least > variant.info.context_length:
-            raise _too_long(state, variant, f"the prompt has at least {least}", param)
-        ids = await tokenize(variant, prompt, special=special)
-    else:
-        ids = prompt
-    vocab = variant.info.vocab_size
-    if ids and max(ids) >= vocab:  # of a text too: a tokenizer may know more tokens than the model
-        raise APIError(
-            400, f"{param}: token id {max(ids)} is not below the vocabulary size {vocab}", param=param
-        )
-    if not ids:
-        raise APIError(400, f"{param}: is empty; at least one token is needed", param=param)
-    limit, length = variant.info.context_length, before + len(ids)
-    if length + max_tokens > limit:
-        at_fault = "max_tokens" if length < limit else param
-        counts = f"the prompt has {length} and max_tokens is {max_tokens}, {length + max_tokens} together"
-        raise _too_long(state, variant, counts, at_fault)
-    return ids
-
-
-def _too_long(state: ServerState, variant: Variant, counts: str, param: str) -> APIError:
-    state.metrics.rejected.labels(variant.name, "too_long").inc()
-    limit = variant.info.context_length
-    message = f"prompt and max_tokens: the context length is {limit} tokens, but {counts}"
-    return APIError(400, message, param=param)
+from server.variants import Variant
 
 
 def _logit_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
@@ -212,8 +88,11 @@ class Generation:
         """Tokens of the prompt that were not computed: those of a saved state or a cached prefix."""
         self.finish_reason: Literal["stop", "length", "abort", "error"] | None = None
         self.variant = variant
+        self.endpoint = endpoint
+        self.gaps_s: list[float] = []
+        """Between the tokens."""
         self._metrics = state.metrics
-        self._endpoint = endpoint
+        self._on_finish = state.on_finish
         self._arrived = arrived
         self._first: float | None = None
         self._last: float | None = None
@@ -316,13 +195,14 @@ class Generation:
                 self._metrics.queue.labels(name).observe(token.queue_s)
                 self._metrics.prefill.labels(name).observe(token.prefill_s)
         else:
+            self.gaps_s.append(now - self._last)
             self._metrics.itl.labels(name).observe(now - self._last)
         self._last = now
         self._metrics.generation_tokens.labels(name).inc()
 
     def _record(self) -> None:
         name, metrics = self.variant.name, self._metrics
-        metrics.requests.labels(name, self._endpoint, self.finish_reason).inc()
+        metrics.requests.labels(name, self.endpoint, self.finish_reason).inc()
         metrics.request_seconds.labels(name).observe(time.monotonic() - self._arrived)
         if self._first is not None and self._last is not None:
             metrics.request_state_bytes.labels(name).observe(self.variant.info.state_bytes_per_request)
@@ -330,6 +210,18 @@ class Generation:
         speed = self.tokens_per_second
         if speed is not None:
             metrics.request_tokens_per_second.labels(name).observe(speed)
+        for tell in self._on_finish:
+            tell(self)
+
+    @property
+    def from_state(self) -> bool:
+        """Whether it goes on from a saved state."""
+        return self._message.state_path is not None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the arrival to the first token; None before that."""
+        return None if self._first is None else self._first - self._arrived
 
     @property
     def times(self) -> tuple[float, float] | None:
@@ -362,29 +254,9 @@ class Generation:
             "state_dtype": info.state_dtype,
             "d_k": self.variant.d_k,
             "queue_s": self._queue_s,
-            "ttft_s": None if self._first is None else self._first - self._arrived,
+            "ttft_s": self.ttft_s,
             "decode_s": None if self._first is None or self._last is None else self._last - self._first,
             "tokens_per_second": self.tokens_per_second,
             "cached_tokens": self.cached_tokens,
             "finish_reason": self.finish_reason,
         }
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, but cancel it when the client goes away. Nobody reads the error that is then raised."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watcher = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait([task, watcher], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise APIError(499, "the client closed the connection")
-    finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task])

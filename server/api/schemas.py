@@ -293,7 +293,7 @@ class CompareRequest(SamplingFields):
     parallel: bool | None = Field(
         False, description="Decode at the same time: faster, but the speeds are then not comparable."
     )
-    stream: Annotated[Any, _only(None, False)] = None
+    stream: bool | None = Field(False, description="Events of each variant as they come, then the answer.")
     n: Annotated[Any, _only(None, 1)] = None
     best_of: Annotated[Any, _only(None, 1)] = None
     echo: Annotated[Any, _only(None, False)] = None

@@ -10,18 +10,12 @@ from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
 from server.api.answers import DeletedState, State, StateList
-from server.api.caller import owner_of
+from server.api.auth import owner_of
 from server.api.errors import APIError, from_engine, unavailable
-from server.api.generation import (
-    Saved,
-    ServerState,
-    admitted,
-    encode_prompt,
-    find_variant,
-    server_state,
-    unless_disconnected,
-)
+from server.api.generation import Saved
+from server.api.prompts import encode_prompt
 from server.api.schemas import StateRequest
+from server.api.serving import ServerState, admitted, find_variant, server_state, unless_disconnected
 from server.engine.client import EngineError
 from server.states import (
     Header,

@@ -8,8 +8,9 @@ from fastapi import APIRouter, Request
 from server.api.answers import Detokenized, Tokenized
 from server.api.chat import conversation
 from server.api.errors import APIError, unavailable
-from server.api.generation import find_variant, server_state, tokenize
+from server.api.prompts import tokenize
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
+from server.api.serving import find_variant, server_state
 from server.variants import Variant
 
 router = APIRouter()
