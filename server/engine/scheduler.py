@@ -190,10 +190,12 @@ class Scheduler:
         chunks: list[PrefillChunk] = []
         budget = self._prefill_tokens
         # No more than these can get a slot now.
-        candidates = self._prefilling + self._waiting[: self._cache.available]
+        candidates = self._prefilling + self._waiting[: max(self._room, 0)]
         for request in sorted(candidates, key=_order):
             if not budget:
                 break
+            if request.prefill_done:  # a fork of one before it
+                continue
             if request.allocation is None and (self._has_leader(request) or not self._admit(request)):
                 continue
             end = self._chunk_end(request, budget)
@@ -216,12 +218,15 @@ class Scheduler:
             end = (start + budget) // PREFILL_ALIGN * PREFILL_ALIGN
         return max(start, end)
 
-    def _has_room(self) -> bool:
-        return self._max_running is None or self.running < self._max_running
+    @property
+    def _room(self) -> int:
+        """How many more requests may start now."""
+        slots = self._cache.available
+        return slots if self._max_running is None else min(slots, self._max_running - self.running)
 
     def _admit(self, request: Request) -> bool:
         """Give a waiting request a slot, with as much of its prompt as is cached. False when there is none."""
-        if not self._has_room():
+        if self._room <= 0:
             return False
         allocation = self._cache.allocate(request.prefix)
         if allocation is None:
@@ -265,12 +270,15 @@ class Scheduler:
     def _fork(self, chunk: PrefillChunk) -> None:
         """Let waiting requests with the same prompt go on from the state that this chunk makes."""
         key = chunk.request.twin_key
-        for request in [r for r in self._waiting if r.twin_key == key]:
-            allocation = self._cache.fork(chunk.end) if self._has_room() else None
-            if allocation is None:
-                return
-            self._start(request, allocation)
-            chunk.forks.append(request)
+        others = 0
+        for request in list(self._waiting):
+            if request.twin_key != key:
+                others += 1
+            elif self._room > others:  # nobody who came before it goes without a slot for that
+                allocation = self._cache.fork(chunk.end)
+                if allocation is not None:
+                    self._start(request, allocation)
+                    chunk.forks.append(request)
 
     def _release_if_idle(self, request: Request) -> None:
         if request.finish_reason is None or request.steps_in_flight or request.allocation is None:

@@ -33,7 +33,8 @@ def generate(token_ids: list[int], max_tokens: int = 8, **fields: Any) -> Genera
 
 
 def score(token_ids: list[int], from_position: int = 1, **fields: Any) -> Score:
-    return Score(request_id=f"s{next(_ids)}", token_ids=token_ids, from_position=from_position, **fields)
+    fields = {"request_id": f"s{next(_ids)}", **fields}
+    return Score(token_ids=token_ids, from_position=from_position, **fields)
 
 
 def sampling(seed: int, temperature: float = 1.0, **fields: Any) -> Sampling:
