@@ -6,6 +6,7 @@ import jinja2
 import pytest
 from checkpoints import byte_tokenizer
 from scripted import CONTEXT, SCRIPTS, scripted_api
+from tokenizers import processors
 
 from server.api.answers import ChatCompletion
 from server.chat_template import (
@@ -75,6 +76,16 @@ def test_messages_go_through_the_template(api, script):
     assert body["object"] == "chat.completion" and body["id"].startswith("chatcmpl-")
     assert body["usage"]["prompt_tokens"] == len(script.seen[-1].token_ids)
     assert body["usage"]["completion_tokens"] == 4 and body["lowkey"]["variant"] == "dense"
+
+
+def test_the_template_alone_says_which_special_tokens_there_are(api, script, monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    monkeypatch.setattr(api.app.state.lowkey.variants.get("dense"), "_tokenizer", tokenizer)
+    chat(api)
+    assert sent(script) == "<user>Hello<|endoftext|>\n<assistant>"
 
 
 def test_content_in_parts_is_text(api, script):

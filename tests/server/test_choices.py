@@ -171,11 +171,14 @@ def test_zero_logprobs_are_the_tokens_own(api):
 
 
 def test_an_end_of_text_is_an_entry(api, script):
-    script.queue.append([*ids("ab"), 0])
+    script.queue += [[*ids("ab"), 0]] * 2
     choice = complete(api, logprobs=1)["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("ab", "stop")
     assert choice["logprobs"]["tokens"] == ["a", "b", "<|endoftext|>"]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2]
+    chunks = [c["choices"][0] for c in events(api, logprobs=1)]
+    assert [c["logprobs"]["tokens"] for c in chunks] == [["a"], ["b"], ["<|endoftext|>"]]
+    assert [c["text"] for c in chunks] == ["a", "b", ""]
 
 
 def test_held_bytes_come_with_the_piece_that_they_are_part_of(api, script):

@@ -142,6 +142,21 @@ def test_an_id_that_is_none_is_a_404_and_no_path(api, directory, state_id):
     assert len(list(directory.iterdir())) == 1
 
 
+def test_no_other_name_of_a_file_is_its_id(api, directory):
+    state_id = save(api)["id"]
+    store = api.app.state.lowkey.states.store
+    assert store.find(state_id, "") is not None
+    for other in (
+        f"../{directory.name}/{state_id}",
+        f"./{state_id}",
+        f"{directory}/{state_id}",
+        state_id + "\n",
+    ):
+        assert store.find(other, "") is None
+        assert not store.delete(other, "")
+    assert len(list(directory.iterdir())) == 1
+
+
 def test_deleted_is_gone(api, directory):
     state_id = save(api)["id"]
     assert api.delete(f"/v1/states/{state_id}").json() == {"id": state_id, "object": "state", "deleted": True}
