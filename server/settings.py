@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import ByteSize, Field, StringConstraints
+from pydantic import AfterValidator, ByteSize, Field, StringConstraints
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -10,7 +10,7 @@ VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.
 
 
 StateMemory = Annotated[
-    Annotated[float, Field(gt=0, lt=1)] | Annotated[ByteSize, Field(ge=2**10)],
+    Annotated[float, Field(gt=0, lt=1)] | Annotated[ByteSize, Field(ge=2**10), AfterValidator(int)],
     Field(union_mode="left_to_right"),
 ]
 """A share of the free memory, or bytes ("2GiB")."""
