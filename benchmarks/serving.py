@@ -141,7 +141,8 @@ def main() -> None:
         f"{options.requests}\n"
     )
     header = (
-        "variant", "backend", "tok/s", "bare", "share", "spread", "TTFT ms", "p99", "ITL ms", "p99", "p99/median", "API us", "client us"
+        "variant", "backend", "tok/s", "bare", "share", "spread", "TTFT ms", "p99", "ITL ms", "p99", "p99/median",
+        "API us", "client us"
     )  # fmt: skip
     print(
         table(

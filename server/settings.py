@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ByteSize,
@@ -132,7 +133,7 @@ ApiKeys = Annotated[dict[KeyName, ApiKey], NoDecode, BeforeValidator(_keys)]
 
 
 StateMemory = Annotated[
-    Annotated[float, Field(gt=0, lt=1)] | Annotated[ByteSize, Field(ge=2**10)],
+    Annotated[float, Field(gt=0, lt=1)] | Annotated[ByteSize, Field(ge=2**10), AfterValidator(int)],
     Field(union_mode="left_to_right"),
 ]
 """A share of the free memory, or bytes ("2GiB")."""
