@@ -12,12 +12,12 @@ from modeling.checkpoint import REDUCTION
 from pruning.errors import PruningError
 from pruning.evaluation.record import KIND as EVALUATION
 from pruning.evaluation.record import Evaluation, read_evaluation
+from pruning.recovery import RECOVERY
 from pruning.reduction import FORMAT as REDUCTION_FORMAT
 from pruning.statistics import Statistics, load_statistics
 
 TABLE = "pruning_table"
 TABLE_FORMAT = 1
-RECOVERY = "recovery.json"
 RECOVERY_FORMAT = 1
 
 T = TypeVar("T")

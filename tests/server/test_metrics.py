@@ -15,6 +15,9 @@ SERIES = {
     "lowkey_requests_rejected": "counter",
     "lowkey_prompt_tokens": "counter",
     "lowkey_generation_tokens": "counter",
+    "lowkey_cached_prompt_tokens": "counter",
+    "lowkey_prefix_cache_queries": "counter",
+    "lowkey_prefix_cache_hits": "counter",
     "lowkey_requests_running": "gauge",
     "lowkey_requests_waiting": "gauge",
     "lowkey_request_state_bytes": "histogram",
@@ -37,6 +40,7 @@ SERIES = {
     "lowkey_variant_info": "gauge",
     "lowkey_compare_kl": "histogram",
     "lowkey_compare_top1_agreement": "histogram",
+    "lowkey_shadow_requests": "counter",
 }
 
 VARIANT = {"variant": "dense"}
