@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     BaseModel,
     BeforeValidator,
+    ByteSize,
     ConfigDict,
     Field,
     StringConstraints,
@@ -130,6 +131,13 @@ def _keys(value: Any) -> Any:
 ApiKeys = Annotated[dict[KeyName, ApiKey], NoDecode, BeforeValidator(_keys)]
 
 
+StateMemory = Annotated[
+    Annotated[float, Field(gt=0, lt=1)] | Annotated[ByteSize, Field(ge=2**10)],
+    Field(union_mode="left_to_right"),
+]
+"""A share of the free memory, or bytes ("2GiB")."""
+
+
 class Settings(BaseSettings):
     """How the server runs. Model paths come from here only, never from a request."""
 
@@ -162,10 +170,28 @@ class Settings(BaseSettings):
     device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
     dtype: DType = Field(
         "auto",
-        description="Weights and activations; auto is float32 on a CPU, bfloat16 on a GPU. The state is float32.",
+        description="Weights and activations; auto is float32 on a CPU, bfloat16 on a GPU.",
     )
-    max_requests: int = Field(
-        64, ge=1, le=65536, description="Requests that run at once in each variant (state slots)."
+    max_requests: int | None = Field(
+        None,
+        ge=1,
+        le=65536,
+        description="Requests that run at once in each variant; by default as many as there are state slots.",
+    )
+    state_memory: StateMemory | None = Field(
+        None,
+        description="Memory of each variant's state slots: bytes (2GiB) or a share of what is free once its weights "
+        "are loaded (0.5); by default a slot for each of max_requests, 64 if that isn't given either.",
+    )
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="The recurrent state; bfloat16 halves it and rounds it after every token."
+    )
+    prefix_cache: bool = Field(
+        True, description="Keep states of prompts in free slots, for prompts that begin alike."
+    )
+    batch_invariant: bool = Field(
+        False,
+        description="Tokens are bit for bit the same whatever else runs; slower, for paired comparisons.",
     )
     max_queue: int = Field(
         256, ge=0, description="Requests that may wait in each variant before 503 queue_full."
@@ -176,10 +202,24 @@ class Settings(BaseSettings):
         multiple_of=64,
         description="Most prompt tokens in one step, so that a long prompt delays nobody long.",
     )
+    hang_s: float = Field(
+        30.0,
+        ge=2,
+        description="An engine that gives no sign of life for so long is killed and started again.",
+    )
     threads: int = Field(1, ge=1, description="CPU threads of each engine process.")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     compare_bytes: int = Field(
         2**30, ge=2**20, description="Most shared memory for the log-probabilities of one /v1/compare."
+    )
+    state_dir: Path | None = Field(
+        None, description="Where saved states are kept; none: /v1/states is off. Replicas may share it."
+    )
+    state_ttl_s: float = Field(
+        86400.0, gt=0, description="A saved state that nobody used for so long is gone."
+    )
+    state_budget_bytes: int = Field(
+        4 * 2**30, ge=2**10, description="Of all saved states; the least recently used go first."
     )
     header_timeout_s: float = Field(
         10.0, gt=0, description="How long a connection may take to send a request's headers."

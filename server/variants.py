@@ -3,20 +3,31 @@
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tokenizers import Tokenizer
 
+from server.chat_template import (
+    ChatTemplate,
+    TemplateRefusedError,
+    read_tokenizer_config,
+    special_tokens_of,
+    template_of,
+)
 from server.engine.client import EngineClient
 from server.engine.messages import EngineConfig, Occupancy, Ready, one_or_all
 from server.metrics import Metrics
 from server.settings import Settings, VariantSettings
+from server.text import TokenTexts
+
+logger = logging.getLogger("lowkey.variants")
 
 
 class Variant:
@@ -32,7 +43,11 @@ class Variant:
         self.waiting = 0
         """Requests in the engine's queue, as it last said."""
         self._tokenizer: Tokenizer | None = None
+        self._token_texts: TokenTexts | None = None
         self.tokenizer_sha256 = ""
+        self.tokenizer_config: dict[str, Any] = {}
+        self.chat_template: ChatTemplate | None = None
+        """None for a model that has none, or a bad one."""
         self.longest_token = 0
         """Characters of the longest entry of the vocabulary: so much text takes at least one token."""
 
@@ -55,18 +70,33 @@ class Variant:
         return self._tokenizer
 
     @property
+    def token_texts(self) -> TokenTexts:
+        if self._token_texts is None:
+            raise RuntimeError(f"variant {self.name!r} has not loaded")
+        return self._token_texts
+
+    @property
     def d_k(self) -> int | list[int]:
         """Key channels per head: one number when all layers agree."""
         return one_or_all(self.info.d_k)
 
     def load_tokenizer(self, checkpoint: Path) -> None:
-        """Read the checkpoint's tokenizer, unless it is the one that is there."""
+        """Read the checkpoint's tokenizer, unless it is the one that is there, and its chat template."""
         data = (checkpoint / "tokenizer.json").read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != self.tokenizer_sha256:
             self._tokenizer = Tokenizer.from_buffer(data)
+            self._token_texts = TokenTexts(self._tokenizer)
             self.tokenizer_sha256 = sha256
             self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
+        self.chat_template = None
+        try:
+            self.tokenizer_config = read_tokenizer_config(checkpoint)
+            source = template_of(self.tokenizer_config)
+            if source is not None:
+                self.chat_template = ChatTemplate(source, special_tokens_of(self.tokenizer_config))
+        except (ValueError, TemplateRefusedError) as e:  # completions need neither
+            logger.warning("%s: no chat: %s", self.name, e)
 
 
 def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
@@ -131,6 +161,10 @@ class Variants:
             device=own.device or settings.device,
             dtype=own.dtype or settings.dtype,
             max_requests=settings.max_requests,
+            state_memory=settings.state_memory,
+            state_dtype=settings.state_dtype,
+            prefix_cache=settings.prefix_cache,
+            batch_invariant=settings.batch_invariant,
             prefill_tokens=settings.prefill_tokens,
             threads=settings.threads,
             input_address="",
@@ -148,6 +182,7 @@ class Variants:
         client = EngineClient(
             config,
             self.runtime_dir,
+            hang_s=settings.hang_s,
             on_ready=on_ready,
             on_step=lambda output: metrics.on_step(name, output),
             on_occupancy=on_occupancy,

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from server import ab
-from server.api.generation import Generation, server_state
+from server.api.generation import Generation
+from server.api.serving import server_state
 
 router = APIRouter()
 

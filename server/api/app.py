@@ -8,11 +8,14 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from server.ab import ABWindow
-from server.api import ab, compare, completions, errors, health, models, ui
+from server.api import ab, chat, compare, completions, errors, health, models, states, tokenize, ui
+from server.api.answers import ERRORS
 from server.api.auth import Clients
 from server.api.context import current
-from server.api.generation import Generation, ServerState
+from server.api.generation import Generation
 from server.api.middleware import Guard, Limits, RequestFrame
+from server.api.saved import SavedStates
+from server.api.serving import ServerState
 from server.api.shadow import Shadow
 from server.metrics import Metrics
 from server.routing import Routing
@@ -28,7 +31,14 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
     """
     metrics = Metrics()
     variants = Variants(settings, metrics, on_fatal)
-    state = ServerState(settings, variants, metrics, Routing(settings), ABWindow(settings.ab_samples))
+    state = ServerState(
+        settings,
+        variants,
+        metrics,
+        SavedStates(settings),
+        Routing(settings),
+        ABWindow(settings.ab_samples),
+    )
     shadow = Shadow(state)
     state.on_finish += [
         lambda generation: _account(generation, settings),
@@ -50,12 +60,13 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         version=version("lowkey"),
         summary="Serves dense and reduced-state linear-attention models side by side.",
         lifespan=lifespan,
+        responses=ERRORS,
         docs_url=None,
         redoc_url=None,
     )
     app.state.lowkey = state
     errors.install(app)
-    for module in (completions, compare, ab, models, health, ui):
+    for module in (completions, chat, tokenize, states, compare, ab, models, health, ui):
         app.include_router(module.router)
     _add_middleware(app, state)
     return app
@@ -67,6 +78,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
     app.add_middleware(
         Limits,
         max_body_bytes=settings.max_body_bytes,
+        larger={"/v1/states/import": settings.state_budget_bytes + states.IMPORT_ROOM},
         body_timeout_s=settings.body_timeout_s,
         request_timeout_s=settings.request_timeout_s,
     )

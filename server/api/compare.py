@@ -9,9 +9,9 @@ from fastapi.responses import JSONResponse, Response
 
 from server.api.comparison import Comparison, Event
 from server.api.errors import APIError, from_engine
-from server.api.generation import ServerState, admitted, named_variant, server_state, unless_disconnected
 from server.api.schemas import CompareRequest
 from server.api.scoring import same_vocabulary, score_bytes
+from server.api.serving import ServerState, admitted, named_variant, server_state, unless_disconnected
 from server.api.streaming import DONE, EventStream, sse
 from server.engine.client import EngineError
 from server.variants import Variant

@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from server.api.generation import Generation, ServerState, encode_prompt
+from server.api.generation import Generation
+from server.api.prompts import encode_prompt
 from server.api.schemas import CompareRequest
 from server.api.scoring import Scores, pair_of, score
+from server.api.serving import ServerState
 from server.text import Detokenizer
 from server.variants import Variant
 
@@ -51,7 +53,10 @@ class Comparison:
         cls, state: ServerState, body: CompareRequest, variants: list[Variant], arrived: float
     ) -> "Comparison":
         """Tokenises. Raises APIError 400 if the prompt is no good."""
-        prompt_ids = {variant.name: await encode_prompt(state, variant, body) for variant in variants}
+        prompt_ids = {
+            variant.name: await encode_prompt(state, variant, body.prompt, body.token_limit)
+            for variant in variants
+        }
         return cls(state, body, variants, prompt_ids, arrived)
 
     async def run(self, emit: Callable[[Event], None]) -> Event:

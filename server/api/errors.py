@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.engine.client import EngineError, EngineUnavailableError
+from server.engine.client import EngineError, EngineUnavailableError, StateError
 
 MAX_LISTED = 10
 MAX_ECHO = 200
@@ -54,8 +54,12 @@ class APIError(Exception):
 
 
 def from_engine(error: EngineError) -> APIError:
-    """503 where another try may help, 500 where it won't."""
-    return unavailable(str(error)) if isinstance(error, EngineUnavailableError) else APIError(500, str(error))
+    """503 where another try may help, 409 for a saved state that is no good (any more), else 500."""
+    if isinstance(error, EngineUnavailableError):
+        return unavailable(str(error))
+    if isinstance(error, StateError):
+        return APIError(409, f"state_id: {error}", param="state_id")
+    return APIError(500, str(error))
 
 
 def unavailable(message: str) -> APIError:
@@ -75,7 +79,7 @@ def _one(error: dict[str, Any]) -> str:
         return "the body must be JSON, sent with content-type: application/json"
     where = where or "body"
     message = error["msg"]
-    if error["type"] in ("missing", "json_invalid", "not_supported"):
+    if error["type"] in ("missing", "json_invalid", "refused"):
         return f"{where}: {message}" if error["type"] == "missing" else message
     echo = repr(error.get("input"))
     if len(echo) > MAX_ECHO:
@@ -90,7 +94,8 @@ def from_validation(errors: list[dict[str, Any]]) -> APIError:
         listed.append(f"and {len(errors) - MAX_LISTED} more")
     # Of unreadable JSON the location is an offset into it, which is no field.
     location = _location(errors[0])
-    param = location[0] if location and isinstance(location[0], str) else None
+    first = location[0] if location else errors[0].get("ctx", {}).get("field")
+    param = first if isinstance(first, str) else None
     return APIError(400, "; ".join(listed), param=param)
 
 

@@ -3,11 +3,11 @@
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.errors import unavailable
-from server.api.generation import named_variant, server_state
+from server.api.serving import named_variant, server_state
 
 router = APIRouter()
 
@@ -42,7 +42,7 @@ async def get_version() -> dict[str, str]:
     return {"version": version("lowkey")}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text exposition."""
     return Response(server_state(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -115,14 +115,29 @@ class Guard:
         return client
 
 
+def _too_large(most: int) -> str:
+    return f"the body is over the limit of {most} bytes"
+
+
 class Limits:
-    """What one request may take: bytes of its body, time to send it, time in all."""
+    """What one request may take: bytes of its body, time to send it, time in all.
+
+    Args:
+        larger: paths that take a body of another size than `max_body_bytes`.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, max_body_bytes: int, body_timeout_s: float, request_timeout_s: float
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        larger: dict[str, int],
+        body_timeout_s: float,
+        request_timeout_s: float,
     ) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._larger = larger
         self._body_timeout_s = body_timeout_s
         self._request_timeout_s = request_timeout_s
 
@@ -131,8 +146,9 @@ class Limits:
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "0")
-        if length.isdigit() and int(length) > self._max_body_bytes:
-            await APIError(413, self._too_large).response()(scope, receive, send)
+        most = self._larger.get(scope["path"], self._max_body_bytes)
+        if length.isdigit() and int(length) > most:
+            await APIError(413, _too_large(most)).response()(scope, receive, send)
             return
         started: Message | None = None
 
@@ -144,7 +160,7 @@ class Limits:
 
         try:
             async with asyncio.timeout(self._request_timeout_s) as limit:
-                await self._app(scope, self._limited(receive), watched_send)
+                await self._app(scope, self._limited(receive, most), watched_send)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -156,11 +172,7 @@ class Limits:
                 last = (sse(error.body()) + DONE).encode() if is_stream else b""
                 await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    @property
-    def _too_large(self) -> str:
-        return f"the body is over the limit of {self._max_body_bytes} bytes"
-
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, most: int) -> Receive:
         received, complete = 0, False
         deadline = asyncio.get_running_loop().time() + self._body_timeout_s
 
@@ -176,8 +188,8 @@ class Limits:
                 raise HTTPException(408, f"no whole body within {self._body_timeout_s:g} s") from e
             received += len(message.get("body", b""))
             complete = not message.get("more_body", False)
-            if received > self._max_body_bytes:
-                raise HTTPException(413, self._too_large)
+            if received > most:
+                raise HTTPException(413, _too_large(most))
             return message
 
         return limited_receive

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.api.generation import ServerState, find_variant, server_state
+from server.api.serving import ServerState, find_variant, server_state
 from server.variants import Variant
 
 router = APIRouter()

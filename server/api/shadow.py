@@ -9,8 +9,9 @@ import logging
 
 from server.api.context import current
 from server.api.errors import APIError
-from server.api.generation import Generation, ServerState
+from server.api.generation import Generation
 from server.api.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
+from server.api.serving import ServerState
 from server.engine.client import EngineError
 from server.variants import Variant
 
@@ -33,7 +34,7 @@ class Shadow:
         """Never raises and never waits."""
         if generation.endpoint == "compare" or generation.finish_reason not in ("stop", "length"):
             return
-        if generation.from_state:  # which is no other variant's
+        if generation.from_state or not generation.token_ids:  # a state is no other variant's
             return
         base, targets = generation.variant, []
         for name in self._state.routing.shadows(base.name):

@@ -1,11 +1,15 @@
-"""Server-sent events."""
+"""Server-sent events, and several streams as one."""
 
+import asyncio
+import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
 
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
 
 
 def sse(data: dict[str, Any] | str) -> str:
@@ -30,3 +34,52 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._on_end()
+
+
+async def merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """The items of all sources as they come, each with its source's index. When one fails, or the reader leaves, all
+    are closed."""
+    if len(sources) == 1:
+        async with contextlib.aclosing(sources[0]) as source:
+            async for item in source:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
+
+    async def pump(index: int, source: AsyncGenerator[T]) -> None:
+        try:
+            async with contextlib.aclosing(source):
+                async for item in source:
+                    queue.put_nowait((index, item))
+        finally:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    try:
+        running = len(tasks)
+        while running:
+            entry = await queue.get()
+            if entry is not None:
+                yield entry
+                continue
+            running -= 1
+            for task in tasks:
+                if task.done():
+                    task.result()
+    finally:
+        await _end(tasks)
+
+
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all. When one fails, or the caller is cancelled, the others are cancelled and have ended."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -12,7 +12,7 @@ from checkpoints import byte_tokenizer
 from server.api import compare, scoring
 from server.api.app import create_app
 from server.api.errors import APIError
-from server.api.generation import encode_prompt
+from server.api.prompts import encode_prompt
 from server.api.schemas import CompareRequest, CompletionRequest
 from server.metrics import Metrics
 from server.routing import Routing

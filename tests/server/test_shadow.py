@@ -8,7 +8,7 @@ import pytest
 from live_server import DEADLINE_S, LiveServer, poll
 
 from server.ab import ABWindow
-from server.api.generation import ServerState
+from server.api.serving import ServerState
 from server.api.shadow import Shadow
 from server.engine.client import EngineUnavailableError
 from server.metrics import Metrics
