@@ -13,7 +13,7 @@ from server.api import compare, scoring
 from server.api.app import create_app
 from server.api.errors import APIError
 from server.api.prompts import encode_prompt
-from server.api.schemas import CompareRequest, CompletionRequest
+from server.api.schemas import CompareRequest
 from server.metrics import Metrics
 from server.routing import Routing
 from server.settings import Settings
@@ -70,28 +70,24 @@ def test_an_unexpected_error_has_the_shape_and_the_request_id(caplog):
 def test_text_that_the_tokenizer_knows_and_the_model_does_not():
     # A tokenizer may have more tokens than the model has embeddings: one such id would end the engine.
     small = variant(vocab_size=60)
-    body = CompletionRequest(model="dense", prompt="\xff", max_tokens=1)
     with pytest.raises(APIError, match="token id .* is not below the vocabulary size 60") as error:
-        asyncio.run(encode_prompt(state(small), small, body))
+        asyncio.run(encode_prompt(state(small), small, "\xff", 1))
     assert error.value.status == 400 and error.value.param == "prompt"
 
 
 def test_a_prompt_may_fill_the_context_to_the_last_token():
     v = variant()
-    fits = CompletionRequest(model="dense", prompt="x" * 90, max_tokens=10)
-    assert len(asyncio.run(encode_prompt(state(v), v, fits))) == 90
-    too_long = CompletionRequest(model="dense", prompt="x" * 90, max_tokens=11)
+    assert len(asyncio.run(encode_prompt(state(v), v, "x" * 90, 10))) == 90
     s = state(v)
     with pytest.raises(
         APIError, match="100 tokens, but the prompt has 90 and max_tokens is 11, 101 together"
     ):
-        asyncio.run(encode_prompt(s, v, too_long))
+        asyncio.run(encode_prompt(s, v, "x" * 90, 11))
     assert s.metrics.rejected.labels("dense", "too_long")._value.get() == 1
     # Far too long to be worth tokenising: no token has more than 13 characters.
     v.tokenizer = None
-    endless = CompletionRequest(model="dense", prompt="x" * 1400, max_tokens=1)
     with pytest.raises(APIError, match="100 tokens, but the prompt has at least 107"):
-        asyncio.run(encode_prompt(s, v, endless))
+        asyncio.run(encode_prompt(s, v, "x" * 1400, 1))
 
 
 def chosen(s, **fields):

@@ -220,7 +220,7 @@ def test_models(server, checkpoints, models):
         assert lowkey["context_length"] == models[name].spec.context_length
         # What one request really holds, in tensors.
         pool = StatePool(models[name].spec, 1)
-        held = sum(t.nbytes for t in (*pool.recurrent, *pool.conv))
+        held = sum(t[0].nbytes for t in (*pool.recurrent, *pool.conv))
         assert lowkey["state_bytes"] == held == models[name].spec.state_bytes()
         assert server.complete(model=name, max_tokens=1)["lowkey"]["state_bytes"] == held
 

@@ -8,6 +8,7 @@ import pytest
 from live_server import DEADLINE_S, LiveServer, poll
 
 from server.ab import ABWindow
+from server.api.saved import SavedStates
 from server.api.serving import ServerState
 from server.api.shadow import Shadow
 from server.engine.client import EngineUnavailableError
@@ -134,6 +135,7 @@ def bench(tmp_path):
         settings,
         SimpleNamespace(get=variants.get, runtime_dir=tmp_path),
         metrics,
+        SavedStates(settings),
         Routing(settings),
         ABWindow(100),
     )
