@@ -189,6 +189,11 @@ def test_one_line_for_each_request_without_keys_or_text(guarded):
     assert PROMPT not in text and answer["choices"][0]["text"] not in text and "forged" not in text
 
 
+def test_every_line_of_the_log_is_json_those_of_the_engines_too(guarded):
+    lines = [json.loads(line) for line in guarded.log.read_text().splitlines()]
+    assert {"lowkey.engine", "uvicorn.error"} <= {line["logger"] for line in lines}
+
+
 def test_a_prompt_counts_once_however_many_choices_it_has(guarded):
     answer = post(guarded, n=3, temperature=1, headers={"x-request-id": "three"}).json()
     lines = poll(lambda: [x for x in request_lines(guarded) if x["id"] == "three"], "its line")
