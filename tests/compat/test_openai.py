@@ -4,6 +4,7 @@ import asyncio
 
 import openai
 import pytest
+from live_server import poll
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +130,23 @@ def test_leaving_a_stream_early_frees_every_slot(server):
                 break
             await stream.close()
 
+    ended = {"variant": "dense", "endpoint": "completions", "finish_reason": "abort"}
+    before = server.sample("lowkey_requests_total", **ended)
     asyncio.run(work())
     server.wait_idle()
-    ended = {"variant": "dense", "endpoint": "completions", "finish_reason": "abort"}
-    assert server.sample("lowkey_requests_total", **ended) == 6
+    poll(lambda: server.sample("lowkey_requests_total", **ended) == before + 6, "all six are aborted")
+
+
+def test_giving_up_on_an_answer_frees_every_slot(server):
+    ended = {"variant": "dense", "endpoint": "chat", "finish_reason": "abort"}
+    before = server.sample("lowkey_requests_total", **ended)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1.0)
+    with pytest.raises(openai.APITimeoutError):
+        client.chat.completions.create(
+            model="dense", messages=HELLO, n=4, max_tokens=8000, extra_body={"ignore_eos": True}
+        )
+    server.wait_idle()
+    poll(lambda: server.sample("lowkey_requests_total", **ended) == before + 4, "all four are aborted")
 
 
 def test_errors_are_its_own_types(client):

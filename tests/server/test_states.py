@@ -385,3 +385,18 @@ def test_a_real_engine_goes_on_from_a_state(live, model):
         complete(live.http, model=other, state_id=state["id"]), 409, "state_id", f"'{model}'", f"'{other}'"
     )
     live.wait_idle(model)
+
+
+@pytest.mark.slow
+def test_a_replica_that_shares_the_directory_goes_on_from_a_state(live, checkpoints, tmp_path):
+    fields = dict(model="dense", max_tokens=20, seed=3)
+    state = live.http.post("/v1/states", json={"model": "dense", "prompt": "Once upon"}).json()
+    expected = live.complete(**fields, prompt=" a time", state_id=state["id"])["choices"]
+    directory = live.log.parent / "states"
+    replica = LiveServer(tmp_path / "log", f"dense={checkpoints['dense']}", LOWKEY_STATE_DIR=str(directory))
+    try:
+        replica.wait_ready()
+        assert replica.complete(**fields, prompt=" a time", state_id=state["id"])["choices"] == expected
+        assert replica.http.get(f"/v1/states/{state['id']}").json()["id"] == state["id"]
+    finally:
+        replica.stop()
