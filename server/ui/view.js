@@ -68,7 +68,7 @@ export class Card {
     if (event.object === "compare.chunk") this.text += event.text;
     this.points.push([(event.lowkey.ttft_s ?? 0) + (event.lowkey.decode_s ?? 0), event.usage.completion_tokens]);
     this.ended = event.object === "compare.end";
-    this.note.textContent = this.ended ? ending(event) : `${event.usage.completion_tokens} tokens`;
+    this.note.textContent = this.ended ? ending(event) : tokens(event);
     this.figures(event.lowkey);
   }
 
@@ -77,7 +77,7 @@ export class Card {
     if (event.usage.completion_tokens <= 1 || this.retimed !== event.id) this.points = [];
     this.retimed = event.id;
     this.points.push([(event.lowkey.ttft_s ?? 0) + (event.lowkey.decode_s ?? 0), event.usage.completion_tokens]);
-    this.note.textContent = event.object === "compare.end" ? ending(event) : `timing: ${event.usage.completion_tokens} tokens`;
+    this.note.textContent = event.object === "compare.end" ? ending(event) : `timing: ${tokens(event)}`;
     this.figures(event.lowkey);
   }
 
@@ -128,9 +128,14 @@ export class Card {
   }
 }
 
+function tokens(event) {
+  const count = event.usage.completion_tokens;
+  return count === 1 ? "1 token" : `${count} tokens`;
+}
+
 function ending(event) {
   const reason = event.finish_reason === "stop" ? "ended by itself" : "token limit";
-  return `${event.usage.completion_tokens} tokens, ${reason}`;
+  return `${tokens(event)}, ${reason}`;
 }
 
 export function divergenceOf(base, texts) {
