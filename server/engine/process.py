@@ -10,6 +10,7 @@ import torch
 import zmq
 from tokenizers import Tokenizer
 
+from modeling.backends import choose
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.state import StatePool
@@ -63,6 +64,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
     device = pick_device(config)
     dtype = pick_dtype(config, device)
     model = checkpoint.load(dtype=dtype, device=device)
+    model.backend = choose(model)
     pool = StatePool(checkpoint.spec, config.max_requests, device=device, conv_dtype=dtype)
     engine = Engine(
         Scheduler(StateCache(pool), config.prefill_tokens), Runner(model, pool), depth=int(device != "cpu")
@@ -88,9 +90,10 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         slots=pool.num_slots,
     )
     logger.info(
-        "%s: ready on %s in %.1f s, d_k %s, %d slots of %d state bytes",
+        "%s: ready on %s (%s back end) in %.1f s, d_k %s, %d slots of %d state bytes",
         config.variant,
         device,
+        ready.backend,
         ready.load_s,
         one_or_all(ready.d_k),
         ready.slots,
