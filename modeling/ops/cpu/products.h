@@ -128,9 +128,14 @@ template <int WIDTH, class W>
 static inline void tile(const float *x, int64_t depth, const W *w, float *y, int64_t stride) {
     constexpr int GROUP = WIDTH < LANES ? LANES / WIDTH : 1, VECTORS = WIDTH < LANES ? 1 : WIDTH / LANES;
     constexpr int PARTS = VECTORS * PER_WORD<W>, STEP = GROUP * PER_WORD<W>;
+    constexpr int BYTES = ROWS * GROUP * 4;
+    // The next rows, in order of address: ROWS streams at once, as the sums read them, is what prefetchers can't follow.
+    const char *next = (const char *)(w + ROWS * depth);
     vec sum[ROWS][VECTORS] = {};
     int64_t k = 0;
-    for (; k + STEP <= depth; k += STEP, x += PARTS * LANES) {
+    for (; k + STEP <= depth; k += STEP, x += PARTS * LANES, next += BYTES) {
+#pragma GCC unroll 8
+        for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i);
         vec a[PARTS];
 #pragma GCC unroll 4
         for (int i = 0; i < PARTS; i++) a[i] = load(x + i * LANES);
@@ -184,8 +189,6 @@ static void product(const float *x, int64_t batch, int64_t depth, const W *w, in
         // The last block reaches back over rows of the one before it.
         int64_t first = n + ROWS <= rows ? n : rows - ROWS;
         const W *block = w + first * depth;
-        // One pass in order of address: prefetchers follow that at full speed, and ROWS streams at a quarter of it.
-        for (int64_t i = 0; i < ROWS * depth; i += 64 / sizeof(W)) asm volatile("" ::"r"(*(const char *)(block + i)));
         const float *from = x;
         for (int64_t m = 0, width; m < batch; m += width) {
             width = tile_width(batch - m);
