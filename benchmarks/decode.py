@@ -4,8 +4,8 @@
     python benchmarks/decode.py random-171M --batch 1 --batch 8 --batch 32
     python benchmarks/decode.py random-171M --dtype bfloat16
 
-Each case decodes greedily after a short random prompt, one token a round on each side in turns, one thread. Both
-sides hold the same weights (peer.py), and the first steps are compared. A step must read the weights once and read and
+Each case decodes greedily after a short random prompt, four tokens a round on each side in turns, one thread.
+Both sides hold the same weights (peer.py), and the first steps are compared. A step must read the weights once and read and
 write B states; the share of the bound is the time that takes at the memory bandwidth read in the same rounds, over the
 step's. Caches may hold a small model's weights, and then the share may pass 100 %. "Products" are the model's matrix
 products alone, by torch and by our kernel.
@@ -32,7 +32,7 @@ from modeling.checkpoint import write_json
 from modeling.model import Model
 from modeling.state import StatePool
 
-PROMPT, COMPARED = 16, 4
+PROMPT, COMPARED, STEPS = 16, 4, 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of logits over the largest logit. In bfloat16 the peer rounds its activations, and we don't."""
 
@@ -105,6 +105,7 @@ def measure(model: Model, peer: Any, batch: int, seconds: float) -> dict[str, An
             "copy": copy_memory(),
         },
         seconds,
+        calls=STEPS,
     )
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
     states = batch * ours.pool.bytes_per_slot

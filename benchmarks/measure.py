@@ -27,8 +27,13 @@ from modeling.model import Model
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 200
 
 
-def interleave(sides: dict[str, Callable[[], object]], seconds: float) -> dict[str, list[float]]:
-    """CPU seconds of each call, round by round, for about `seconds` in all after one round of warming up."""
+def interleave(
+    sides: dict[str, Callable[[], object]], seconds: float, calls: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds of a call, round by round, for about `seconds` in all after one round of warming up.
+
+    A side's turn is `calls` calls: all but the first find their weights where their own last call left them.
+    """
     for side in sides.values():
         side()
     samples: dict[str, list[float]] = {name: [] for name in sides}
@@ -38,8 +43,9 @@ def interleave(sides: dict[str, Callable[[], object]], seconds: float) -> dict[s
             break
         for name, side in sides.items():
             began = time.process_time()
-            side()
-            samples[name].append(time.process_time() - began)
+            for _ in range(calls):
+                side()
+            samples[name].append((time.process_time() - began) / calls)
     return samples
 
 
