@@ -4,11 +4,11 @@
     python benchmarks/decode.py random-171M --batch 1 --batch 8 --batch 32
     python benchmarks/decode.py random-171M --dtype bfloat16
 
-Each case decodes greedily after a short random prompt, four tokens a round on each side in turns, one thread.
-Both sides hold the same weights (peer.py), and the first steps are compared. A step must read the weights once and read and
-write B states; the share of the bound is the time that takes at the memory bandwidth read in the same rounds, over the
-step's. Caches may hold a small model's weights, and then the share may pass 100 %. "Products" are the model's matrix
-products alone, by torch and by our kernel.
+Each case decodes greedily after a short random prompt, four tokens a round on each side in turns, one thread. Both
+sides hold the same weights (peer.py), and the first steps are compared. A step must read the weights once and read
+and write B states; the share of the bound is the time that takes at the memory bandwidth read in the same rounds, over
+the step's. Caches may hold a small model's weights, and then the share may pass 100 %. "Products" are the model's
+matrix products alone, by torch and by our kernel.
 """
 
 from collections.abc import Callable
@@ -67,7 +67,9 @@ class Theirs:
         return logits
 
 
-def products(model: Model, batch: int, multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+def products(
+    model: nn.Module, batch: int, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], None]:
     weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
     inputs = {n: torch.randn(batch, n).to(weights[0].dtype) for n in {w.shape[1] for w in weights}}
 
