@@ -1,19 +1,72 @@
-"""Back ends: what computes a model's gated delta rule, chosen once when the model is loaded and reported by name."""
+"""Back ends: what computes a model for serving, chosen once when the model is loaded and reported by name."""
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from modeling.layers import Mixer, MixerStep
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.layers import Block, Mixer, MixerStep
 from modeling.ops import GatedDeltaRule, chunked_gated_delta_rule
+from modeling.state import StatePool
+
+if TYPE_CHECKING:
+    from modeling.model import Model
+
+logger = logging.getLogger("lowkey.modeling")
+
+
+class Decode(Protocol):
+    """The decode step of a whole model: `Model.decode`."""
+
+    def __call__(self, model: "Model", input_ids: Tensor, pool: StatePool, slots: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The sequence form (prefill, training) and the decode step."""
+    """The sequence form of the gated delta rule (prefill, training), the decode step, and the head's product.
+
+    `head(hidden, weight)` is `[n, hidden]` times `[vocab, hidden]` transposed.
+    """
 
     name: str
     rule: GatedDeltaRule
-    step: MixerStep
+    decode: Decode
+    head: Callable[[Tensor, Tensor], Tensor] = F.linear
 
 
-TORCH = Backend("torch", chunked_gated_delta_rule, Mixer.step)
+def by_layer(step: MixerStep) -> Decode:
+    """A decode step of torch modules around a mixer's `step`."""
+
+    def decode(model: "Model", input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        x = model.embeddings(input_ids)
+        for block, recurrent, conv in zip(model.layers, pool.recurrent, pool.conv, strict=True):
+            assert isinstance(block, Block)
+            x = block.decode(x, recurrent, conv, slots, step)
+        y: Tensor = model.norm(x)
+        return y
+
+    return decode
+
+
+TORCH = Backend("torch", chunked_gated_delta_rule, by_layer(Mixer.step))
 """Plain torch operations: any device, differentiable."""
+
+
+def choose(model: "Model") -> Backend:
+    """The fastest back end for serving this model where it is; its parameters stay as they are from now on.
+
+    On a CPU the decode step compiled for it ("cpu"), or, said in the log, plain torch ("torch").
+    """
+    from modeling.ops.cpu import Decoder, UnavailableError
+
+    if model.embeddings.weight.device.type != "cpu":
+        return TORCH
+    try:
+        decoder = Decoder(model)
+    except UnavailableError as e:
+        logger.warning("decoding by plain torch operations, several times slower than compiled: %s", e)
+        return TORCH
+    return Backend("cpu", chunked_gated_delta_rule, decoder.decode, decoder.linear)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.backends import TORCH, Backend
@@ -83,13 +82,8 @@ class Model(nn.Module):
         Returns:
             Hidden states after the final norm, `[B, hidden]`.
         """
-        x = self.embeddings(input_ids)
-        for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
-            assert isinstance(block, Block)
-            x = block.decode(x, recurrent, conv, slots, self.backend.step)
-        y: Tensor = self.norm(x)
-        return y
+        return self.backend.decode(self, input_ids, pool, slots)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype."""
-        return F.linear(hidden, self.lm_head.weight)
+        """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype or float32."""
+        return self.backend.head(hidden, self.lm_head.weight)

@@ -10,6 +10,7 @@ import torch
 import zmq
 from tokenizers import Tokenizer
 
+from modeling.backends import choose
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.state import StatePool
@@ -86,6 +87,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
     device = pick_device(config)
     dtype = pick_dtype(config, device)
     model = checkpoint.load(dtype=dtype, device=device)
+    model.backend = choose(model)
     state_dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
     bytes_per_slot = checkpoint.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
     pool = StatePool(
@@ -124,9 +126,10 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         max_running=max_running,
     )
     logger.info(
-        "%s: ready on %s in %.1f s, d_k %s, %d slots of %d state bytes",
+        "%s: ready on %s (%s back end) in %.1f s, d_k %s, %d slots of %d state bytes",
         config.variant,
         device,
+        ready.backend,
         ready.load_s,
         one_or_all(ready.d_k),
         ready.slots,

@@ -1,0 +1,179 @@
+"""Decode speed on a CPU against transformers, the products alone, and the bytes that a step must move.
+
+    python benchmarks/decode.py demo/model --json decode.json
+    python benchmarks/decode.py random-171M --batch 1 --batch 8 --batch 32
+    python benchmarks/decode.py random-171M --dtype bfloat16
+
+Each case decodes greedily after a short random prompt, four tokens a round on each side in turns, one thread. Both
+sides hold the same weights (peer.py), and the first steps are compared. A step must read the weights once and read
+and write B states; the share of the bound is the time that takes at the memory bandwidth read in the same rounds, over
+the step's. Caches may hold a small model's weights, and then the share may pass 100 %. "Products" are the model's
+matrix products alone, by torch and by our kernel.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from measure import copy_memory, interleave, load, machine, quiet, ratios, read_memory, spread, summary
+from peer import LinearOnlyCache, peer_of
+
+# isort: split
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from modeling.backends import choose
+from modeling.checkpoint import write_json
+from modeling.model import Model
+from modeling.state import StatePool
+
+PROMPT, COMPARED, STEPS = 16, 4, 4
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest difference of logits over the largest logit. In bfloat16 the peer rounds its activations, and we don't."""
+
+
+class Ours:
+    def __init__(self, model: Model, prompts: Tensor) -> None:
+        batch, length = prompts.shape
+        self.model = model
+        self.pool = StatePool(model.spec, batch, conv_dtype=model.embeddings.weight.dtype)
+        self.slots = torch.randperm(batch)
+        hidden, state = model(prompts.flatten(), [i * length for i in range(batch + 1)])
+        self.pool.scatter(self.slots, state)
+        self.ids = model.logits(hidden[length - 1 :: length]).argmax(-1)
+
+    def __call__(self) -> Tensor:
+        logits = self.model.logits(self.model.decode(self.ids, self.pool, self.slots))
+        self.ids = logits.argmax(-1)
+        return logits
+
+
+class Theirs:
+    def __init__(self, peer: Any, prompts: Tensor) -> None:
+        self.peer, self.cache = peer, LinearOnlyCache(peer.config)
+        logits = peer(prompts, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.ids = logits.argmax(-1)
+
+    def __call__(self) -> Tensor:
+        logits: Tensor = self.peer(self.ids[:, None], past_key_values=self.cache, use_cache=True).logits[
+            :, -1
+        ]
+        self.ids = logits.argmax(-1)
+        return logits
+
+
+def products(
+    model: nn.Module, batch: int, multiply: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[], None]:
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    inputs = {n: torch.randn(batch, n).to(weights[0].dtype) for n in {w.shape[1] for w in weights}}
+
+    def run() -> None:
+        for w in weights:
+            multiply(inputs[w.shape[1]], w)
+
+    return run
+
+
+def compare(ours: Ours, theirs: Theirs, dtype: torch.dtype) -> float:
+    """The largest difference of logits over some steps on the same tokens, relative to the largest logit."""
+    worst = 0.0
+    for _ in range(COMPARED):
+        theirs.ids = ours.ids
+        a, b = ours().float(), theirs().float()
+        worst = max(worst, float((a - b).abs().max() / b.abs().max()))
+    if not worst < TOLERANCE[dtype]:
+        raise SystemExit(f"our logits differ from the peer's by {worst:.2g} of the largest: figures of what?")
+    return worst
+
+
+def measure(model: Model, peer: Any, batch: int, seconds: float) -> dict[str, Any]:
+    dtype = model.embeddings.weight.dtype
+    prompts = torch.randint(1, model.spec.vocab_size, (batch, PROMPT))
+    ours, theirs = Ours(model, prompts), Theirs(peer, prompts)
+    difference = compare(ours, theirs, dtype)
+    times = interleave(
+        {
+            "transformers": theirs,
+            "ours": ours,
+            "products_torch": products(model, batch, F.linear),
+            "products_ours": products(model, batch, model.backend.head),
+            "read": read_memory(),
+            "copy": copy_memory(),
+        },
+        seconds,
+        calls=STEPS,
+    )
+    weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+    states = batch * ours.pool.bytes_per_slot
+    read = [(1 << 28) / t for t in times["read"]]
+    step_bytes = weights + 2 * states
+    return {
+        "batch": batch,
+        "backend": model.backend.name,
+        "logits_difference": difference,
+        "weights_bytes": weights,
+        "state_bytes": states,
+        "seconds": {name: summary(t) for name, t in times.items()},
+        "tokens_per_second": {
+            name: summary([batch / t for t in times[name]]) for name in ("ours", "transformers")
+        },
+        "speedup": ratios(times["transformers"], times["ours"]),
+        "share_of_torch_products": ratios(times["products_torch"], times["ours"]),
+        "share_of_our_products": ratios(times["products_ours"], times["ours"]),
+        "bytes_per_second": summary([step_bytes / t for t in times["ours"]]),
+        "read_bytes_per_second": summary(read),
+        "copy_bytes_per_second": summary([(1 << 28) / t for t in times["copy"]]),
+        "share_of_byte_bound": summary(
+            [step_bytes / t / r for t, r in zip(times["ours"], read, strict=True)]
+        ),
+    }
+
+
+@torch.inference_mode()
+def main(
+    source: Annotated[str, typer.Argument(help='Checkpoint, or "random-171M".')],
+    d_k: Annotated[list[int], typer.Option(help="Of random weights where not the checkpoint's.")] = [],  # noqa: B006
+    batch: Annotated[list[int], typer.Option(help="May be given several times.")] = [1, 8, 32, 128],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both sides' weights.")] = "float32",
+    seconds: Annotated[float, typer.Option(help="Per case, about.")] = 15,
+    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+) -> None:
+    quiet()
+    console = Console()
+    rows: list[dict[str, Any]] = []
+    table = Table(
+        *("d_k", "batch", "transformers\ntokens/s", "ours\ntokens/s", "speed-up\n(quartiles)"),
+        *("share of products\ntorch's / ours", "GB/s", "memory reads\nGB/s", "share of\nbyte bound"),
+        title=f"{source}, {dtype}, one thread",
+    )
+    for width in d_k or [None]:
+        model = load(source, width, getattr(torch, dtype))
+        model.backend = choose(model)
+        peer = peer_of(model)
+        for size in batch:
+            console.print(f"d_k {model.spec.mean_d_k:g}, batch {size}", highlight=False)
+            r = measure(model, peer, size, seconds)
+            rows.append({"source": source, "dtype": dtype, "d_k": model.spec.d_k[0], **r})
+            table.add_row(
+                f"{model.spec.d_k[0]}",
+                f"{size}",
+                *(f"{r['tokens_per_second'][side]['median']:.0f}" for side in ("transformers", "ours")),
+                spread(r["speedup"]),
+                f"{r['share_of_torch_products']['median']:.0%} / {r['share_of_our_products']['median']:.0%}",
+                f"{r['bytes_per_second']['median'] / 1e9:.1f}",
+                f"{r['read_bytes_per_second']['median'] / 1e9:.1f}",
+                f"{r['share_of_byte_bound']['median']:.0%}",
+            )
+    console.print(table)
+    if json is not None:
+        write_json(json, {"machine": machine(), "cases": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,138 @@
+"""What the speed figures share: rounds that interleave everything compared, medians with spread, the machine.
+
+Machines are shared and noisy. Whatever is compared runs in turns in one process on one thread, so that a slow minute
+hits all sides; ratios are taken round by round; and times are the CPU's: waiting for a core does not count, caches and
+memory that neighbours take do.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+import transformers
+
+from modeling.checkpoint import open_checkpoint
+from modeling.families import family_of
+from modeling.model import Model
+
+MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 200
+
+
+def interleave(
+    sides: dict[str, Callable[[], object]], seconds: float, calls: int = 1
+) -> dict[str, list[float]]:
+    """CPU seconds of a call, round by round, for about `seconds` in all after one round of warming up.
+
+    A side's turn is `calls` calls: all but the first find their weights where their own last call left them.
+    """
+    for side in sides.values():
+        side()
+    samples: dict[str, list[float]] = {name: [] for name in sides}
+    end = time.perf_counter() + seconds
+    for n in range(MAXIMUM_ROUNDS):
+        if n >= MINIMUM_ROUNDS and time.perf_counter() > end:
+            break
+        for name, side in sides.items():
+            began = time.process_time()
+            for _ in range(calls):
+                side()
+            samples[name].append((time.process_time() - began) / calls)
+    return samples
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    low, _, high = quantiles(values, n=4)
+    return {"median": median(values), "q1": low, "q3": high, "n": len(values)}
+
+
+def ratios(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    return summary([a / b for a, b in zip(over, under, strict=True)])
+
+
+def spread(s: dict[str, float], form: str = ".2f") -> str:
+    return f"{s['median']:{form}} ({s['q1']:{form}} to {s['q3']:{form}})"
+
+
+def read_memory() -> Callable[[], object]:
+    """Reads 256 MiB, far more than caches hold."""
+    block = torch.rand(1 << 26)
+    return block.sum
+
+
+def copy_memory() -> Callable[[], object]:
+    """Reads 128 MiB and writes 128 MiB."""
+    source = torch.rand(1 << 25)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def random_model(config: dict[str, Any]) -> Model:
+    """Of fla's configuration, with random weights that keep activations in range."""
+    model = Model(family_of(config).spec(config)).requires_grad_(False).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.2 if p.ndim == 1 else p.shape[-1] ** -0.5)
+        if "norm" in name:
+            p += 1
+    return model
+
+
+LARGE = {
+    "model_type": "gated_deltanet",
+    "vocab_size": 4096,
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_heads": 8,
+    "head_dim": 128,
+    "expand_v": 1.0,
+    "intermediate_size": 2816,
+    "norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+"""171 M parameters."""
+
+
+def load(source: str, d_k: int | None, dtype: torch.dtype) -> Model:
+    """A checkpoint, or "random-171M"; with another d_k, random weights of the checkpoint's other shapes."""
+    torch.manual_seed(0)
+    if source == "random-171M":
+        model = random_model(LARGE if d_k is None else {**LARGE, "head_dim": d_k, "expand_v": 128 / d_k})
+    else:
+        checkpoint = open_checkpoint(source)
+        if d_k in (None, checkpoint.spec.layers[0].mixer.d_k):
+            return checkpoint.load(dtype=dtype).requires_grad_(False)
+        model = random_model(
+            {**checkpoint.config, "head_dim": d_k, "expand_v": checkpoint.spec.layers[0].mixer.d_v / d_k}
+        )
+    return model.to(dtype)
+
+
+def quiet() -> None:
+    """One thread, and none of transformers' warnings that it has no GPU kernels."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+def machine() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {
+        "cpu": next(
+            (s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.machine()
+        ),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

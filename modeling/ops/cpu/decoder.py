@@ -1,0 +1,204 @@
+"""A model's parameters as decode.cpp reads them, and the calls."""
+
+import ctypes
+from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from modeling.layers import Block
+from modeling.ops.cpu.build import UnavailableError, library
+from modeling.state import StatePool
+
+if TYPE_CHECKING:
+    from modeling.model import Model
+
+ROWS = 8
+"""Products work on this many rows at a time; no matrix may have fewer."""
+
+_GATES = {"none": 0, "silu": 1, "sigmoid": 2}
+_ERRORS: dict[int, tuple[type[Exception], str]] = {
+    1: (IndexError, "a token id is outside the vocabulary"),
+    2: (IndexError, "a slot is outside the pool"),
+    3: (MemoryError, "no memory for the step's activations"),
+}
+
+
+class _Layer(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("mixer_norm", "mlp_norm")),
+        *((name, c_void_p) for name in ("in_proj", "o_proj", "mlp_in", "mlp_out")),
+        *((name, c_void_p) for name in ("conv_weight", "conv_bias", "decay_rate", "dt_bias", "o_norm")),
+        *((name, c_float) for name in ("norm_eps", "o_norm_eps", "beta_scale")),
+        *((name, c_int32) for name in ("num_k_heads", "num_v_heads", "d_k", "d_v")),
+        *((name, c_int32) for name in ("conv_kernel", "has_beta", "gate", "intermediate")),
+    ]
+
+
+class _Model(Structure):
+    _fields_ = [
+        ("embeddings", c_void_p),
+        ("norm", c_void_p),
+        ("layers", POINTER(_Layer)),
+        ("norm_eps", c_float),
+        *((name, c_int32) for name in ("num_layers", "hidden", "vocab", "bf16_weights")),
+    ]
+
+
+class _Pool(Structure):
+    _fields_ = [
+        ("recurrent", POINTER(c_void_p)),
+        ("conv", POINTER(c_void_p)),
+        ("slots", c_int64),
+        ("bf16_state", c_int32),
+        ("bf16_conv", c_int32),
+    ]
+
+
+class Decoder:
+    """One model's decode step and products, on a CPU, in one call each.
+
+    It reads the parameters where they are; the small ones (norms, convolutions, decays) are copied as float32. Replace
+    or move no parameter of the model afterwards.
+
+    Raises:
+        UnavailableError: no compiled library on this machine, or shapes or dtypes that it does not take.
+    """
+
+    def __init__(self, model: "Model") -> None:
+        self._library = library()
+        ours = ctypes.sizeof(_Layer) << 32 | ctypes.sizeof(_Model) << 16 | ctypes.sizeof(_Pool)
+        self._library.lowkey_layout.restype = c_int64
+        if self._library.lowkey_layout() != ours:
+            raise UnavailableError("decode.cpp and decoder.py disagree about their structures")
+        self._library.lowkey_decode.argtypes = (
+            *(POINTER(_Model), POINTER(_Pool), c_int64),
+            *(c_void_p, c_void_p, c_void_p, c_int),
+        )
+        self._library.lowkey_linear.argtypes = (
+            *(c_void_p, c_int64, c_int64, c_void_p, c_int64),
+            *(c_void_p, c_int, c_int),
+        )
+        spec, layers = model.spec, [block for block in model.layers if isinstance(block, Block)]
+        self._dtype = model.embeddings.weight.dtype
+        if self._dtype not in (torch.float32, torch.bfloat16):
+            raise UnavailableError(f"weights are {self._dtype}; float32 or bfloat16 would do")
+        self._owner, self._spec = model, spec
+        self._kept: list[Tensor] = []
+        self._layers = (_Layer * len(layers))(*(self._layer(block) for block in layers))
+        self._model = _Model(
+            embeddings=self._matrix(model.embeddings.weight),
+            norm=self._vector(model.norm.weight),
+            layers=self._layers,
+            norm_eps=spec.norm.eps,
+            num_layers=len(layers),
+            hidden=spec.hidden_size,
+            vocab=spec.vocab_size,
+            bf16_weights=self._dtype == torch.bfloat16,
+        )
+
+    def _keep(self, x: Tensor) -> int:
+        self._kept.append(x)
+        return x.data_ptr()
+
+    def _matrix(self, x: Tensor) -> int:
+        x = x.detach()
+        if x.dtype != self._dtype or x.device.type != "cpu" or not x.is_contiguous():
+            raise UnavailableError(
+                f"a {x.dtype} matrix on {x.device} among {self._dtype} ones, or not contiguous"
+            )
+        if len(x) < ROWS:
+            raise UnavailableError(f"a matrix of {len(x)} rows; at least {ROWS} would do")
+        return self._keep(x)
+
+    def _vector(self, x: Tensor | None) -> int | None:
+        return None if x is None else self._keep(x.detach().float().contiguous())
+
+    def _layer(self, block: Block) -> _Layer:
+        mixer, s = block.mixer, block.mixer.spec
+        return _Layer(
+            mixer_norm=self._vector(block.mixer_norm.weight),
+            mlp_norm=self._vector(block.mlp_norm.weight),
+            in_proj=self._matrix(mixer.in_proj.weight),
+            o_proj=self._matrix(mixer.o_proj.weight),
+            mlp_in=self._matrix(block.mlp.in_proj.weight),
+            mlp_out=self._matrix(block.mlp.out_proj.weight),
+            conv_weight=self._vector(mixer.conv.weight.t()),
+            conv_bias=self._vector(mixer.conv.bias),
+            decay_rate=self._vector(-mixer.A_log.float().exp()) if s.has_decay else None,
+            dt_bias=self._vector(mixer.dt_bias) if s.has_decay else None,
+            o_norm=self._vector(mixer.o_norm.weight),
+            norm_eps=block.mixer_norm.eps,
+            o_norm_eps=s.norm_eps,
+            beta_scale=s.beta_scale,
+            num_k_heads=s.num_k_heads,
+            num_v_heads=s.num_v_heads,
+            d_k=s.d_k,
+            d_v=s.d_v,
+            conv_kernel=s.conv_kernel,
+            has_beta=s.has_beta,
+            gate=_GATES[s.gate],
+            intermediate=block.mlp.in_proj.out_features // 2,
+        )
+
+    def _check(self, code: int) -> None:
+        if code:
+            kind, message = _ERRORS[code]
+            raise kind(message)
+
+    def decode(self, model: "Model", input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        """As `Model.decode`; activations are float32 whatever the weights are.
+
+        Raises:
+            IndexError: an id or a slot is out of range; no state has moved then.
+            ValueError: the pool is another model's, or tensors have the wrong dtype, device or shape.
+        """
+        if pool.spec != model.spec or model is not self._owner:
+            raise ValueError("the decode step or the state pool was made for another model's shapes")
+        ids, slots = input_ids.contiguous(), slots.contiguous()
+        for x in (ids, slots):
+            if x.dtype != torch.long or x.device.type != "cpu" or x.shape != ids.shape or x.ndim != 1:
+                raise ValueError(f"ids and slots must be int64 [B] on the CPU, got {x.dtype} {list(x.shape)}")
+        n = len(pool.recurrent)
+        state = _Pool(
+            recurrent=(c_void_p * n)(*(x.data_ptr() for x in pool.recurrent)),
+            conv=(c_void_p * n)(*(x.data_ptr() for x in pool.conv)),
+            slots=len(pool.recurrent[0]),
+            bf16_state=pool.state_dtype == torch.bfloat16,
+            bf16_conv=pool.conv_dtype == torch.bfloat16,
+        )
+        hidden = torch.empty(len(ids), self._spec.hidden_size, dtype=self._dtype)
+        self._check(
+            self._library.lowkey_decode(
+                self._model,
+                state,
+                len(ids),
+                ids.data_ptr(),
+                slots.data_ptr(),
+                hidden.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return hidden
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x [n, in]` times `weight [out, in]` transposed, in float32."""
+        x = x.contiguous()
+        if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] or not weight.is_contiguous():
+            raise ValueError(
+                f"can't multiply {x.dtype} {list(x.shape)} by {weight.dtype} {list(weight.shape)} transposed"
+            )
+        y = torch.empty(len(x), len(weight))
+        self._check(
+            self._library.lowkey_linear(
+                x.data_ptr(),
+                *x.shape,
+                weight.data_ptr(),
+                len(weight),
+                y.data_ptr(),
+                weight.dtype == torch.bfloat16,
+                torch.get_num_threads(),
+            )
+        )
+        return y

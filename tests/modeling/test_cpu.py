@@ -1,0 +1,264 @@
+"""The compiled decode step against the same model in float64, and how it is built."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from modeling.backends import TORCH, choose
+from modeling.model import Model
+from modeling.ops.cpu import UnavailableError, build
+from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
+from modeling.state import StatePool
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+
+
+def spec_of(hidden=24, intermediate=20, vocab=37, tied=False, layers=1, **mixer):
+    mixer = (
+        dict(
+            num_k_heads=2,
+            num_v_heads=2,
+            d_k=8,
+            d_v=8,
+            conv_kernel=4,
+            conv_bias=False,
+            has_decay=True,
+            has_beta=True,
+            beta_scale=1.0,
+            gate="silu",
+            norm_eps=1e-5,
+        )
+        | mixer
+    )
+    layer = LayerSpec(MixerSpec(**mixer), MLPSpec(intermediate), NormSpec(1e-6))
+    return ModelSpec("test", vocab, hidden, (layer,) * layers, NormSpec(1e-6), tied, 64, ())
+
+
+def model_of(spec, seed=0):
+    torch.manual_seed(seed)
+    model = Model(spec).requires_grad_(False)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=0.3 if p.ndim == 1 else p.shape[-1] ** -0.5)
+        if "norm" in name:
+            p += 1
+    return model
+
+
+def pools_of(spec, slots, seed=1, **dtypes):
+    """A pool with random states, and the same in float64."""
+    torch.manual_seed(seed)
+    pool = StatePool(spec, slots, **dtypes)
+    exact = StatePool(spec, slots, state_dtype=torch.float64, conv_dtype=torch.float64)
+    for t, e in zip((*pool.recurrent, *pool.conv), (*exact.recurrent, *exact.conv), strict=True):
+        t.copy_(torch.randn(t.shape) * 0.2)
+        e.copy_(t)
+    return pool, exact
+
+
+def difference(a, b):
+    """Largest, relative to the largest; NaN (which compares as no difference) never passes."""
+    assert a.shape == b.shape and a.isfinite().all()
+    return float((a.double() - b).abs().max() / b.abs().max().clamp_min(1e-30)) if b.numel() else 0.0
+
+
+def check(spec, batch, *, weights=FLOAT32, state=FLOAT32, conv=FLOAT32, seed=0):
+    """Steps of `batch` requests in random slots of a larger pool, against float64 with the same numbers."""
+    model = model_of(spec, seed).to(weights)
+    exact = model_of(spec, seed).to(weights).double()
+    model.backend = choose(model)
+    assert model.backend.name == "cpu"
+    pool, exact_pool = pools_of(spec, batch + 3, state_dtype=state, conv_dtype=conv)
+    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
+    torch.manual_seed(seed)
+    slots = torch.randperm(batch + 3)[:batch]
+    others = torch.ones(batch + 3, dtype=torch.bool).index_fill(0, slots, False)
+    # A float32 step differs by its roundings. bfloat16 rounds what is stored and returned to 8 bits, which the norms of
+    # a second step would magnify.
+    rounded = BFLOAT16 in (weights, state, conv)
+    tolerance = 1e-2 if rounded else 1e-4
+    for _ in range(1 if rounded else 2):
+        ids = torch.randint(0, spec.vocab_size, (batch,))
+        hidden, expected = model.decode(ids, pool, slots), exact.decode(ids, exact_pool, slots)
+        assert hidden.dtype == weights
+        assert difference(hidden, expected) < tolerance
+        logits = model.logits(hidden)
+        assert difference(logits, hidden.double() @ exact.lm_head.weight.T) < 1e-5
+    for ours, theirs in zip(pool.recurrent, exact_pool.recurrent, strict=True):
+        assert difference(ours, theirs) < tolerance
+    for ours, theirs in zip(pool.conv, exact_pool.conv, strict=True):
+        assert difference(ours, theirs) < tolerance
+    for ours, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
+        assert torch.equal(ours[others], old[others])
+
+
+DTYPES = st.sampled_from([FLOAT32, BFLOAT16])
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shape=st.fixed_dictionaries(
+        {
+            "hidden": st.integers(8, 70),
+            "intermediate": st.integers(4, 70),
+            "vocab": st.integers(8, 50),
+            "tied": st.booleans(),
+            "layers": st.integers(1, 2),
+            "num_k_heads": st.integers(1, 3),
+            "d_k": st.integers(3, 40),
+            "d_v": st.integers(8, 150),
+            "conv_kernel": st.integers(1, 6),
+            "conv_bias": st.booleans(),
+            "has_decay": st.booleans(),
+            "has_beta": st.booleans(),
+            "beta_scale": st.sampled_from([1.0, 2.0]),
+            "gate": st.sampled_from(["none", "silu", "sigmoid"]),
+        }
+    ),
+    groups=st.integers(1, 3),
+    batch=st.integers(1, 70),
+    weights=DTYPES,
+    state=DTYPES,
+    conv=DTYPES,
+    seed=st.integers(0, 100),
+)
+@example({"d_k": 128, "d_v": 128, "num_k_heads": 2, "hidden": 256}, 1, 63, FLOAT32, FLOAT32, FLOAT32, 0)
+@example({"d_k": 96, "d_v": 192, "num_k_heads": 1}, 2, 1, FLOAT32, FLOAT32, FLOAT32, 0)
+def test_a_step_of_any_shape_is_that_of_float64(shape, groups, batch, weights, state, conv, seed):
+    spec = spec_of(**shape, num_v_heads=shape["num_k_heads"] * groups)
+    check(spec, batch, weights=weights, state=state, conv=conv, seed=seed)
+
+
+def test_layers_of_different_widths():
+    spec = spec_of(layers=3)
+    check(spec.with_d_k((3, 8, 5)), 5)
+
+
+def test_several_threads_give_the_bits_of_one():
+    spec = spec_of(hidden=64, intermediate=96, layers=2)
+    model = model_of(spec)
+    model.backend = choose(model)
+    assert model.backend.name == "cpu"
+    ids, slots = torch.arange(13), torch.randperm(16)[:13]
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            pool, _ = pools_of(spec, 16)
+            results.append([model.decode(ids, pool, slots), *pool.recurrent, *pool.conv])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_request_and_shows(bad):
+    spec = spec_of()
+    model = model_of(spec)
+    model.backend = choose(model)
+    for batch in (1, 2, 3, 5, 40):
+        clean, _ = pools_of(spec, batch)
+        broken, _ = pools_of(spec, batch)
+        broken.recurrent[0][batch // 2, 1, 2, 3] = bad
+        ids, slots = torch.arange(batch) % 37, torch.arange(batch)
+        expected, hidden = model.decode(ids, clean, slots), model.decode(ids, broken, slots)
+        others = slots != batch // 2
+        assert torch.equal(hidden[others], expected[others])
+        assert not hidden[batch // 2].isfinite().all()
+        assert not model.logits(hidden)[batch // 2].isfinite().all()
+
+
+def test_extreme_inputs_neither_overflow_nor_vanish():
+    spec = spec_of()
+    model, exact = model_of(spec), model_of(spec).double()
+    for m in (model, exact):  # saturated gates, decays of 0 and 1, activations of 1e3 and 1e-30
+        m.layers[0].mixer.in_proj.weight *= 300
+        m.embeddings.weight[0] = 1e-30
+    model.backend = choose(model)
+    pool, exact_pool = pools_of(spec, 8)
+    pool.recurrent[0][:2] *= 1e-38  # denormal: taken as zero
+    exact_pool.recurrent[0][:2] = 0
+    ids, slots = torch.arange(8), torch.arange(8)
+    assert difference(model.decode(ids, pool, slots), exact.decode(ids, exact_pool, slots)) < 1e-4
+    assert difference(pool.recurrent[0], exact_pool.recurrent[0]) < 1e-4
+
+
+def test_what_is_out_of_range_is_refused_before_anything_moves():
+    spec = spec_of()
+    model = model_of(spec)
+    model.backend = choose(model)
+    pool, _ = pools_of(spec, 4)
+    before = pool.recurrent[0].clone()
+    one = torch.tensor
+    for ids, slots in ((one([0, 37]), one([0, 1])), (one([0, -1]), one([0, 1]))):
+        with pytest.raises(IndexError, match="token id"):
+            model.decode(ids, pool, slots)
+    for slot in (4, -1):
+        with pytest.raises(IndexError, match="slot"):
+            model.decode(one([0, 1]), pool, one([0, slot]))
+    with pytest.raises(ValueError, match="int64"):
+        model.decode(one([0, 1]).int(), pool, one([0, 1]))
+    with pytest.raises(ValueError, match="int64"):
+        model.decode(one([0, 1]), pool, one([0]))
+    with pytest.raises(ValueError, match="another"):
+        model.decode(one([0]), StatePool(spec_of(d_k=9), 4), one([0]))
+    with pytest.raises(ValueError, match="multiply"):
+        model.logits(torch.zeros(1, 25))
+    assert torch.equal(pool.recurrent[0], before)
+    assert model.decode(one([], dtype=torch.long), pool, one([], dtype=torch.long)).shape == (0, 24)
+
+
+def test_shapes_and_dtypes_that_it_does_not_take_go_to_torch_and_the_log_says_so(caplog):
+    for model in (model_of(spec_of()).double(), model_of(spec_of(vocab=7))):
+        caplog.clear()
+        assert choose(model) is TORCH
+        assert "plain torch" in caplog.text and caplog.records[0].levelno == logging.WARNING
+
+
+class TestBuild:
+    @pytest.fixture(autouse=True)
+    def _fresh(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        build.library.cache_clear()
+        yield
+        build.library.cache_clear()
+
+    def test_without_a_compiler_torch_runs_and_the_log_says_so(self, monkeypatch, caplog):
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert choose(model_of(spec_of())) is TORCH
+        assert "'no-such-compiler' is not on PATH); install g++ or set CXX" in caplog.text
+
+    def test_a_compiler_that_fails_leaves_nothing_behind(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("CXX", "g++ -no-such-option")
+        with pytest.raises(UnavailableError, match="no-such-option"):
+            build.library()
+        assert [p.name for p in (tmp_path / "lowkey").iterdir()] == ["decode.lock"]
+
+    def test_nowhere_to_write(self, monkeypatch, tmp_path):
+        (tmp_path / "lowkey").write_text("a file where the folder should be")
+        with pytest.raises(UnavailableError, match="XDG_CACHE_HOME"):
+            build.library()
+
+    def test_a_damaged_library_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(build, "_compile", lambda target: target.write_bytes(b"\x7fELF"))
+        with pytest.raises(UnavailableError, match=r"decode-.*\.so"):
+            build.library()
+
+    def test_processes_that_start_at_once_compile_once(self, tmp_path, monkeypatch):
+        count = tmp_path / "count"
+        compiler = tmp_path / "compiler"
+        compiler.write_text(f'#!/bin/sh\necho x >> "{count}"\nexec g++ "$@" -O0\n')
+        compiler.chmod(0o755)
+        code = "from modeling.ops.cpu.build import library; library().lowkey_layout"
+        environment = {**os.environ, "CXX": str(compiler)}
+        started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+        assert [p.wait(timeout=120) for p in started] == [0, 0, 0]
+        assert count.read_text() == "x\n"
+        assert sorted(p.suffix for p in (tmp_path / "lowkey").iterdir()) == [".lock", ".so"]
