@@ -23,35 +23,30 @@ ELEMENTS_PER_WARP = 2048
 
 
 @triton.jit
-def _window(projected, history, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
-    """`[channels, columns]`: the last `taps - 1` inputs, the new one, then zeros up to a power of two."""
-    j = tl.arange(0, columns)[None, :]
-    old = history + channels[:, None] * (taps - 1) + j
-    new = projected + channels[:, None] + j * 0
-    return tl.load(old, mask=mask[:, None] & (j < taps - 1), other=0.0).to(tl.float32) + tl.load(
-        new, mask=mask[:, None] & (j == taps - 1), other=0.0
-    ).to(tl.float32)
-
-
-@triton.jit
-def _move_on(window, history, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
-    """Drop the oldest input of the history and append the new one."""
-    j = tl.arange(0, columns)[None, :]
-    target = history + channels[:, None] * (taps - 1) + j - 1
-    tl.store(target, window.to(history.dtype.element_ty), mask=mask[:, None] & (j > 0) & (j < taps))
-
-
-@triton.jit
 def _convolve(
-    window, weight, bias, channels, mask, taps: tl.constexpr, columns: tl.constexpr, has_bias: tl.constexpr
+    projected, history, weight, bias, channels, mask, taps: tl.constexpr, has_bias: tl.constexpr
 ):
-    """Depthwise convolution and SiLU, `[channels]`."""
-    j = tl.arange(0, columns)[None, :]
-    w = tl.load(weight + channels[:, None] * taps + j, mask=mask[:, None] & (j < taps), other=0.0)
-    y = tl.sum(window * w.to(tl.float32), axis=1)
+    """Depthwise convolution of the last `taps - 1` inputs and the new one, then SiLU, in the shape of `channels`."""
+    y = tl.load(projected + channels, mask=mask, other=0.0).to(tl.float32)
+    y *= tl.load(weight + channels * taps + taps - 1, mask=mask, other=0.0).to(tl.float32)
+    for tap in tl.static_range(taps - 1):
+        x = tl.load(history + channels * (taps - 1) + tap, mask=mask, other=0.0).to(tl.float32)
+        y += x * tl.load(weight + channels * taps + tap, mask=mask, other=0.0).to(tl.float32)
     if has_bias:
         y += tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)
     return y * tl.sigmoid(y)
+
+
+@triton.jit
+def _move_on(projected, history, channels, mask, taps: tl.constexpr):
+    """Drop the oldest input of the history and append the new one. Threads may hold copies of a channel: all must have
+    convolved, with a barrier behind them, before one of them comes here."""
+    for tap in tl.static_range(taps - 2):
+        x = tl.load(history + channels * (taps - 1) + tap + 1, mask=mask, other=0.0)
+        tl.store(history + channels * (taps - 1) + tap, x, mask=mask)
+    if taps > 1:
+        x = tl.load(projected + channels, mask=mask, other=0.0)
+        tl.store(history + channels * (taps - 1) + taps - 2, x.to(history.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -83,7 +78,6 @@ def _step(
     block_k: tl.constexpr,
     block_v: tl.constexpr,
     blocks: tl.constexpr,
-    columns: tl.constexpr,
 ):
     num_v_heads: tl.constexpr = num_k_heads * groups
     head = tl.program_id(0)
@@ -104,10 +98,10 @@ def _step(
 
     k_index = tl.arange(0, block_k)
     k_mask = k_index < d_k
-    q_channels = head * d_k + k_index
-    k_channels = key_dim + q_channels
-    q_window = _window(projected, history, q_channels, k_mask, taps, columns)
-    k_window = _window(projected, history, k_channels, k_mask, taps, columns)
+    part = tl.arange(0, 2)[:, None]  # q and k
+    qk_channels = part * key_dim + head * d_k + k_index[None, :]
+    qk_mask = (part < 2) & k_mask[None, :]
+    qk = _convolve(projected, history, conv_weight, conv_bias, qk_channels, qk_mask, taps, has_bias)
 
     # o of a head, [blocks, block_v]: a block's row is filled when its columns are done.
     o_index = tl.arange(0, blocks)[:, None] * block_v + tl.arange(0, block_v)[None, :]
@@ -126,18 +120,18 @@ def _step(
         for block in tl.static_range(blocks):
             v_index = block * block_v + tl.arange(0, block_v)
             v_mask = v_index < d_v
-            v_channels = 2 * key_dim + v_head * d_v + v_index
-            v_window = _window(projected, history, v_channels, v_mask, taps, columns)
+            v_channels = (2 * key_dim + v_head * d_v + v_index)[:, None]
+            v_one = _convolve(
+                projected, history, conv_weight, conv_bias, v_channels, v_mask[:, None], taps, has_bias
+            )
+            v = tl.sum(v_one, axis=1)
             tile = (slot * num_v_heads + v_head) * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
             tile_mask = k_mask[:, None] & v_mask[None, :]
-            # The state is asked for before q and k are worked out: their latency hides behind it.
             state = tl.load(recurrent + tile, mask=tile_mask, other=0.0).to(tl.float32)
-            if group == 0 and block == 0:
-                q = _convolve(q_window, conv_weight, conv_bias, q_channels, k_mask, taps, columns, has_bias)
-                k = _convolve(k_window, conv_weight, conv_bias, k_channels, k_mask, taps, columns, has_bias)
-                q *= tl.rsqrt(tl.sum(q * q, axis=0) + l2_eps) * scale
-                k *= tl.rsqrt(tl.sum(k * k, axis=0) + l2_eps)
-            v = _convolve(v_window, conv_weight, conv_bias, v_channels, v_mask, taps, columns, has_bias)
+            if group == 0 and block == 0:  # after the state is asked for: this takes barriers, and waits no longer
+                qk *= tl.rsqrt(tl.sum(qk * qk, axis=1) + l2_eps)[:, None]
+                q = tl.sum(tl.where(part == 0, qk, 0.0), axis=0) * scale
+                k = tl.sum(tl.where(part == 1, qk, 0.0), axis=0)
             if has_decay:
                 state *= decay
             u = beta * (v - tl.sum(state * k[:, None], axis=0))
@@ -145,9 +139,8 @@ def _step(
             tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
             o_block = tl.sum(state * q[:, None], axis=0)
             o = tl.where(tl.arange(0, blocks)[:, None] == block, o_block[None, :], o)
-            # Threads may hold copies of a channel: all must have read the history before one writes it.
             tl.debug_barrier()
-            _move_on(v_window, history, v_channels, v_mask, taps, columns)
+            _move_on(projected, history, v_channels, v_mask[:, None], taps)
         mean_square = tl.sum(tl.sum(tl.where(o_mask, o * o, 0.0), axis=1), axis=0) / d_v
         o *= tl.rsqrt(mean_square + norm_eps)
         o *= tl.load(norm_weight + o_index, mask=o_mask, other=0.0).to(tl.float32)
@@ -157,8 +150,7 @@ def _step(
             if gate == "silu":
                 o *= z
         tl.store(out + v_head * d_v + o_index, o.to(out.dtype.element_ty), mask=o_mask)
-    _move_on(q_window, history, q_channels, k_mask, taps, columns)
-    _move_on(k_window, history, k_channels, k_mask, taps, columns)
+    _move_on(projected, history, qk_channels, qk_mask, taps)
 
 
 def triton_step(mixer: Mixer, projected: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor) -> Tensor:
@@ -204,7 +196,6 @@ def triton_step(mixer: Mixer, projected: Tensor, recurrent: Tensor, conv: Tensor
         block_k=block_k,
         block_v=block_v,
         blocks=width // block_v,
-        columns=triton.next_power_of_2(s.conv_kernel),
         num_warps=min(max(block_k * block_v // ELEMENTS_PER_WARP, 1), 8),
     )
     return out
