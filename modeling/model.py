@@ -86,7 +86,7 @@ class Model(nn.Module):
         x = self.embeddings(input_ids)
         for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
             assert isinstance(block, Block)
-            x = block.decode(x, recurrent, conv, slots, self.backend.step)
+            x = self.backend.block(block, x, recurrent, conv, slots, self.backend.step)
         y: Tensor = self.norm(x)
         return y
 

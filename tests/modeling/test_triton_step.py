@@ -1,12 +1,18 @@
 """The Triton decode step, run by Triton's interpreter, against the plain torch step in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from checkpoints import DELTA, GATED, write_checkpoint
 
+from modeling.backends import TORCH
+from modeling.checkpoint import open_checkpoint
 from modeling.layers import Mixer
 from modeling.ops import triton_step as module
-from modeling.ops.triton_step import triton_step
+from modeling.ops.triton_step import triton_block, triton_step
 from modeling.spec import MixerSpec
+from modeling.state import StatePool
 
 BASE = {
     "num_k_heads": 1,
@@ -134,3 +140,21 @@ def test_float64_is_refused():
     projected, recurrent, conv = draw(mixer, torch.float64, torch.float64)
     with pytest.raises(ValueError, match="float64"):
         triton_step(mixer, projected, recurrent, conv, torch.tensor(SLOTS))
+
+
+@pytest.mark.parametrize("config", [{**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]}, DELTA])
+@torch.inference_mode()
+def test_a_whole_model_whose_layers_differ(tmp_path, config):
+    model = open_checkpoint(write_checkpoint(tmp_path / "c", config)).load()
+    pools = [StatePool(model.spec, 3) for _ in range(2)]
+    torch.manual_seed(0)
+    for ours, theirs in zip(*([*p.recurrent, *p.conv] for p in pools), strict=True):
+        ours.copy_(torch.randn_like(ours) * 0.1)
+        theirs.copy_(ours)
+    slots = torch.tensor([2, 0])
+    for _ in range(2):
+        ids = torch.randint(0, 257, (2,))
+        model.backend = TORCH
+        expected = model.decode(ids, pools[0], slots)
+        model.backend = replace(TORCH, step=triton_step, block=triton_block)
+        torch.testing.assert_close(model.decode(ids, pools[1], slots), expected, rtol=1e-4, atol=1e-5)
