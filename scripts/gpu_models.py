@@ -273,8 +273,13 @@ def check_peer(run: Run) -> Iterator[list[str]]:
             model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).eval()
         for batch in batches(run):
             run.need(20)
-            figures = time_peer(run, model, batch, *lengths(run))
-            free(run)
+            try:
+                figures = time_peer(run, model, batch, *lengths(run))
+            except torch.OutOfMemoryError:
+                yield [f"peer {family} B {batch}", "", "out of memory"]
+                continue
+            finally:
+                free(run)
             results[f"{family} B {batch}"] = figures
             details = [
                 f"{figures['tokens_per_second']:.0f} tok/s",

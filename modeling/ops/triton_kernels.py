@@ -14,28 +14,32 @@ import triton.language as tl
 
 
 @triton.jit
-def _convolve(projected, history, weight, bias, channels, mask, taps: tl.constexpr, has_bias: tl.constexpr):
-    """Depthwise convolution of the last `taps - 1` inputs and the new one, then SiLU, in the shape of `channels`."""
-    y = tl.load(projected + channels, mask=mask, other=0.0).to(tl.float32)
-    y *= tl.load(weight + channels * taps + taps - 1, mask=mask, other=0.0).to(tl.float32)
-    for tap in tl.static_range(taps - 1):
-        x = tl.load(history + channels * (taps - 1) + tap, mask=mask, other=0.0).to(tl.float32)
-        y += x * tl.load(weight + channels * taps + tap, mask=mask, other=0.0).to(tl.float32)
-    if has_bias:
-        y += tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32)
-    return y * tl.sigmoid(y)
+def _inputs(projected, history, weight, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+    """Loads only: the last `taps - 1` inputs, the new one, and the filter, behind the shape of `channels`."""
+    j = tl.arange(0, columns)[None, None, :]
+    old = tl.load(history + channels * (taps - 1) + j, mask=mask & (j < taps - 1), other=0.0)
+    new = tl.load(projected + channels, mask=mask, other=0.0)
+    return old, new, tl.load(weight + channels * taps + j, mask=mask & (j < taps), other=0.0)
 
 
 @triton.jit
-def _move_on(projected, history, channels, mask, taps: tl.constexpr):
+def _convolve(old, new, weight, bias, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+    """SiLU of the depthwise convolution, in the shape of `channels` less its last axis, and the window that it read."""
+    j = tl.arange(0, columns)[None, None, :]
+    window = tl.where(j == taps - 1, new.to(tl.float32), old.to(tl.float32))
+    y = tl.sum(window * weight.to(tl.float32), axis=2)
+    if bias is not None:
+        y += tl.sum(tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32), axis=2)
+    return y * tl.sigmoid(y), window
+
+
+@triton.jit
+def _move_on(window, history, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
     """Drop the oldest input of the history and append the new one. Threads may hold copies of a channel: all must have
-    convolved, with a barrier behind them, before one of them comes here."""
-    for tap in tl.static_range(taps - 2):
-        x = tl.load(history + channels * (taps - 1) + tap + 1, mask=mask, other=0.0)
-        tl.store(history + channels * (taps - 1) + tap, x, mask=mask)
-    if taps > 1:
-        x = tl.load(projected + channels, mask=mask, other=0.0)
-        tl.store(history + channels * (taps - 1) + taps - 2, x.to(history.dtype.element_ty), mask=mask)
+    read it, with a barrier behind them, before one of them comes here."""
+    j = tl.arange(0, columns)[None, None, :]
+    target = history + channels * (taps - 1) + j - 1
+    tl.store(target, window.to(history.dtype.element_ty), mask=mask & (j > 0) & (j < taps))
 
 
 @triton.jit
@@ -60,13 +64,13 @@ def mixer_step(
     groups: tl.constexpr,
     d_v: tl.constexpr,
     taps: tl.constexpr,
-    has_bias: tl.constexpr,
     has_decay: tl.constexpr,
     has_beta: tl.constexpr,
     gate: tl.constexpr,
     block_k: tl.constexpr,
     block_v: tl.constexpr,
     blocks: tl.constexpr,
+    columns: tl.constexpr,
 ):
     num_v_heads: tl.constexpr = num_k_heads * groups
     head = tl.program_id(0)
@@ -88,9 +92,9 @@ def mixer_step(
     k_index = tl.arange(0, block_k)
     k_mask = k_index < d_k
     part = tl.arange(0, 2)[:, None]  # q and k
-    qk_channels = part * key_dim + head * d_k + k_index[None, :]
-    qk_mask = (part < 2) & k_mask[None, :]
-    qk = _convolve(projected, history, conv_weight, conv_bias, qk_channels, qk_mask, taps, has_bias)
+    qk_channels = (part * key_dim + head * d_k + k_index[None, :])[:, :, None]
+    qk_mask = ((part < 2) & k_mask[None, :])[:, :, None]
+    qk_old, qk_new, qk_weight = _inputs(projected, history, conv_weight, qk_channels, qk_mask, taps, columns)
 
     # o of a head, [blocks, block_v]: a block's row is filled when its columns are done.
     o_index = tl.arange(0, blocks)[:, None] * block_v + tl.arange(0, block_v)[None, :]
@@ -98,49 +102,73 @@ def mixer_step(
     for group in tl.static_range(groups):
         v_head = head * groups + group
         if has_beta:
-            beta = tl.sigmoid(tl.load(beta_at + v_head).to(tl.float32)) * beta_scale
-        else:
-            beta = beta_scale
+            beta_in = tl.load(beta_at + v_head)
         if has_decay:
-            x = tl.load(decay_at + v_head).to(tl.float32) + tl.load(dt_bias + v_head)
-            softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(x)))
-            decay = tl.exp(-tl.exp(tl.load(a_log + v_head)) * softplus)
+            decay_in, shift, log_rate = (
+                tl.load(decay_at + v_head),
+                tl.load(dt_bias + v_head),
+                tl.load(a_log + v_head),
+            )
+        if gate != "none":
+            z = tl.load(gate_at + v_head * d_v + o_index, mask=o_mask, other=0.0)
         o = tl.zeros([blocks, block_v], tl.float32)
         for block in tl.static_range(blocks):
             v_index = block * block_v + tl.arange(0, block_v)
-            v_mask = v_index < d_v
-            v_channels = (2 * key_dim + v_head * d_v + v_index)[:, None]
-            v_one = _convolve(
-                projected, history, conv_weight, conv_bias, v_channels, v_mask[:, None], taps, has_bias
+            v_mask = (v_index < d_v)[:, None, None]
+            v_channels = (2 * key_dim + v_head * d_v + v_index)[:, None, None]
+            v_old, v_new, v_weight = _inputs(
+                projected, history, conv_weight, v_channels, v_mask, taps, columns
             )
-            v = tl.sum(v_one, axis=1)
             tile = (slot * num_v_heads + v_head) * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
-            tile_mask = k_mask[:, None] & v_mask[None, :]
-            state = tl.load(recurrent + tile, mask=tile_mask, other=0.0).to(tl.float32)
-            # Only now, with the state asked for: this takes barriers, and its wait hides behind that one.
+            tile_mask = k_mask[:, None] & (v_index < d_v)[None, :]
+            state = tl.load(recurrent + tile, mask=tile_mask, other=0.0, eviction_policy="evict_first").to(
+                tl.float32
+            )
+            # From here to the first use of the state, everything hides behind its latency.
+            if block == 0:
+                beta = beta_scale
+                if has_beta:
+                    beta = tl.sigmoid(beta_in.to(tl.float32)) * beta_scale
+                if has_decay:
+                    x = decay_in.to(tl.float32) + shift
+                    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(x)))
+                    decay = tl.exp(-tl.exp(log_rate) * softplus)
             if group == 0 and block == 0:
+                qk, qk_window = _convolve(
+                    qk_old, qk_new, qk_weight, conv_bias, qk_channels, qk_mask, taps, columns
+                )
                 qk *= tl.rsqrt(tl.sum(qk * qk, axis=1) + l2_eps)[:, None]
                 q = tl.sum(tl.where(part == 0, qk, 0.0), axis=0) * scale
                 k = tl.sum(tl.where(part == 1, qk, 0.0), axis=0)
+            v_column, v_window = _convolve(
+                v_old, v_new, v_weight, conv_bias, v_channels, v_mask, taps, columns
+            )
+            v = tl.sum(v_column, axis=1)
+            tl.debug_barrier()
+            _move_on(v_window, history, v_channels, v_mask, taps, columns)
+            if group == 0 and block == 0:
+                _move_on(qk_window, history, qk_channels, qk_mask, taps, columns)
             if has_decay:
                 state *= decay
             u = beta * (v - tl.sum(state * k[:, None], axis=0))
             state += k[:, None] * u[None, :]
-            tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
+            tl.store(
+                recurrent + tile,
+                state.to(recurrent.dtype.element_ty),
+                mask=tile_mask,
+                eviction_policy="evict_first",
+            )
             o_block = tl.sum(state * q[:, None], axis=0)
             o = tl.where(tl.arange(0, blocks)[:, None] == block, o_block[None, :], o)
-            tl.debug_barrier()
-            _move_on(projected, history, v_channels, v_mask[:, None], taps)
         mean_square = tl.sum(tl.sum(tl.where(o_mask, o * o, 0.0), axis=1), axis=0) / d_v
         o *= tl.rsqrt(mean_square + norm_eps)
         o *= tl.load(norm_weight + o_index, mask=o_mask, other=0.0).to(tl.float32)
         if gate != "none":
-            z = tl.load(gate_at + v_head * d_v + o_index, mask=o_mask, other=0.0).to(tl.float32)
+            z = z.to(tl.float32)
             o *= tl.sigmoid(z)
             if gate == "silu":
                 o *= z
         tl.store(out + v_head * d_v + o_index, o.to(out.dtype.element_ty), mask=o_mask)
-    _move_on(projected, history, qk_channels, qk_mask, taps)
 
 
 @triton.jit

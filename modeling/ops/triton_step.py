@@ -16,7 +16,8 @@ from modeling.ops.triton_kernels import mixer_step, rms_norm, swiglu
 TILE = 16384
 """Elements of state that a program holds at a time, at most."""
 ELEMENTS_PER_WARP = 2048
-"""64 registers of a thread for the state: enough bytes in flight, and room for two programs on a multiprocessor."""
+MAX_WARPS = 4
+"""More warps hold less each, but wait for each other more: measured, docs/gpu.md."""
 SWIGLU_BLOCK = 1024
 
 
@@ -56,14 +57,14 @@ def triton_step(mixer: Mixer, projected: Tensor, recurrent: Tensor, conv: Tensor
         groups=s.num_v_heads // s.num_k_heads,
         d_v=s.d_v,
         taps=s.conv_kernel,
-        has_bias=s.conv_bias,
         has_decay=s.has_decay,
         has_beta=s.has_beta,
         gate=s.gate,
         block_k=block_k,
         block_v=block_v,
         blocks=width // block_v,
-        num_warps=min(max(block_k * block_v // ELEMENTS_PER_WARP, 1), 8),
+        columns=triton.next_power_of_2(s.conv_kernel),
+        num_warps=min(max(block_k * block_v // ELEMENTS_PER_WARP, 1), MAX_WARPS),
     )
     return out
 
