@@ -121,9 +121,7 @@ def mixer_step(
             )
             tile = (slot * num_v_heads + v_head) * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
             tile_mask = k_mask[:, None] & (v_index < d_v)[None, :]
-            state = tl.load(recurrent + tile, mask=tile_mask, other=0.0, eviction_policy="evict_first").to(
-                tl.float32
-            )
+            state = tl.load(recurrent + tile, mask=tile_mask, other=0.0).to(tl.float32)
             # From here to the first use of the state, everything hides behind its latency.
             if block == 0:
                 beta = beta_scale
@@ -152,12 +150,7 @@ def mixer_step(
                 state *= decay
             u = beta * (v - tl.sum(state * k[:, None], axis=0))
             state += k[:, None] * u[None, :]
-            tl.store(
-                recurrent + tile,
-                state.to(recurrent.dtype.element_ty),
-                mask=tile_mask,
-                eviction_policy="evict_first",
-            )
+            tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
             o_block = tl.sum(state * q[:, None], axis=0)
             o = tl.where(tl.arange(0, blocks)[:, None] == block, o_block[None, :], o)
         mean_square = tl.sum(tl.sum(tl.where(o_mask, o * o, 0.0), axis=1), axis=0) / d_v
