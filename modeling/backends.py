@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.layers import Block, Mixer, MixerStep
-from modeling.ops import GatedDeltaRule, chunked_gated_delta_rule
+from modeling.layers import Block, BlockStep, Mixer, MixerStep
+from modeling.ops import GatedDeltaRule, UnavailableError, chunked_gated_delta_rule
 from modeling.state import StatePool
 
 if TYPE_CHECKING:
@@ -37,14 +37,14 @@ class Backend:
     head: Callable[[Tensor, Tensor], Tensor] = F.linear
 
 
-def by_layer(step: MixerStep) -> Decode:
-    """A decode step of torch modules around a mixer's `step`."""
+def by_layer(step: MixerStep, block_step: BlockStep = Block.decode) -> Decode:
+    """A decode step that goes from block to block, with a mixer's `step` in each."""
 
     def decode(model: "Model", input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
         x = model.embeddings(input_ids)
         for block, recurrent, conv in zip(model.layers, pool.recurrent, pool.conv, strict=True):
             assert isinstance(block, Block)
-            x = block.decode(x, recurrent, conv, slots, step)
+            x = block_step(block, x, recurrent, conv, slots, step)
         y: Tensor = model.norm(x)
         return y
 
@@ -58,15 +58,29 @@ TORCH = Backend("torch", chunked_gated_delta_rule, by_layer(Mixer.step))
 def choose(model: "Model") -> Backend:
     """The fastest back end for serving this model where it is; its parameters stay as they are from now on.
 
-    On a CPU the decode step compiled for it ("cpu"), or, said in the log, plain torch ("torch").
+    On a CPU the decode step compiled for it ("cpu"), on an NVIDIA GPU Triton's and fla's kernels ("triton"), or, said in
+    the log, plain torch ("torch").
     """
-    from modeling.ops.cpu import Decoder, UnavailableError
-
-    if model.embeddings.weight.device.type != "cpu":
-        return TORCH
     try:
-        decoder = Decoder(model)
+        return triton_backend() if model.embeddings.weight.device.type == "cuda" else cpu_backend(model)
     except UnavailableError as e:
         logger.warning("decoding by plain torch operations, several times slower than compiled: %s", e)
         return TORCH
+
+
+def cpu_backend(model: "Model") -> Backend:
+    """The model's decode step compiled for this machine. Raises UnavailableError."""
+    from modeling.ops.cpu import Decoder
+
+    decoder = Decoder(model)
     return Backend("cpu", chunked_gated_delta_rule, decoder.decode, decoder.linear)
+
+
+def triton_backend() -> Backend:
+    """Fused decode and fla's chunk kernels, for NVIDIA GPUs. Raises UnavailableError."""
+    try:
+        from modeling.ops.fla_rule import fla_gated_delta_rule
+        from modeling.ops.triton_step import triton_block, triton_step
+    except ImportError as e:
+        raise UnavailableError(f"{e}; pip install 'lowkey[gpu]'") from e
+    return Backend("triton", fla_gated_delta_rule, by_layer(triton_step, triton_block))

@@ -241,3 +241,14 @@ class Block(nn.Module):
         x = x + mixer.o_proj(step(mixer, mixer.in_proj(self.mixer_norm(x)), recurrent, conv, slots))
         y: Tensor = self.mlp(self.mlp_norm(x))
         return x + y
+
+
+class BlockStep(Protocol):
+    """One token of each of B requests through a block, given the mixer's step: as `Block.decode`.
+
+    x `[B, hidden]` may be overwritten.
+    """
+
+    def __call__(
+        self, block: Block, x: Tensor, recurrent: Tensor, conv: Tensor, slots: Tensor, step: MixerStep, /
+    ) -> Tensor: ...

@@ -18,11 +18,16 @@ from modeling.ops.reference import reference_gated_delta_rule, reference_step, w
 
 __all__ = [
     "GatedDeltaRule",
+    "UnavailableError",
     "chunked_gated_delta_rule",
     "reference_gated_delta_rule",
     "reference_step",
     "wide",
 ]
+
+
+class UnavailableError(Exception):
+    """A back end can't be had here. The message says why, and what would help."""
 
 
 class GatedDeltaRule(Protocol):

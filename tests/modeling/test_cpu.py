@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from modeling.backends import TORCH, choose
 from modeling.model import Model
-from modeling.ops.cpu import UnavailableError, build
+from modeling.ops import UnavailableError
+from modeling.ops.cpu import build
 from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
 from modeling.state import StatePool
 

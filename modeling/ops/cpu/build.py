@@ -14,6 +14,8 @@ import time
 from functools import cache
 from pathlib import Path
 
+from modeling.ops import UnavailableError
+
 logger = logging.getLogger("lowkey.modeling")
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("decode.cpp", "products.h"))
@@ -23,10 +25,6 @@ FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math"),
 )
 COMPILE_TIMEOUT_S = 300
-
-
-class UnavailableError(Exception):
-    """The compiled step can't be had here. The message says why, and what would help."""
 
 
 def _cpu() -> str:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from modeling.layers import Block
-from modeling.ops.cpu.build import UnavailableError, library
+from modeling.ops import UnavailableError
+from modeling.ops.cpu.build import library
 from modeling.state import StatePool
 
 if TYPE_CHECKING:

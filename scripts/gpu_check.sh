@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# scripts/gpu_check.py with the wheels of scripts/gpu_wheels.sh, on a machine without a network. Arguments go through.
+#
+#   WHEELS=FOLDER bash scripts/gpu_check.sh [--only kernels bandwidth]     default: wheels/ in the checkout
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+wheels=${WHEELS:-$root/wheels}
+python=${PYTHON:-python3}
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+"$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl
+PYTHONUNBUFFERED=1 PYTHONPATH="$site:$root" "$python" "$root/scripts/gpu_check.py" "$@"

@@ -1,0 +1,205 @@
+"""What the sections of gpu_check share: shapes, random models, clocks."""
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeling.backends import TORCH, Backend, by_layer, triton_backend
+from modeling.checkpoint import Checkpoint, export_tensors, write_json, write_safetensors
+from modeling.families import family_of
+from modeling.families.gated_deltanet import expand_v_for
+from modeling.graphs import CudaRecorder, DecodeGraphs, Recorder
+from modeling.model import Model
+from modeling.spec import ModelSpec
+from modeling.state import StatePool
+
+FAMILIES = ("gated_deltanet", "delta_net")
+
+
+class SkippedError(Exception):
+    """A case that does not apply here, or that there is no time left for."""
+
+
+@dataclass
+class Run:
+    """One run of gpu_check: where, how large, until when, and what came of it."""
+
+    device: str
+    small: bool
+    deadline: float
+    folder: Path
+    report: dict[str, Any] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    @property
+    def cuda(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def backend(self) -> Backend:
+        """fla's chunk kernels need a GPU; Triton's interpreter runs the decode step anywhere."""
+        if self.cuda:
+            return triton_backend()
+        from modeling.ops.triton_step import triton_block, triton_step
+
+        return Backend("triton, interpreted", TORCH.rule, by_layer(triton_step, triton_block))
+
+    def need(self, seconds: float) -> None:
+        if time.monotonic() + seconds > self.deadline:
+            raise SkippedError(f"skipped: {seconds:.0f} s needed, the time box ends before")
+
+    def check(self, good: bool, what: str) -> str:
+        if not good:
+            self.failures.append(what)
+        return "ok" if good else "FAIL"
+
+
+class EagerRecorder:
+    """Replays by calling, where there are no CUDA graphs."""
+
+    def __call__(self, function: Callable[[], Tensor], /) -> tuple[Callable[[], None], Tensor]:
+        output = function()
+
+        def replay() -> None:
+            output.copy_(function())
+
+        return replay, output
+
+
+def recorder(run: Run) -> Recorder:
+    return CudaRecorder() if run.cuda else EagerRecorder()
+
+
+def config(
+    family: str, *, hidden: int, layers: int, heads: int, d_k: int | list[int], d_v: int, vocab: int
+) -> dict[str, Any]:
+    common = {
+        "model_type": family,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_heads": heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        "norm_eps": 1e-6,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    widths = d_k if isinstance(d_k, list) else [d_k]
+
+    def value(of: Callable[[int], Any]) -> Any:
+        return [of(n) for n in widths] if isinstance(d_k, list) else of(widths[0])
+
+    if family == "delta_net":
+        return common | {"expand_k": value(lambda n: n * heads / hidden), "expand_v": d_v * heads / hidden}
+    return common | {"head_dim": value(lambda n: n), "expand_v": value(lambda n: expand_v_for(n, d_v))}
+
+
+def large_config(run: Run, family: str, d_k: int) -> dict[str, Any]:
+    """DeltaNet-1.3B's shape, for both families; Gated DeltaNet has an output gate and decay on top of it."""
+    if run.small:
+        return config(family, hidden=64, layers=2, heads=2, d_k=d_k // 8, d_v=16, vocab=257)
+    return config(family, hidden=2048, layers=24, heads=16, d_k=d_k, d_v=128, vocab=32000)
+
+
+@torch.no_grad()
+def randomise(model: Model) -> Model:
+    """Weights under which activations neither vanish nor explode."""
+    torch.manual_seed(0)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            p.normal_(std=0.5 if name.endswith("conv.weight") else p.shape[1] ** -0.5)
+        elif name.endswith("norm.weight"):
+            p.normal_(mean=1.0, std=0.1)
+        else:
+            p.normal_(std=0.2)
+    return model
+
+
+def random_model(spec: ModelSpec, run: Run, dtype: torch.dtype) -> Model:
+    """Made on the device, in the dtypes that `Checkpoint.load` gives."""
+    with torch.device(run.device):
+        model = randomise(Model(spec))
+    for p in model.parameters():
+        if p.ndim == 2:
+            p.data = p.data.to(dtype)
+    model.backend = run.backend
+    return model.eval().requires_grad_(False)
+
+
+def make_checkpoint(path: Path, settings: dict[str, Any]) -> Checkpoint:
+    """Random weights of the given shape, on disk."""
+    path.mkdir()
+    family = family_of(settings)
+    model = randomise(Model(family.spec(settings)))
+    write_json(path / "config.json", settings)
+    write_safetensors(path, export_tensors(model, family))
+    return Checkpoint(path)
+
+
+@torch.inference_mode()
+def prefill(model: Model, prompts: Tensor, pool: StatePool, slots: Tensor, *, chunk: int = 32768) -> Tensor:
+    """Prompts `[B, tokens]` into the pool, about `chunk` tokens at a time; the last tokens' logits `[B, vocab]`."""
+    length = prompts.shape[1]
+    logits: list[Tensor] = []
+    for ids, at in zip(
+        prompts.split(max(chunk // length, 1)), slots.split(max(chunk // length, 1)), strict=True
+    ):
+        offsets = list(range(0, ids.numel() + 1, length))
+        hidden, state = model(ids.flatten(), offsets)
+        pool.scatter(at, state)
+        logits.append(model.logits(hidden[torch.tensor(offsets[1:], device=hidden.device) - 1]))
+    return torch.cat(logits)
+
+
+@torch.inference_mode()
+def generate(
+    run: Run, model: Model, prompts: Tensor, new_tokens: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Greedy tokens `[B, new_tokens]` and the logits that they came from, decoding by graphs padded to one row more."""
+    batch = prompts.shape[0]
+    pool = StatePool(model.spec, batch + 1, device=run.device, conv_dtype=dtype)
+    slots = torch.arange(batch, device=run.device).flip(0)
+    graphs = DecodeGraphs(model, pool, [batch + 1], batch, recorder(run))
+    logits = [prefill(model, prompts, pool, slots)]
+    for _ in range(new_tokens - 1):
+        logits.append(graphs(logits[-1].argmax(-1), slots).clone())
+    return torch.stack([x.argmax(-1) for x in logits], 1), torch.stack(logits, 1).float()
+
+
+def synchronise(run: Run) -> None:
+    if run.cuda:
+        torch.cuda.synchronize()
+
+
+def seconds(run: Run, function: Callable[[], object]) -> float:
+    synchronise(run)
+    began = time.perf_counter()
+    function()
+    synchronise(run)
+    return time.perf_counter() - began
+
+
+def median_seconds(run: Run, function: Callable[[], object], repeats: int) -> float:
+    """By device events: between them the host's launches don't count."""
+    if not run.cuda:
+        return statistics.median(seconds(run, function) for _ in range(repeats))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        function()
+        event.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
+
+
+def error(a: Tensor, b: Tensor) -> float:
+    """Relative, in the Euclidean norm; NaN where a holds one."""
+    return float((a.double() - b.double()).norm() / b.double().norm())

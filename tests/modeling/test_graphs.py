@@ -1,0 +1,78 @@
+"""Recorded decode steps against plain ones, with a recorder that replays by calling."""
+
+import pytest
+import torch
+from checkpoints import DELTA, GATED, write_checkpoint
+
+from modeling.checkpoint import open_checkpoint
+from modeling.graphs import DecodeGraphs
+from modeling.state import StatePool
+
+NULL_SLOT = 5
+
+
+class CallingRecorder:
+    """What a CUDA graph does, done by calling: reads the same inputs and overwrites the same output each time."""
+
+    def __init__(self):
+        self.sizes = []
+        self.replayed = []
+
+    def __call__(self, function):
+        output = function()
+        size = output.shape[0]
+        self.sizes.append(size)
+
+        def replay():
+            self.replayed.append(size)
+            output.copy_(function())
+
+        return replay, output
+
+
+@pytest.fixture(params=[GATED, DELTA], ids=["gated", "delta"])
+def model(request, tmp_path):
+    return open_checkpoint(write_checkpoint(tmp_path / "c", request.param)).load()
+
+
+def filled_pool(model):
+    pool = StatePool(model.spec, 6)
+    torch.manual_seed(0)
+    for t in (*pool.recurrent, *pool.conv):
+        t.copy_(torch.randn_like(t) * 0.1)
+    return pool
+
+
+@torch.inference_mode()
+def test_any_batch_runs_on_the_smallest_graph_that_holds_it_and_touches_no_other_slot(model):
+    pool, plain = filled_pool(model), filled_pool(model)
+    recorder = CallingRecorder()
+    graphs = DecodeGraphs(model, pool, [4, 1, 2], NULL_SLOT, recorder)
+    assert recorder.sizes == [4, 2, 1], "the largest first: the others reuse its memory"
+    requests = [i for i in range(6) if i != NULL_SLOT]
+    for t, p in zip((*pool.recurrent, *pool.conv), (*plain.recurrent, *plain.conv), strict=True):
+        assert torch.equal(t[requests], p[requests]), "recording wrote to a request's slot"
+
+    batches = [([3, 0, 4], 4), ([2], 1), ([1, 4], 2), ([4, 3, 2, 0], 4), ([0], 1)]
+    for slots, size in batches:
+        slots = torch.tensor(slots)
+        ids = torch.randint(0, 257, slots.shape)
+        expected = model.logits(model.decode(ids, plain, slots))
+        logits = graphs(ids, slots)
+        assert recorder.replayed[-1] == size
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        for t, p in zip((*pool.recurrent, *pool.conv), (*plain.recurrent, *plain.conv), strict=True):
+            torch.testing.assert_close(t[requests], p[requests], rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_batch_over_the_largest_size_is_refused(model):
+    graphs = DecodeGraphs(model, filled_pool(model), [2], NULL_SLOT, CallingRecorder())
+    with pytest.raises(ValueError, match="a batch of 3 exceeds the largest recorded size, 2"):
+        graphs(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2]))
+
+
+@pytest.mark.parametrize("sizes", [[], [0, 4], [-1]])
+def test_batch_sizes_must_be_positive(model, sizes):
+    with pytest.raises(ValueError, match="batch_sizes"):
+        DecodeGraphs(model, filled_pool(model), sizes, NULL_SLOT, CallingRecorder())

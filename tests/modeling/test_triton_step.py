@@ -1,0 +1,160 @@
+"""The Triton decode step, run by Triton's interpreter, against the plain torch step in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from checkpoints import DELTA, GATED, write_checkpoint
+
+from modeling.backends import TORCH, by_layer
+from modeling.checkpoint import open_checkpoint
+from modeling.layers import Mixer
+from modeling.ops import triton_step as module
+from modeling.ops.triton_step import triton_block, triton_step
+from modeling.spec import MixerSpec
+from modeling.state import StatePool
+
+BASE = {
+    "num_k_heads": 1,
+    "num_v_heads": 1,
+    "d_k": 16,
+    "d_v": 16,
+    "conv_kernel": 4,
+    "conv_bias": False,
+    "has_decay": True,
+    "has_beta": True,
+    "beta_scale": 1.0,
+    "gate": "silu",
+    "norm_eps": 1e-5,
+}
+SPECS = {
+    "gated": {},
+    "gated-value-groups": {"num_k_heads": 2, "num_v_heads": 4, "d_v": 8},
+    "gated-odd": {"d_k": 13, "d_v": 24, "gate": "sigmoid", "conv_bias": True},
+    "gated-d_k-48": {"d_k": 48, "conv_kernel": 3},
+    "gated-d_k-1": {"d_k": 1, "num_v_heads": 3, "gate": "none"},
+    "gated-wide": {"d_k": 96, "d_v": 40},
+    "delta": {"has_decay": False, "gate": "none", "num_k_heads": 3, "num_v_heads": 3},
+    "delta-no-beta": {"has_decay": False, "has_beta": False, "d_k": 20, "conv_kernel": 2},
+    "delta-neg-eigval": {"has_decay": False, "beta_scale": 2.0, "conv_bias": True, "d_v": 5},
+    "no-convolution": {"conv_kernel": 1},
+}
+SLOTS = [4, 0, 3]
+POOL = 6
+HIDDEN = 8
+
+
+def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> Mixer:
+    """Weights of the given dtype; what a checkpoint keeps in float32 stays so."""
+    spec = MixerSpec(**{**BASE, **changes})
+    mixer = Mixer(spec, HIDDEN, 0)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, p in mixer.named_parameters():
+            p.copy_(torch.randn_like(p) * 0.5 + (1 if name == "o_norm.weight" else 0))
+    mixer.conv.to(dtype)
+    return mixer.requires_grad_(False)
+
+
+def draw(mixer: Mixer, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    s = mixer.spec
+    torch.manual_seed(1)
+    projected = torch.randn(len(SLOTS), sum(s.in_proj_sizes)).to(dtype)
+    recurrent = torch.randn(POOL, s.num_v_heads, s.d_k, s.d_v).to(state_dtype)
+    conv = torch.randn(POOL, s.conv_channels, s.conv_kernel - 1).to(dtype)
+    return projected, recurrent, conv
+
+
+def reference(mixer: Mixer, projected, recurrent, conv, slots):
+    """Mixer.step in float64 on copies: o and the two pools after it."""
+    exact = Mixer(mixer.spec, HIDDEN, 0).double()
+    exact.load_state_dict({name: p.double() for name, p in mixer.state_dict().items()})
+    recurrent, conv = recurrent.double(), conv.double()
+    with torch.no_grad():
+        o = exact.step(projected.double(), recurrent, conv, slots)
+    return o, recurrent, conv
+
+
+def error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a.double() - b).norm() / b.norm()) if b.numel() else 0.0
+
+
+def check(mixer: Mixer, dtype: torch.dtype, state_dtype: torch.dtype, *, steps: int = 2) -> None:
+    projected, recurrent, conv = draw(mixer, dtype, state_dtype)
+    slots = torch.tensor(SLOTS)
+    others = [i for i in range(POOL) if i not in SLOTS]
+    # float32 arithmetic, and one rounding of what is stored: the interpreter cuts bfloat16 off, a GPU rounds it.
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
+    for _ in range(steps):
+        before = recurrent[others].clone(), conv[others].clone()
+        expected = reference(mixer, projected, recurrent, conv, slots)
+        o = triton_step(mixer, projected, recurrent, conv, slots)
+        assert o.dtype == dtype and o.shape == (len(SLOTS), mixer.spec.value_dim)
+        assert error(o, expected[0]) < tolerance[dtype]
+        assert error(recurrent, expected[1]) < tolerance[state_dtype]
+        assert torch.equal(conv.double(), expected[2])
+        assert torch.equal(recurrent[others], before[0]) and torch.equal(conv[others], before[1])
+        projected = projected.roll(1, 0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_matches_the_float64_step(name):
+    check(make_mixer(SPECS[name]), torch.float32, torch.float32)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gated-value-groups", "delta"])
+def test_bfloat16_activations_and_states(name, state_dtype):
+    check(make_mixer(SPECS[name], torch.bfloat16), torch.bfloat16, state_dtype)
+
+
+@pytest.mark.parametrize("d_v", [48, 33])
+def test_a_state_too_large_for_one_tile(monkeypatch, d_v):
+    monkeypatch.setattr(module, "TILE", 16 * 16)
+    check(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, torch.float32, steps=1)
+
+
+def test_rows_of_a_wider_buffer():
+    """CUDA graphs run on the first rows of a buffer; a projection may be a slice of a wider one."""
+    mixer = make_mixer({})
+    projected, recurrent, conv = draw(mixer, torch.float32, torch.float32)
+    slots = torch.tensor(SLOTS)
+    expected = reference(mixer, projected, recurrent, conv, slots)
+    wider = torch.cat([projected, torch.full_like(projected, torch.nan)], dim=1)
+    o = triton_step(mixer, wider[:, : projected.shape[1]], recurrent, conv, slots)
+    assert error(o, expected[0]) < 2e-6
+
+
+def test_padding_on_one_null_slot_leaves_the_others_alone():
+    mixer = make_mixer({"num_k_heads": 2, "num_v_heads": 2})
+    projected, recurrent, conv = draw(mixer, torch.float32, torch.float32)
+    slots = torch.tensor([5, 2, 5])
+    expected = reference(mixer, projected[1:2], recurrent, conv, slots[1:2])
+    o = triton_step(mixer, projected, recurrent, conv, slots)
+    assert error(o[1:2], expected[0]) < 2e-6
+    assert error(recurrent[:5], expected[1][:5]) < 2e-6
+
+
+def test_float64_is_refused():
+    mixer = make_mixer({})
+    projected, recurrent, conv = draw(mixer, torch.float64, torch.float64)
+    with pytest.raises(ValueError, match="float64"):
+        triton_step(mixer, projected, recurrent, conv, torch.tensor(SLOTS))
+
+
+@pytest.mark.parametrize("config", [{**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]}, DELTA])
+@torch.inference_mode()
+def test_a_whole_model_whose_layers_differ(tmp_path, config):
+    model = open_checkpoint(write_checkpoint(tmp_path / "c", config)).load()
+    pools = [StatePool(model.spec, 3) for _ in range(2)]
+    torch.manual_seed(0)
+    for ours, theirs in zip(*([*p.recurrent, *p.conv] for p in pools), strict=True):
+        ours.copy_(torch.randn_like(ours) * 0.1)
+        theirs.copy_(ours)
+    slots = torch.tensor([2, 0])
+    for _ in range(2):
+        ids = torch.randint(0, 257, (2,))
+        model.backend = TORCH
+        expected = model.decode(ids, pools[0], slots)
+        model.backend = replace(TORCH, decode=by_layer(triton_step, triton_block))
+        torch.testing.assert_close(model.decode(ids, pools[1], slots), expected, rtol=1e-4, atol=1e-5)
