@@ -58,8 +58,8 @@ TORCH = Backend("torch", chunked_gated_delta_rule, by_layer(Mixer.step))
 def choose(model: "Model") -> Backend:
     """The fastest back end for serving this model where it is; its parameters stay as they are from now on.
 
-    On a CPU the decode step compiled for it ("cpu"), on an NVIDIA GPU Triton's and fla's kernels ("triton"), or, said in
-    the log, plain torch ("torch").
+    On a CPU the decode step compiled for it ("cpu"), on an NVIDIA GPU Triton's and fla's kernels ("triton"), or, said
+    in the log, plain torch ("torch").
     """
     try:
         return triton_backend() if model.embeddings.weight.device.type == "cuda" else cpu_backend(model)

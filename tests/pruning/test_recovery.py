@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     (folder / "dense" / "generation_config.json").write_text('{"temperature": 0.5}')
     (folder / "text.txt").write_text(" ".join(f"{i * i}" for i in range(2000)))
     invoke(folder, "prune", "dense", "uniform", "--method", "l1", "--keep", 8)
-    text = ("--text", folder / "text.txt", "--windows", 2, "--window-length", 32)
+    text = ("--text", folder / "text.txt", "--tokens", 64, "--window-length", 32)
     invoke(
         folder,
         "prune",
@@ -125,7 +125,7 @@ def test_a_failure_at_the_end_leaves_no_output_and_the_same_command_finishes(
 ):
     recover("dense", "uniform", "undisturbed")
     with monkeypatch.context() as m:
-        m.setattr(recovery, "reload", lambda *a: (_ for _ in ()).throw(recovery.PruningError("disk on fire")))
+        m.setattr(recovery, "check_runs", lambda *a: (_ for _ in ()).throw(recovery.PruningError("disk on fire")))
         assert "disk on fire" in recover("dense", "uniform", "out", code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.progress.safetensors", "undisturbed"]
     assert "with other settings" in recover("dense", "uniform", "out", "--lr", "1", code=2)
