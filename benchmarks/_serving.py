@@ -17,7 +17,7 @@ import psutil
 
 from loadtest.client import Completion
 from modeling.checkpoint import open_checkpoint
-from pruning.surgery import write_reduced
+from pruning.surgery import Cut, write_reduced
 
 MODEL = Path(__file__).parents[1] / "demo" / "model"
 
@@ -33,7 +33,7 @@ def variants(directory: Path, model: Path = MODEL) -> dict[str, Path]:
         torch.arange(0, layer.mixer.d_k, 2).expand(layer.mixer.num_k_heads, -1).contiguous()
         for layer in checkpoint.spec.layers
     ]
-    write_reduced(checkpoint, keep, reduced)
+    write_reduced(checkpoint, [Cut(k) for k in keep], reduced)
     return {"dense": model, "reduced": reduced}
 
 

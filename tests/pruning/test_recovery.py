@@ -125,7 +125,9 @@ def test_a_failure_at_the_end_leaves_no_output_and_the_same_command_finishes(
 ):
     recover("dense", "uniform", "undisturbed")
     with monkeypatch.context() as m:
-        m.setattr(recovery, "check_runs", lambda *a: (_ for _ in ()).throw(recovery.PruningError("disk on fire")))
+        m.setattr(
+            recovery, "check_runs", lambda *a: (_ for _ in ()).throw(recovery.PruningError("disk on fire"))
+        )
         assert "disk on fire" in recover("dense", "uniform", "out", code=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.progress.safetensors", "undisturbed"]
     assert "with other settings" in recover("dense", "uniform", "out", "--lr", "1", code=2)

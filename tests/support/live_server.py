@@ -17,7 +17,7 @@ from checkpoints import CHATML, GATED, byte_tokenizer, random_tensors, write_che
 from prometheus_client.parser import text_string_to_metric_families
 
 from modeling.checkpoint import open_checkpoint
-from pruning.surgery import write_reduced
+from pruning.surgery import Cut, write_reduced
 
 DEADLINE_S = 90.0
 """How long anything may take on a busy machine."""
@@ -43,7 +43,7 @@ def write_variants(directory: Path) -> dict[str, Path]:
     reduced.mkdir()
     heads = checkpoint.spec.layers[0].mixer.num_k_heads
     keep = [torch.arange(0, 32, 2).expand(heads, -1).contiguous() for _ in checkpoint.spec.layers]
-    write_reduced(checkpoint, keep, reduced)
+    write_reduced(checkpoint, [Cut(k) for k in keep], reduced)
     return {"dense": dense, "reduced": reduced}
 
 
