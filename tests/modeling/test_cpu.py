@@ -140,7 +140,7 @@ def test_a_step_of_any_shape_is_that_of_float64(shape, groups, batch, weights, s
 
 @torch.inference_mode()
 def test_bfloat16_weights_keep_the_perplexity():
-    checkpoint = open_checkpoint("demo/model")
+    checkpoint = open_checkpoint(str(Path(__file__).parents[2] / "demo" / "model"))
     windows = evaluation_windows(Encoder(checkpoint), bundled_text("heldout"), tokens=4096)
     losses = []
     for dtype in (FLOAT32, BFLOAT16):
