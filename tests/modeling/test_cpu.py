@@ -4,18 +4,23 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from modeling.backends import TORCH, choose
+from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
 from modeling.ops import UnavailableError
 from modeling.ops.cpu import build
 from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
 from modeling.state import StatePool
+from pruning.calibration import Encoder, bundled_text
+from pruning.evaluation import evaluation_windows
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
@@ -133,6 +138,23 @@ DTYPES = st.sampled_from([FLOAT32, BFLOAT16])
 def test_a_step_of_any_shape_is_that_of_float64(shape, groups, batch, weights, state, conv, seed):
     spec = spec_of(**shape, num_v_heads=shape["num_k_heads"] * groups)
     check(spec, batch, weights=weights, state=state, conv=conv, seed=seed)
+
+
+@torch.inference_mode()
+def test_bfloat16_weights_keep_the_perplexity():
+    checkpoint = open_checkpoint(str(Path(__file__).parents[2] / "demo" / "model"))
+    windows = evaluation_windows(Encoder(checkpoint), bundled_text("heldout"), tokens=4096)
+    losses = []
+    for dtype in (FLOAT32, BFLOAT16):
+        model = checkpoint.load(dtype=dtype)
+        model.backend = choose(model)
+        pool = StatePool(model.spec, len(windows), conv_dtype=dtype)
+        total = 0.0
+        for t in range(windows.shape[1] - 1):
+            logits = model.logits(model.decode(windows[:, t], pool, torch.arange(len(windows))))
+            total += float(F.cross_entropy(logits.float(), windows[:, t + 1]))
+        losses.append(total / (windows.shape[1] - 1))
+    assert abs(losses[1] - losses[0]) < 1e-3  # 0.1 % of the perplexity
 
 
 def test_layers_of_different_widths():
