@@ -83,7 +83,7 @@ def check(spec, batch, *, weights=FLOAT32, state=FLOAT32, conv=FLOAT32, seed=0):
     before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
     torch.manual_seed(seed)
     slots = torch.randperm(batch + 3)[:batch]
-    others = torch.ones(batch + 3, dtype=torch.bool).index_fill(0, slots, False)
+    others = torch.ones(batch + 4, dtype=torch.bool).index_fill(0, slots, False)
     # A float32 step differs by its roundings. bfloat16 rounds what is stored and returned to 8 bits, which the norms of
     # a second step would magnify.
     rounded = BFLOAT16 in (weights, state, conv)
@@ -223,7 +223,7 @@ def test_what_is_out_of_range_is_refused_before_anything_moves():
     for ids, slots in ((one([0, 37]), one([0, 1])), (one([0, -1]), one([0, 1]))):
         with pytest.raises(IndexError, match="token id"):
             model.decode(ids, pool, slots)
-    for slot in (4, -1):
+    for slot in (pool.null_slot + 1, -1):
         with pytest.raises(IndexError, match="slot"):
             model.decode(one([0, 1]), pool, one([0, slot]))
     with pytest.raises(ValueError, match="int64"):

@@ -115,7 +115,7 @@ class EngineMachine(RuleBasedStateMachine):
         if self.engine.idle:
             return
         self.runner.fail = where
-        for _ in range(3):
+        for _ in range(50):
             try:
                 output = self.engine.step()
             except CrashError:

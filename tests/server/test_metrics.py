@@ -107,8 +107,9 @@ def test_state_bytes_are_the_variants(server, checkpoints):
         assert changes[key("lowkey_request_state_bytes_sum", variant=name)] == held
         assert server.sample("lowkey_state_bytes_per_request", variant=name) == held
         labels = {"variant": name, "engine": "0"}
-        assert server.sample("lowkey_state_pool_bytes", **labels, state="free") == 8 * held
-        assert server.sample("lowkey_state_slots", **labels, state="free") == 8
+        for metric, each in (("lowkey_state_pool_bytes", held), ("lowkey_state_slots", 1)):
+            uses = {state: server.sample(metric, **labels, state=state) for state in ("used", "cached", "free")}
+            assert uses["used"] == 0 and sum(uses.values()) == 8 * each
         assert server.sample("lowkey_weights_bytes", **labels) > 0
         assert server.sample("lowkey_model_load_seconds", **labels) > 0
         assert server.sample("lowkey_engine_up", **labels) == 1
