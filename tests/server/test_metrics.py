@@ -108,7 +108,9 @@ def test_state_bytes_are_the_variants(server, checkpoints):
         assert server.sample("lowkey_state_bytes_per_request", variant=name) == held
         labels = {"variant": name, "engine": "0"}
         for metric, each in (("lowkey_state_pool_bytes", held), ("lowkey_state_slots", 1)):
-            uses = {state: server.sample(metric, **labels, state=state) for state in ("used", "cached", "free")}
+            uses = {
+                state: server.sample(metric, **labels, state=state) for state in ("used", "cached", "free")
+            }
             assert uses["used"] == 0 and sum(uses.values()) == 8 * each
         assert server.sample("lowkey_weights_bytes", **labels) > 0
         assert server.sample("lowkey_model_load_seconds", **labels) > 0
