@@ -1,6 +1,6 @@
 """Write the Grafana dashboard: dense and reduced side by side.
 
-    python deploy/grafana/generate.py deploy/grafana/lowkey.json     # needs `pip install -e '.[ops]'`
+python deploy/grafana/generate.py deploy/grafana/lowkey.json     # needs `pip install -e '.[ops]'`
 """
 
 import sys
@@ -22,6 +22,11 @@ CHOSEN = '{job=~"$job", variant=~"$variant"}'
 def chosen(more: str = "") -> str:
     """The label matcher of every query, with one more condition."""
     return CHOSEN if not more else f"{CHOSEN[:-1]}, {more}}}"
+
+
+def rate(counter: str) -> str:
+    """Per second."""
+    return f"rate({counter}{CHOSEN}[$__rate_interval])"
 
 
 def queries(panel: TimeSeries | Stat, *targets: tuple[str, str]) -> TimeSeries | Stat:
@@ -46,9 +51,9 @@ def number(title: str, unit: str, description: str, *targets: tuple[str, str]) -
 
 def quantiles(metric: str) -> tuple[tuple[str, str], ...]:
     """Median and 95th percentile of a histogram, by variant."""
-    rate = f"sum by (variant, le) (rate({metric}_bucket{CHOSEN}[$__rate_interval]))"
+    buckets = f"sum by (variant, le) ({rate(metric + '_bucket')})"
     return tuple(
-        (f"histogram_quantile({q}, {rate})", f"{{{{variant}}}} p{round(100 * q)}") for q in (0.5, 0.95)
+        (f"histogram_quantile({q}, {buckets})", f"{{{{variant}}}} p{round(100 * q)}") for q in (0.5, 0.95)
     )
 
 
@@ -65,7 +70,6 @@ def build() -> Dashboard:
     """The whole dashboard."""
     by_variant = "{{variant}}"
     compared = "{{variant}} against {{baseline}}, {{source}}"
-    rate = "rate({}" + CHOSEN + "[$__rate_interval])"
     board = (
         Dashboard("Lowkey: dense and reduced")
         .uid("lowkey")
@@ -100,9 +104,7 @@ def build() -> Dashboard:
                 "What every request holds, whatever its length.",
                 (f"max by (variant) (lowkey_state_bytes_per_request{CHOSEN})", by_variant),
             ),
-            number(
-                "Engines up", "short", "", (f"sum by (variant) (lowkey_engine_up{CHOSEN})", by_variant)
-            ),
+            number("Engines up", "short", "", (f"sum by (variant) (lowkey_engine_up{CHOSEN})", by_variant)),
             number(
                 "Requests running",
                 "short",
@@ -113,7 +115,7 @@ def build() -> Dashboard:
                 "Tokens per second",
                 "short",
                 "Over all requests.",
-                (f"sum by (variant) ({rate.format('lowkey_generation_tokens_total')})", by_variant),
+                (f"sum by (variant) ({rate('lowkey_generation_tokens_total')})", by_variant),
             ),
             number(
                 "Mean KL to the baseline",
@@ -133,10 +135,16 @@ def build() -> Dashboard:
         ],
         "Speed": [
             graph(
-                "Time to first token", "s", "From the HTTP request.", *quantiles("lowkey_time_to_first_token_seconds")
+                "Time to first token",
+                "s",
+                "From the HTTP request.",
+                *quantiles("lowkey_time_to_first_token_seconds"),
             ),
             graph(
-                "Inter-token latency", "s", "Within a request.", *quantiles("lowkey_inter_token_latency_seconds")
+                "Inter-token latency",
+                "s",
+                "Within a request.",
+                *quantiles("lowkey_inter_token_latency_seconds"),
             ),
             graph(
                 "Decode speed of a request",
@@ -148,8 +156,8 @@ def build() -> Dashboard:
                 "Tokens per second",
                 "short",
                 "Over all requests.",
-                (f"sum by (variant) ({rate.format('lowkey_generation_tokens_total')})", "{{variant}} generated"),
-                (f"sum by (variant) ({rate.format('lowkey_prompt_tokens_total')})", "{{variant}} prompt"),
+                (f"sum by (variant) ({rate('lowkey_generation_tokens_total')})", "{{variant}} generated"),
+                (f"sum by (variant) ({rate('lowkey_prompt_tokens_total')})", "{{variant}} prompt"),
             ),
             graph(
                 "Batch size", "short", "Requests in one step, mean.", (mean("lowkey_batch_size"), by_variant)
@@ -159,8 +167,8 @@ def build() -> Dashboard:
                 "s",
                 "By phase, mean.",
                 (
-                    f"sum by (variant, phase) ({rate.format('lowkey_engine_step_seconds_sum')}) / "
-                    f"sum by (variant, phase) ({rate.format('lowkey_engine_step_seconds_count')})",
+                    f"sum by (variant, phase) ({rate('lowkey_engine_step_seconds_sum')}) / "
+                    f"sum by (variant, phase) ({rate('lowkey_engine_step_seconds_count')})",
                     "{{variant}} {{phase}}",
                 ),
             ),
@@ -177,7 +185,7 @@ def build() -> Dashboard:
                 "bytes",
                 "",
                 (
-                    f"sum by (variant, state) (lowkey_state_pool_bytes{chosen('state!=\"free\"')})",
+                    f"sum by (variant, state) (lowkey_state_pool_bytes{chosen('state!="free"')})",
                     "{{variant}} {{state}}",
                 ),
             ),
@@ -186,8 +194,8 @@ def build() -> Dashboard:
                 "percentunit",
                 "Share of prompt tokens whose state was found.",
                 (
-                    f"sum by (variant) ({rate.format('lowkey_prefix_cache_hits_total')}) / "
-                    f"sum by (variant) ({rate.format('lowkey_prefix_cache_queries_total')})",
+                    f"sum by (variant) ({rate('lowkey_prefix_cache_hits_total')}) / "
+                    f"sum by (variant) ({rate('lowkey_prefix_cache_queries_total')})",
                     by_variant,
                 ),
             ),
@@ -204,7 +212,7 @@ def build() -> Dashboard:
                 "reqps",
                 "By reason.",
                 (
-                    f"sum by (variant, finish_reason) ({rate.format('lowkey_requests_total')})",
+                    f"sum by (variant, finish_reason) ({rate('lowkey_requests_total')})",
                     "{{variant}} {{finish_reason}}",
                 ),
             ),
@@ -213,7 +221,7 @@ def build() -> Dashboard:
                 "reqps",
                 "Before they ran.",
                 (
-                    f"sum by (variant, reason) ({rate.format('lowkey_requests_rejected_total')})",
+                    f"sum by (variant, reason) ({rate('lowkey_requests_rejected_total')})",
                     "{{variant}} {{reason}}",
                 ),
             ),
