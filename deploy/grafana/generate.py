@@ -16,6 +16,7 @@ from grafana_foundation_sdk.models.common import LegendDisplayMode, LegendPlacem
 from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
 
 SOURCE = DataSourceRef(type_val="prometheus", uid="$datasource")
+IN_USE = 'state!="free"'
 CHOSEN = '{job=~"$job", variant=~"$variant"}'
 
 
@@ -27,6 +28,11 @@ def chosen(more: str = "") -> str:
 def rate(counter: str) -> str:
     """Per second."""
     return f"rate({counter}{CHOSEN}[$__rate_interval])"
+
+
+def share(part: str, whole: str, by: str = "variant") -> str:
+    """Quotient of two counters' rates."""
+    return f"sum by ({by}) ({rate(part)}) / sum by ({by}) ({rate(whole)})"
 
 
 def queries(panel: TimeSeries | Stat, *targets: tuple[str, str]) -> TimeSeries | Stat:
@@ -167,8 +173,9 @@ def build() -> Dashboard:
                 "s",
                 "By phase, mean.",
                 (
-                    f"sum by (variant, phase) ({rate('lowkey_engine_step_seconds_sum')}) / "
-                    f"sum by (variant, phase) ({rate('lowkey_engine_step_seconds_count')})",
+                    share(
+                        "lowkey_engine_step_seconds_sum", "lowkey_engine_step_seconds_count", "variant, phase"
+                    ),
                     "{{variant}} {{phase}}",
                 ),
             ),
@@ -185,7 +192,7 @@ def build() -> Dashboard:
                 "bytes",
                 "",
                 (
-                    f"sum by (variant, state) (lowkey_state_pool_bytes{chosen('state!="free"')})",
+                    f"sum by (variant, state) (lowkey_state_pool_bytes{chosen(IN_USE)})",
                     "{{variant}} {{state}}",
                 ),
             ),
@@ -194,8 +201,7 @@ def build() -> Dashboard:
                 "percentunit",
                 "Share of prompt tokens whose state was found.",
                 (
-                    f"sum by (variant) ({rate('lowkey_prefix_cache_hits_total')}) / "
-                    f"sum by (variant) ({rate('lowkey_prefix_cache_queries_total')})",
+                    share("lowkey_prefix_cache_hits_total", "lowkey_prefix_cache_queries_total"),
                     by_variant,
                 ),
             ),
