@@ -24,6 +24,7 @@ class StatePool:
 
     Per layer a recurrent tensor `[slots, num_v_heads, d_k, d_v]` and a convolution tensor
     `[slots, conv_channels, conv_kernel - 1]`. A request owns one slot for its whole life; its state never grows.
+    The tensors have one row more, `null_slot`, that belongs to nobody: a batch is padded with it.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class StatePool:
             raise ValueError(f"a state pool needs at least 1 slot, got {slots}")
         self.spec = spec
         self.num_slots = slots
+        self.null_slot = slots
         self.state_dtype = state_dtype
         self.conv_dtype = conv_dtype
         self.recurrent: list[Tensor] = []
@@ -46,10 +48,10 @@ class StatePool:
         for layer in spec.layers:
             m = layer.mixer
             self.recurrent.append(
-                torch.zeros(slots, m.num_v_heads, m.d_k, m.d_v, dtype=state_dtype, device=device)
+                torch.zeros(slots + 1, m.num_v_heads, m.d_k, m.d_v, dtype=state_dtype, device=device)
             )
             self.conv.append(
-                torch.zeros(slots, m.conv_channels, m.conv_kernel - 1, dtype=conv_dtype, device=device)
+                torch.zeros(slots + 1, m.conv_channels, m.conv_kernel - 1, dtype=conv_dtype, device=device)
             )
         self._free = list(range(slots - 1, -1, -1))
         self._used: set[int] = set()
@@ -67,14 +69,15 @@ class StatePool:
         """Bytes of tensor that one request really holds."""
         return sum(t[0].nbytes for t in (*self.recurrent, *self.conv))
 
-    def allocate(self) -> int | None:
-        """A zeroed slot, or None when all are in use."""
+    def allocate(self, *, zero: bool = True) -> int | None:
+        """A slot, or None when all are in use. Not zeroed, it holds anything, for a caller who overwrites it."""
         if not self._free:
             return None
         slot = self._free.pop()
         self._used.add(slot)
-        for t in (*self.recurrent, *self.conv):
-            t[slot].zero_()
+        if zero:
+            for t in (*self.recurrent, *self.conv):
+                t[slot].zero_()
         return slot
 
     def free(self, slot: int) -> None:

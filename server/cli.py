@@ -101,7 +101,33 @@ def serve(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [default: auto]")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16. [default: auto]")] = None,
     max_requests: Annotated[
-        int | None, typer.Option(help="Requests that run at once in each variant. [default: 64]")
+        int | None,
+        typer.Option(help="Requests that run at once in each variant. [default: one per state slot]"),
+    ] = None,
+    state_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE|SHARE",
+            help="Memory of each variant's state slots, as 2GiB or as a share of the free memory like 0.5. "
+            "[default: a slot for each of --max-requests, else 64 slots]",
+        ),
+    ] = None,
+    state_dtype: Annotated[
+        str | None, typer.Option(help="The recurrent state: float32 or bfloat16. [default: float32]")
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        typer.Option(
+            "--prefix-cache/--no-prefix-cache",
+            help="Keep states of prompts for prompts that begin alike. [default: on]",
+        ),
+    ] = None,
+    batch_invariant: Annotated[
+        bool | None,
+        typer.Option(
+            "--batch-invariant/--no-batch-invariant",
+            help="Tokens are bit for bit the same whatever else runs; slower. [default: off]",
+        ),
     ] = None,
     max_queue: Annotated[
         int | None, typer.Option(help="Requests that may wait in each variant. [default: 256]")
@@ -121,6 +147,10 @@ def serve(
         "device": device,
         "dtype": dtype,
         "max_requests": max_requests,
+        "state_memory": state_memory,
+        "state_dtype": state_dtype,
+        "prefix_cache": prefix_cache,
+        "batch_invariant": batch_invariant,
         "max_queue": max_queue,
         "prefill_tokens": prefill_tokens,
         "threads": threads,

@@ -77,6 +77,17 @@ class Metrics:
         )
         self.prompt_tokens = counter("lowkey_prompt_tokens_total", "Prompt tokens taken in.", variant)
         self.generation_tokens = counter("lowkey_generation_tokens_total", "Tokens generated.", variant)
+        self.cached_prompt_tokens = counter(
+            "lowkey_cached_prompt_tokens_total",
+            "Prompt tokens whose state came from the prefix cache.",
+            variant,
+        )
+        self.prefix_queries = counter(
+            "lowkey_prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache.", engine
+        )
+        self.prefix_hits = counter(
+            "lowkey_prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", engine
+        )
         self.running = gauge("lowkey_requests_running", "Requests that hold a state slot.", engine)
         self.waiting = gauge("lowkey_requests_waiting", "Requests that wait for a state slot.", engine)
         self.request_state_bytes = histogram(
@@ -134,8 +145,10 @@ class Metrics:
 
     def add_variant(self, name: str) -> None:
         """Make the variant's series exist from the start, so that a rate over them is defined."""
-        for metric in (self.prompt_tokens, self.generation_tokens):
+        for metric in (self.prompt_tokens, self.generation_tokens, self.cached_prompt_tokens):
             metric.labels(name)
+        for metric in (self.prefix_queries, self.prefix_hits):
+            metric.labels(name, ENGINE)
         for reason in get_args(FinishReason):
             self.requests.labels(name, "completions", reason)
         for reason in get_args(Rejection):
@@ -166,6 +179,10 @@ class Metrics:
 
     def on_step(self, name: str, output: StepOutput) -> None:
         """The variant's engine has run a step."""
+        self.prefix_queries.labels(name, ENGINE).inc(output.cache_queries)
+        self.prefix_hits.labels(name, ENGINE).inc(output.cache_hits)
+        if not output.batch_size:
+            return
         self.step.labels(name, ENGINE, output.phase).observe(output.step_s)
         self.batch_size.labels(name, ENGINE).observe(output.batch_size)
 
@@ -173,7 +190,8 @@ class Metrics:
         """Who is in the variant's engine."""
         self.running.labels(name, ENGINE).set(occupancy.running)
         self.waiting.labels(name, ENGINE).set(occupancy.waiting)
-        for state, slots in (("used", occupancy.used_slots), ("free", ready.slots - occupancy.used_slots)):
+        used, cached = occupancy.used_slots, occupancy.cached_slots
+        for state, slots in (("used", used), ("cached", cached), ("free", ready.slots - used - cached)):
             self.state_slots.labels(name, ENGINE, state).set(slots)
             self.state_pool_bytes.labels(name, ENGINE, state).set(slots * ready.state_bytes_per_request)
 

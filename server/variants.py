@@ -129,6 +129,10 @@ class Variants:
             device=settings.device,
             dtype=settings.dtype,
             max_requests=settings.max_requests,
+            state_memory=settings.state_memory,
+            state_dtype=settings.state_dtype,
+            prefix_cache=settings.prefix_cache,
+            batch_invariant=settings.batch_invariant,
             prefill_tokens=settings.prefill_tokens,
             threads=settings.threads,
             input_address="",
@@ -142,6 +146,7 @@ class Variants:
         client = EngineClient(
             config,
             self.runtime_dir,
+            hang_s=settings.hang_s,
             on_ready=on_ready,
             on_step=lambda output: metrics.on_step(name, output),
             on_occupancy=lambda occupancy: metrics.on_occupancy(name, variant.info, occupancy),

@@ -70,7 +70,7 @@ def _check_admission(state: ServerState, variant: Variant) -> None:
             "engine_down",
             f"variant {variant.name!r} is {'down' if variant.loaded else 'still loading'}",
         )
-    elif variant.admitted >= state.settings.max_requests + state.settings.max_queue:
+    elif variant.admitted >= variant.info.max_running + state.settings.max_queue:
         reason, message = (
             "queue_full",
             f"variant {variant.name!r} has {variant.admitted} requests in its queue",

@@ -1,8 +1,14 @@
-"""Who holds which state slot. The scheduler sees allocations only, never tensors."""
+"""Who holds which state slot: running requests, and prefixes of prompts. The scheduler sees allocations only, never
+tensors."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from modeling.state import StatePool
+from server.engine.prefix_cache import BLOCK, TOKEN_BYTES, Entry, Prefix, PrefixIndex
+from server.engine.state_file import load_state, save_state
+
+__all__ = ["Allocation", "Entry", "Prefix", "StateCache"]
 
 
 @dataclass(frozen=True)
@@ -10,22 +16,98 @@ class Allocation:
     """The state of one request, its own for its whole life: it never grows, so it is never preempted."""
 
     slot: int
+    cached: int = 0
+    """Tokens of its prompt that are in the state already."""
 
 
 class StateCache:
-    """Allocations out of one StatePool."""
+    """Allocations out of one StatePool; slots that nobody runs in hold states of prompts.
 
-    def __init__(self, pool: StatePool) -> None:
+    Copies are queued on the device in the order of the calls, behind all launched steps. So a state may be copied, and
+    its slot given away, as soon as the step that writes it has been launched.
+
+    Args:
+        prefix_cache: keep states of prompts.
+        aligned: keep them at whole blocks only, so that prompts are cut where they would be without the cache.
+    """
+
+    def __init__(self, pool: StatePool, *, prefix_cache: bool = False, aligned: bool = False) -> None:
         self._pool = pool
+        self._enabled = prefix_cache
+        self._aligned = aligned
+        self._index = PrefixIndex()
 
     @property
     def used(self) -> int:
-        return self._pool.used_slots
+        """Slots of running requests."""
+        return self._pool.used_slots - len(self._index)
 
-    def allocate(self) -> Allocation | None:
-        """A zeroed state, or None when all slots are in use."""
-        slot = self._pool.allocate()
-        return None if slot is None else Allocation(slot)
+    @property
+    def cached(self) -> int:
+        """Slots of prefixes."""
+        return len(self._index)
+
+    @property
+    def available(self) -> int:
+        """Slots that a request could get now."""
+        return self._pool.free_slots + len(self._index)
+
+    def prefix(self, token_bytes: bytes, limit: int) -> Prefix | None:
+        """A prompt of which up to `limit` tokens may be taken from the cache; None for one that it has no use for."""
+        long_enough = len(token_bytes) >= BLOCK * TOKEN_BYTES
+        return Prefix(token_bytes, limit) if self._enabled and long_enough else None
+
+    def part(self, prefix: Prefix) -> int:
+        """Where the prompt parts from those seen before (`PrefixIndex.part`)."""
+        return self._index.part(prefix)
+
+    def allocate(self, prefix: Prefix | None = None) -> Allocation | None:
+        """A state that has seen as much of the prompt as is cached, else a zeroed one. None when all slots are in
+        use by requests."""
+        entry = None if prefix is None else self._index.find(prefix)
+        slot = self._take(zero=entry is None)
+        if slot is None:
+            return None
+        if entry is None:
+            return Allocation(slot)
+        # Even if it was this entry that made room: its state is still there.
+        self._pool.copy(entry.slot, slot)
+        return Allocation(slot, entry.length)
+
+    def fork(self, tokens: int) -> Allocation | None:
+        """A slot that the runner will copy a state of `tokens` tokens into."""
+        slot = self._take(zero=False)
+        return None if slot is None else Allocation(slot, tokens)
 
     def free(self, allocation: Allocation) -> None:
         self._pool.free(allocation.slot)
+
+    def load(self, allocation: Allocation, path: Path) -> None:
+        """Take the state from a file. Raises StateFileError."""
+        load_state(self._pool, allocation.slot, path)
+
+    def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> None:
+        """Write the state to a file. Raises OSError."""
+        save_state(self._pool, allocation.slot, path, metadata)
+
+    def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> Entry | None:
+        """Keep the state of `allocation`, which has seen the first `length` tokens. None when it is kept already, or
+        there is no room or no use for it."""
+        if length < BLOCK or (self._aligned and length % BLOCK) or self._index.exact(prefix, length):
+            return None
+        slot = self._take(zero=False)
+        if slot is None:
+            return None
+        self._pool.copy(allocation.slot, slot)
+        return self._index.add(prefix, length, slot)
+
+    def drop(self, entry: Entry) -> None:
+        """Forget a snapshot, if it is still there."""
+        if entry in self._index:
+            self._index.remove(entry)
+            self._pool.free(entry.slot)
+
+    def _take(self, *, zero: bool) -> int | None:
+        if not self._pool.free_slots and (oldest := self._index.oldest()) is not None:
+            self.drop(oldest)
+        return self._pool.allocate(zero=zero)

@@ -25,8 +25,10 @@ from server.engine.messages import (
     Input,
     Occupancy,
     Ready,
+    SaveState,
     Score,
     Scored,
+    StateSaved,
     StepOutput,
     Token,
     encoder,
@@ -38,6 +40,8 @@ logger = logging.getLogger("lowkey.supervisor")
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
 
+Answer = Token | Scored | StateSaved
+
 
 class EngineError(Exception):
     """A request that an engine could not answer."""
@@ -45,6 +49,10 @@ class EngineError(Exception):
 
 class BrokenOutputError(EngineError):
     """The model's output is not finite."""
+
+
+class StateError(EngineError):
+    """A saved state that can't be read or written, or is of another model."""
 
 
 class EngineUnavailableError(EngineError):
@@ -57,6 +65,8 @@ class EngineClient:
     Args:
         config: how to start the process; its addresses are filled in here, anew for every start.
         runtime_dir: a private directory for the sockets.
+        hang_s: an engine that has loaded and then says nothing for this long is killed. It speaks every second, but
+            for the length of a step.
         on_ready, on_down: told when the engine has loaded, and when it is gone.
         on_step, on_occupancy: told of each step, and of who is in the engine.
         on_fatal: told when the model can't be loaded at all; the process is then not started again.
@@ -67,6 +77,7 @@ class EngineClient:
         config: EngineConfig,
         runtime_dir: Path,
         *,
+        hang_s: float = 30.0,
         on_ready: Callable[[Ready], None],
         on_step: Callable[[StepOutput], None],
         on_occupancy: Callable[[Occupancy], None],
@@ -78,11 +89,14 @@ class EngineClient:
         """What the engine said of itself when it last loaded; None until it first has."""
         self.up = False
         self._runtime_dir = runtime_dir
+        self._hang_s = hang_s
+        self._silent_s = 0.0
+        """Since the engine's last message, while this process's loop ran."""
         self._on_ready, self._on_down, self._on_fatal = on_ready, on_down, on_fatal
         self._on_step, self._on_occupancy = on_step, on_occupancy
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
-        self._requests: dict[str, asyncio.Queue[Token | Scored | None]] = {}
+        self._requests: dict[str, asyncio.Queue[Answer | None]] = {}
         self._task: asyncio.Task[None] | None = None
         self._ready_at = math.inf
         """time.monotonic() of the last Ready; infinite until this start's."""
@@ -105,10 +119,13 @@ class EngineClient:
         Raises:
             EngineUnavailableError: before or between tokens.
             BrokenOutputError: the model gave NaN or Inf.
+            StateError: the saved state to go on from is no good.
         """
         async with contextlib.aclosing(self._exchange(message)) as items:
             async for item in items:
                 if isinstance(item, Token):
+                    if item.error is not None:
+                        raise StateError(item.error)
                     if item.finish_reason == "error":
                         raise BrokenOutputError(
                             f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
@@ -123,14 +140,29 @@ class EngineClient:
                     return item
         raise EngineUnavailableError(f"variant {self.config.variant!r} went away")
 
-    async def _exchange(self, message: Generate | Score) -> AsyncGenerator[Token | Scored]:
-        queue: asyncio.Queue[Token | Scored | None] = asyncio.Queue()
+    async def save_state(self, message: SaveState) -> None:
+        """Have the state after a prompt written to a file.
+
+        Raises:
+            EngineUnavailableError: before the answer.
+            StateError: it could not be written.
+        """
+        async with contextlib.aclosing(self._exchange(message)) as items:
+            async for item in items:
+                if isinstance(item, StateSaved):
+                    if item.error is not None:
+                        raise StateError(item.error)
+                    return
+        raise EngineUnavailableError(f"variant {self.config.variant!r} went away")
+
+    async def _exchange(self, message: Generate | Score | SaveState) -> AsyncGenerator[Answer]:
+        queue: asyncio.Queue[Answer | None] = asyncio.Queue()
         self._requests[message.request_id] = queue
         finished = False
         try:
             self._send(message)
             while (item := await queue.get()) is not None:
-                finished = isinstance(item, Scored) or item.finish_reason is not None
+                finished = not isinstance(item, Token) or item.finish_reason is not None
                 yield item
                 if finished:
                     return
@@ -186,6 +218,7 @@ class EngineClient:
         outputs = zmq.asyncio.Context(self._context).socket(zmq.PULL)
         process: asyncio.subprocess.Process | None = None
         receiver: asyncio.Task[None] | None = None
+        watchdog: asyncio.Task[None] | None = None
         try:
             for socket, address in ((inputs, config.input_address), (outputs, config.output_address)):
                 socket.set_hwm(0)
@@ -211,23 +244,41 @@ class EngineClient:
                 start_new_session=True,
             )
             receiver = asyncio.create_task(self._receive(outputs))
+            watchdog = asyncio.create_task(self._watch(process))
             ended = asyncio.create_task(process.wait())
             await asyncio.wait([receiver, ended], return_when=asyncio.FIRST_COMPLETED)
             if receiver.done():
                 receiver.result()
             return await ended
         finally:
-            if receiver is not None:
-                receiver.cancel()
+            for task in (receiver, watchdog):
+                if task is not None:
+                    task.cancel()
             if process is not None and process.returncode is None:
                 process.kill()
                 await process.wait()
             for socket in (inputs, outputs):
                 socket.close(linger=0)
 
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill an engine that has stopped to answer. Counts ticks of this loop, not the clock: when this process was
+        held up itself, the engine's messages are yet to be read."""
+        self._silent_s = 0.0
+        tick = min(1.0, self._hang_s / 4)
+        while True:
+            await asyncio.sleep(tick)
+            self._silent_s += tick
+            if self.up and self._silent_s >= self._hang_s:
+                logger.error(
+                    "%s: no sign of life for %.0f s; killing the engine", self.config.variant, self._hang_s
+                )
+                process.kill()
+                return
+
     async def _receive(self, socket: zmq.asyncio.Socket) -> None:
         while True:
             message = output_decoder.decode(await socket.recv())
+            self._silent_s = 0.0
             match message:
                 case Ready():
                     self._on_ready(message)
@@ -240,7 +291,7 @@ class EngineClient:
                     self._on_occupancy(message)
 
     def _deliver(self, output: StepOutput) -> None:
-        items: list[Token | Scored] = [*output.tokens, *output.scored]
+        items: list[Answer] = [*output.tokens, *output.scored, *output.saved]
         for item in items:
             queue = self._requests.get(item.request_id)
             if queue is not None:  # else it was aborted while this was on its way

@@ -3,21 +3,27 @@
 import time
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 
 from server.engine.messages import (
     Abort,
     FinishReason,
-    Generate,
     Input,
     Occupancy,
+    SaveState,
     Score,
     Scored,
+    StateSaved,
     StepOutput,
     Token,
 )
 from server.engine.request import Request
-from server.engine.runner import BROKEN, PendingStep, Runner
-from server.engine.scheduler import Scheduler
+from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
+from server.engine.scheduler import Batch, Scheduler
+
+
+class IntegrityError(RuntimeError):
+    """The bookkeeping of slots has slipped. Only a fresh process is sure to be right again."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +45,14 @@ class Engine:
         self._depth = depth
         self._launched: deque[_Launched] = deque()
         self._collected_at = 0.0
+        self._reported = 0, 0
+        """Of the prefix cache's counts, what outputs have told already."""
 
     @property
     def idle(self) -> bool:
-        """Nothing to run and nothing to collect."""
-        return not (self._scheduler.running or self._scheduler.waiting or self._launched)
+        """Nothing to run, nothing to collect and nothing to tell."""
+        s = self._scheduler
+        return not (s.running or s.waiting or self._launched or s.refused)
 
     @property
     def occupancy(self) -> Occupancy:
@@ -52,78 +61,126 @@ class Engine:
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
             used_slots=self._scheduler.used_slots,
+            cached_slots=self._scheduler.cached_slots,
         )
 
     def handle(self, message: Input) -> None:
         """Take in one message."""
         match message:
-            case Generate() | Score():
-                self._scheduler.add(Request(message, arrived=time.monotonic()))
             case Abort():
                 self._scheduler.abort(message.request_id)
+            case _:
+                self._scheduler.add(Request(message, arrived=time.monotonic()))
 
     def step(self) -> StepOutput | None:
-        """Launch the next step if there is one, collect the oldest if it is due. None when nothing was collected."""
+        """Launch the next step if there is one, collect the oldest if it is due. None when there is nothing to tell.
+
+        Raises:
+            IntegrityError: nothing is running, and yet slots are in use.
+        """
         batch = self._scheduler.next_batch()
         if batch is not None:
             now = time.monotonic()
-            for request in batch.requests:
-                request.started = request.started or now
+            for chunk in batch.prefills:
+                for request in (chunk.request, *chunk.forks):
+                    request.started = request.started or now
             self._launched.append(_Launched(self._runner.launch(batch), now))
-        if not self._launched or (batch is not None and len(self._launched) <= self._depth):
-            return None
-        return self._collect(self._launched.popleft())
+            self._scheduler.launched(batch)
+        output: StepOutput | None = None
+        if self._launched and (batch is None or len(self._launched) > self._depth):
+            output = self._collect(self._launched.popleft())
+        elif self._scheduler.refused:
+            output = self._output([], [], [], Batch([], []), 0.0)
+        if self.idle:
+            self._check()
+        return output
+
+    def _check(self) -> None:
+        """Slots in use must be those of running requests and cached prefixes; of the former there are none now."""
+        if self._scheduler.used_slots:
+            raise IntegrityError(
+                f"{self._scheduler.used_slots} state slots are in use and no request runs "
+                f"({self._scheduler.cached_slots} hold prefixes)"
+            )
 
     def _collect(self, launched: _Launched) -> StepOutput:
         result = launched.step.collect()
         now = time.monotonic()
-        tokens = [
-            t for request, token in result.tokens if (t := self._accept(request, token, now)) is not None
-        ]
-        for rows in result.scores:
-            rows.request.logprobs += rows.logprobs.tolist()
-            rows.request.kl += rows.kl.tolist()
-            rows.request.agree += rows.agree.tolist()
+        tokens = [t for new in result.tokens if (t := self._accept(new, now)) is not None]
         step_s = now - max(launched.at, self._collected_at)  # a step launched ahead waits for the one before
         self._collected_at = now
         batch = launched.step.batch
-        scored = [
-            self._scored(chunk.request)
-            for chunk in batch.prefills
-            if isinstance(chunk.request.message, Score)
-            and chunk.is_last
-            and chunk.request.finish_reason is None
-        ]
+        done = [c.request for c in batch.prefills if c.is_last and c.request.finish_reason is None]
+        scored = [self._scored(request) for request in done if isinstance(request.message, Score)]
+        saved = [self._saved(r, r.message) for r in done if isinstance(r.message, SaveState)]
         for request in batch.requests:
             self._scheduler.collected(request)
+        return self._output(tokens, scored, saved, batch, step_s)
+
+    def _output(
+        self, tokens: list[Token], scored: list[Scored], saved: list[StateSaved], batch: Batch, step_s: float
+    ) -> StepOutput:
+        for request, error in self._scheduler.refused:
+            tokens.append(Token(request.id, BROKEN, "error", error=error))
+        self._scheduler.refused.clear()
+        counts = self._scheduler.cache_queries, self._scheduler.cache_hits
+        queries, hits = counts[0] - self._reported[0], counts[1] - self._reported[1]
+        self._reported = counts
         return StepOutput(
             tokens=tokens,
             scored=scored,
+            saved=saved,
             phase="mixed" if batch.decodes and batch.prefills else "decode" if batch.decodes else "prefill",
             step_s=step_s,
             batch_size=len(batch.requests),
             occupancy=self.occupancy,
+            cache_queries=queries,
+            cache_hits=hits,
         )
 
-    def _accept(self, request: Request, token: int, now: float) -> Token | None:
+    def _accept(self, new: NewToken, now: float) -> Token | None:
         """A sampled token of a request, or None when it has ended meanwhile (aborted, or stopped a step ago)."""
-        if request.finish_reason is not None or not isinstance(request.message, Generate):
+        request = new.request
+        if request.finish_reason is not None:
             return None
         request.accepted += 1
         reason: FinishReason | None = None
-        if token == BROKEN:
+        if new.token == BROKEN:
             reason = "error"
-        elif token in request.message.stop_token_ids:
+        elif new.token in request.stop_token_ids:
             reason = "stop"
-        elif request.accepted == request.message.max_tokens:
+        elif request.accepted == request.max_tokens:
             reason = "length"
-        timings: tuple[float | None, float | None] = (None, None)
-        if request.accepted == 1 and request.started is not None:
-            timings = (request.started - request.arrived, now - request.started)
         if reason is not None:
             self._scheduler.finish(request, reason)
-        return Token(request.id, token, reason, *timings)
+        if request.accepted > 1 or request.started is None:
+            return Token(request.id, new.token, reason, logprob=new.logprob, top=new.top)
+        return Token(
+            request.id,
+            new.token,
+            reason,
+            queue_s=request.started - request.arrived,
+            prefill_s=now - request.started,
+            cached_tokens=request.cached,
+            logprob=new.logprob,
+            top=new.top,
+        )
 
     def _scored(self, request: Request) -> Scored:
         self._scheduler.finish(request, "stop")
-        return Scored(request_id=request.id, logprobs=request.logprobs, kl=request.kl, agree=request.agree)
+        return Scored(
+            request_id=request.id,
+            logprobs=request.logprobs,
+            kl=request.kl,
+            agree=request.agree,
+            top=request.top,
+        )
+
+    def _saved(self, request: Request, message: SaveState) -> StateSaved:
+        error: str | None = None
+        try:
+            self._scheduler.save(request, Path(message.path), message.fingerprint)
+        except OSError as e:
+            error = f"the state can't be written: {e}"
+        self._scheduler.finish(request, "stop")
+        return StateSaved(request_id=request.id, error=error)

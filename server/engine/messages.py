@@ -18,8 +18,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Checkpoint directory or hub id."""
     device: str
     dtype: Literal["auto", "float32", "bfloat16"]
-    max_requests: int
-    """State slots: requests that run at the same time."""
+    max_requests: int | None
+    """Requests that run at the same time; None: one for each state slot."""
+    state_memory: int | float | None = None
+    """Of the slot pool: bytes, or a share of the device's free memory; None: a slot for each of `max_requests`."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    prefix_cache: bool = True
+    batch_invariant: bool = False
+    """Logits are the same bits whatever else runs; slower."""
     prefill_tokens: int
     """Most prompt tokens in one step, a multiple of 64."""
     threads: int
@@ -128,6 +134,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     weights_bytes: int
     load_s: float
     slots: int
+    max_running: int
+    """Requests that run at the same time, at most `slots`."""
 
 
 TopLogprobs = list[tuple[int, float]]
@@ -145,7 +153,10 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     """Prompt tokens whose state came from the prefix cache."""
     logprob: float | None = None
+    """Of the model's own distribution, before penalties, temperature and filters."""
     top: TopLogprobs | None = None
+    error: str | None = None
+    """With finish_reason "error" and no token: why the request could not run."""
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
@@ -170,7 +181,8 @@ class StateSaved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Who is in the engine; sent by itself when that changed without a step (an abort)."""
+    """Who is in the engine; sent by itself when that changed without a step (an abort), and once a second as a sign of
+    life."""
 
     running: int
     waiting: int
@@ -188,7 +200,12 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     phase: Literal["prefill", "decode", "mixed"]
     step_s: float
     batch_size: int
+    """0 for a step that only refuses requests."""
     occupancy: Occupancy
+    cache_queries: int = 0
+    """Prompt tokens that were looked up in the prefix cache."""
+    cache_hits: int = 0
+    """Those among them whose state was there."""
 
 
 Output = Ready | StepOutput | Occupancy

@@ -15,6 +15,7 @@ from modeling.families import ConfigError
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
+from server.engine.memory import free_memory
 from server.engine.messages import (
     CANNOT_LOAD,
     EngineConfig,
@@ -28,6 +29,11 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 
 logger = logging.getLogger("lowkey.engine")
+
+DEFAULT_SLOTS = 64
+
+HEARTBEAT_S = 1.0
+"""An engine that has told nothing for this long says who is in it."""
 
 
 def pick_device(config: EngineConfig) -> str:
@@ -50,6 +56,22 @@ def pick_dtype(config: EngineConfig, device: str) -> torch.dtype:
     return torch.float32 if config.dtype == "float32" else torch.bfloat16
 
 
+def count_slots(config: EngineConfig, bytes_per_slot: int, device: str) -> int:
+    """How many states the pool holds. Raises CheckpointError when not even one and the null slot fit."""
+    if config.state_memory is None:
+        return config.max_requests or DEFAULT_SLOTS
+    memory = config.state_memory
+    if isinstance(memory, float):
+        memory = int(memory * free_memory(device))
+    slots = memory // bytes_per_slot - 1  # the pool's null slot
+    if slots < 1:
+        raise CheckpointError(
+            f"state_memory={config.state_memory} is {memory} bytes here, and two states of this model, the least that "
+            f"a pool can have, are {2 * bytes_per_slot} bytes"
+        )
+    return slots
+
+
 def build(config: EngineConfig) -> tuple[Engine, Ready]:
     """Load the checkpoint and make an engine of it."""
     began = time.monotonic()
@@ -63,9 +85,21 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
     device = pick_device(config)
     dtype = pick_dtype(config, device)
     model = checkpoint.load(dtype=dtype, device=device)
-    pool = StatePool(checkpoint.spec, config.max_requests, device=device, conv_dtype=dtype)
+    state_dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
+    bytes_per_slot = checkpoint.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
+    pool = StatePool(
+        checkpoint.spec,
+        count_slots(config, bytes_per_slot, device),
+        device=device,
+        state_dtype=state_dtype,
+        conv_dtype=dtype,
+    )
+    max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
+    cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
     engine = Engine(
-        Scheduler(StateCache(pool), config.prefill_tokens), Runner(model, pool), depth=int(device != "cpu")
+        Scheduler(cache, config.prefill_tokens, max_running),
+        Runner(model, pool, batch_invariant=config.batch_invariant),
+        depth=int(device != "cpu"),
     )
     weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
     reduction = checkpoint.reduction
@@ -86,6 +120,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         weights_bytes=sum(weights.values()),
         load_s=time.monotonic() - began,
         slots=pool.num_slots,
+        max_running=max_running,
     )
     logger.info(
         "%s: ready on %s in %.1f s, d_k %s, %d slots of %d state bytes",
@@ -118,11 +153,12 @@ def serve(config: EngineConfig) -> None:
         logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
         sys.exit(CANNOT_LOAD)
     send(ready)
+    sent = time.monotonic()
     poller = zmq.Poller()
     poller.register(inputs, zmq.POLLIN)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     while True:
-        events = dict(poller.poll(None if engine.idle else 0))
+        events = dict(poller.poll(int(HEARTBEAT_S * 1000) if engine.idle else 0))
         if sys.stdin.fileno() in events:
             return
         received = inputs in events
@@ -133,11 +169,12 @@ def serve(config: EngineConfig) -> None:
                 except zmq.Again:
                     break
                 engine.handle(input_decoder.decode(data))
-        output = engine.step()
-        if output is not None:
-            send(output)
-        elif received and engine.idle:
-            send(engine.occupancy)
+        message: Output | None = engine.step()
+        if message is None and ((received and engine.idle) or time.monotonic() - sent >= HEARTBEAT_S):
+            message = engine.occupancy
+        if message is not None:
+            send(message)
+            sent = time.monotonic()
 
 
 def main() -> None:

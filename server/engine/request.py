@@ -1,25 +1,36 @@
 """A request inside the engine."""
 
+from array import array
 from dataclasses import dataclass, field
 
-from server.engine.cache import Allocation
-from server.engine.messages import FinishReason, Generate, Score
+from server.engine.cache import Allocation, Entry, Prefix
+from server.engine.messages import FinishReason, Generate, SaveState, Score, TopLogprobs
 
 
 @dataclass(eq=False)
 class Request:
-    """Progress of one Generate or Score.
+    """Progress of one Generate, Score or SaveState.
 
     Counters move when a step is launched, not when its results are read, so that the next step can be planned while
     one is still running.
     """
 
-    message: Generate | Score
+    message: Generate | Score | SaveState
     arrived: float
     """time.monotonic() at which the engine took it in."""
+    order: tuple[int, int] = (0, 0)
+    """(priority, place in the queue): the smaller goes first."""
     allocation: Allocation | None = None
+    prefix: Prefix | None = None
+    """Its prompt as the prefix cache knows it; None where that can't serve it."""
+    cut: int = 0
+    """Where the prompt leaves one that was seen before: prefill stops there for a snapshot."""
+    snapshots: list[Entry] = field(default_factory=list)
+    """Those taken within the prompt, oldest first."""
+    cached: int = 0
+    """Tokens of the prompt whose state came from the prefix cache or from a sibling."""
     prefilled: int = 0
-    """Tokens of the prompt that launched steps have fed."""
+    """Tokens of the prompt that launched steps have fed, or that were cached."""
     sampled: int = 0
     """Tokens that launched steps have sampled."""
     accepted: int = 0
@@ -30,30 +41,30 @@ class Request:
     started: float | None = None
     """time.monotonic() at the first launch."""
     logprobs: list[float] = field(default_factory=list)
+    top: list[TopLogprobs] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     agree: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.message.token_ids)
+        self.token_bytes = array("I", self.message.token_ids).tobytes()
+        self.max_tokens = self.message.max_tokens if isinstance(self.message, Generate) else 0
+        self.stop_token_ids: frozenset[int] = frozenset(
+            self.message.stop_token_ids if isinstance(self.message, Generate) else ()
+        )
 
     @property
     def id(self) -> str:
         return self.message.request_id
 
     @property
-    def prompt_length(self) -> int:
-        return len(self.message.token_ids)
+    def twin_key(self) -> tuple[bytes, str | None] | None:
+        """Equal for requests that one prefill can serve (the choices of one prompt)."""
+        return (self.token_bytes, self.message.state_path) if isinstance(self.message, Generate) else None
 
     @property
     def prefill_done(self) -> bool:
         return self.prefilled == self.prompt_length
-
-    @property
-    def wants_decode(self) -> bool:
-        """There is a token to feed and at least one more to sample."""
-        return (
-            isinstance(self.message, Generate)
-            and self.prefill_done
-            and self.finish_reason is None
-            and self.sampled < self.message.max_tokens
-        )
 
     @property
     def slot(self) -> int:

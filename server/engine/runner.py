@@ -5,159 +5,141 @@ been collected.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from modeling.model import Model
 from modeling.state import StatePool
-from server.engine.messages import Generate, KLReference, Score
+from server.engine.forward import Forward, InvariantForward
+from server.engine.messages import Generate, Score, TopLogprobs
 from server.engine.request import Request
-from server.engine.sampler import SamplingBatch, sample
+from server.engine.sampler import Plan, Sampled, Sampler
 from server.engine.scheduler import Batch, PrefillChunk
-
-LOGIT_ROWS = 64
-"""Logits are made for at most this many positions at a time: a row is as long as the vocabulary."""
+from server.engine.scoring import LOGIT_ROWS, ScoreRows, score, top_logprobs
 
 BROKEN = -1
 """In place of a token, where the model's output is NaN or Inf."""
 
 
-@dataclass(frozen=True)
-class ScoreRows:
-    """Scores of consecutive positions of one request: logprob, KL and top-1 agreement, each `[n]` or empty."""
+class NewToken(NamedTuple):
+    """A sampled token, on the host; `logprob` and `top` where the request wants them."""
 
     request: Request
-    logprobs: Tensor
-    kl: Tensor
-    agree: Tensor
+    token: int
+    logprob: float | None = None
+    top: TopLogprobs | None = None
 
 
 @dataclass(frozen=True)
 class StepResult:
     """A collected step, on the host."""
 
-    tokens: list[tuple[Request, int]]
-    scores: list[ScoreRows]
+    tokens: list[NewToken]
 
 
 class PendingStep:
     """A launched step; `collect` waits for the device and brings the results to the host."""
 
-    def __init__(self, batch: Batch, sampled: list[Request], tokens: Tensor, scores: list[ScoreRows]) -> None:
+    def __init__(self, batch: Batch, sampled: list[tuple[Plan, Sampled]], scores: list[ScoreRows]) -> None:
         self.batch = batch
         self._sampled = sampled
-        self._tokens = tokens
         self._scores = scores
 
     def collect(self) -> StepResult:
-        tokens = self._tokens.tolist()
-        scores = [ScoreRows(s.request, s.logprobs.cpu(), s.kl.cpu(), s.agree.cpu()) for s in self._scores]
-        return StepResult(list(zip(self._sampled, tokens, strict=True)), scores)
+        """The tokens; scores go to their requests."""
+        tokens: list[NewToken] = []
+        for plan, sampled in self._sampled:
+            new = [NewToken(r, t) for r, t in zip(plan.requests, sampled.tokens.tolist(), strict=True)]
+            for row, logprob, top in _reports(plan, sampled):
+                new[row] = NewToken(new[row].request, new[row].token, logprob, top)
+            tokens += new
+        for rows in self._scores:
+            rows.collect()
+        return StepResult(tokens)
+
+
+def _reports(plan: Plan, sampled: Sampled) -> list[tuple[int, float, TopLogprobs]]:
+    """(row, log-probability, most likely tokens) of the rows that want them."""
+    if sampled.logprobs is None:
+        return []
+    own = sampled.logprobs.tolist()
+    ids = [[]] * len(own) if sampled.top_ids is None else sampled.top_ids.tolist()
+    values = [[]] * len(own) if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
+    return [
+        (row, own[n], top_logprobs(ids[n], values[n])[: plan.wanted[n]])
+        for n, row in enumerate(plan.reported_rows)
+    ]
 
 
 class Runner:
-    """One model and its state pool."""
+    """One model and the states of its requests.
 
-    def __init__(self, model: Model, pool: StatePool) -> None:
-        self._model = model
+    Args:
+        batch_invariant: a request's logits are the same bits whatever else runs; slower.
+    """
+
+    def __init__(self, model: Model, pool: StatePool, *, batch_invariant: bool = False) -> None:
+        self._forward = (InvariantForward if batch_invariant else Forward)(model, pool)
         self._pool = pool
-        self._device = model.embeddings.weight.device
-        self._last_token = torch.zeros(pool.num_slots, dtype=torch.long, device=self._device)
+        self._device = self._forward.device
+        rows = pool.num_slots + 1
+        self._sampler = Sampler(rows, model.spec.vocab_size, self._device)
+        self._last_token = torch.zeros(rows, dtype=torch.long, device=self._device)
+        # Made anew only when the batch is another one.
+        self._decoding: list[Request] = []
+        self._decode_slots = torch.empty(0, dtype=torch.long, device=self._device)
+        self._planned: list[Request] = []
+        self._plans: list[Plan] = []
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
         """Start a step: move the states on, sample a token for each decode and each prompt that ends."""
         hidden: list[Tensor] = []
-        sampled: list[Request] = list(batch.decodes)
-        positions = [request.sampled - 1 for request in batch.decodes]
-        if batch.decodes:
-            slots = self._slots(batch.decodes)
-            hidden.append(self._model.decode(self._last_token[slots], self._pool, slots))
+        sampled = list(batch.decodes)
         scores: list[ScoreRows] = []
+        if batch.decodes:
+            slots = self._slots_of(batch.decodes)
+            hidden.append(self._forward.decode(self._last_token[slots], slots))
         if batch.prefills:
-            chunks = self._prefill(batch.prefills)
+            chunks = self._forward.prefill(
+                [chunk.request.message.token_ids[chunk.start : chunk.end] for chunk in batch.prefills],
+                [chunk.request.slot for chunk in batch.prefills],
+            )
             for chunk, rows in zip(batch.prefills, chunks, strict=True):
                 if isinstance(chunk.request.message, Score):
-                    scores += self._score(chunk, chunk.request.message, rows)
-                elif chunk.is_last:
-                    hidden.append(rows[-1:])
-                    sampled.append(chunk.request)
-                    positions.append(0)
-        if not sampled:
-            return PendingStep(batch, [], torch.empty(0, dtype=torch.long), scores)
-        tokens = self._sample(torch.cat(hidden), sampled, positions)
-        self._last_token[self._slots(sampled)] = tokens.clamp_min(0)
-        return PendingStep(batch, sampled, tokens, scores)
+                    scores += score(self._forward, chunk.request, chunk.start, chunk.end, rows)
+                elif chunk.is_last and isinstance(chunk.request.message, Generate):
+                    new = self._fork(chunk)
+                    hidden.append(rows[-1:].expand(len(new), -1))
+                    sampled += new
+            self._sampler.start(sampled[len(batch.decodes) :])
+        return PendingStep(batch, self._sample(torch.cat(hidden), sampled) if sampled else [], scores)
 
-    def _slots(self, requests: list[Request]) -> Tensor:
-        return torch.tensor([request.slot for request in requests], device=self._device)
+    def _slots_of(self, decodes: list[Request]) -> Tensor:
+        if decodes != self._decoding:
+            self._decoding = decodes
+            self._decode_slots = torch.tensor([r.slot for r in decodes], device=self._device)
+        return self._decode_slots
 
-    def _prefill(self, prefills: list[PrefillChunk]) -> list[Tensor]:
-        """Feed prompt chunks as packed sequences; hidden states of each chunk, `[tokens, hidden]`."""
-        ids: list[int] = []
-        cu_seqlens = [0]
-        for chunk in prefills:
-            ids += chunk.request.message.token_ids[chunk.start : chunk.end]
-            cu_seqlens.append(len(ids))
-        slots = self._slots([chunk.request for chunk in prefills])
-        hidden, state = self._model(
-            torch.tensor(ids, device=self._device), cu_seqlens, self._pool.gather(slots)
-        )
-        self._pool.scatter(slots, state)
-        return list(hidden.split([chunk.end - chunk.start for chunk in prefills]))
+    def _fork(self, chunk: PrefillChunk) -> list[Request]:
+        """The requests that sample after this prompt, each with the state in its slot."""
+        for request in chunk.forks:
+            self._pool.copy(chunk.request.slot, request.slot)
+        return [chunk.request, *chunk.forks]
 
-    def _sample(self, hidden: Tensor, requests: list[Request], positions: list[int]) -> Tensor:
-        tokens: list[Tensor] = []
-        for start in range(0, len(requests), LOGIT_ROWS):
-            at = slice(start, start + LOGIT_ROWS)
-            rows = [r.message.sampling for r in requests[at] if isinstance(r.message, Generate)]
-            logits = self._model.logits(hidden[at]).float()
-            drawn = sample(logits, SamplingBatch(rows, positions[at]))
-            tokens.append(drawn.where(logits.isfinite().all(-1), BROKEN))
-        return torch.cat(tokens)
-
-    def _score(self, chunk: PrefillChunk, message: Score, hidden: Tensor) -> list[ScoreRows]:
-        """Scores of the tokens that this chunk's positions predict: position p comes from the hidden state at p - 1."""
-        first = max(message.from_position, chunk.start + 1)
-        last = min(chunk.end + 1, len(message.token_ids))
-        result: list[ScoreRows] = []
-        for start in range(first, last, LOGIT_ROWS):
-            end = min(start + LOGIT_ROWS, last)
-            logits = self._model.logits(hidden[start - 1 - chunk.start : end - 1 - chunk.start])
-            logprobs = logits.float().log_softmax(-1)
-            targets = torch.tensor(message.token_ids[start:end], device=self._device)
-            own = logprobs.gather(1, targets[:, None]).squeeze(1)
-            kl, agree = self._against_reference(message, start, logprobs)
-            result.append(ScoreRows(chunk.request, own, kl, agree))
+    def _sample(self, hidden: Tensor, requests: list[Request]) -> list[tuple[Plan, Sampled]]:
+        """Next token of each row of hidden states `[n, hidden]`."""
+        starts = range(0, len(requests), LOGIT_ROWS)
+        if requests != self._planned:
+            self._planned = requests
+            self._plans = [self._sampler.plan(requests[start : start + LOGIT_ROWS]) for start in starts]
+        result: list[tuple[Plan, Sampled]] = []
+        for start, plan in zip(starts, self._plans, strict=True):
+            logits = self._forward.logits(hidden[start : start + LOGIT_ROWS])
+            sampled = self._sampler.sample(logits, plan)
+            self._last_token[plan.slots] = sampled.tokens
+            sampled.tokens.masked_fill_(~logits.isfinite().all(-1), BROKEN)
+            result.append((plan, sampled))
         return result
-
-    def _against_reference(self, message: Score, start: int, logprobs: Tensor) -> tuple[Tensor, Tensor]:
-        """Write our rows for positions from `start` on, or compare them with the rows of the engine that did."""
-        none = logprobs.new_empty(0), torch.empty(0, dtype=torch.bool)
-        reference = message.kl_reference
-        skip = 0 if reference is None else max(0, reference.from_position - start)
-        if reference is None or skip >= len(logprobs):
-            return none
-        logprobs = logprobs[skip:]
-        rows = self._reference_rows(message, reference)
-        if rows is None:
-            return none
-        at = start + skip - reference.from_position
-        if reference.mode == "write":
-            rows[at : at + len(logprobs)] = logprobs.cpu()
-            return none
-        theirs = rows[at : at + len(logprobs)].to(self._device)
-        kl = (theirs.exp() * (theirs - logprobs)).sum(-1).clamp_min(0)  # rounding may make it -1e-9
-        return kl, theirs.argmax(-1) == logprobs.argmax(-1)
-
-    def _reference_rows(self, message: Score, reference: KLReference) -> Tensor | None:
-        """The shared file as `[positions, vocab]`. None if it is gone: the client has left and an abort is coming."""
-        try:
-            rows = np.memmap(reference.path, dtype=np.float32, mode="r+")
-        except FileNotFoundError:
-            return None
-        return torch.from_numpy(rows).view(
-            len(message.token_ids) - reference.from_position, self._model.spec.vocab_size
-        )

@@ -3,45 +3,46 @@
 Each draw is one uniform number from a counter-based generator, looked up in the cumulative distribution over token
 ids. So a request draws the same tokens whatever it is batched with, and a small change of the logits changes a token
 only where the number falls that close to a boundary.
+
+A request's parameters are written into tables on the device, in its slot's row, when it starts. A step then only
+indexes them: nothing is built per request.
 """
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from server.engine.messages import Sampling
+from server.engine.messages import Generate, Sampling
+from server.engine.request import Request
 
-_MASK = np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """Finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection that passes BigCrush as a counter generator."""
-    with np.errstate(over="ignore"):
-        x = (x + np.uint64(0x9E3779B97F4A7C15)) & _MASK
-        x = ((x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)) & _MASK
-        x = ((x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)) & _MASK
-        result: np.ndarray = x ^ (x >> np.uint64(31))
-    return result
+_FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
-def uniform(seeds: list[int], choices: list[int], positions: list[int]) -> np.ndarray:
-    """Numbers in [0, 1), float64 `[n]`, each a function of its own (seed, choice, position)."""
-    x = np.array([seed & 0xFFFFFFFFFFFFFFFF for seed in seeds], dtype=np.uint64)
-    x = _splitmix64(x)
-    x = _splitmix64(x ^ np.array(choices, dtype=np.uint64))
-    x = _splitmix64(x ^ np.array(positions, dtype=np.uint64))
-    result: np.ndarray = (x >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return result
+def _signed(x: int) -> int:
+    """The 64-bit pattern of x as the int64 that torch has."""
+    return (x + 2**63) % 2**64 - 2**63
 
 
-@dataclass(frozen=True)
-class SamplingBatch:
-    """The rows to sample: parameters, and for each row the index (from 0) of the token that it samples."""
+def _splitmix64(x: Tensor) -> Tensor:
+    """Finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection that passes BigCrush as a counter generator.
 
-    rows: list[Sampling]
-    positions: list[int]
+    On int64, whose sums and products wrap; shifts are masked because theirs carry the sign.
+    """
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def stream_key(seeds: Tensor, choices: Tensor) -> Tensor:
+    """What a request's draws have in common: int64 `[n]` of its seed and choice, int64 `[n]` each."""
+    return _splitmix64(_splitmix64(seeds) ^ choices)
+
+
+def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+    """Numbers in [0, 1), float64 `[n]`, each a function of its own key and position (int64 `[n]`)."""
+    return ((_splitmix64(keys ^ positions) >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
 def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
@@ -65,31 +66,253 @@ def filter_logits(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -
     return logits.masked_fill(torch.zeros_like(drop).scatter(1, order, drop), float("-inf"))
 
 
-def sample(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Next token of each row: logits `[n, vocab]` -> int64 `[n]`, on the logits' device."""
-    tokens = logits.argmax(-1)
-    drawn = [i for i, row in enumerate(batch.rows) if row.temperature > 0]
-    if not drawn:
-        return tokens
-    rows = [batch.rows[i] for i in drawn]
-    device = logits.device
-    index = torch.tensor(drawn, device=device)
-    temperature = torch.tensor([row.temperature for row in rows], dtype=torch.float64, device=device)
-    scaled = logits[index].double()
+def draw(logits: Tensor, temperature: Tensor, u: Tensor, filters: "Filters | None" = None) -> Tensor:
+    """One token of each row: logits `[n, vocab]`, temperature and u float64 `[n]` -> int64 `[n]`."""
+    scaled = logits.double()
     # The largest is 0 before it is divided: however small the temperature, no infinity meets another.
     scaled = (scaled - scaled.amax(-1, keepdim=True)) / temperature[:, None]
-    if any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows):
-        scaled = filter_logits(
-            scaled,
-            torch.tensor([row.top_k for row in rows], device=device),
-            torch.tensor([row.top_p for row in rows], dtype=torch.float64, device=device),
-            torch.tensor([row.min_p for row in rows], dtype=torch.float64, device=device),
-        )
+    if filters is not None:
+        rows = filters.rows
+        scaled[rows] = filter_logits(scaled[rows], filters.top_k, filters.top_p, filters.min_p)
     cumulative = scaled.softmax(-1).cumsum(-1)
-    u = uniform([row.seed for row in rows], [row.choice for row in rows], [batch.positions[i] for i in drawn])
-    target = torch.from_numpy(u).to(device)[:, None] * cumulative[:, -1:]
     # right=True: the first token whose cumulative mass exceeds the target, so never one of zero probability.
-    drawn_tokens = torch.searchsorted(cumulative, target, right=True).squeeze(1)
+    tokens = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True).squeeze(1)
     # Beyond the end only where the logits are not numbers; an id outside the vocabulary would end the engine.
-    tokens[index] = drawn_tokens.clamp(max=logits.shape[-1] - 1)
-    return tokens
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Of the drawn rows, those (int64 `[m]`) that top-k, top-p or min-p narrow, with their parameters `[m]`."""
+
+    rows: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The rows that are not greedy, int64 `[m]`, with their temperature and the key of their draws."""
+
+    rows: Tensor
+    slots: Tensor
+    temperature: Tensor
+    keys: Tensor
+    filters: Filters | None
+
+
+@dataclass(frozen=True)
+class Adjusted:
+    """The rows whose logits are changed before anything is drawn: rows of the batch, and of the tables."""
+
+    rows: Tensor
+    slots: Tensor
+    table: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which rows of a batch need what. Made once for as long as the batch stays the same.
+
+    `reported` are the rows that want log-probabilities, `wanted` how many of the most likely tokens each of them asks
+    for, and `top` the most of that.
+    """
+
+    requests: list[Request]
+    slots: Tensor
+    drawn: Drawn | None
+    adjusted: Adjusted | None
+    reported: Tensor | None
+    reported_rows: list[int]
+    wanted: list[int]
+    top: int
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Tokens int64 `[n]`; of the reported rows the token's log-probability `[m]`, and the most likely ones
+    `[m, top]`."""
+
+    tokens: Tensor
+    logprobs: Tensor | None
+    top_logprobs: Tensor | None
+    top_ids: Tensor | None
+
+
+def _filters(sampling: Sampling) -> bool:
+    return sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+
+
+def _adjusts(message: Generate) -> bool:
+    s = message.sampling
+    penalties = s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
+    return penalties or bool(s.logit_bias) or (message.min_tokens > 0 and bool(message.stop_token_ids))
+
+
+class TokenTables:
+    """Per request with penalties, biases or a least length, one row over the vocabulary of each kind.
+
+    Few requests have any, and a row is as long as the vocabulary: there are only as many as were ever needed at once.
+    """
+
+    def __init__(self, vocab: int, device: torch.device) -> None:
+        self._vocab, self._device = vocab, device
+        self._row_of_slot: dict[int, int] = {}
+        self._free: list[int] = []
+        self.counts = self._empty(torch.int32)
+        """How often a token was generated, `[rows, vocab]`."""
+        self.seen = self._empty(torch.bool)
+        """Whether it is in the prompt or was generated."""
+        self.stops = self._empty(torch.bool)
+        """Whether it ends the request."""
+        self.bias = self._empty(torch.float32)
+
+    def _empty(self, dtype: torch.dtype, rows: int = 0) -> Tensor:
+        return torch.zeros(rows, self._vocab, dtype=dtype, device=self._device)
+
+    def row(self, slot: int) -> int:
+        return self._row_of_slot[slot]
+
+    def release(self, slot: int) -> None:
+        """The slot has another request now."""
+        if slot in self._row_of_slot:
+            self._free.append(self._row_of_slot.pop(slot))
+
+    def start(self, slot: int, message: Generate) -> None:
+        """Give the request in `slot` a row and fill it."""
+        if not self._free:
+            self._grow()
+        row = self._row_of_slot[slot] = self._free.pop()
+        for table in (self.counts, self.seen, self.stops, self.bias):
+            table[row].zero_()
+        self.seen[row, torch.tensor(message.token_ids, device=self._device)] = True
+        # Ids that the model does not have can't be drawn anyway.
+        stops = [t for t in message.stop_token_ids if 0 <= t < self._vocab]
+        self.stops[row, torch.tensor(stops, dtype=torch.long, device=self._device)] = True
+        bias = {t: x for t, x in message.sampling.logit_bias.items() if 0 <= t < self._vocab}
+        ids = torch.tensor(list(bias), dtype=torch.long, device=self._device)
+        self.bias[row, ids] = torch.tensor(list(bias.values()), dtype=torch.float32, device=self._device)
+
+    def _grow(self) -> None:
+        rows = len(self.counts)
+        more = max(rows, 4)
+        for name in ("counts", "seen", "stops", "bias"):
+            table: Tensor = getattr(self, name)
+            setattr(self, name, torch.cat([table, self._empty(table.dtype, more)]))
+        self._free += range(rows, rows + more)
+
+
+class Sampler:
+    """The sampling parameters of all slots, and draws made with them.
+
+    Args:
+        slots: of the state pool.
+        vocab: token ids are below this.
+    """
+
+    def __init__(self, slots: int, vocab: int, device: torch.device) -> None:
+        self._vocab, self._device = vocab, device
+        self._floats = torch.zeros(slots, len(_FLOATS), dtype=torch.float64, device=device)
+        self._top_k = torch.zeros(slots, dtype=torch.long, device=device)
+        self._keys = torch.zeros(slots, dtype=torch.long, device=device)
+        self._min_tokens = torch.zeros(slots, dtype=torch.long, device=device)
+        self._positions = torch.zeros(slots, dtype=torch.long, device=device)
+        """Index of the token that each slot samples next."""
+        self._tables = TokenTables(vocab, device)
+
+    def start(self, requests: list[Request]) -> None:
+        """Take in the parameters of requests that sample their first token next."""
+        messages = [r.message for r in requests if isinstance(r.message, Generate)]
+        if not messages:
+            return
+        rows = [m.sampling for m in messages]
+        slots = torch.tensor([r.slot for r in requests], device=self._device)
+        floats = [[getattr(row, name) for name in _FLOATS] for row in rows]
+        ints = torch.tensor(
+            [
+                [min(row.top_k, self._vocab) for row in rows],
+                [_signed(row.seed) for row in rows],
+                [row.choice for row in rows],
+                [m.min_tokens for m in messages],
+            ],
+            device=self._device,
+        )
+        self._floats[slots] = torch.tensor(floats, dtype=torch.float64, device=self._device)
+        self._top_k[slots] = ints[0]
+        self._keys[slots] = stream_key(ints[1], ints[2])
+        self._min_tokens[slots] = ints[3]
+        self._positions[slots] = 0
+        for request, message in zip(requests, messages, strict=True):
+            self._tables.release(request.slot)
+            if _adjusts(message):
+                self._tables.start(request.slot, message)
+
+    def plan(self, requests: list[Request]) -> Plan:
+        """What the rows of a batch need. The requests have started."""
+        messages = [r.message for r in requests if isinstance(r.message, Generate)]
+        slots = torch.tensor([r.slot for r in requests], device=self._device)
+        drawn = [i for i, m in enumerate(messages) if m.sampling.temperature > 0]
+        adjusted = [i for i, m in enumerate(messages) if _adjusts(m)]
+        reported = [i for i, m in enumerate(messages) if m.logprobs is not None]
+        wanted = [messages[i].logprobs or 0 for i in reported]
+        return Plan(
+            requests=requests,
+            slots=slots,
+            drawn=self._plan_drawn(slots, messages, drawn) if drawn else None,
+            adjusted=self._plan_adjusted(slots, requests, adjusted) if adjusted else None,
+            reported=torch.tensor(reported, device=self._device) if reported else None,
+            reported_rows=reported,
+            wanted=wanted,
+            top=min(max(wanted, default=0), self._vocab),
+        )
+
+    def _plan_drawn(self, slots: Tensor, messages: list[Generate], drawn: list[int]) -> Drawn:
+        rows = torch.tensor(drawn, device=self._device)
+        at = slots[rows]
+        floats = self._floats[at]
+        filters = None
+        filtered = [n for n, i in enumerate(drawn) if _filters(messages[i].sampling)]
+        if filtered:
+            which = torch.tensor(filtered, device=self._device)
+            narrow = floats[which]
+            filters = Filters(which, self._top_k[at[which]], narrow[:, 1], narrow[:, 2])
+        return Drawn(rows, at, floats[:, 0], self._keys[at], filters)
+
+    def _plan_adjusted(self, slots: Tensor, requests: list[Request], adjusted: list[int]) -> Adjusted:
+        rows = torch.tensor(adjusted, device=self._device)
+        table = torch.tensor([self._tables.row(requests[i].slot) for i in adjusted], device=self._device)
+        return Adjusted(rows, slots[rows], table)
+
+    def sample(self, logits: Tensor, plan: Plan) -> Sampled:
+        """The next token of each row of float32 logits `[n, vocab]`; moves each slot's position on."""
+        raw = None if plan.reported is None else logits[plan.reported].log_softmax(-1)
+        if plan.adjusted is not None:
+            logits = self._adjust(logits, plan.adjusted)
+        tokens = logits.argmax(-1)
+        if plan.drawn is not None:
+            d = plan.drawn
+            u = uniform(d.keys, self._positions[d.slots])
+            tokens[d.rows] = draw(logits[d.rows], d.temperature, u, d.filters)
+        self._positions[plan.slots] += 1
+        if plan.adjusted is not None:
+            new = tokens[plan.adjusted.rows]
+            self._tables.counts[plan.adjusted.table, new] += 1
+            self._tables.seen[plan.adjusted.table, new] = True
+        if raw is None or plan.reported is None:
+            return Sampled(tokens, None, None, None)
+        own = raw.gather(1, tokens[plan.reported][:, None]).squeeze(1)
+        top = raw.topk(plan.top, dim=-1) if plan.top else None
+        return Sampled(tokens, own, None if top is None else top.values, None if top is None else top.indices)
+
+    def _adjust(self, logits: Tensor, a: Adjusted) -> Tensor:
+        """Biases, then no end before the least length, then penalties, in vLLM's order."""
+        tables = self._tables
+        presence, frequency, repetition = self._floats[a.slots, 3:].float()[..., None].unbind(1)
+        x = logits[a.rows] + tables.bias[a.table]
+        too_early = (self._positions[a.slots] < self._min_tokens[a.slots])[:, None]
+        x = x.masked_fill(tables.stops[a.table] & too_early, float("-inf"))
+        x = torch.where(tables.seen[a.table], torch.where(x > 0, x / repetition, x * repetition), x)
+        counts = tables.counts[a.table]
+        x = x - frequency * counts - presence * (counts > 0)
+        return logits.index_copy(0, a.rows, x)

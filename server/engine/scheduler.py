@@ -1,15 +1,21 @@
-"""What runs in the next step: all running decodes first, then prompt chunks up to a token budget, first come first
-served."""
+"""What runs in the next step: all running decodes first, then prompt chunks up to a cap, by priority and then first
+come first served."""
 
-from collections import deque
-from dataclasses import dataclass
+import itertools
+from bisect import insort
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from server.engine.cache import StateCache
-from server.engine.messages import FinishReason
+from server.engine.cache import Allocation, StateCache
+from server.engine.messages import FinishReason, Generate, SaveState, Score
 from server.engine.request import Request
+from server.engine.state_file import StateFileError
 
 PREFILL_ALIGN = 64
 """A prompt is cut at multiples of the chunk that the prefill kernels work in."""
+
+SNAPSHOTS = 2
+"""States that are kept of the inside of one prompt, those after its last steps; the one of its end comes on top."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,8 @@ class PrefillChunk:
     request: Request
     start: int
     end: int
+    forks: list[Request] = field(default_factory=list)
+    """With the last chunk: waiting requests with the same prompt, that go on from copies of its state."""
 
     @property
     def is_last(self) -> bool:
@@ -34,26 +42,52 @@ class Batch:
 
     @property
     def requests(self) -> list[Request]:
-        return [*self.decodes, *(chunk.request for chunk in self.prefills)]
+        requests = list(self.decodes)
+        for chunk in self.prefills:
+            requests += (chunk.request, *chunk.forks)
+        return requests
+
+
+def _order(request: Request) -> tuple[int, int]:
+    return request.order
 
 
 class Scheduler:
-    """Queues of waiting and running requests over a StateCache."""
+    """Queues of waiting and running requests over a StateCache.
 
-    def __init__(self, cache: StateCache, prefill_tokens: int) -> None:
+    Args:
+        cache: where the slots come from.
+        prefill_tokens: most prompt tokens in one step, so that a long prompt does not hold up running streams.
+        max_running: requests that hold a slot at the same time; None for as many as there are slots.
+    """
+
+    def __init__(self, cache: StateCache, prefill_tokens: int, max_running: int | None = None) -> None:
         if prefill_tokens < PREFILL_ALIGN or prefill_tokens % PREFILL_ALIGN:
             raise ValueError(
                 f"prefill_tokens={prefill_tokens} must be a positive multiple of {PREFILL_ALIGN}"
             )
         self._cache = cache
         self._prefill_tokens = prefill_tokens
+        self._max_running = max_running
+        self._places = itertools.count()
         self._requests: dict[str, Request] = {}
-        self._waiting: deque[Request] = deque()
-        self._running: list[Request] = []
+        self._waiting: list[Request] = []
+        """Without a slot, in order."""
+        self._prefilling: list[Request] = []
+        """With a slot and a part of the prompt to feed, in order."""
+        self._leaders: dict[tuple[bytes, str | None], Request] = {}
+        """Of `_prefilling`, by prompt: who else has the same prompt waits for it."""
+        self._decoding: list[Request] = []
+        """With at least one more token to sample by a decode."""
+        self.cache_queries = 0
+        """Prompt tokens looked up in the prefix cache so far, and found there."""
+        self.cache_hits = 0
+        self.refused: list[tuple[Request, str]] = []
+        """Requests that could not start, and why; the engine tells and forgets them."""
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self._requests) - len(self._waiting)
 
     @property
     def waiting(self) -> int:
@@ -63,12 +97,24 @@ class Scheduler:
     def used_slots(self) -> int:
         return self._cache.used
 
+    @property
+    def cached_slots(self) -> int:
+        return self._cache.cached
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError for an id that is already here."""
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is already in use")
+        message = request.message
+        priority = 0 if isinstance(message, SaveState) else message.priority
+        request.order = (priority, next(self._places))
+        if isinstance(message, Score):
+            request.prefix = self._cache.prefix(request.token_bytes, message.from_position - 1)
+        elif isinstance(message, SaveState) or message.state_path is None:
+            request.prefix = self._cache.prefix(request.token_bytes, request.prompt_length - 1)
+            request.cut = 0 if request.prefix is None else self._cache.part(request.prefix)
         self._requests[request.id] = request
-        self._waiting.append(request)
+        insort(self._waiting, request, key=_order)
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; an id that is not here (it may just have finished) is no error."""
@@ -85,54 +131,158 @@ class Scheduler:
         """No more steps for this request; its slot is freed once no launched step uses it."""
         if request.finish_reason is None:
             request.finish_reason = reason
+            if not request.prefill_done:
+                self._prefilling.remove(request)
+                self._unlead(request)
+            elif request in self._decoding:
+                self._decoding.remove(request)
         self._release_if_idle(request)
 
     def next_batch(self) -> Batch | None:
         """Plan a step and count it as launched. None when there is nothing to run."""
-        decodes = [request for request in self._running if request.wants_decode]
-        prefills: list[PrefillChunk] = []
-        budget = self._prefill_tokens
-        for request in self._running:
-            if not request.prefill_done and request.finish_reason is None and budget:
-                budget = self._plan_prefill(request, prefills, budget)
-        while self._waiting and budget:
-            allocation = self._cache.allocate()
-            if allocation is None:
-                break
-            request = self._waiting.popleft()
-            request.allocation = allocation
-            self._running.append(request)
-            budget = self._plan_prefill(request, prefills, budget)
+        decodes = list(self._decoding)
+        prefills = self._plan_prefills()
         if not decodes and not prefills:
             return None
         batch = Batch(decodes, prefills)
         for request in decodes:
             request.sampled += 1
+            if request.sampled == request.max_tokens:
+                self._decoding.remove(request)
         for chunk in prefills:
             chunk.request.prefilled = chunk.end
-            chunk.request.sampled += chunk.is_last
+            if chunk.is_last:
+                self._prefilling.remove(chunk.request)
+                for sampling in (chunk.request, *chunk.forks):
+                    sampling.sampled += isinstance(sampling.message, Generate)
+                    if sampling.sampled < sampling.max_tokens:
+                        self._decoding.append(sampling)
         for request in batch.requests:
             request.steps_in_flight += 1
         return batch
+
+    def launched(self, batch: Batch) -> None:
+        """The step is on its way: keep the states that it leaves for prompts that begin alike."""
+        for chunk in batch.prefills:
+            request = chunk.request
+            if request.prefix is None or request.allocation is None or isinstance(request.message, Score):
+                continue
+            if chunk.is_last:
+                self._cache.snapshot(request.prefix, chunk.end, request.allocation)
+            elif not request.cut or chunk.end == request.cut:
+                entry = self._cache.snapshot(request.prefix, chunk.end, request.allocation)
+                request.snapshots += [] if entry is None else [entry]
+                if len(request.snapshots) > SNAPSHOTS:
+                    self._cache.drop(request.snapshots.pop(0))
+
+    def save(self, request: Request, path: Path, metadata: dict[str, str]) -> None:
+        """Write the state of a request whose prompt has been fed. Raises OSError."""
+        if request.allocation is None:
+            raise RuntimeError(f"request {request.id} has no state to save")
+        self._cache.save(request.allocation, path, metadata)
 
     def collected(self, request: Request) -> None:
         """A launched step of this request has been collected."""
         request.steps_in_flight -= 1
         self._release_if_idle(request)
 
-    def _plan_prefill(self, request: Request, prefills: list[PrefillChunk], budget: int) -> int:
-        """Append the request's next chunk; returns the budget that is left."""
-        remaining = request.prompt_length - request.prefilled
-        take = remaining if remaining <= budget else budget // PREFILL_ALIGN * PREFILL_ALIGN
-        if take == 0:
-            return 0
-        prefills.append(PrefillChunk(request, request.prefilled, request.prefilled + take))
-        return budget - take
+    def _plan_prefills(self) -> list[PrefillChunk]:
+        chunks: list[PrefillChunk] = []
+        budget = self._prefill_tokens
+        # No more than these can get a slot now.
+        candidates = self._prefilling + self._waiting[: max(self._room, 0)]
+        for request in sorted(candidates, key=_order):
+            if not budget:
+                break
+            if request.prefill_done:  # a fork of one before it
+                continue
+            if request.allocation is None and (self._has_leader(request) or not self._admit(request)):
+                continue
+            end = self._chunk_end(request, budget)
+            if end == request.prefilled:
+                break
+            chunk = PrefillChunk(request, request.prefilled, end)
+            chunks.append(chunk)
+            budget -= end - request.prefilled
+            if chunk.is_last and self._unlead(request):
+                self._fork(chunk)
+        return chunks
+
+    def _chunk_end(self, request: Request, budget: int) -> int:
+        """Where the request's next chunk ends: at its end, at its cut, or at a multiple of PREFILL_ALIGN."""
+        start = request.prefilled
+        end = request.prompt_length
+        if start < request.cut < end:
+            end = request.cut
+        if end - start > budget:
+            end = (start + budget) // PREFILL_ALIGN * PREFILL_ALIGN
+        return max(start, end)
+
+    @property
+    def _room(self) -> int:
+        """How many more requests may start now."""
+        slots = self._cache.available
+        return slots if self._max_running is None else min(slots, self._max_running - self.running)
+
+    def _admit(self, request: Request) -> bool:
+        """Give a waiting request a slot, with as much of its prompt as is cached. False when there is none."""
+        if self._room <= 0:
+            return False
+        allocation = self._cache.allocate(request.prefix)
+        if allocation is None:
+            return False
+        self._start(request, allocation)
+        if isinstance(request.message, Generate) and request.message.state_path is not None:
+            try:
+                self._cache.load(allocation, Path(request.message.state_path))
+            except StateFileError as e:
+                self.refused.append((request, str(e)))
+                request.finish_reason = "error"
+                self._release_if_idle(request)
+                return False
+        insort(self._prefilling, request, key=_order)
+        if request.prefix is not None:
+            self.cache_queries += request.prompt_length
+            self.cache_hits += allocation.cached
+        if request.cut <= allocation.cached:
+            request.cut = 0
+        if request.twin_key is not None:
+            self._leaders.setdefault(request.twin_key, request)
+        return True
+
+    def _start(self, request: Request, allocation: Allocation) -> None:
+        self._waiting.remove(request)
+        request.allocation = allocation
+        request.cached = request.prefilled = allocation.cached
+
+    def _has_leader(self, request: Request) -> bool:
+        """Whether a request that goes before this one is feeding the same prompt."""
+        leader = None if request.twin_key is None else self._leaders.get(request.twin_key)
+        return leader is not None and leader.order < request.order
+
+    def _unlead(self, request: Request) -> bool:
+        """Nobody needs to wait for this request any more. Whether somebody might have."""
+        if request.twin_key is None or self._leaders.get(request.twin_key) is not request:
+            return False
+        del self._leaders[request.twin_key]
+        return True
+
+    def _fork(self, chunk: PrefillChunk) -> None:
+        """Let waiting requests with the same prompt go on from the state that this chunk makes."""
+        key = chunk.request.twin_key
+        others = 0
+        for request in list(self._waiting):
+            if request.twin_key != key:
+                others += 1
+            elif self._room > others:  # nobody who came before it goes without a slot for that
+                allocation = self._cache.fork(chunk.end)
+                if allocation is not None:
+                    self._start(request, allocation)
+                    chunk.forks.append(request)
 
     def _release_if_idle(self, request: Request) -> None:
         if request.finish_reason is None or request.steps_in_flight or request.allocation is None:
             return
         self._cache.free(request.allocation)
         request.allocation = None
-        self._running.remove(request)
         del self._requests[request.id]

@@ -41,7 +41,8 @@ def test_bytes_per_slot_are_the_specs(name, state_dtype, conv_dtype):
     assert all(t.dtype == state_dtype for t in pool.recurrent) and all(
         t.dtype == conv_dtype for t in pool.conv
     )
-    assert sum(t.nbytes for t in (*pool.recurrent, *pool.conv)) == 3 * pool.bytes_per_slot
+    # with the null slot
+    assert sum(t.nbytes for t in (*pool.recurrent, *pool.conv)) == 4 * pool.bytes_per_slot
     # from the definition
     expected = 0
     for layer in spec.layers:
@@ -72,6 +73,24 @@ def test_allocate_zeroes_a_dirty_slot_and_no_other():
     assert again == first
     assert all(not t.any() for t in slot_tensors(pool, again))
     assert all((t == 7).all() for t in slot_tensors(pool, second))
+
+
+def test_a_slot_that_is_not_to_be_zeroed_is_left_as_it_was():
+    pool = StatePool(spec_of(GATED), 2)
+    slot = pool.allocate()
+    fill(pool, 7.0)
+    pool.free(slot)
+    assert pool.allocate(zero=False) == slot
+    assert all((t == 7).all() for t in slot_tensors(pool, slot))
+
+
+def test_the_null_slot_belongs_to_nobody():
+    pool = StatePool(spec_of(GATED), 2)
+    assert pool.null_slot not in {pool.allocate(), pool.allocate()}
+    assert pool.allocate() is None
+    assert all(len(slot_tensors(pool, pool.null_slot)[i]) for i in range(3))
+    with pytest.raises(ValueError, match="not in use"):
+        pool.free(pool.null_slot)
 
 
 def test_exhaustion_returns_none_and_a_freed_slot_is_found_again():

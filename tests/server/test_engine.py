@@ -7,6 +7,7 @@ import torch
 from checkpoints import DELTA, GATED
 from engines import GREEDY, Bench, generate, prompt, run, sampling, score, tokens_of
 
+from modeling.checkpoint import open_checkpoint
 from server.engine.messages import Abort, Sampling
 
 CONFIGS = {
@@ -197,3 +198,53 @@ def test_generate_and_score_share_steps(gated):
     assert answer.logprobs == pytest.approx(
         [float(expected[i - 1, ids[i]]) for i in range(1, 90)], rel=1e-3, abs=1e-4
     )
+
+
+def test_log_probabilities_are_those_of_one_float64_forward(gated):
+    messages = [
+        generate(prompt(70), 6, logprobs=4, sampling=sampling(seed=5, temperature=1.7)),
+        generate(prompt(9), 6, logprobs=0, sampling=sampling(seed=5, logit_bias={7: 100.0})),
+        generate(prompt(9), 6),
+    ]
+    answers = {}
+    for output in run(gated.engine(slots=2, depth=1), {0: messages}):
+        for token in output.tokens:
+            answers.setdefault(token.request_id, []).append(token)
+    exact = open_checkpoint(gated.checkpoint.path).load(dtype=torch.float64)
+    for m in messages[:2]:
+        tokens = answers[m.request_id]
+        ids = m.token_ids + [t.token_id for t in tokens]
+        with torch.inference_mode():
+            hidden, _ = exact(torch.tensor(ids), [0, len(ids)])
+            expected = exact.logits(hidden).log_softmax(-1)[len(m.token_ids) - 1 : -1]
+        for t, row in zip(tokens, expected, strict=True):
+            assert t.logprob == pytest.approx(float(row[t.token_id]), abs=1e-4)
+            assert len(t.top) == m.logprobs
+            values, ids = row.topk(m.logprobs)
+            assert [x for _, x in t.top] == pytest.approx(values.tolist(), abs=1e-4)
+            assert all(x == t.logprob for i, x in t.top if i == t.token_id)
+    assert {t.token_id for t in answers[messages[1].request_id]} == {7}
+    assert all(t.logprob is None and t.top is None for t in answers[messages[2].request_id])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_no_stop_token_before_min_tokens(gated, depth):
+    ids = prompt(30)
+    plain = next(iter(tokens_of(run(gated.engine(), {0: [generate(ids, 20)]})).values()))
+    stops = sorted(set(plain))
+    for least in (1, 2, 5):
+        message = generate(ids, 20, stop_token_ids=stops, min_tokens=least)
+        tokens = tokens_of(run(gated.engine(depth=depth), {0: [message]}))[message.request_id]
+        assert not set(tokens[:least]) & set(stops)
+        assert len(tokens) == 20 or (len(tokens) > least and tokens[-1] in stops)
+
+
+def test_a_bfloat16_state_is_close_and_half_the_memory(gated):
+    message = score(prompt(100))
+    (full,), (half,) = (
+        [s for o in run(gated.engine(state_dtype=d, prefill_tokens=64), {0: [message]}) for s in o.scored]
+        for d in (torch.float32, torch.bfloat16)
+    )
+    assert half.logprobs[:63] == pytest.approx(full.logprobs[:63], abs=1e-4)  # before the first rounding
+    assert half.logprobs[63:] == pytest.approx(full.logprobs[63:], abs=0.1)
+    assert half.logprobs != full.logprobs

@@ -5,6 +5,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import time
 
 import msgspec
 import psutil
@@ -15,8 +16,9 @@ from engines import Bench, generate, prompt, sampling, score
 
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
-from server.engine.client import EngineUnavailableError
-from server.engine.process import build
+from server.engine.client import EngineUnavailableError, StateError
+from server.engine.messages import SaveState
+from server.engine.process import build, count_slots
 
 CONFIG = {**GATED, "max_position_embeddings": 65536}
 
@@ -65,6 +67,31 @@ def test_tokens_and_scores_come_back(harness, bench):
         bench.check_tokens(message, [t.token_id for t in tokens])
     assert len(scored.logprobs) == 99 and all(x < 0 for x in scored.logprobs)
     assert len(harness.client._requests) == 0
+
+
+def test_states_are_saved_and_gone_on_from_across_the_process_boundary(harness, bench, tmp_path):
+    before, after = prompt(70), prompt(20, seed=1)
+    path = str(tmp_path / "state")
+
+    def save(to):
+        return SaveState(request_id=f"save{to[-1:]}", token_ids=before, path=to, fingerprint={"a": "b"})
+
+    harness.run(harness.client.save_state(save(path)))
+    tokens = harness.run(harness.tokens(generate(after, 6, state_path=path)))
+    bench.check_tokens(generate([*before, *after], 6), [t.token_id for t in tokens])
+    with pytest.raises(StateError, match="can't be written"):
+        harness.run(harness.client.save_state(save(str(tmp_path / "none" / "x"))))
+    with pytest.raises(StateError, match="can't be read"):
+        harness.run(harness.tokens(generate(after, 6, state_path=str(tmp_path / "none"))))
+    assert len(harness.client._requests) == 0
+
+
+def test_an_idle_engine_gives_a_sign_of_life_each_second(harness):
+    async def work():
+        before = len(harness.occupancies)
+        await until(lambda: len(harness.occupancies) >= before + 2)
+
+    harness.run(work())
 
 
 async def none_held(harness):
@@ -136,6 +163,44 @@ def test_killed_engine_fails_its_requests_and_comes_back(harness, bench):
     assert harness.fatals == 0 and harness.downs == downs + 1
 
 
+def test_an_engine_that_hangs_is_killed_and_its_requests_fail(bench, tmp_path, caplog):
+    harness = Harness(engine_config(bench.checkpoint.path, variant="hanging"), tmp_path, hang_s=2.0)
+    try:
+        harness.wait_until_up()
+
+        async def work():
+            # Longer than hang_s, and busy or idle all the time: no false alarm.
+            await harness.tokens(generate(prompt(5), 10))
+            await asyncio.sleep(3)
+            assert harness.client.up and harness.downs == 0
+            task = asyncio.create_task(harness.tokens(generate(prompt(5), 60_000)))
+            await until(lambda: len(harness.steps) > 20)
+            engine = harness.engine()
+            engine.suspend()
+            with pytest.raises(EngineUnavailableError, match="'hanging' went down"):
+                await asyncio.wait_for(task, 30)
+            assert not engine.is_running() and harness.downs == 1
+
+        harness.run(work())
+        assert "no sign of life for 2 s" in caplog.text
+        harness.wait_until_up()
+        message = generate(prompt(70), 5)
+        bench.check_tokens(message, [t.token_id for t in harness.run(harness.tokens(message))])
+    finally:
+        harness.close()
+
+
+def test_a_loop_that_was_held_up_itself_does_not_take_its_engine_for_hung(bench, tmp_path):
+    harness = Harness(engine_config(bench.checkpoint.path, variant="patient"), tmp_path, hang_s=2.0)
+    try:
+        harness.wait_until_up()
+        time.sleep(3)  # nobody runs the loop
+        harness.run(asyncio.sleep(1))
+        assert harness.client.up and harness.downs == 0
+    finally:
+        harness.close()
+
+
 def test_closing_fails_what_is_pending_and_leaves_no_process(bench, tmp_path):
     failures = 1
 
@@ -161,6 +226,35 @@ def test_closing_fails_what_is_pending_and_leaves_no_process(bench, tmp_path):
     harness.run(work())
     assert not engine.is_running()
     assert harness.downs == 1, "closing is no failure"
+
+
+def slots(**fields):
+    return count_slots(engine_config("x", **fields), 1000, "cpu")
+
+
+def test_the_pool_is_as_large_as_its_memory(monkeypatch):
+    monkeypatch.setattr("server.engine.process.free_memory", lambda device: 1_000_000)
+    assert slots(max_requests=None) == 64
+    assert slots(max_requests=7) == 7
+    # One of those that fit is the null slot.
+    assert slots(max_requests=7, state_memory=20_999) == 19
+    assert slots(max_requests=None, state_memory=0.5) == 499
+    for memory in (1999, 1e-3, 2):
+        with pytest.raises(CheckpointError, match="2000 bytes"):
+            slots(state_memory=memory)
+
+
+@pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
+def test_half_the_state_fits_twice(tmp_path, state_dtype):
+    free = []
+    for d_k in (32, 16):
+        path = write_checkpoint(tmp_path / str(d_k), {**CONFIG, "head_dim": d_k, "expand_v": 24 / d_k})
+        config = engine_config(path, state_memory=2**22, max_requests=3, state_dtype=state_dtype)
+        _, ready = build(config)
+        assert ready.state_dtype == state_dtype and ready.max_running == 3
+        assert (ready.slots + 1) * ready.state_bytes_per_request <= 2**22
+        free.append(ready.slots)
+    assert 1.7 < free[1] / free[0] < 2.1
 
 
 def spoil_shape(path):

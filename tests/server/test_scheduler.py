@@ -1,4 +1,4 @@
-"""What runs in each step: budgets, cuts, order, and a state machine that looks for any slip in the bookkeeping."""
+"""What runs in each step: budgets, cuts, order, twins, snapshots."""
 
 import itertools
 
@@ -6,19 +6,16 @@ import pytest
 import torch
 from checkpoints import DELTA
 from engines import generate, score
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from fake_runner import FakeRunner
 
 from modeling.families import family_of
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
-from server.engine.messages import Abort, Generate
 from server.engine.request import Request
-from server.engine.runner import StepResult
-from server.engine.scheduler import PREFILL_ALIGN, Scheduler
+from server.engine.scheduler import Scheduler
 
+_tokens = itertools.count(1)
 SPEC = family_of(DELTA).spec(DELTA)
 
 
@@ -27,7 +24,8 @@ def scheduler(slots=4, prefill_tokens=128):
 
 
 def add(target, length, max_tokens=4, **fields):
-    request = Request(generate([1] * length, max_tokens, **fields), arrived=0.0)
+    fresh = next(_tokens)  # no two prompts alike, unless a test asks for it
+    request = Request(generate([fresh] * length, max_tokens, **fields), arrived=0.0)
     target.add(request)
     return request
 
@@ -172,154 +170,11 @@ def test_a_budget_that_is_no_multiple_of_64_is_refused(tokens):
         scheduler(prefill_tokens=tokens)
 
 
-class FakeStep:
-    """A launched step whose tokens are known: the index of each."""
-
-    def __init__(self, batch, runner):
-        self.batch, self._runner = batch, runner
-        self._slots = {request: request.slot for request in batch.requests}
-        self._tokens = [(r, r.sampled - 1) for r in batch.decodes] + [
-            (c.request, 0) for c in batch.prefills if c.is_last and isinstance(c.request.message, Generate)
-        ]
-
-    def collect(self):
-        self._runner.launched.remove(self)
-        for request, slot in self._slots.items():
-            assert request.slot == slot, "a slot changed hands under a launched step"
-        return StepResult(self._tokens, [])
-
-
-class FakeRunner:
-    def __init__(self, prefill_tokens):
-        self.prefill_tokens = prefill_tokens
-        self.launched = []
-        self.order = []
-
-    def launch(self, batch):
-        requests = batch.requests
-        assert requests and len(set(requests)) == len(requests)
-        assert all(r.finish_reason is None for r in requests), "work for a request that has ended"
-        assert len({r.slot for r in requests}) == len(requests)
-        assert sum(c.end - c.start for c in batch.prefills) <= self.prefill_tokens
-        for chunk in batch.prefills:
-            assert chunk.start < chunk.end
-            assert chunk.is_last or chunk.end % PREFILL_ALIGN == 0
-            assert chunk.start % PREFILL_ALIGN == 0
-            if chunk.start == 0:
-                self.order.append(chunk.request.id)
-        result = FakeStep(batch, self)
-        self.launched.append(result)
-        return result
-
-
-class EngineMachine(RuleBasedStateMachine):
-    """Requests come, go and step in any order; each gets its tokens in order and ends once, and no slot is lost."""
-
-    @initialize(
-        slots=st.integers(1, 3), depth=st.integers(0, 1), prefill_tokens=st.sampled_from([64, 128, 192])
-    )
-    def start(self, slots, depth, prefill_tokens):
-        self.scheduler = scheduler(slots, prefill_tokens)
-        self.runner = FakeRunner(prefill_tokens)
-        self.engine = Engine(self.scheduler, self.runner, depth)
-        self.depth = depth
-        self.slots = slots
-        self.ids = itertools.count()
-        self.added, self.aborted = {}, set()
-        self.tokens, self.ended = {}, {}
-
-    @rule(length=st.sampled_from([1, 2, 63, 64, 65, 128, 200, 400]), max_tokens=st.integers(1, 6))
-    def add_generate(self, length, max_tokens):
-        message = generate([1] * length, max_tokens, request_id=f"r{next(self.ids)}")
-        self.added[message.request_id] = message
-        self.engine.handle(message)
-
-    @rule(length=st.sampled_from([1, 70]), stop=st.integers(0, 4))
-    def add_stopping(self, length, stop):
-        # Tokens are their own index, so that this one stops after `stop` tokens.
-        message = generate([1] * length, 6, request_id=f"r{next(self.ids)}", stop_token_ids=[stop])
-        self.added[message.request_id] = message
-        self.engine.handle(message)
-
-    @rule(length=st.sampled_from([2, 64, 150]))
-    def add_score(self, length):
-        message = score([1] * length)
-        self.added[message.request_id] = message
-        self.engine.handle(message)
-
-    @rule(pick=st.integers(0, 10**6))
-    def abort(self, pick):
-        if self.added:
-            request_id = sorted(self.added)[pick % len(self.added)]
-            if request_id not in self.ended:
-                self.aborted.add(request_id)
-            self.engine.handle(Abort(request_id=request_id))
-
-    @rule()
-    def step(self):
-        ready = [r for r in self.scheduler._running if r.wants_decode]
-        before = list(self.runner.launched)
-        output = self.engine.step()
-        new = [s for s in self.runner.launched if s not in before]
-        if ready and new:
-            assert new[0].batch.decodes == ready, "a decode was left out of a step"
-        assert len(self.runner.launched) <= self.depth
-        if output is not None:
-            self.check(output)
-
-    def check(self, output):
-        for token in output.tokens:
-            assert token.request_id not in self.ended and token.request_id not in self.aborted
-            tokens = self.tokens.setdefault(token.request_id, [])
-            assert token.token_id == len(tokens)
-            tokens.append(token.token_id)
-            if token.finish_reason is not None:
-                self.ended[token.request_id] = token.finish_reason
-        for scored in output.scored:
-            assert scored.request_id not in self.ended and scored.request_id not in self.aborted
-            self.ended[scored.request_id] = "stop"
-        occupancy = output.occupancy
-        assert occupancy.used_slots == occupancy.running <= self.slots
-
-    @invariant()
-    def every_slot_has_one_holder(self):
-        if not hasattr(self, "scheduler"):
-            return
-        held = [r.slot for r in self.scheduler._requests.values() if r.allocation is not None]
-        assert len(set(held)) == len(held) == self.scheduler.used_slots == self.scheduler.running
-        assert self.scheduler.waiting == len(self.scheduler._requests) - len(held)
-        # A free slot is never left idle while a request waits, unless the prompt budget is what is short.
-        assert self.engine.idle == (not self.scheduler._requests and not self.runner.launched)
-
-    def teardown(self):
-        if not hasattr(self, "engine"):
-            return
-        for _ in range(5_000):
-            if self.engine.idle:
-                break
-            self.step()
-        assert self.engine.idle
-        assert self.scheduler.used_slots == 0 and not self.scheduler._requests
-        assert set(self.ended) | self.aborted == set(self.added)
-        assert not set(self.ended) & self.aborted
-        for request_id, reason in self.ended.items():
-            message = self.added[request_id]
-            if isinstance(message, Generate):
-                stop = message.stop_token_ids[0] if message.stop_token_ids else 99
-                assert len(self.tokens[request_id]) == min(message.max_tokens, stop + 1)
-                assert reason == ("stop" if stop < message.max_tokens else "length")
-        order = [r for r in self.added if r in self.runner.order]
-        assert self.runner.order == order, "not first come first served"
-
-
-EngineMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
-TestEngineMachine = EngineMachine.TestCase
-
-
 def test_a_step_is_launched_ahead_at_depth_1_only():
     for depth in (0, 1):
-        runner = FakeRunner(64)
-        engine = Engine(scheduler(prefill_tokens=64), runner, depth)
+        pool = StatePool(SPEC, 4)
+        runner = FakeRunner(pool, 64)
+        engine = Engine(Scheduler(StateCache(pool), 64), runner, depth)
         engine.handle(generate([1] * 3, 3))
         assert (engine.step() is None) == (depth == 1)
         assert len(runner.launched) == depth
@@ -348,4 +203,50 @@ def test_a_cache_hands_out_zeroed_states_until_it_is_full():
     held = [cache.allocate(), cache.allocate()]
     assert cache.allocate() is None and cache.used == 2
     assert {a.slot for a in held} == {0, 1}
-    assert all(not torch.any(t) for t in (*pool.recurrent, *pool.conv))
+    assert all(not torch.any(t[:2]) for t in (*pool.recurrent, *pool.conv))
+
+
+def test_lower_priority_numbers_go_first_and_equals_as_they_came():
+    s = scheduler(slots=2)
+    a, b, c, d = (add(s, 5, priority=p) for p in (1, 0, 1, -3))
+    assert step(s) == ([(d, 0, 5), (b, 0, 5)], [])
+    for request in (d, b):
+        s.finish(request, "stop")
+    assert step(s) == ([(a, 0, 5), (c, 0, 5)], [])
+
+
+def test_an_urgent_prompt_overtakes_one_that_is_half_fed():
+    s = scheduler(prefill_tokens=64)
+    long = add(s, 200)
+    assert step(s) == ([(long, 0, 64)], [])
+    urgent = add(s, 70, priority=-1)
+    assert step(s) == ([(urgent, 0, 64)], [])
+    # What it leaves of the budget goes to the other one.
+    assert step(s) == ([(urgent, 64, 70)], [])
+    assert step(s) == ([(long, 64, 128)], [urgent])
+
+
+def test_no_more_run_at_once_than_allowed():
+    s = Scheduler(StateCache(StatePool(SPEC, 4)), 128, max_running=2)
+    a, b, c = (add(s, 5) for _ in range(3))
+    assert step(s) == ([(a, 0, 5), (b, 0, 5)], [])
+    assert (s.running, s.waiting) == (2, 1)
+    s.abort(a.id)
+    assert step(s) == ([(c, 0, 5)], [b])
+
+
+def test_a_twin_waits_for_the_prompt_that_is_being_fed_and_others_do_not_wait_for_it():
+    s = scheduler(slots=4, prefill_tokens=64)
+    ids = [9] * 100
+    first, second = (Request(generate(ids), arrived=0.0) for _ in range(2))
+    s.add(first)
+    s.add(second)
+    other = add(s, 3)
+    assert step(s) == ([(first, 0, 64)], [])
+    assert second.allocation is None and s.running == 1
+    batch = s.next_batch()
+    assert [(c.request, c.start, c.end, c.forks) for c in batch.prefills] == [
+        (first, 64, 100, [second]),
+        (other, 0, 3, []),
+    ]
+    assert second.sampled == 1 and second.cached == 100 and batch.requests == [first, second, other]

@@ -159,3 +159,16 @@ def test_a_reference_that_is_gone_costs_that_request_only(benches, tmp_path, mod
     assert len(tokens_of(outputs)[other.request_id]) == 4
     assert engine.idle and engine.occupancy.used_slots == 0
     assert not path.exists(), "shared memory that nobody would ever remove"
+
+
+def test_the_most_likely_tokens_of_each_position(benches, exact):
+    ids = prompt(150)
+    expected = exact("gated", ids)
+    for first, k in ((1, 3), (100, 1), (140, 300)):
+        answer = scored(benches["gated"].engine(prefill_tokens=64), score(ids, first, top_logprobs=k))
+        assert len(answer.top) == len(answer.logprobs) == 150 - first
+        for position, top in enumerate(answer.top, first):
+            values = expected[position - 1].topk(min(k, 257)).values.tolist()
+            assert [x for _, x in top] == pytest.approx(values, abs=1e-4)
+            assert all(x == answer.logprobs[position - first] for i, x in top if i == ids[position])
+    assert scored(benches["gated"].engine(), score(ids)).top == []

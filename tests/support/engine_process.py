@@ -43,7 +43,9 @@ async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 class Harness:
     """One client; `run` runs a coroutine on its loop."""
 
-    def __init__(self, config: EngineConfig, runtime_dir: Path, on_ready: Any = None) -> None:
+    def __init__(
+        self, config: EngineConfig, runtime_dir: Path, on_ready: Any = None, hang_s: float = 30.0
+    ) -> None:
         self.readies: list[Ready] = []
         self.steps: list[StepOutput] = []
         self.occupancies: list[Occupancy] = []
@@ -51,9 +53,9 @@ class Harness:
         self.fatals = 0
         self.on_ready = on_ready
         self._runner = asyncio.Runner()
-        self.client = self.run(self._make(config, runtime_dir))
+        self.client = self.run(self._make(config, runtime_dir, hang_s))
 
-    async def _make(self, config: EngineConfig, runtime_dir: Path) -> EngineClient:
+    async def _make(self, config: EngineConfig, runtime_dir: Path, hang_s: float) -> EngineClient:
         def ready(message: Ready) -> None:
             self.readies.append(message)
             if self.on_ready is not None:
@@ -68,6 +70,7 @@ class Harness:
         client = EngineClient(
             config,
             runtime_dir,
+            hang_s=hang_s,
             on_ready=ready,
             on_step=self.steps.append,
             on_occupancy=self.occupancies.append,

@@ -15,7 +15,7 @@ from server.engine.cache import StateCache
 from server.engine.engine import Engine
 from server.engine.messages import Abort, Generate, Sampling, Score, StepOutput
 from server.engine.runner import Runner
-from server.engine.sampler import uniform
+from server.engine.sampler import stream_key, uniform
 from server.engine.scheduler import Scheduler
 
 TOLERANCE = 1e-4
@@ -33,7 +33,8 @@ def generate(token_ids: list[int], max_tokens: int = 8, **fields: Any) -> Genera
 
 
 def score(token_ids: list[int], from_position: int = 1, **fields: Any) -> Score:
-    return Score(request_id=f"s{next(_ids)}", token_ids=token_ids, from_position=from_position, **fields)
+    fields = {"request_id": f"s{next(_ids)}", **fields}
+    return Score(token_ids=token_ids, from_position=from_position, **fields)
 
 
 def sampling(seed: int, temperature: float = 1.0, **fields: Any) -> Sampling:
@@ -55,9 +56,21 @@ class Bench:
         self.checkpoint = open_checkpoint(write_checkpoint(directory, config, seed=seed))
         self.model: Model = self.checkpoint.load()
 
-    def engine(self, *, slots: int = 8, prefill_tokens: int = 128, depth: int = 0) -> Engine:
-        pool = StatePool(self.model.spec, slots)
-        return Engine(Scheduler(StateCache(pool), prefill_tokens), Runner(self.model, pool), depth)
+    def engine(
+        self,
+        *,
+        slots: int = 8,
+        prefill_tokens: int = 128,
+        depth: int = 0,
+        prefix_cache: bool = False,
+        batch_invariant: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        max_running: int | None = None,
+    ) -> Engine:
+        pool = StatePool(self.model.spec, slots, state_dtype=state_dtype)
+        cache = StateCache(pool, prefix_cache=prefix_cache, aligned=batch_invariant)
+        runner = Runner(self.model, pool, batch_invariant=batch_invariant)
+        return Engine(Scheduler(cache, prefill_tokens, max_running), runner, depth)
 
     @torch.inference_mode()
     def check_tokens(self, message: Generate, tokens: list[int]) -> int:
@@ -85,7 +98,8 @@ def _choice(logits: Tensor, how: Sampling, position: int, other: int) -> tuple[i
         return best, float((logits[best] - logits[other]) / logits.abs().max())
     assert how.top_k == 0 and how.top_p == 1 and how.min_p == 0
     edges = (logits.double() / how.temperature).softmax(0).cumsum(0)
-    u = float(uniform([how.seed], [how.choice], [position])[0])
+    key = stream_key(torch.tensor([how.seed]), torch.tensor([how.choice]))
+    u = float(uniform(key, torch.tensor([position])))
     drawn = int((edges <= u).sum())
     below = float(edges[other - 1]) if other else 0.0
     return drawn, max(below - u, u - float(edges[other]), 0.0)

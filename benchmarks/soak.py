@@ -1,0 +1,250 @@
+"""Mixed traffic for a long time, with clients that leave and engines that are killed; then: is everything as it was?
+
+    python benchmarks/soak.py --minutes 30 --json soak.json
+
+Streams and single answers, short and long prompts that often begin alike, on a real `lowkey-serve` with a dense and a
+reduced variant. One client in eight leaves at a random moment. Two engines die of SIGKILL on the way. At the end, with
+no load: no slot is in use, nothing waits, every request has been answered or has failed in time, and the memory of
+each process is flat over the second half.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from _serving import MODEL, Server, table, variants
+
+LEAVE = 1 / 8
+REQUEST_S = 120.0
+"""An answer that takes longer is a stuck request."""
+
+GROWTH = 0.05
+"""Memory may grow by this share, or by `SLACK` bytes, over the second half."""
+
+SLACK = 16 * 2**20
+
+
+@dataclass
+class Tally:
+    """What came of the requests, and what the processes held."""
+
+    outcomes: Counter[str] = field(default_factory=Counter)
+    tokens: int = 0
+    stuck: list[str] = field(default_factory=list)
+    memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    """Process -> (seconds since the start, resident bytes). An engine that is started again counts as another one."""
+
+
+def request_body(draw: random.Random, names: list[str]) -> dict[str, Any]:
+    shared = [1 + i % 200 for i in range(512)]
+    return {
+        "model": draw.choice(names),
+        "prompt": shared[: draw.choice((0, 64, 200, 512))]
+        + [draw.randrange(1, 250) for _ in range(draw.randint(1, 60))],
+        "max_tokens": draw.choice((1, 8, 40, 120)),
+        "temperature": draw.choice((0, 0.8)),
+        "stream": draw.random() < 0.7,
+        "ignore_eos": draw.random() < 0.5,
+        "top_p": draw.choice((1, 0.9)),
+    }
+
+
+async def ask(client: httpx.AsyncClient, body: dict[str, Any], tally: Tally) -> str:
+    """One request to its end; how it ended."""
+    if not body["stream"]:
+        response = await client.post("/v1/completions", json=body)
+        if response.status_code == 200:
+            tally.tokens += response.json()["usage"]["completion_tokens"]
+        return str(response.status_code)
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            return str(response.status_code)
+        last, error = "", False
+        async for line in response.aiter_lines():
+            if line:
+                last = line
+                tally.tokens += 1
+                error = error or line.startswith('data: {"error"')
+        if last != "data: [DONE]":
+            return "cut off"
+        return "error event" if error else "200"
+
+
+async def client_loop(server: Server, names: list[str], seed: int, until: float, tally: Tally) -> None:
+    draw = random.Random(seed)
+    async with httpx.AsyncClient(base_url=server.url, timeout=REQUEST_S) as client:
+        while time.monotonic() < until:
+            body = request_body(draw, names)
+            work = asyncio.create_task(ask(client, body, tally))
+            leaves = draw.random() < LEAVE
+            patience = draw.expovariate(2.0) if leaves else REQUEST_S
+            done, _ = await asyncio.wait([work], timeout=patience)
+            if done:
+                tally.outcomes[outcome(work)] += 1
+                if work.exception() is None and work.result() == "503":
+                    await asyncio.sleep(0.5)
+                continue
+            work.cancel()
+            with contextlib.suppress(asyncio.CancelledError, httpx.HTTPError):
+                await work
+            tally.outcomes["left" if leaves else "stuck"] += 1
+            if not leaves:
+                tally.stuck.append(json.dumps(body)[:200])
+
+
+def outcome(work: asyncio.Task[str]) -> str:
+    error = work.exception()
+    return work.result() if error is None else type(error).__name__
+
+
+async def watch(server: Server, until: float, tally: Tally) -> None:
+    """Sample resident memory."""
+    began = time.monotonic()
+    while time.monotonic() < until:
+        processes = {"api": psutil.Process(server.process.pid)}
+        processes |= {f"{name} ({p.pid})": p for name, p in server.engines().items()}
+        for name, process in processes.items():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                sample = (time.monotonic() - began, process.memory_info().rss)
+                tally.memory.setdefault(name, []).append(sample)
+        await asyncio.sleep(max(0.5, (until - began) / 400))
+
+
+async def kill_engines(server: Server, names: list[str], seconds: float) -> None:
+    """One engine after a quarter of the time, another one a little later."""
+    for name in (names[0], names[-1]):
+        await asyncio.sleep(seconds * 0.2)
+        print(f"killing the engine of {name}", flush=True)
+        server.engines()[name].kill()
+
+
+async def soak(server: Server, names: list[str], options: argparse.Namespace, tally: Tally) -> None:
+    seconds = options.minutes * 60
+    until = time.monotonic() + seconds
+    loops = [client_loop(server, names, seed, until, tally) for seed in range(options.clients)]
+
+    async def report() -> None:
+        while (left := until - time.monotonic()) > 0:
+            await asyncio.sleep(min(left, max(10.0, seconds / 20)))
+            print(f"{max(until - time.monotonic(), 0):5.0f} s left, {dict(tally.outcomes)}", flush=True)
+
+    await asyncio.gather(*loops, watch(server, until, tally), kill_engines(server, names, seconds), report())
+
+
+def settled(server: Server, names: list[str]) -> list[str]:
+    """What is still held once nobody asks for anything, after up to 30 s."""
+    deadline = time.monotonic() + 30
+    while True:
+        text = server.http.get("/metrics").text
+        wrong = []
+        for name in names:
+            for series in (
+                f'lowkey_state_slots{{engine="0",state="used",variant="{name}"}}',
+                f'lowkey_requests_running{{engine="0",variant="{name}"}}',
+                f'lowkey_requests_waiting{{engine="0",variant="{name}"}}',
+            ):
+                value = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
+                if value is None or float(value[1]) != 0:
+                    wrong.append(f"{series} is {value[1] if value else 'missing'}")
+        if not wrong or time.monotonic() > deadline:
+            return wrong
+        time.sleep(0.5)
+
+
+def growth(samples: list[tuple[float, int]]) -> tuple[int, int]:
+    """Median bytes of the third and of the last quarter of a process's life."""
+    values = [rss for _, rss in samples]
+    quarter = max(len(values) // 4, 1)
+
+    def median(part: list[int]) -> int:
+        return sorted(part)[len(part) // 2]
+
+    return median(values[-2 * quarter : -quarter] or values), median(values[-quarter:])
+
+
+def verdict(server: Server, names: list[str], options: argparse.Namespace, tally: Tally) -> list[str]:
+    """Everything that is not as it should be."""
+    wrong = settled(server, names)
+    wrong += [f"stuck: {body}" for body in tally.stuck]
+    expected = {"200", "left", "503", "error event"}
+    wrong += [
+        f"{n} requests ended as {o!r}" for o, n in tally.outcomes.items() if o not in expected | {"stuck"}
+    ]
+    for name in names:
+        body = {"model": name, "prompt": [5], "max_tokens": 2, "ignore_eos": True}
+        if (status := server.http.post("/v1/completions", json=body).status_code) != 200:
+            wrong.append(f"{name} answers {status}")
+    for process, samples in tally.memory.items():
+        before, after = growth(samples)
+        long_enough = samples[-1][0] - samples[0][0] >= 0.4 * options.minutes * 60
+        if long_enough and after > before + max(GROWTH * before, SLACK):
+            wrong.append(f"memory of {process} grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB")
+    text = server.log.read_text()
+    restarts = len(re.findall(r"engine process ended with code", text))
+    if restarts != 2:
+        wrong.append(f"engines ended {restarts} times, and 2 were killed")
+    if "IntegrityError" in text or "Traceback" in text:
+        wrong.append(f"the log has an error: ...{text[text.find('Traceback') :][:2000]}")
+    return wrong
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--clients", type=int, default=12)
+    parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoints = variants(Path(directory), options.model)
+        names = list(checkpoints)
+        server = Server(checkpoints, "--max-requests", "8", "--state-memory", "24MiB", "--max-queue", "16")
+        try:
+            asyncio.run(soak(server, names, options, tally))
+            wrong = verdict(server, names, options, tally)
+        finally:
+            server.stop()
+    rows = [
+        (name, *(f"{x / 2**20:.0f}" for x in growth(samples)), str(len(samples)))
+        for name, samples in tally.memory.items()
+    ]
+    print("\n" + table(("process", "MiB, third quarter", "last quarter", "samples"), rows))
+    print("\n" + table(("requests ended", "n"), [(o, str(n)) for o, n in tally.outcomes.most_common()]))
+    print(f"\n{tally.tokens} tokens and events in {options.minutes:g} minutes")
+    for problem in wrong:
+        print(f"WRONG: {problem}")
+    print("all as it should be" if not wrong else f"{len(wrong)} things are wrong")
+    if options.json:
+        options.json.write_text(
+            json.dumps(
+                {
+                    "minutes": options.minutes,
+                    "clients": options.clients,
+                    "outcomes": tally.outcomes,
+                    "tokens": tally.tokens,
+                    "memory": tally.memory,
+                    "wrong": wrong,
+                },
+                indent=1,
+            )
+        )
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""How a batch goes through the model."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.model import Model
+from modeling.state import StatePool
+
+ROWS = 16
+"""Rows of every product of a decode step in `InvariantForward`."""
+
+BLOCK = 64
+"""Its prompts go through the model this many tokens at a time."""
+
+
+class Forward:
+    """Whole batches at once: fastest. Logits differ by rounding with what shares the batch."""
+
+    def __init__(self, model: Model, pool: StatePool) -> None:
+        self.model = model
+        self.pool = pool
+        self.device = model.embeddings.weight.device
+
+    def decode(self, ids: Tensor, slots: Tensor) -> Tensor:
+        """One token of each of n requests, in place: ids and slots int64 `[n]` -> hidden states `[n, hidden]`."""
+        return self.model.decode(ids, self.pool, slots)
+
+    def prefill(self, pieces: list[list[int]], slots: list[int]) -> list[Tensor]:
+        """Feed token ids to the states in `slots`; the hidden states of each piece, `[tokens, hidden]`."""
+        cu_seqlens = [0]
+        for piece in pieces:
+            cu_seqlens.append(cu_seqlens[-1] + len(piece))
+        ids = torch.tensor([i for piece in pieces for i in piece], device=self.device)
+        at = torch.tensor(slots, device=self.device)
+        hidden, state = self.model(ids, cu_seqlens, self.pool.gather(at))
+        self.pool.scatter(at, state)
+        return list(hidden.split([len(piece) for piece in pieces]))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden]` -> float32 `[n, vocab]`."""
+        return self.model.logits(hidden).float()
+
+
+class InvariantForward(Forward):
+    """Products of fixed sizes only: a request's logits are the same bits whatever else runs, and however its prompt
+    was cut. A row's result does not depend on the other rows of a product, but on how many there are."""
+
+    def decode(self, ids: Tensor, slots: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                super(InvariantForward, self).decode(
+                    F.pad(i, (0, ROWS - len(i))), F.pad(s, (0, ROWS - len(s)), value=self.pool.null_slot)
+                )[: len(i)]
+                for i, s in zip(ids.split(ROWS), slots.split(ROWS), strict=True)
+            ]
+        )
+
+    def prefill(self, pieces: list[list[int]], slots: list[int]) -> list[Tensor]:
+        # Pieces begin at multiples of BLOCK of their prompts (the scheduler and the cache see to that).
+        return [
+            torch.cat(
+                [
+                    super(InvariantForward, self).prefill([piece[start : start + BLOCK]], [slot])[0]
+                    for start in range(0, len(piece), BLOCK)
+                ]
+            )
+            for piece, slot in zip(pieces, slots, strict=True)
+        ]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.cat(
+            [
+                super(InvariantForward, self).logits(F.pad(h, (0, 0, 0, ROWS - len(h))))[: len(h)]
+                for h in hidden.split(ROWS)
+            ]
+        )

@@ -1,0 +1,124 @@
+"""Which prompts' states are held, found by a hash chain over token ids. Bookkeeping only: no tensors in here.
+
+A recurrent state can't be cut back, so that an entry serves only prompts that begin with all of its tokens. The chain
+has one link per `BLOCK` tokens; an entry hangs on the last full block of its tokens, and what it found is compared
+token by token.
+"""
+
+from collections import OrderedDict
+from hashlib import blake2b
+
+BLOCK = 64
+TOKEN_BYTES = 4
+_SEEN = 2**16
+"""Blocks of earlier prompts that are remembered by their hash alone, to find where prompts part."""
+
+
+class Prefix:
+    """A prompt as the cache sees it.
+
+    Args:
+        token_bytes: its ids, `TOKEN_BYTES` each.
+        limit: tokens of it that may come from the cache; the others must be fed, because their logits are needed.
+    """
+
+    def __init__(self, token_bytes: bytes, limit: int) -> None:
+        self.token_bytes = token_bytes
+        self.limit = limit
+        self.digests: list[bytes] = []
+        """Of the first 1, 2, ... blocks."""
+        size = BLOCK * TOKEN_BYTES
+        digest = b""
+        for start in range(0, len(token_bytes) - size + 1, size):
+            digest = blake2b(digest + token_bytes[start : start + size], digest_size=16).digest()
+            self.digests.append(digest)
+
+    def first(self, length: int) -> bytes:
+        return self.token_bytes[: length * TOKEN_BYTES]
+
+
+class Entry:
+    """The state after `length` tokens is in `slot`."""
+
+    __slots__ = ("digest", "length", "slot", "token_bytes")
+
+    def __init__(self, token_bytes: bytes, digest: bytes, slot: int) -> None:
+        self.token_bytes = token_bytes
+        self.digest = digest
+        self.length = len(token_bytes) // TOKEN_BYTES
+        self.slot = slot
+
+
+class PrefixIndex:
+    """Entries by prefix, and in the order of their last use."""
+
+    def __init__(self) -> None:
+        self._by_digest: dict[bytes, list[Entry]] = {}
+        self._entries: OrderedDict[Entry, None] = OrderedDict()
+        self._seen: OrderedDict[bytes, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._entries
+
+    @property
+    def slots(self) -> list[int]:
+        return [entry.slot for entry in self._entries]
+
+    def find(self, prefix: Prefix) -> Entry | None:
+        """The longest entry that the prompt begins with, marked as used."""
+        for blocks in range(min(len(prefix.digests), prefix.limit // BLOCK), 0, -1):
+            entries = self._by_digest.get(prefix.digests[blocks - 1], ())
+            fitting = [
+                entry
+                for entry in entries
+                if entry.length <= prefix.limit and prefix.token_bytes.startswith(entry.token_bytes)
+            ]
+            if fitting:
+                entry = max(fitting, key=lambda e: e.length)
+                self._entries.move_to_end(entry)
+                return entry
+        return None
+
+    def exact(self, prefix: Prefix, length: int) -> Entry | None:
+        """The entry of exactly the first `length` tokens, marked as used."""
+        tokens = prefix.first(length)
+        for entry in self._by_digest.get(prefix.digests[length // BLOCK - 1], ()):
+            if entry.token_bytes == tokens:
+                self._entries.move_to_end(entry)
+                return entry
+        return None
+
+    def add(self, prefix: Prefix, length: int, slot: int) -> Entry:
+        """The state after the first `length` tokens (at least a block) is in `slot`."""
+        entry = Entry(prefix.first(length), prefix.digests[length // BLOCK - 1], slot)
+        self._by_digest.setdefault(entry.digest, []).append(entry)
+        self._entries[entry] = None
+        return entry
+
+    def remove(self, entry: Entry) -> None:
+        del self._entries[entry]
+        entries = self._by_digest[entry.digest]
+        entries.remove(entry)
+        if not entries:
+            del self._by_digest[entry.digest]
+
+    def oldest(self) -> Entry | None:
+        """The entry whose last use is longest ago."""
+        return next(iter(self._entries), None)
+
+    def part(self, prefix: Prefix) -> int:
+        """How many tokens, in whole blocks, the prompt shares with an earlier one. Remembers the prompt."""
+        known = 0
+        for blocks, digest in enumerate(prefix.digests, 1):
+            if digest in self._seen:
+                if blocks * BLOCK <= prefix.limit:
+                    known = blocks * BLOCK
+                self._seen.move_to_end(digest)
+            else:
+                self._seen[digest] = None
+        while len(self._seen) > _SEEN:
+            self._seen.popitem(last=False)
+        return known

@@ -1,0 +1,56 @@
+"""One request's state as a safetensors file: `layers.{i}.recurrent` `[num_v_heads, d_k, d_v]` and
+`layers.{i}.conv` `[conv_channels, conv_kernel - 1]`."""
+
+import os
+import secrets
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from modeling.state import StatePool
+
+
+class StateFileError(Exception):
+    """A saved state that can't be read, or is of another model."""
+
+
+def _tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
+    """Views of a slot by name."""
+    kinds = (("recurrent", pool.recurrent), ("conv", pool.conv))
+    return {f"layers.{i}.{kind}": t[slot] for kind, layers in kinds for i, t in enumerate(layers)}
+
+
+def save_state(pool: StatePool, slot: int, path: Path, metadata: dict[str, str]) -> None:
+    """Write the state in `slot`; a file of that name is replaced at once or not at all. Raises OSError."""
+    tensors = {name: t.cpu().contiguous() for name, t in _tensors(pool, slot).items()}
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        save_file(tensors, partial, metadata)
+        os.replace(partial, path)
+    except SafetensorError as e:  # how the library reports a full disk
+        raise OSError(f"{path}: {e}") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_state(pool: StatePool, slot: int, path: Path) -> None:
+    """Fill `slot` from a file. Raises StateFileError, and has then written nothing."""
+    try:
+        loaded = load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise StateFileError(f"the saved state can't be read: {e}") from e
+    ours = _tensors(pool, slot)
+    if loaded.keys() != ours.keys():
+        odd = min(loaded.keys() ^ ours.keys())
+        raise StateFileError(f"the saved state is of another model: {odd} is in one of the two only")
+    for name, t in ours.items():
+        theirs = loaded[name]
+        if (theirs.shape, theirs.dtype) != (t.shape, t.dtype):
+            raise StateFileError(
+                f"the saved state is of another model: {name} is {theirs.dtype} {list(theirs.shape)}, "
+                f"and {t.dtype} {list(t.shape)} is needed"
+            )
+    for name, t in ours.items():
+        t.copy_(loaded[name])
