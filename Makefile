@@ -20,6 +20,9 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INPUTS := pyproject.toml constraints.txt
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+# Other people's clients, for tests/compat; they take much that Lowkey has no use for.
+CLIENTS_VENV := .cache/compat-venv
+CLIENTS := $(CLIENTS_VENV)/.installed
 
 MODEL := demo/model
 REDUCED := .cache/demo/reduced-64
@@ -29,11 +32,12 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 PROGRESS := sed -un -e 's/^ *Downloading \([^ ]*\) (\([0-9.]* MB\))$$/  downloading \1 (\2)/p' \
 	-e '/^Installing collected packages/s/.*/  installing/p'
 
-.PHONY: help demo test test-all lint format venv clean
+.PHONY: help demo test test-all compat lint format venv clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 	@echo "make test-all  as test, with the slow tests"
+	@echo "make compat    tests with other people's clients: openai, lm-eval, guidellm, schemathesis"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    sort imports, reformat"
 	@echo "make venv      install only, with the development tools"
@@ -70,6 +74,13 @@ $(DEV): $(BASE)
 	@$(PIP) --editable '.[dev]' | $(PROGRESS)
 	@touch $@
 
+$(CLIENTS): tests/compat/requirements.txt | $(BIN)/pip
+	@echo "Installing the clients that tests/compat runs"
+	@$(BIN)/python -m venv $(CLIENTS_VENV)
+	@$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --requirement $< | $(PROGRESS)
+	@touch $@
+
 venv: $(DEV)
 
 $(REDUCED)/state_reduction.json: $(wildcard $(MODEL)/*) | $(BASE)
@@ -93,8 +104,11 @@ format: $(DEV)
 test: lint
 	$(BIN)/pytest -m "not slow"
 
-test-all: lint
+test-all: lint $(CLIENTS)
 	$(BIN)/pytest
+
+compat: $(DEV) $(CLIENTS)
+	$(BIN)/pytest tests/compat
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

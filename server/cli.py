@@ -1,22 +1,30 @@
 """`lowkey-serve`: serve dense and reduced variants of a model side by side."""
 
+import asyncio
+import json
 import logging
+import signal
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 import typer
 import uvicorn
-from pydantic import ValidationError
 
 from server.api.app import create_app
-from server.api.generation import ServerState
-from server.settings import Settings
+from server.api.serving import ServerState
+from server.logs import configure
+from server.protocol import HttpProtocol
+from server.settings import ConfigurationError, Settings, load_settings
 
 logger = logging.getLogger("lowkey.server")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
+
+RELOADED = ("aliases", "sticky", "shadow")
 
 EPILOG = """
 Examples:
@@ -25,7 +33,10 @@ Examples:
 
     lowkey-serve dense=fla-hub/delta_net-1.3B-100B reduced=./delta_net-64 --device cuda --port 9000
 
-Every option can also be set in the environment, e.g. LOWKEY_MAX_REQUESTS=128.
+    lowkey-serve --config lowkey.toml --check-config
+
+Every option can also be set in the environment, e.g. LOWKEY_MAX_REQUESTS=128, or in the file of --config; the command
+line counts before the environment, and that before the file. SIGHUP re-reads aliases, stickiness and shadow rules.
 """
 
 
@@ -35,13 +46,38 @@ class Server(uvicorn.Server):
     While it drains it still listens: /ready and new requests get their 503.
     """
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+    def __init__(self, config: uvicorn.Config, state: ServerState, reload: Callable[[], Settings]) -> None:
         super().__init__(config)
         self._state = state
+        self._reload = reload
         self._drain_until = 0.0
         self._announced = self._drain_announced = False
         self.failed: str | None = None
         """The variant that could not be loaded, if that is why the server stopped."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.handle_hangup)
+        await super().startup(sockets)
+
+    def handle_hangup(self) -> None:
+        """Take over what may change while the server runs, and say what may not. Requests don't notice."""
+        old = self._state.settings
+        try:
+            new = self._reload()
+            self._state.routing.replace(new)
+        except (ConfigurationError, ValueError) as e:
+            logger.error("SIGHUP: the old configuration stays: %s", e)
+            return
+        others = sorted(
+            name
+            for name in Settings.model_fields
+            if name not in RELOADED and getattr(old, name) != getattr(new, name)
+        )
+        logger.info(
+            "SIGHUP: read aliases %s, sticky and %d shadow rules", sorted(new.aliases), len(new.shadow)
+        )
+        if others:
+            logger.warning("SIGHUP: changed too, but read at the start only: %s", ", ".join(others))
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Not uvicorn's own: that one stops listening at once, and kills the process when all is done."""
@@ -138,6 +174,12 @@ def serve(
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each engine process. [default: 1]")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with any of the settings, e.g. lowkey.toml.")
+    ] = None,
+    check_config: Annotated[
+        bool, typer.Option("--check-config", help="Print the settings that would be used as JSON, and exit.")
+    ] = False,
 ) -> None:
     """Serve models over the OpenAI API, each as a *variant* behind an engine process of its own."""
     options: dict[str, Any] = {
@@ -155,35 +197,40 @@ def serve(
         "prefill_tokens": prefill_tokens,
         "threads": threads,
     }
+    given = {name: value for name, value in options.items() if value is not None}
     try:
-        settings = Settings(**{name: value for name, value in options.items() if value is not None})
-    except ValidationError as e:
-        problems = "; ".join(
-            f"{'.'.join(map(str, x['loc']))}: {x['msg']}, got {x['input']!r}" for x in e.errors()
-        )
-        raise typer.BadParameter(problems) from e
+        settings = load_settings(config, **given)
+    except ConfigurationError as e:
+        raise typer.BadParameter(str(e)) from e
     if not settings.variants:
         raise typer.BadParameter("no model to serve; give at least one as name=PATH_OR_HUB_ID")
-    run(settings)
+    if check_config:
+        # Settings that were left alone are shown too. Of keys there is only the hash.
+        typer.echo(json.dumps(settings.model_dump(mode="json", by_alias=True), indent=2))
+        return
+    run(settings, lambda: load_settings(config, **given))
 
 
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT. Exits with 1 if a checkpoint can't be loaded."""
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s"
-    )
+def run(settings: Settings, reload: Callable[[], Settings]) -> None:
+    """Serve until SIGTERM or SIGINT. Exits with 1 if a checkpoint can't be loaded.
+
+    Args:
+        reload: reads the settings again, at SIGHUP.
+    """
+    configure(settings.log_level, settings.log_format)
     fastapi_app = create_app(settings, on_fatal=lambda variant: server.fail(variant))
     config = uvicorn.Config(
         fastapi_app,
         host=settings.host,
         port=settings.port,
+        http=HttpProtocol.with_header_timeout(settings.header_timeout_s),
         log_config=None,
         access_log=False,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=5,  # the drain itself is over by then
         server_header=False,
     )
-    server = Server(config, fastapi_app.state.lowkey)
+    server = Server(config, fastapi_app.state.lowkey, reload)
     server.run()
     if server.failed is not None:
         logger.error("variant %r could not be loaded; stopping", server.failed)

@@ -14,7 +14,7 @@ from prometheus_client import (
 
 from server.engine.messages import FinishReason, Occupancy, Ready, StepOutput, one_or_all
 
-Rejection = Literal["queue_full", "draining", "engine_down", "too_long"]
+Rejection = Literal["queue_full", "rate_limit", "draining", "engine_down", "too_long"]
 
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of time stamps beside every counter and histogram
 
@@ -142,6 +142,16 @@ class Metrics:
             AGREEMENT,
             ["variant", "baseline", "source"],
         )
+        self.shadow_requests = counter(
+            "lowkey_shadow_requests_total",
+            "Requests that were to be repeated on the variant as shadow traffic.",
+            ["variant", "baseline", "outcome"],
+        )
+        self.on_rate_limit()
+
+    def on_rate_limit(self, requests: int = 0) -> None:
+        """Requests came too soon. They are refused before they are read: for which variant they were is not known."""
+        self.rejected.labels("", "rate_limit").inc(requests)
 
     def add_variant(self, name: str) -> None:
         """Make the variant's series exist from the start, so that a rate over them is defined."""
@@ -152,7 +162,8 @@ class Metrics:
         for reason in get_args(FinishReason):
             self.requests.labels(name, "completions", reason)
         for reason in get_args(Rejection):
-            self.rejected.labels(name, reason)
+            if reason != "rate_limit":
+                self.rejected.labels(name, reason)
         self.engine_up.labels(name, ENGINE).set(0)
         self.engine_restarts.labels(name, ENGINE)
 

@@ -1,12 +1,135 @@
-"""Settings of the API process: command line first, then environment (`LOWKEY_...`), then these defaults."""
+"""Settings of the API process: command line first, then environment (`LOWKEY_...`), then the file of `--config`, then
+these defaults."""
 
-from typing import Annotated, Literal
+import hashlib
+import math
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ByteSize, Field, StringConstraints
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
 
 VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 """Becomes a metric label and part of a file name."""
+KeyName = VariantName
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+DType = Literal["auto", "float32", "bfloat16"]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+MIN_KEY_LENGTH = 16
+_SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+class ConfigurationError(Exception):
+    """Settings that can't be used; the message names each key, its value, and what would be right."""
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class VariantSettings(_Table):
+    """One model."""
+
+    source: str = Field(min_length=1, description="Checkpoint directory or hub id.")
+    device: Device | None = Field(default=None, description="Instead of the server's `device`.")
+    dtype: DType | None = Field(default=None, description="Instead of the server's `dtype`.")
+
+
+def _variant(value: Any) -> Any:
+    return {"source": value} if isinstance(value, str) else value
+
+
+class Sticky(_Table):
+    """What keeps a client on one variant of an alias."""
+
+    by: list[Literal["api_key", "user", "header"]] = Field(
+        default=["user"],
+        description="Tried in this order; the first that a request has counts. A request that has none is drawn "
+        "anew. Empty: every request is.",
+    )
+    header: str = Field(
+        default="x-lowkey-user", pattern=r"^[a-z0-9-]+$", description="The header that `header` means."
+    )
+    seed: int = Field(default=0, description="Of the hash; another one deals all clients anew.")
+
+
+class ShadowRule(_Table):
+    """A fraction of one variant's requests that is repeated on another in the background."""
+
+    source: VariantName = Field(alias="from", description="The variant that answers the user.")
+    target: VariantName = Field(alias="to", description="The variant that is measured against it.")
+    fraction: float = Field(gt=0, le=1, description="Of the requests that end well.")
+
+
+class ApiKey(_Table):
+    """One client. The key itself is not kept."""
+
+    sha256: str
+    requests_per_minute: int | None = Field(default=None, ge=1, description="Instead of the server's.")
+    tokens_per_minute: int | None = Field(default=None, ge=1, description="Instead of the server's.")
+    max_priority: int = Field(
+        default=0,
+        description="The most urgent (lowest) priority that a request may have; others are raised to it.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hash(cls, value: Any) -> Any:
+        if isinstance(value, ApiKey):
+            return value
+        fields = {"key": value} if isinstance(value, str) else value
+        if not isinstance(fields, dict) or not isinstance(fields.get("key"), str):
+            raise ValueError('is a key, or a table with key = "..."')
+        fields = dict(fields)
+        key = fields.pop("key")
+        if _SHA256.fullmatch(key):
+            return {**fields, "sha256": key.removeprefix("sha256:")}
+        if (
+            key.startswith("sha256:")
+            or len(key) < MIN_KEY_LENGTH
+            or not key.isascii()
+            or not key.isprintable()
+        ):
+            raise ValueError(
+                f"a key has at least {MIN_KEY_LENGTH} printable ASCII characters (`openssl rand -hex 24` makes "
+                "one), or is sha256: and 64 hexadecimal digits of one"
+            )
+        return {**fields, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+
+
+def _keys(value: Any) -> Any:
+    """`name=key,name=key`, as an environment variable has it."""
+    if not isinstance(value, str):
+        return value
+    keys: dict[str, str] = {}
+    for number, entry in enumerate(filter(None, value.split(",")), 1):
+        name, separator, key = entry.partition("=")
+        if not separator or name.strip() in keys:
+            raise ValueError(f"entry {number} is not name=key with a name of its own")
+        keys[name.strip()] = key.strip()
+    return keys
+
+
+ApiKeys = Annotated[dict[KeyName, ApiKey], NoDecode, BeforeValidator(_keys)]
 
 
 StateMemory = Annotated[
@@ -21,18 +144,32 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="LOWKEY_", extra="forbid")
 
-    variants: dict[VariantName, str] = Field(
+    variants: dict[VariantName, Annotated[VariantSettings, BeforeValidator(_variant)]] = Field(
         default_factory=dict,
-        description="Variant name -> checkpoint directory or hub id; the first is the default.",
+        description="Variant name -> checkpoint directory or hub id, or a table with `source`, `device` and `dtype`; "
+        "the first is the default.",
+    )
+    aliases: dict[VariantName, Annotated[dict[VariantName, Weight], Field(min_length=1)]] = Field(
+        default_factory=dict,
+        description="Alias -> variant -> weight: a name that clients ask for and that is split over variants.",
+    )
+    sticky: Sticky = Field(Sticky(), description="What keeps a client on one variant of an alias.")
+    shadow: list[ShadowRule] = Field(
+        default_factory=list, description="Requests that are repeated on another variant, for metrics only."
+    )
+    shadow_bytes: int = Field(
+        2**28, ge=2**20, description="Most shared memory for the log-probabilities of shadow traffic."
+    )
+    ab_samples: int = Field(
+        20_000,
+        ge=100,
+        le=10**7,
+        description="Requests, and token gaps times ten, that /v1/ab/summary remembers.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    device: str = Field(
-        "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.",
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if there is one.")
+    dtype: DType = Field(
         "auto",
         description="Weights and activations; auto is float32 on a CPU, bfloat16 on a GPU.",
     )
@@ -76,7 +213,127 @@ class Settings(BaseSettings):
     compare_bytes: int = Field(
         2**30, ge=2**20, description="Most shared memory for the log-probabilities of one /v1/compare."
     )
+    state_dir: Path | None = Field(
+        None, description="Where saved states are kept; none: /v1/states is off. Replicas may share it."
+    )
+    state_ttl_s: float = Field(
+        86400.0, gt=0, description="A saved state that nobody used for so long is gone."
+    )
+    state_budget_bytes: int = Field(
+        4 * 2**30, ge=2**10, description="Of all saved states; the least recently used go first."
+    )
+    header_timeout_s: float = Field(
+        10.0, gt=0, description="How long a connection may take to send a request's headers."
+    )
+    body_timeout_s: float = Field(
+        30.0, gt=0, description="How long the rest of a request may take; then 408."
+    )
+    request_timeout_s: float = Field(
+        1800.0, gt=0, description="How long a request may take in all; then 504, or a stream's error event."
+    )
+    api_keys: ApiKeys = Field(
+        default_factory=dict,
+        description="Name -> key; none: no key is asked for. In the environment `name=key,name=key`.",
+    )
+    api_keys_file: Path | None = Field(
+        None, description='A TOML file with more keys: `name = "key"`, or a table with limits.'
+    )
+    public_paths: list[str] = Field(
+        default=["/", "/health", "/ready", "/metrics"],
+        description="Paths that need no key where keys are set; / is the compare page with its own files.",
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Of each key (of all clients together where no keys are set); more is a 429."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Likewise, prompt and completion tokens together."
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description="Web pages' origins that may call the API from a browser; none by default.",
+    )
     drain_s: float = Field(30.0, ge=0, description="How long requests may go on after SIGTERM.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Verbosity of the log."
     )
+    log_format: Literal["text", "json"] = Field("text", description="Lines for people, or JSON lines.")
+    log_texts: bool = Field(
+        False, description="Put prompts and completions into the log; they are never there otherwise."
+    )
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        check_routing(self, set(self.variants))
+        return self
+
+
+def check_routing(settings: Settings, variants: set[str]) -> None:
+    """ValueError unless aliases and shadow rules refer to `variants`."""
+    for alias, weights in settings.aliases.items():
+        if alias in variants:
+            raise ValueError(f"aliases.{alias}: is a variant's name too")
+        for name in weights:
+            if name not in variants:
+                raise ValueError(f"aliases.{alias}.{name}: there is no such variant, only {sorted(variants)}")
+        if not 0 < sum(weights.values()) < math.inf:
+            raise ValueError(f"aliases.{alias}: the weights must have a positive sum, got {weights}")
+    for number, rule in enumerate(settings.shadow):
+        for key, name in (("from", rule.source), ("to", rule.target)):
+            if name not in variants:
+                raise ValueError(f"shadow.{number}.{key}: no variant {name!r}, only {sorted(variants)}")
+        if rule.source == rule.target:
+            raise ValueError(f"shadow.{number}: from and to are both {rule.source!r}")
+
+
+def _problem(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    message = error["msg"].removeprefix("Value error, ")
+    if not where or where.startswith("api_keys"):  # a key must not end up on a screen
+        return f"{where}: {message}".removeprefix(": ")
+    return f"{where}: {message}, got {error['input']!r}"
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as e:
+        raise ConfigurationError(f"{path}: {e.strerror}") from e
+    except ValueError as e:  # of TOML and of UTF-8
+        raise ConfigurationError(f"{path}: is no TOML: {e}") from e
+
+
+def load_settings(config: Path | None = None, **options: Any) -> Settings:
+    """Settings from `options`, the environment, and the TOML file `config`, in this order.
+
+    Raises:
+        ConfigurationError: a value is no good or a file can't be read.
+    """
+    if config is not None:
+        _read_toml(config)  # pydantic-settings takes a missing file for an empty one
+
+    class FileSettings(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+
+    try:
+        settings = FileSettings(**options)
+        if settings.api_keys_file is None:
+            return settings
+        file, more = settings.api_keys_file, _read_toml(settings.api_keys_file)
+        twice = sorted(settings.api_keys.keys() & more)
+        if twice:
+            raise ConfigurationError(f"{file}: the key names {twice} are in api_keys too")
+        keys = {**settings.api_keys, **more}
+        return FileSettings(**{**options, "api_keys": keys})
+    except ValidationError as e:
+        raise ConfigurationError("; ".join(map(_problem, e.errors()))) from e
+    except ValueError as e:  # pydantic-settings' own, e.g. JSON in the environment that can't be read
+        raise ConfigurationError(str(e)) from e

@@ -1,5 +1,7 @@
 """From token ids to text, piece by piece."""
 
+import re
+
 from tokenizers import Tokenizer
 
 MAX_HELD_TOKENS = 64
@@ -78,3 +80,43 @@ class StopMatcher:
     def _overlap(text: str, stop: str) -> int:
         """Length of the longest end of `text` that begins `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte (`bytes_to_unicode` in OpenAI's encoder.py) -> the byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class TokenTexts:
+    """What each token is by itself, special tokens included; remembered, because the same few come again and again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._alphabet = _byte_alphabet()
+        self._texts: dict[int, str] = {}
+        # A decoder may leave out the first space of a text: every token is decoded behind another one.
+        self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+        self._anchor_text: str = tokenizer.decode(self._anchor, skip_special_tokens=False)
+
+    def text(self, token_id: int) -> str:
+        """Its text; bytes that are no whole character are U+FFFD, so several tokens may have one text."""
+        if token_id not in self._texts:
+            text: str = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
+            self._texts[token_id] = text.removeprefix(self._anchor_text)
+        return self._texts[token_id]
+
+    def bytes(self, token_id: int) -> bytes:
+        """Its bytes, also where they are no whole character."""
+        text = self.text(token_id)
+        if "\ufffd" in text:
+            entry: str = self._tokenizer.id_to_token(token_id) or ""
+            if match := _BYTE_TOKEN.fullmatch(entry):
+                return bytes([int(match[1], 16)])
+            if entry and all(c in self._alphabet for c in entry):
+                return bytes(self._alphabet[c] for c in entry)
+        return text.encode()

@@ -3,20 +3,31 @@
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from tokenizers import Tokenizer
 
+from server.chat_template import (
+    ChatTemplate,
+    TemplateRefusedError,
+    read_tokenizer_config,
+    special_tokens_of,
+    template_of,
+)
 from server.engine.client import EngineClient
-from server.engine.messages import EngineConfig, Ready, one_or_all
+from server.engine.messages import EngineConfig, Occupancy, Ready, one_or_all
 from server.metrics import Metrics
-from server.settings import Settings
+from server.settings import Settings, VariantSettings
+from server.text import TokenTexts
+
+logger = logging.getLogger("lowkey.variants")
 
 
 class Variant:
@@ -29,8 +40,14 @@ class Variant:
         self.created = int(time.time())
         self.admitted = 0
         """Requests that were let in and have not been answered in full."""
+        self.waiting = 0
+        """Requests in the engine's queue, as it last said."""
         self._tokenizer: Tokenizer | None = None
+        self._token_texts: TokenTexts | None = None
         self.tokenizer_sha256 = ""
+        self.tokenizer_config: dict[str, Any] = {}
+        self.chat_template: ChatTemplate | None = None
+        """None for a model that has none, or a bad one."""
         self.longest_token = 0
         """Characters of the longest entry of the vocabulary: so much text takes at least one token."""
 
@@ -53,18 +70,33 @@ class Variant:
         return self._tokenizer
 
     @property
+    def token_texts(self) -> TokenTexts:
+        if self._token_texts is None:
+            raise RuntimeError(f"variant {self.name!r} has not loaded")
+        return self._token_texts
+
+    @property
     def d_k(self) -> int | list[int]:
         """Key channels per head: one number when all layers agree."""
         return one_or_all(self.info.d_k)
 
     def load_tokenizer(self, checkpoint: Path) -> None:
-        """Read the checkpoint's tokenizer, unless it is the one that is there."""
+        """Read the checkpoint's tokenizer, unless it is the one that is there, and its chat template."""
         data = (checkpoint / "tokenizer.json").read_bytes()
         sha256 = hashlib.sha256(data).hexdigest()
         if sha256 != self.tokenizer_sha256:
             self._tokenizer = Tokenizer.from_buffer(data)
+            self._token_texts = TokenTexts(self._tokenizer)
             self.tokenizer_sha256 = sha256
             self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
+        self.chat_template = None
+        try:
+            self.tokenizer_config = read_tokenizer_config(checkpoint)
+            source = template_of(self.tokenizer_config)
+            if source is not None:
+                self.chat_template = ChatTemplate(source, special_tokens_of(self.tokenizer_config))
+        except (ValueError, TemplateRefusedError) as e:  # completions need neither
+            logger.warning("%s: no chat: %s", self.name, e)
 
 
 def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
@@ -93,8 +125,8 @@ class Variants:
         self._runtime_dir, self._lock = _make_runtime_dir()
         self._by_name: dict[str, Variant] = {}
         self.on_fatal = on_fatal
-        for name, source in settings.variants.items():
-            self._by_name[name] = self._make(name, source, settings, metrics)
+        for name, own in settings.variants.items():
+            self._by_name[name] = self._make(name, own, settings, metrics)
             metrics.add_variant(name)
 
     @property
@@ -122,12 +154,12 @@ class Variants:
         self._runtime_dir.cleanup()
         self._lock.close()
 
-    def _make(self, name: str, source: str, settings: Settings, metrics: Metrics) -> Variant:
+    def _make(self, name: str, own: VariantSettings, settings: Settings, metrics: Metrics) -> Variant:
         config = EngineConfig(
             variant=name,
-            source=source,
-            device=settings.device,
-            dtype=settings.dtype,
+            source=own.source,
+            device=own.device or settings.device,
+            dtype=own.dtype or settings.dtype,
             max_requests=settings.max_requests,
             state_memory=settings.state_memory,
             state_dtype=settings.state_dtype,
@@ -141,7 +173,11 @@ class Variants:
 
         def on_ready(ready: Ready) -> None:
             variant.load_tokenizer(Path(ready.checkpoint_path))
-            metrics.on_ready(name, source, ready)
+            metrics.on_ready(name, own.source, ready)
+
+        def on_occupancy(occupancy: Occupancy) -> None:
+            variant.waiting = occupancy.waiting
+            metrics.on_occupancy(name, variant.info, occupancy)
 
         client = EngineClient(
             config,
@@ -149,9 +185,9 @@ class Variants:
             hang_s=settings.hang_s,
             on_ready=on_ready,
             on_step=lambda output: metrics.on_step(name, output),
-            on_occupancy=lambda occupancy: metrics.on_occupancy(name, variant.info, occupancy),
+            on_occupancy=on_occupancy,
             on_down=lambda: metrics.on_down(name, client.ready),
             on_fatal=lambda: self.on_fatal(name),
         )
-        variant = Variant(name, source, client)
+        variant = Variant(name, own.source, client)
         return variant

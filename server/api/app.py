@@ -1,76 +1,26 @@
 """The FastAPI application: routes, middleware, and the life of the engines behind it."""
 
-import logging
-import re
-import secrets
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from fastapi.middleware.cors import CORSMiddleware
 
-from server.api import compare, completions, errors, health, models
-from server.api.errors import APIError
-from server.api.generation import ServerState
+from server.ab import ABWindow
+from server.api import ab, chat, compare, completions, errors, health, models, states, tokenize, ui
+from server.api.answers import ERRORS
+from server.api.auth import Clients
+from server.api.context import current
+from server.api.generation import Generation
+from server.api.middleware import Guard, Limits, RequestFrame
+from server.api.saved import SavedStates
+from server.api.serving import ServerState
+from server.api.shadow import Shadow
 from server.metrics import Metrics
+from server.routing import Routing
 from server.settings import Settings
 from server.variants import Variants
-
-logger = logging.getLogger("lowkey.api")
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-
-
-class RequestFrame:
-    """Around every HTTP request: its time of arrival, its id in and out, the limit on its body, the last resort."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        scope["lowkey.arrived"] = time.monotonic()
-        headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"").decode("latin-1")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        started = False
-
-        async def tagged_send(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-            await send(message)
-
-        too_large = HTTPException(413, f"the body is over the limit of {self._max_body_bytes} bytes")
-        received = 0
-
-        async def limited_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise too_large  # FastAPI takes any error of another type for a body that it can't parse
-            return message
-
-        length = headers.get(b"content-length", b"0")
-        try:
-            if length.isdigit() and int(length) > self._max_body_bytes:
-                await APIError(413, str(too_large.detail)).response()(scope, receive, tagged_send)
-                return
-            await self._app(scope, limited_receive, tagged_send)
-        except Exception:
-            if started:
-                raise
-            logger.exception("unexpected error in request %s", request_id)
-            answer = APIError(500, "internal error; the server's log has the details")
-            await answer.response()(scope, receive, tagged_send)
 
 
 def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
@@ -80,7 +30,21 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         on_fatal: called with a variant's name when its checkpoint can't be loaded at all.
     """
     metrics = Metrics()
-    state = ServerState(settings, Variants(settings, metrics, on_fatal), metrics)
+    variants = Variants(settings, metrics, on_fatal)
+    state = ServerState(
+        settings,
+        variants,
+        metrics,
+        SavedStates(settings),
+        Routing(settings),
+        ABWindow(settings.ab_samples),
+    )
+    shadow = Shadow(state)
+    state.on_finish += [
+        lambda generation: _account(generation, settings),
+        lambda generation: ab.record(generation, state.ab),
+        shadow.offer,
+    ]
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -88,6 +52,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         try:
             yield
         finally:
+            await shadow.close()
             await state.variants.close()
 
     app = FastAPI(
@@ -95,10 +60,52 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
         version=version("lowkey"),
         summary="Serves dense and reduced-state linear-attention models side by side.",
         lifespan=lifespan,
+        responses=ERRORS,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.lowkey = state
     errors.install(app)
-    for module in (completions, compare, models, health):
+    for module in (completions, chat, tokenize, states, compare, ab, models, health, ui):
         app.include_router(module.router)
-    app.add_middleware(RequestFrame, max_body_bytes=settings.max_body_bytes)
+    _add_middleware(app, state)
     return app
+
+
+def _add_middleware(app: FastAPI, state: ServerState) -> None:
+    """The last one added is the outermost."""
+    settings = state.settings
+    app.add_middleware(
+        Limits,
+        max_body_bytes=settings.max_body_bytes,
+        larger={"/v1/states/import": settings.state_budget_bytes + states.IMPORT_ROOM},
+        body_timeout_s=settings.body_timeout_s,
+        request_timeout_s=settings.request_timeout_s,
+    )
+    app.add_middleware(
+        Guard,
+        clients=Clients(settings),
+        public=settings.public_paths,
+        on_limit=lambda: state.metrics.on_rate_limit(1),
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["authorization", "content-type", "x-request-id", settings.sticky.header],
+            expose_headers=[
+                "x-request-id",
+                "retry-after",
+                "x-lowkey-state-bytes",
+                "x-lowkey-tokens-per-second",
+            ],
+        )
+    app.add_middleware(RequestFrame)
+
+
+def _account(generation: Generation, settings: Settings) -> None:
+    """To the request that the generation was a part of."""
+    context = current.get()
+    if context is not None:
+        context.add(generation, with_text=settings.log_texts)

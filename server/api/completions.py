@@ -1,121 +1,79 @@
 """POST /v1/completions."""
 
-import contextlib
-import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi.responses import Response
 
-from server.api.errors import from_engine
-from server.api.generation import (
-    Generation,
-    admitted,
-    encode_prompt,
-    find_variant,
-    server_state,
-    unless_disconnected,
-)
-from server.api.schemas import CompletionRequest, StreamOptions
-from server.engine.client import EngineError
+from server.api import logprobs
+from server.api.answering import answer
+from server.api.answers import STREAMED, Completion
+from server.api.auth import capped_priority
+from server.api.choices import Choices, Chunk
+from server.api.generation import Saved
+from server.api.prompts import encode_prompt
+from server.api.schemas import CompletionRequest
+from server.api.serving import ServerState, admitted, find_variant, server_state, sticky_identity
+from server.api.states import saved_state
+from server.api.streaming import together
+from server.variants import Variant
 
 router = APIRouter()
 
 
-def sse(data: dict[str, Any] | str) -> str:
-    """One server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data, separators=(',', ':'))}\n\n"
-
-
-DONE = sse("[DONE]")
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; calls `on_end` once nothing more is sent, however that came about."""
-
-    def __init__(self, events: AsyncGenerator[str], *, on_end: Callable[[], None]) -> None:
-        # Proxies must pass tokens on at once.
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._on_end = on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._on_end()
-
-
-@router.post("/v1/completions")
+@router.post("/v1/completions", response_model=Completion, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
-    """Complete a prompt, streaming or not."""
+    """Complete prompts, streaming or not."""
     state = server_state(request)
-    variant = find_variant(state, body.model, "model")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(admitted(state, variant))
-        prompt_ids = await encode_prompt(state, variant, body)
-        arrived = request.scope["lowkey.arrived"]
-        generation = Generation(state, variant, body, prompt_ids, endpoint="completions", arrived=arrived)
+    variant = find_variant(state, body.model, "model", sticky_identity(request, body.user))
+    with ExitStack() as stack:
+        stack.enter_context(admitted(state, variant, len(body.prompts) * body.choices_each))
+        saved = await saved_state(request, variant, body.state_id)
+        choices = await _choices(state, variant, body, saved, request)
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": variant.name,
         }
-        if body.stream:
-            options = body.stream_options or StreamOptions()
-            return EventStream(_stream(head, generation, options), on_end=stack.pop_all().close)
-        try:
-            await unless_disconnected(request, generation.run())
-        except EngineError as e:
-            raise from_engine(e) from e
-    speed = generation.tokens_per_second
-    return JSONResponse(
-        {
-            **head,
-            "choices": [_choice(generation.text, generation.finish_reason)],
-            "usage": generation.usage,
-            "lowkey": generation.lowkey,
-        },
-        headers={
-            "x-lowkey-state-bytes": str(variant.info.state_bytes_per_request),
-            "x-lowkey-tokens-per-second": "null" if speed is None else f"{speed:.3f}",
-        },
+
+        def choice(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
+            listed = body.logprobs is not None
+            return {
+                "index": index,
+                "text": chunk.text,
+                "logprobs": logprobs.legacy(variant.token_texts, chunk.entries) if listed else None,
+                "finish_reason": reason,
+            }
+
+        return await answer(request, body, choices, head, (choice, choice), stack)
+
+
+async def _choices(
+    state: ServerState, variant: Variant, body: CompletionRequest, saved: Saved | None, request: Request
+) -> Choices:
+    before = 0 if saved is None else saved.tokens
+    prompts = await together(
+        [encode_prompt(state, variant, p, body.token_limit, before=before) for p in body.prompts]
     )
-
-
-def _choice(text: str, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish_reason}
-
-
-async def _stream(
-    head: dict[str, Any], generation: Generation, options: StreamOptions
-) -> AsyncGenerator[str]:
-    """Text chunks, a chunk with the finish reason, the usage if asked for, [DONE]."""
-
-    def chunk(choices: list[dict[str, Any]], **extra: Any) -> str:
-        if options.continuous_usage_stats:
-            extra = {"usage": generation.usage, **extra}
-        elif options.include_usage:
-            extra = {"usage": None, **extra}
-        return sse({**head, "choices": choices, **extra})
-
-    try:
-        async with contextlib.aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                yield chunk([_choice(piece, None)])
-    except EngineError as e:
-        yield sse(from_engine(e).body())
-        yield DONE
-        return
-    finish = [_choice("", generation.finish_reason)]
-    if options.include_usage:
-        yield chunk(finish)
-        yield chunk([], usage=generation.usage, lowkey=generation.lowkey)
-    else:
-        yield chunk(finish, lowkey=generation.lowkey)
-    yield DONE
+    echo: list[str] | None = None
+    if body.echo:
+        skip = body.skip_special_tokens is not False
+        echo = [
+            given if isinstance(given, str) else variant.tokenizer.decode(ids, skip_special_tokens=skip)
+            for given, ids in zip(body.prompts, prompts, strict=True)
+        ]
+    return Choices(
+        state,
+        variant,
+        body,
+        prompts,
+        endpoint="completions",
+        arrived=request.scope["lowkey.arrived"],
+        priority=capped_priority(request, body.priority or 0),
+        saved=saved,
+        echo=echo,
+    )

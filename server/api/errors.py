@@ -8,17 +8,20 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.engine.client import EngineError, EngineUnavailableError
+from server.engine.client import EngineError, EngineUnavailableError, StateError
 
 MAX_LISTED = 10
 MAX_ECHO = 200
 
 _TYPES = {
     400: "invalid_request_error",
+    401: "authentication_error",
     404: "not_found_error",
-    413: "invalid_request_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
     500: "internal_error",
     503: "service_unavailable",
+    504: "timeout_error",
 }
 
 
@@ -51,8 +54,12 @@ class APIError(Exception):
 
 
 def from_engine(error: EngineError) -> APIError:
-    """503 where another try may help, 500 where it won't."""
-    return unavailable(str(error)) if isinstance(error, EngineUnavailableError) else APIError(500, str(error))
+    """503 where another try may help, 409 for a saved state that is no good (any more), else 500."""
+    if isinstance(error, EngineUnavailableError):
+        return unavailable(str(error))
+    if isinstance(error, StateError):
+        return APIError(409, f"state_id: {error}", param="state_id")
+    return APIError(500, str(error))
 
 
 def unavailable(message: str) -> APIError:
@@ -60,13 +67,19 @@ def unavailable(message: str) -> APIError:
     return APIError(503, message, retry_after_s=1)
 
 
+def _location(error: dict[str, Any]) -> tuple[str | int, ...]:
+    """Of the field at fault, without the place that FastAPI found it in."""
+    location: tuple[str | int, ...] = error["loc"]
+    return location[1:] if location[0] in ("body", "query", "path") else location
+
+
 def _one(error: dict[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"] if part != "body")
+    where = ".".join(map(str, _location(error)))
     if not where and isinstance(error.get("input"), bytes):
         return "the body must be JSON, sent with content-type: application/json"
     where = where or "body"
     message = error["msg"]
-    if error["type"] in ("missing", "json_invalid", "not_supported"):
+    if error["type"] in ("missing", "json_invalid", "refused"):
         return f"{where}: {message}" if error["type"] == "missing" else message
     echo = repr(error.get("input"))
     if len(echo) > MAX_ECHO:
@@ -80,8 +93,9 @@ def from_validation(errors: list[dict[str, Any]]) -> APIError:
     if len(errors) > MAX_LISTED:
         listed.append(f"and {len(errors) - MAX_LISTED} more")
     # Of unreadable JSON the location is an offset into it, which is no field.
-    location = [part for part in errors[0]["loc"] if part != "body"]
-    param = location[0] if location and isinstance(location[0], str) else None
+    location = _location(errors[0])
+    first = location[0] if location else errors[0].get("ctx", {}).get("field")
+    param = first if isinstance(first, str) else None
     return APIError(400, "; ".join(listed), param=param)
 
 

@@ -1,117 +1,63 @@
 """One completion under way: from a validated request to text, with its timings and metrics."""
 
-import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Coroutine, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
-from fastapi import Request
-
-from server.api.errors import APIError, unavailable
+from server.api.errors import APIError
 from server.api.schemas import SamplingFields
+from server.api.serving import ServerState
 from server.engine.client import EngineError
-from server.engine.messages import Generate, Sampling, Token
-from server.metrics import Metrics, Rejection
-from server.settings import Settings
+from server.engine.messages import Generate, Sampling, Token, TopLogprobs
 from server.text import Detokenizer, StopMatcher
-from server.variants import Variant, Variants
-
-T = TypeVar("T")
+from server.variants import Variant
 
 
-@dataclass
-class ServerState:
-    """What every route needs; lives in `app.state.lowkey`."""
-
-    settings: Settings
-    variants: Variants
-    metrics: Metrics
-    draining: bool = False
-    scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """One comparison at a time may hold `compare_bytes` of shared memory."""
-    comparisons: int = 0
-    """How many /v1/compare have run: the order of the variants alternates."""
-
-
-def server_state(request: Request) -> ServerState:
-    state: ServerState = request.app.state.lowkey
-    return state
-
-
-def find_variant(state: ServerState, name: str, param: str) -> Variant:
-    """The variant of that name. 404 if there is none."""
-    variant = state.variants.get(name)
-    if variant is None:
-        known = ", ".join(state.variants.names)
-        raise APIError(404, f"{param}: no model {name[:200]!r}; there are: {known}", param=param)
-    return variant
-
-
-@contextlib.contextmanager
-def admitted(state: ServerState, variant: Variant) -> Iterator[None]:
-    """A place in the variant's queue, from here to the end of the answer. 503 if there is none now."""
-    _check_admission(state, variant)
-    variant.admitted += 1
-    try:
-        yield
-    finally:
-        variant.admitted -= 1
-
-
-def _check_admission(state: ServerState, variant: Variant) -> None:
-    reason: Rejection
-    if state.draining:
-        reason, message = "draining", "the server is shutting down"
-    elif not variant.client.up:
-        reason, message = (
-            "engine_down",
-            f"variant {variant.name!r} is {'down' if variant.loaded else 'still loading'}",
-        )
-    elif variant.admitted >= variant.info.max_running + state.settings.max_queue:
-        reason, message = (
-            "queue_full",
-            f"variant {variant.name!r} has {variant.admitted} requests in its queue",
-        )
-    else:
-        return
-    state.metrics.rejected.labels(variant.name, reason).inc()
-    raise unavailable(message)
-
-
-async def encode_prompt(state: ServerState, variant: Variant, fields: SamplingFields) -> list[int]:
-    """Token ids of the prompt. 400 if it is empty, has ids that the model lacks, or leaves no room."""
-    if isinstance(fields.prompt, str):
-        # No need to tokenise what can't fit. The rest in a thread, as a batch: `encode` would hold the GIL.
-        least = len(fields.prompt) // variant.longest_token
-        if least > variant.info.context_length:
-            counts = f"the prompt has at least {least}"
-            raise _too_long(state, variant, counts, "prompt")
-        ids: list[int] = (await asyncio.to_thread(variant.tokenizer.encode_batch, [fields.prompt]))[0].ids
-    else:
-        ids = fields.prompt
+def _logit_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
+    bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
     vocab = variant.info.vocab_size
-    if ids and max(ids) >= vocab:  # of a text too: a tokenizer may know more tokens than the model
+    if bias and max(bias) >= vocab:
         raise APIError(
-            400, f"prompt: token id {max(ids)} is not below the vocabulary size {vocab}", param="prompt"
+            400,
+            f"logit_bias: token id {max(bias)} is not below the vocabulary size {vocab}",
+            param="logit_bias",
         )
-    if not ids:
-        raise APIError(400, "prompt: is empty; at least one token is needed", param="prompt")
-    limit, max_tokens = variant.info.context_length, fields.token_limit
-    if len(ids) + max_tokens > limit:
-        param = "max_tokens" if len(ids) < limit else "prompt"
-        counts = f"the prompt has {len(ids)} and max_tokens is {max_tokens}, {len(ids) + max_tokens} together"
-        raise _too_long(state, variant, counts, param)
-    return ids
+    return bias
 
 
-def _too_long(state: ServerState, variant: Variant, counts: str, param: str) -> APIError:
-    state.metrics.rejected.labels(variant.name, "too_long").inc()
-    limit = variant.info.context_length
-    message = f"prompt and max_tokens: the context length is {limit} tokens, but {counts}"
-    return APIError(400, message, param=param)
+@dataclass(frozen=True)
+class Saved:
+    """A saved state that a prompt goes on from."""
+
+    path: Path
+    tokens: int
+    """How many tokens it stands for."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A token and what the model thought of it."""
+
+    token_id: int
+    offset: int
+    """Where its text begins, in characters of all text up to here."""
+    logprob: float | None
+    """Natural; None for the first token of a prompt."""
+    top: TopLogprobs
+
+
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """OpenAI's usage."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 class Generation:
@@ -129,18 +75,31 @@ class Generation:
         *,
         endpoint: str,
         arrived: float,
+        choice: int = 0,
+        priority: int = 0,
+        saved: Saved | None = None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.text = ""
+        self.entries: list[Entry] = []
+        """Of each token, if the request asks for log-probabilities."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that were not computed: those of a saved state or a cached prefix."""
         self.finish_reason: Literal["stop", "length", "abort", "error"] | None = None
         self.variant = variant
+        self.endpoint = endpoint
+        self.gaps_s: list[float] = []
+        """Between the tokens."""
         self._metrics = state.metrics
-        self._endpoint = endpoint
+        self._on_finish = state.on_finish
         self._arrived = arrived
         self._first: float | None = None
         self._last: float | None = None
         self._queue_s: float | None = None
+        self._saved_tokens = 0 if saved is None else saved.tokens
+        self._decoded = 0
+        """Characters so far, those that are held back for a stop string included."""
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         self._matcher = StopMatcher(stops)
         skip = fields.skip_special_tokens is not False
@@ -158,8 +117,17 @@ class Generation:
                 top_k=max(fields.top_k or 0, 0),
                 min_p=fields.min_p or 0.0,
                 seed=secrets.randbits(63) if fields.seed is None else fields.seed,
+                choice=choice,
+                presence_penalty=fields.presence_penalty or 0.0,
+                frequency_penalty=fields.frequency_penalty or 0.0,
+                repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
+                logit_bias=_logit_bias(fields, variant),
             ),
             stop_token_ids=sorted(stop_ids),
+            min_tokens=fields.min_tokens or 0,
+            logprobs=fields.alternatives,
+            priority=priority,
+            state_path=None if saved is None else str(saved.path),
         )
 
     async def pieces(self) -> AsyncGenerator[str]:
@@ -169,6 +137,9 @@ class Generation:
             EngineError: the engine went away, or the model's output is broken.
         """
         try:
+            if self._message.max_tokens == 0:  # the prompt alone was asked for
+                self.finish_reason = "length"
+                return
             async with contextlib.aclosing(self.variant.client.generate(self._message)) as tokens:
                 async for token in tokens:
                     piece = self._take(token)
@@ -192,25 +163,18 @@ class Generation:
 
     def _take(self, token: Token) -> str:
         """Account for a token; the text that it lets out."""
-        now = time.monotonic()
-        if self._last is None:
-            self._first = now
-            self._metrics.prompt_tokens.labels(self.variant.name).inc(len(self.prompt_ids))
-            self._queue_s = token.queue_s
-            self._metrics.ttft.labels(self.variant.name).observe(now - self._arrived)
-            if token.queue_s is not None and token.prefill_s is not None:
-                self._metrics.queue.labels(self.variant.name).observe(token.queue_s)
-                self._metrics.prefill.labels(self.variant.name).observe(token.prefill_s)
-        else:
-            self._metrics.itl.labels(self.variant.name).observe(now - self._last)
-        self._last = now
-        self._metrics.generation_tokens.labels(self.variant.name).inc()
+        self._measure(token)
         self.token_ids.append(token.token_id)
         self.finish_reason = token.finish_reason
+        if token.logprob is not None:
+            self.entries.append(Entry(token.token_id, self._decoded, token.logprob, token.top or []))
         # The token that ends a request by its id is counted, but it is not text.
         text = "" if token.finish_reason == "stop" else self._detokenizer.add(token.token_id)
         if token.finish_reason is not None:
             text += self._detokenizer.flush()
+        self._decoded += len(text)
+        if len(self.token_ids) < self._message.min_tokens:
+            return text
         piece = self._matcher.add(text)
         if self._matcher.matched:
             self.finish_reason = "stop"
@@ -218,9 +182,27 @@ class Generation:
             piece += self._matcher.flush()
         return piece
 
+    def _measure(self, token: Token) -> None:
+        now, name = time.monotonic(), self.variant.name
+        if self._last is None:
+            self._first = now
+            self.cached_tokens = self._saved_tokens + token.cached_tokens
+            self._metrics.prompt_tokens.labels(name).inc(self.prompt_tokens)
+            self._metrics.cached_prompt_tokens.labels(name).inc(token.cached_tokens)
+            self._queue_s = token.queue_s
+            self._metrics.ttft.labels(name).observe(now - self._arrived)
+            if token.queue_s is not None and token.prefill_s is not None:
+                self._metrics.queue.labels(name).observe(token.queue_s)
+                self._metrics.prefill.labels(name).observe(token.prefill_s)
+        else:
+            self.gaps_s.append(now - self._last)
+            self._metrics.itl.labels(name).observe(now - self._last)
+        self._last = now
+        self._metrics.generation_tokens.labels(name).inc()
+
     def _record(self) -> None:
         name, metrics = self.variant.name, self._metrics
-        metrics.requests.labels(name, self._endpoint, self.finish_reason).inc()
+        metrics.requests.labels(name, self.endpoint, self.finish_reason).inc()
         metrics.request_seconds.labels(name).observe(time.monotonic() - self._arrived)
         if self._first is not None and self._last is not None:
             metrics.request_state_bytes.labels(name).observe(self.variant.info.state_bytes_per_request)
@@ -228,6 +210,23 @@ class Generation:
         speed = self.tokens_per_second
         if speed is not None:
             metrics.request_tokens_per_second.labels(name).observe(speed)
+        for tell in self._on_finish:
+            tell(self)
+
+    @property
+    def from_state(self) -> bool:
+        """Whether it goes on from a saved state."""
+        return self._message.state_path is not None
+
+    @property
+    def ttft_s(self) -> float | None:
+        """From the arrival to the first token; None before that."""
+        return None if self._first is None else self._first - self._arrived
+
+    @property
+    def times(self) -> tuple[float, float] | None:
+        """time.monotonic() of the first and the last token; None before the first."""
+        return None if self._first is None or self._last is None else (self._first, self._last)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -237,13 +236,13 @@ class Generation:
         return (len(self.token_ids) - 1) / (self._last - self._first)
 
     @property
-    def usage(self) -> dict[str, int]:
-        prompt, completion = len(self.prompt_ids), len(self.token_ids)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-        }
+    def prompt_tokens(self) -> int:
+        """Of the prompt, those that a saved state stands for included."""
+        return self._saved_tokens + len(self.prompt_ids)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage(self.prompt_tokens, len(self.token_ids), self.cached_tokens)
 
     @property
     def lowkey(self) -> dict[str, Any]:
@@ -255,29 +254,9 @@ class Generation:
             "state_dtype": info.state_dtype,
             "d_k": self.variant.d_k,
             "queue_s": self._queue_s,
-            "ttft_s": None if self._first is None else self._first - self._arrived,
+            "ttft_s": self.ttft_s,
             "decode_s": None if self._first is None or self._last is None else self._last - self._first,
             "tokens_per_second": self.tokens_per_second,
-            "cached_tokens": 0,
+            "cached_tokens": self.cached_tokens,
             "finish_reason": self.finish_reason,
         }
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Run `work`, but cancel it when the client goes away. Nobody reads the error that is then raised."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    task, watcher = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait([task, watcher], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise APIError(499, "the client closed the connection")
-    finally:
-        watcher.cancel()
-        if not task.done():
-            task.cancel()
-            await asyncio.wait([task])

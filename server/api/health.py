@@ -3,19 +3,13 @@
 from importlib.metadata import version
 
 from fastapi import APIRouter, Request
-from fastapi.responses import RedirectResponse, Response
+from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.errors import unavailable
-from server.api.generation import find_variant, server_state
+from server.api.serving import named_variant, server_state
 
 router = APIRouter()
-
-
-@router.get("/", include_in_schema=False)
-async def root() -> RedirectResponse:
-    """A browser is most likely looking for the documentation."""
-    return RedirectResponse("/docs")
 
 
 @router.get("/health")
@@ -32,7 +26,7 @@ async def ready(request: Request, variant: str | None = None) -> dict[str, str]:
     if state.draining:
         raise unavailable("the server is shutting down")
     if variant is not None:
-        if not find_variant(state, variant, "variant").client.up:
+        if not named_variant(state, variant, "variant").client.up:
             raise unavailable(f"variant {variant!r} is not up")
         return {"status": "ready"}
     loading = [v.name for v in state.variants if not v.loaded]
@@ -48,7 +42,7 @@ async def get_version() -> dict[str, str]:
     return {"version": version("lowkey")}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text exposition."""
     return Response(server_state(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -1,32 +1,45 @@
 """What requests may say. Unknown fields are ignored; a known field with a bad value is an error that names it."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationInfo,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
+MAX_PROMPTS = 1024
+"""Most prompts in one request; the queue of a variant may hold fewer."""
+MAX_CHOICES = 128
+"""Most choices for one prompt."""
+MAX_LOGPROBS = 20
+"""Most alternatives reported at a position."""
 
-def _only(*no_ops: Any, when: str = "yet") -> BeforeValidator:
+
+def _only(*no_ops: Any) -> BeforeValidator:
     """A field that we don't run: accepted where its value changes nothing."""
 
     def check(value: Any, info: ValidationInfo) -> Any:
         if any(type(value) is type(no_op) and value == no_op for no_op in no_ops):
             return value
-        text = f"{info.field_name} is not supported {when}".rstrip()
-        raise PydanticCustomError("not_supported", "{text}", {"text": text})
+        raise _refuse(info.field_name or "", "is not supported")
 
     return BeforeValidator(check)
 
 
-def _prompt(value: Any) -> Any:
-    """Tell apart what is wrong from what is only not there yet."""
+def _refuse(field: str, text: str) -> PydanticCustomError:
+    """An error of a field, found where more than one is looked at."""
+    return PydanticCustomError("refused", "{field} {text}", {"field": field, "text": text})
+
+
+def _text(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value.encode()
@@ -34,27 +47,49 @@ def _prompt(value: Any) -> Any:
             raise PydanticCustomError(
                 "not_text", "is no valid text at character {at}", {"at": e.start}
             ) from None
-    if isinstance(value, list) and value and isinstance(value[0], str | list):
-        raise PydanticCustomError("not_supported", "several prompts in one request are not supported yet")
     return value
 
 
+def _prompt_kind(value: Any) -> str:
+    if not isinstance(value, list):
+        return "text"
+    first = value[0] if value else None
+    return "texts" if isinstance(first, str) else "id_lists" if isinstance(first, list) else "ids"
+
+
+def _one_prompt_kind(value: Any) -> str:
+    return "ids" if isinstance(value, list) else "text"
+
+
+Text = Annotated[str, BeforeValidator(_text)]
 Name = Annotated[str, StringConstraints(max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 """Fails at the first bad id: a million of them would make a million errors, of which ten are shown."""
+Prompt = Annotated[
+    Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("ids")], Discriminator(_one_prompt_kind)
+]
+Prompts = Annotated[
+    Annotated[Text, Tag("text")]
+    | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("texts")]
+    | Annotated[TokenIds, Tag("ids")]
+    | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("id_lists")],
+    Discriminator(_prompt_kind),
+]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 
 
-class SamplingFields(BaseModel):
-    """How text is generated; the same in every endpoint that generates."""
-
+class Fields(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
-    prompt: Annotated[str | TokenIds, BeforeValidator(_prompt)] = Field(
-        description="Text, or token ids of the model's own tokenizer."
-    )
-    max_tokens: int | None = Field(16, ge=1, le=2**31, description="Most tokens to generate.")
+
+class SamplingFields(Fields):
+    """How text is generated; the same in every endpoint that generates."""
+
+    max_tokens: int | None = Field(16, ge=0, le=2**31, description="Most tokens to generate.")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(1.0, gt=0, le=1)
     top_k: int | None = Field(0, ge=-1, lt=2**31, description="0 or -1: off.")
@@ -65,32 +100,61 @@ class SamplingFields(BaseModel):
     )
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
     ignore_eos: bool | None = Field(False, description="Go on after an end-of-text token.")
+    min_tokens: int | None = Field(
+        0, ge=0, le=2**31, description="Neither a stop token nor a stop string ends it before."
+    )
     skip_special_tokens: bool | None = True
+    presence_penalty: Penalty | None = Field(
+        0.0, description="Taken off the logit of each token generated so far."
+    )
+    frequency_penalty: Penalty | None = Field(0.0, description="Likewise, times how often it was generated.")
+    repetition_penalty: float | None = Field(
+        1.0, ge=0.01, le=100, description="Divides the logits of tokens in the prompt or generated; 1 is off."
+    )
+    logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=1024)] | None = Field(
+        None, description="Token id -> added to its logit."
+    )
+    priority: int | None = Field(
+        0,
+        ge=-(2**31),
+        lt=2**31,
+        description="Lower runs first; no lower than the key's configuration allows (0).",
+    )
 
-    n: Annotated[Any, _only(None, 1)] = None
-    best_of: Annotated[Any, _only(None, 1, when="")] = None
-    echo: Annotated[Any, _only(None, False)] = None
-    logprobs: Annotated[Any, _only(None, False)] = None
-    logit_bias: Annotated[Any, _only(None, {})] = None
-    frequency_penalty: Annotated[Any, _only(None, 0, 0.0)] = None
-    presence_penalty: Annotated[Any, _only(None, 0, 0.0)] = None
-    repetition_penalty: Annotated[Any, _only(None, 1, 1.0)] = None
-    min_tokens: Annotated[Any, _only(None, 0)] = None
-    priority: Annotated[Any, _only(None, 0)] = None
-    state_id: Annotated[Any, _only(None)] = None
-    suffix: Annotated[Any, _only(None, when="")] = None
-    tools: Annotated[Any, _only(None, [], when="")] = None
-    response_format: Annotated[Any, _only(None, {"type": "text"}, when="")] = None
+    suffix: Annotated[Any, _only(None)] = None
+    tools: Annotated[Any, _only(None, [])] = None
+    response_format: Annotated[Any, _only(None, {"type": "text"})] = None
 
     @property
     def token_limit(self) -> int:
         """`max_tokens`, or OpenAI's default where it is null."""
         return 16 if self.max_tokens is None else self.max_tokens
 
+    @property
+    def given_limit(self) -> int | None:
+        """What `min_tokens` must not be above; None where the context alone limits."""
+        return self.token_limit
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report with each token's log-probability; None: no log-probabilities."""
+        return None
 
+    def _nothing_to_generate(self) -> bool:
+        return False
+
+    @model_validator(mode="after")
+    def _check_limits(self) -> Self:
+        if self.max_tokens == 0 and not self._nothing_to_generate():
+            raise _refuse("max_tokens", "must be at least 1 (0 only with echo), got 0")
+        if self.given_limit is not None and (self.min_tokens or 0) > self.given_limit:
+            raise _refuse(
+                "min_tokens", f"must not be above max_tokens {self.given_limit}, got {self.min_tokens}"
+            )
+        return self
+
+
+class StreamOptions(Fields):
     include_usage: Annotated[bool | None, Field(description="One more chunk with the usage at the end.")] = (
         False
     )
@@ -99,18 +163,127 @@ class StreamOptions(BaseModel):
     )
 
 
-class CompletionRequest(SamplingFields):
-    """POST /v1/completions."""
+class ChoiceFields(SamplingFields):
+    """What completions and chat share."""
 
-    model: str = Field(description="A variant's name.", max_length=256)
+    model: str = Field(description="A variant's name or an alias.", max_length=256)
+    n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
+    best_of: int | None = Field(None, description="Not supported: null, or the same as n.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    user: str | None = Field(None, description="Accepted for clients that send it.")
+    user: str | None = Field(None, description="Used for sticky routing only.")
+
+    @property
+    def choices_each(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> Self:
+        if self.best_of is not None and self.best_of != self.choices_each:
+            raise _refuse("best_of", "is not supported")
+        return self
+
+
+class CompletionRequest(ChoiceFields):
+    """POST /v1/completions."""
+
+    prompt: Prompts = Field(description="Texts, or token ids of the model's own tokenizer; one or several.")
+    echo: bool | None = Field(False, description="Give back the prompt before the completion.")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_LOGPROBS,
+        description="Log-probability of each token, and of this many alternatives.",
+    )
+    state_id: str | None = Field(
+        None, max_length=64, description="A saved state to go on from; the prompt is then what follows it."
+    )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Whatever the form of `prompt`, a list of prompts."""
+        value: Any = self.prompt
+        return value if _prompt_kind(value) in ("texts", "id_lists") else [value]
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    def _nothing_to_generate(self) -> bool:
+        return bool(self.echo)
+
+    @model_validator(mode="after")
+    def _check_state(self) -> Self:
+        if self.state_id is not None and self.echo:
+            raise _refuse("echo", "is not possible with state_id: the text before the state is not kept")
+        if self.state_id is not None and self.repetition_penalty not in (None, 1):
+            raise _refuse(
+                "repetition_penalty",
+                "is not possible with state_id: the tokens before the state are not kept",
+            )
+        return self
+
+
+class TextPart(Fields):
+    type: Annotated[str, Field(pattern="^text$", description="Only text.")]
+    text: Text
+
+
+class Message(Fields):
+    """Anything else that it holds (`name`, ...) is passed on to the chat template."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    role: Annotated[Text, StringConstraints(min_length=1, max_length=64)]
+    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
+class ChatRequest(ChoiceFields):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_tokens: int | None = Field(
+        None, ge=0, le=2**31, description="Most tokens to generate; by default what the context has room for."
+    )
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="OpenAI's new name of it.")
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_LOGPROBS, description="Alternatives at each token; needs logprobs."
+    )
+    tool_choice: Annotated[Any, _only(None, "none", "auto")] = None
+    functions: Annotated[Any, _only(None, [])] = None
+    function_call: Annotated[Any, _only(None, "none", "auto")] = None
+    modalities: Annotated[Any, _only(None, ["text"])] = None
+    audio: Annotated[Any, _only(None)] = None
+
+    @property
+    def given_limit(self) -> int | None:
+        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) == 2:
+            raise _refuse(
+                "max_completion_tokens",
+                f"is another name of max_tokens, but they are {self.max_completion_tokens} and {self.max_tokens}",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise _refuse("top_logprobs", "needs logprobs: true")
+        return self
 
 
 class CompareRequest(SamplingFields):
     """POST /v1/compare."""
 
+    prompt: Prompt = Field(description="Text, or token ids of the model's own tokenizer.")
     variants: Annotated[list[Name], Field(min_length=2, max_length=16, fail_fast=True)] | None = Field(
         None, description="Which variants; all of them if not given."
     )
@@ -120,4 +293,46 @@ class CompareRequest(SamplingFields):
     parallel: bool | None = Field(
         False, description="Decode at the same time: faster, but the speeds are then not comparable."
     )
-    stream: Annotated[Any, _only(None, False)] = None
+    stream: bool | None = Field(False, description="Events of each variant as they come, then the answer.")
+    n: Annotated[Any, _only(None, 1)] = None
+    best_of: Annotated[Any, _only(None, 1)] = None
+    echo: Annotated[Any, _only(None, False)] = None
+    logprobs: Annotated[Any, _only(None, False)] = None
+    state_id: Annotated[Any, _only(None)] = None
+
+
+class TokenizeRequest(Fields):
+    """POST /tokenize: a prompt, or messages through the chat template."""
+
+    model: str | None = Field(None, max_length=256, description="The first variant if not given.")
+    prompt: Text | None = None
+    messages: Messages | None = None
+    add_special_tokens: bool | None = Field(
+        None, description="As the tokenizer does by itself; default true for a prompt, false for messages."
+    )
+    add_generation_prompt: bool | None = Field(True, description="With messages: begin the answer.")
+    return_token_strs: bool | None = Field(False, description="The vocabulary's entry of each token too.")
+    continue_final_message: Annotated[Any, _only(None, False)] = None
+    chat_template: Annotated[Any, _only(None)] = None
+    chat_template_kwargs: Annotated[Any, _only(None, {})] = None
+    tools: Annotated[Any, _only(None, [])] = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise _refuse("prompt", "or messages: exactly one of them is needed")
+        return self
+
+
+class DetokenizeRequest(Fields):
+    """POST /detokenize."""
+
+    model: str | None = Field(None, max_length=256, description="The first variant if not given.")
+    tokens: TokenIds
+
+
+class StateRequest(Fields):
+    """POST /v1/states."""
+
+    model: str = Field(description="A variant's name or an alias.", max_length=256)
+    prompt: Prompt = Field(description="Text, or token ids of the model's own tokenizer.")

@@ -9,12 +9,13 @@ import httpx
 import pytest
 from checkpoints import byte_tokenizer
 
-from server.api import compare
+from server.api import compare, scoring
 from server.api.app import create_app
 from server.api.errors import APIError
-from server.api.generation import encode_prompt
-from server.api.schemas import CompareRequest, CompletionRequest
+from server.api.prompts import encode_prompt
+from server.api.schemas import CompareRequest
 from server.metrics import Metrics
+from server.routing import Routing
 from server.settings import Settings
 
 
@@ -40,6 +41,7 @@ def state(*variants, **settings):
         metrics=Metrics(),
         draining=False,
         variants=SimpleNamespace(get=by_name.get, names=list(by_name)),
+        routing=Routing(Settings()),
     )
 
 
@@ -68,35 +70,31 @@ def test_an_unexpected_error_has_the_shape_and_the_request_id(caplog):
 def test_text_that_the_tokenizer_knows_and_the_model_does_not():
     # A tokenizer may have more tokens than the model has embeddings: one such id would end the engine.
     small = variant(vocab_size=60)
-    body = CompletionRequest(model="dense", prompt="\xff", max_tokens=1)
     with pytest.raises(APIError, match="token id .* is not below the vocabulary size 60") as error:
-        asyncio.run(encode_prompt(state(small), small, body))
+        asyncio.run(encode_prompt(state(small), small, "\xff", 1))
     assert error.value.status == 400 and error.value.param == "prompt"
 
 
 def test_a_prompt_may_fill_the_context_to_the_last_token():
     v = variant()
-    fits = CompletionRequest(model="dense", prompt="x" * 90, max_tokens=10)
-    assert len(asyncio.run(encode_prompt(state(v), v, fits))) == 90
-    too_long = CompletionRequest(model="dense", prompt="x" * 90, max_tokens=11)
+    assert len(asyncio.run(encode_prompt(state(v), v, "x" * 90, 10))) == 90
     s = state(v)
     with pytest.raises(
         APIError, match="100 tokens, but the prompt has 90 and max_tokens is 11, 101 together"
     ):
-        asyncio.run(encode_prompt(s, v, too_long))
+        asyncio.run(encode_prompt(s, v, "x" * 90, 11))
     assert s.metrics.rejected.labels("dense", "too_long")._value.get() == 1
     # Far too long to be worth tokenising: no token has more than 13 characters.
     v.tokenizer = None
-    endless = CompletionRequest(model="dense", prompt="x" * 1400, max_tokens=1)
     with pytest.raises(APIError, match="100 tokens, but the prompt has at least 107"):
-        asyncio.run(encode_prompt(s, v, endless))
+        asyncio.run(encode_prompt(s, v, "x" * 1400, 1))
 
 
 def chosen(s, **fields):
     body = CompareRequest(prompt="x", **fields)
-    baseline, others = compare._chosen(s, body)
-    compare._check_comparable(s, body, baseline, others)
-    return baseline, others
+    variants = compare._chosen(s, body)
+    compare._check_comparable(s, body, variants)
+    return variants
 
 
 def test_variants_that_cannot_be_compared():
@@ -105,7 +103,7 @@ def test_variants_that_cannot_be_compared():
     other_tokenizer = variant("d")
     other_tokenizer.tokenizer_sha256 = "b"
     s = state(base, same, other_vocab, other_tokenizer)
-    assert chosen(s, variants=["a", "b"]) == (base, [same])
+    assert chosen(s, variants=["a", "b"]) == [base, same]
     # The log-probabilities of one vocabulary can't be read as those of another.
     for names in (["a", "c"], ["c", "a"], ["b", "d"]):
         with pytest.raises(APIError, match="another tokenizer or vocabulary size") as error:
@@ -124,7 +122,7 @@ def test_a_comparison_takes_no_more_memory_than_allowed():
 
 def test_shared_memory_is_reserved_before_it_is_written(tmp_path, monkeypatch):
     path = tmp_path / "x"
-    compare._allocate(path, 1 << 20)
+    scoring._allocate(path, 1 << 20)
     assert path.stat().st_size == 1 << 20 and path.stat().st_blocks * 512 >= 1 << 20
 
     def full(*_):
@@ -132,7 +130,7 @@ def test_shared_memory_is_reserved_before_it_is_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(APIError, match="No space left") as error:
-        compare._allocate(tmp_path / "y", 1 << 20)
+        scoring._allocate(tmp_path / "y", 1 << 20)
     assert error.value.status == 503
 
 

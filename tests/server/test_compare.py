@@ -1,7 +1,10 @@
 """POST /v1/compare and /v1/models against values computed from the checkpoints themselves."""
 
+import itertools
+import json
 import math
 
+import httpx
 import pytest
 import torch
 from checkpoints import byte_tokenizer
@@ -57,7 +60,8 @@ def test_the_figures_are_those_of_the_checkpoints(server, models, baseline):
     for result in answer["results"]:
         name = result["variant"]
         assert result["text"] == byte_tokenizer().decode(tokens[name])
-        assert result["usage"] == {
+        assert result["usage"]["prompt_tokens_details"]["cached_tokens"] <= len(prompt)
+        assert {k: v for k, v in result["usage"].items() if k != "prompt_tokens_details"} == {
             "prompt_tokens": len(prompt),
             "completion_tokens": 40,
             "total_tokens": len(prompt) + 40,
@@ -70,7 +74,10 @@ def test_the_figures_are_those_of_the_checkpoints(server, models, baseline):
     ids = prompt + tokens[baseline]
     p, q = (logprobs(models[name], ids)[len(prompt) - 1 : -1] for name in (baseline, other))
     against = answer["results"][1]["against_baseline"]
+    assert against["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-3)
     assert against["mean_kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), abs=1e-4)
+    assert against["agree"] == (p.argmax(-1) == q.argmax(-1)).tolist()
+    assert answer["results"][0]["tokens"] == [byte_tokenizer().decode([t]) for t in tokens[baseline]]
     agreement = float((p.argmax(-1) == q.argmax(-1)).double().mean())
     assert 0 < agreement < 1, "tells nothing"
     assert against["top1_agreement"] == pytest.approx(agreement)
@@ -96,6 +103,52 @@ def test_one_seed_for_all(server):
     answers = [post(server, **fields, seed=4), post(server, **fields, seed=4), post(server, **fields)]
     texts = [[r["text"] for r in a["results"]] for a in answers]
     assert texts[0] == texts[1] != texts[2]
+
+
+def events(server, **fields):
+    """All events of a streamed comparison but the last, [DONE]."""
+    with server.http.stream("POST", "/v1/compare", json={**FIELDS, "stream": True, **fields}) as response:
+        text = response.read().decode()
+        assert response.status_code == 200, text
+    *blocks, done, end = text.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    return [json.loads(block.removeprefix("data: ")) for block in blocks]
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_stream_has_the_pieces_of_each_variant_then_the_whole_answer(server, parallel):
+    whole = post(server, parallel=parallel)
+    *pieces, answer = events(server, parallel=parallel)
+    assert set(answer) == set(whole) and answer["object"] == "compare" and answer["parallel"] is parallel
+    for one, other in zip(answer["results"], whole["results"], strict=True):
+        name = one["variant"]
+        assert one["text"] == other["text"] and set(one) == set(other)
+        own = [event for event in pieces if event["variant"] == name]
+        assert [event["object"] for event in own] == ["compare.chunk"] * (len(own) - 1) + ["compare.end"]
+        assert "".join(event["text"] for event in own[:-1]) == one["text"]
+        counts = [event["usage"]["completion_tokens"] for event in own]
+        assert counts == sorted(counts) and counts[-1] == 40 and counts[0] < 5
+        assert own[-1]["lowkey"] == one["lowkey"] and own[-1]["finish_reason"] == "length"
+        assert own[0]["lowkey"]["ttft_s"] > 0
+    order = [event["variant"] for event in pieces]
+    changes = sum(a != b for a, b in itertools.pairwise(order))
+    assert changes > 3 if parallel else changes == 1
+
+
+def test_a_stream_that_can_not_begin_is_an_ordinary_error(server):
+    for fields, status in (({"prompt": ""}, 400), ({"variants": ["dense", "x"]}, 404)):
+        response = server.http.post("/v1/compare", json={**FIELDS, "stream": True, **fields})
+        assert response.status_code == status and response.json()["error"]["code"] == status
+
+
+def test_leaving_a_stream_frees_everything(server):
+    fields = {**FIELDS, "max_tokens": 16_000, "stream": True, "parallel": True}
+    with httpx.Client(base_url=server.url, timeout=90) as client:
+        with client.stream("POST", "/v1/compare", json=fields) as response:
+            next(response.iter_lines())
+    for name in ("dense", "reduced"):
+        server.wait_idle(name)
+    assert not list(server.runtime_dir().glob("*.logprobs"))
 
 
 def test_variants_and_order(server):
@@ -130,7 +183,7 @@ def test_completions_that_stop_at_once(server):
         ({"baseline": "gpt-4"}, 404, "baseline"),
         ({"baseline": 5}, 400, "baseline"),
         ({"parallel": "yes"}, 400, "parallel"),
-        ({"stream": True}, 400, "stream"),
+        ({"stream": "yes"}, 400, "stream"),
         ({"prompt": ""}, 400, "prompt"),
         ({"max_tokens": 10**9}, 400, "max_tokens"),
         ({"n": 2}, 400, "n"),
@@ -167,7 +220,7 @@ def test_models(server, checkpoints, models):
         assert lowkey["context_length"] == models[name].spec.context_length
         # What one request really holds, in tensors.
         pool = StatePool(models[name].spec, 1)
-        held = sum(t.nbytes for t in (*pool.recurrent, *pool.conv))
+        held = sum(t[0].nbytes for t in (*pool.recurrent, *pool.conv))
         assert lowkey["state_bytes"] == held == models[name].spec.state_bytes()
         assert server.complete(model=name, max_tokens=1)["lowkey"]["state_bytes"] == held
 
@@ -181,4 +234,4 @@ def test_probes(server):
     assert server.http.get("/version").json()["version"]
     paths = server.http.get("/openapi.json").json()["paths"]
     assert {"/v1/completions", "/v1/compare", "/v1/models", "/metrics", "/ready"} <= set(paths)
-    assert server.http.get("/docs").status_code == 200
+    assert server.http.get("/docs", follow_redirects=True).json()["info"]["title"] == "Lowkey"

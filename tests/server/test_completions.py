@@ -15,80 +15,12 @@ SEEDED = dict(seed=1, top_p=0.8)
 
 
 @pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture(scope="module")
 def text(server):
     """120 tokens of printable text at seed 1; each token is one character."""
     body = server.complete(max_tokens=120, **SEEDED)
     text = body["choices"][0]["text"]
     assert text.isascii() and len(text) == 120 and "e" in text[:100]
     return text
-
-
-@pytest.mark.parametrize("model", ["dense", "reduced"])
-def test_openai_client(client, model):
-    answer = client.completions.create(
-        model=model, prompt="Hello", max_tokens=9, extra_body={"ignore_eos": True}
-    )
-    assert answer.object == "text_completion" and answer.model == model and answer.id.startswith("cmpl-")
-    (choice,) = answer.choices
-    assert (choice.index, choice.finish_reason, choice.logprobs) == (0, "length", None)
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (
-        5,
-        9,
-        14,
-    )
-    lowkey = answer.model_extra["lowkey"]
-    assert lowkey["variant"] == model and lowkey["finish_reason"] == "length"
-
-
-def test_openai_client_streaming(client):
-    fields = dict(model="dense", prompt="Hello", max_tokens=12, seed=3, extra_body={"ignore_eos": True})
-    whole = client.completions.create(**fields)
-    chunks = list(client.completions.create(**fields, stream=True, stream_options={"include_usage": True}))
-    assert "".join(c.choices[0].text for c in chunks if c.choices) == whole.choices[0].text
-    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 2) + ["length"]
-    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
-    assert len({c.id for c in chunks}) == 1
-
-
-def test_openai_async_client(server):
-    async def work():
-        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-            fields = dict(model="reduced", prompt="Hi", max_tokens=8, seed=5, extra_body={"ignore_eos": True})
-
-            async def streamed():
-                stream = await client.completions.create(**fields, stream=True)
-                return "".join([c.choices[0].text async for c in stream])
-
-            whole, *texts = await asyncio.gather(
-                client.completions.create(**fields), *(streamed() for _ in range(5))
-            )
-            assert texts == [whole.choices[0].text] * 5
-
-    asyncio.run(work())
-
-
-def test_openai_errors_are_its_own_types(client):
-    with pytest.raises(openai.BadRequestError) as bad:
-        client.completions.create(model="dense", prompt="x", max_tokens=0)
-    assert bad.value.param == "max_tokens" and int(bad.value.code) == 400
-    assert bad.value.type == "invalid_request_error" and "max_tokens" in bad.value.body["message"]
-    with pytest.raises(openai.NotFoundError) as missing:
-        client.completions.create(model="gpt-4", prompt="x")
-    assert missing.value.param == "model" and "dense, reduced" in str(missing.value)
-    with pytest.raises(openai.BadRequestError):
-        list(client.completions.create(model="dense", prompt="", stream=True))
-
-
-def test_openai_models(client, checkpoints):
-    models = {m.id: m for m in client.models.list()}
-    assert list(models) == ["dense", "reduced"]
-    assert models["dense"].owned_by == "lowkey"
-    assert client.models.retrieve("reduced").model_extra["root"] == str(checkpoints["reduced"])
 
 
 def test_events_are_framed_exactly(server, text):
@@ -118,7 +50,9 @@ def test_include_usage(server):
     chunks = [json.loads(e) for e in server.events(max_tokens=4, stream_options={"include_usage": True})[:-1]]
     assert all(c["usage"] is None for c in chunks[:-1])
     assert chunks[-1]["choices"] == []
-    assert chunks[-1]["usage"] == {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
+    usage = chunks[-1]["usage"]
+    assert usage.pop("prompt_tokens_details")["cached_tokens"] >= 0
+    assert usage == {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}
     assert [("lowkey" in c) for c in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-2]["choices"][0]["finish_reason"] == "length"
 

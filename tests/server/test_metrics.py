@@ -40,6 +40,7 @@ SERIES = {
     "lowkey_variant_info": "gauge",
     "lowkey_compare_kl": "histogram",
     "lowkey_compare_top1_agreement": "histogram",
+    "lowkey_shadow_requests": "counter",
 }
 
 VARIANT = {"variant": "dense"}

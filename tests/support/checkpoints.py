@@ -45,6 +45,13 @@ DELTA: dict[str, Any] = {
     "eos_token_id": 0,
 }
 
+CHATML = (
+    "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('no role ' + message.role) }}{% endif %}"
+    "<{{ message.role }}>{{ message.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
 
 def random_tensors(
     config: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import psutil
 import torch
-from checkpoints import GATED, byte_tokenizer, random_tensors, write_checkpoint
+from checkpoints import CHATML, GATED, byte_tokenizer, random_tensors, write_checkpoint
 from prometheus_client.parser import text_string_to_metric_families
 
 from modeling.checkpoint import open_checkpoint
@@ -37,6 +37,7 @@ def write_variants(directory: Path) -> dict[str, Path]:
     scale[0] = 2.0
     tensors["lm_head.weight"] *= scale
     dense = write_checkpoint(directory / "dense", CONFIG, tensors)
+    (dense / "chat_template.jinja").write_text(CHATML)
     checkpoint = open_checkpoint(dense)
     reduced = directory / "reduced"
     reduced.mkdir()

@@ -1,0 +1,212 @@
+"""The A/B figures: what each variant did in a window of time, and how variants differ on the same prompts.
+
+Everything is kept in rings of a fixed size: the oldest rows give way.
+"""
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Source = Literal["compare", "shadow"]
+Rows = NDArray[np.float64]
+
+MIN_PAIRS = 30
+"""Fewer pairs make a bootstrap interval that promises too much."""
+RESAMPLES = 1000
+CONFIDENCE = 0.95
+PAIRS_KEPT = 2000
+GAPS_PER_REQUEST = 10
+
+
+class Ring:
+    """The last `capacity` rows, `[time, *values]` in float64; times in seconds of time.time()."""
+
+    def __init__(self, capacity: int, width: int) -> None:
+        self._rows = np.empty((capacity, width + 1))
+        self._count = 0
+
+    def add(self, now: float, rows: Iterable[tuple[float, ...]]) -> None:
+        for row in rows:
+            self._rows[self._count % len(self._rows)] = (now, *row)
+            self._count += 1
+
+    def since(self, start: float) -> Rows:
+        """Values of the rows from `start` on, `[rows, width]`, in no particular order."""
+        rows = self._rows[: self._count]
+        return rows[rows[:, 0] >= start, 1:].copy()
+
+    def covers(self, start: float) -> bool:
+        """Whether nothing from `start` on was given up."""
+        return self._count <= len(self._rows) or float(self._rows[:, 0].min()) < start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request of the variant's traffic that has ended. What it didn't reach is None."""
+
+    completion_tokens: int
+    tokens_per_second: float | None
+    ttft_s: float | None
+    gaps_s: list[float]
+    failed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two variants on one prompt. What a source can't tell is None."""
+
+    kl: float
+    """Mean over the tokens of the baseline's completion, in nats."""
+    top1_agreement: float
+    prompt_nll_difference: float | None
+    """Variant - baseline: mean negative log-likelihood of the prompt's tokens, in nats. Not of the completion's: those
+    are the baseline's own choice, which any other model finds less likely."""
+    speed_ratio: float | None = None
+    """Variant / baseline, in tokens/s."""
+    ttft_difference_s: float | None = None
+    """Variant - baseline."""
+
+
+PAIR_FIELDS = ("kl", "top1_agreement", "prompt_nll_difference", "speed_ratio", "ttft_difference_s")
+
+
+@dataclass
+class _Traffic:
+    requests: Ring
+    gaps: Ring
+
+
+@dataclass
+class ABWindow:
+    """Recent traffic and pairs.
+
+    Args:
+        samples: requests that are remembered for each variant.
+    """
+
+    samples: int
+    _traffic: dict[str, _Traffic] = field(default_factory=dict)
+    _pairs: dict[tuple[str, str, Source], Ring] = field(default_factory=dict)
+
+    def add_request(self, variant: str, request: Request) -> None:
+        traffic = self._traffic.get(variant)
+        if traffic is None:
+            traffic = _Traffic(Ring(self.samples, 4), Ring(self.samples * GAPS_PER_REQUEST, 1))
+            self._traffic[variant] = traffic
+        now = time.time()
+        row = (
+            float(request.completion_tokens),
+            _or_nan(request.tokens_per_second),
+            _or_nan(request.ttft_s),
+            float(request.failed),
+        )
+        traffic.requests.add(now, [row])
+        traffic.gaps.add(now, [(gap,) for gap in request.gaps_s])
+
+    def add_pair(self, variant: str, baseline: str, source: Source, pair: Pair) -> None:
+        ring = self._pairs.setdefault((variant, baseline, source), Ring(PAIRS_KEPT, len(PAIR_FIELDS)))
+        ring.add(time.time(), [tuple(_or_nan(getattr(pair, name)) for name in PAIR_FIELDS)])
+
+    def traffic(self, variant: str, window_s: float) -> dict[str, Any]:
+        """Of one variant in the last `window_s` seconds. Percentiles are over requests, of `itl_s` over gaps."""
+        start = time.time() - window_s
+        traffic = self._traffic.get(variant)
+        if traffic is None:
+            requests, gaps, complete = np.empty((0, 4)), np.empty((0, 1)), True
+        else:
+            requests, gaps = traffic.requests.since(start), traffic.gaps.since(start)
+            complete = traffic.requests.covers(start) and traffic.gaps.covers(start)
+        return {
+            "requests": len(requests),
+            "errors": int(requests[:, 3].sum()),
+            "completion_tokens": int(requests[:, 0].sum()),
+            "tokens_per_second": _percentiles(requests[:, 1]),
+            "ttft_s": _percentiles(requests[:, 2]),
+            "itl_s": _percentiles(gaps[:, 0]),
+            "complete": complete,
+        }
+
+    def pairs(self, window_s: float) -> list[dict[str, Any]]:
+        """How variants differed in the last `window_s` seconds, for each that was compared with a baseline. Takes a
+        fraction of a second for full rings: not for an event loop."""
+        start = time.time() - window_s
+        found: dict[tuple[str, str], dict[Source, Rows]] = {}
+        for (variant, baseline, source), ring in list(self._pairs.items()):
+            rows = ring.since(start)
+            if len(rows):
+                found.setdefault((variant, baseline), {})[source] = rows
+        return [_differences(*names, sources) for names, sources in found.items()]
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _percentiles(values: Rows) -> dict[str, float] | None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    p50, p95, p99 = np.percentile(values, [50, 95, 99])
+    return {"mean": float(values.mean()), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+
+
+def bootstrap_mean(values: Rows, seed: int = 0) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean (Efron and Tibshirani 1993, chapter 13), `CONFIDENCE` two-sided, from
+    `RESAMPLES` resamples. The same values give the same interval."""
+    rng = np.random.default_rng(seed)
+    means = np.array([rng.choice(values, len(values)).mean() for _ in range(RESAMPLES)])
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(means, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def _estimate(values: Rows) -> dict[str, Any] | None:
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return None
+    low, high = bootstrap_mean(values) if len(values) >= MIN_PAIRS else (None, None)
+    return {"mean": float(values.mean()), "low": low, "high": high, "pairs": len(values)}
+
+
+def _differences(variant: str, baseline: str, sources: dict[Source, Rows]) -> dict[str, Any]:
+    rows = np.concatenate(list(sources.values()))
+    figures = {name: _estimate(rows[:, i]) for i, name in enumerate(PAIR_FIELDS)}
+    return {
+        "variant": variant,
+        "baseline": baseline,
+        "pairs": {source: len(found) for source, found in sources.items()},
+        **figures,
+        "verdict": _verdict(variant, baseline, len(rows), figures),
+    }
+
+
+def _verdict(variant: str, baseline: str, pairs: int, figures: dict[str, dict[str, Any] | None]) -> str:
+    if pairs < MIN_PAIRS:
+        return f"too little data: {pairs} pairs of {variant} and {baseline}, at least {MIN_PAIRS} are needed"
+    words = [_quality(baseline, variant, figures["prompt_nll_difference"])]
+    kl, agreement, speed = (figures[name] for name in ("kl", "top1_agreement", "speed_ratio"))
+    if kl is not None and agreement is not None:
+        words.append(f"KL {kl['mean']:.3g} [{kl['low']:.3g}, {kl['high']:.3g}] nats per token")
+        words.append(f"the same likeliest token for {agreement['mean']:.1%}")
+    if speed is None or speed["pairs"] < MIN_PAIRS:
+        timed = 0 if speed is None else speed["pairs"]
+        words.append(f"too little data on speed: {timed} timed pairs of at least {MIN_PAIRS}")
+    else:
+        words.append(f"{speed['mean']:.2f}x [{speed['low']:.2f}, {speed['high']:.2f}] the tokens/s")
+    return "; ".join(words)
+
+
+def _quality(baseline: str, variant: str, nll: dict[str, Any] | None) -> str:
+    if nll is None or nll["pairs"] < MIN_PAIRS:
+        return f"too little data on the likelihood of prompts under {variant} and {baseline}"
+    if nll["low"] > 0:
+        words = f"{variant} finds the prompts less likely than {baseline}"
+    elif nll["high"] < 0:
+        words = f"{variant} finds the prompts more likely than {baseline}"
+    else:
+        words = f"{variant} and {baseline} can't be told apart by the likelihood of the prompts"
+    return f"{words} ({nll['mean']:+.3g} [{nll['low']:+.3g}, {nll['high']:+.3g}] nats per token)"

@@ -1,0 +1,183 @@
+"""One comparison under way: each variant completes the prompt, then each scores the baseline's completion."""
+
+import asyncio
+import contextlib
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+from server.api.generation import Generation
+from server.api.prompts import encode_prompt
+from server.api.schemas import CompareRequest
+from server.api.scoring import Scores, pair_of, score
+from server.api.serving import ServerState
+from server.text import Detokenizer
+from server.variants import Variant
+
+Event = dict[str, Any]
+
+
+class Comparison:
+    """Make it with `create`, then `run` it once.
+
+    Args:
+        variants: the baseline first.
+        prompt_ids: by variant name.
+        arrived: time.monotonic() of the HTTP request.
+    """
+
+    def __init__(
+        self,
+        state: ServerState,
+        body: CompareRequest,
+        variants: list[Variant],
+        prompt_ids: dict[str, list[int]],
+        arrived: float,
+    ) -> None:
+        self._state = state
+        # With one seed for all, sampled answers differ only where the distributions do. The answer says which it was:
+        # 53 bits are as many as JavaScript can read.
+        self._body = body.model_copy(
+            update={"seed": secrets.randbits(53) if body.seed is None else body.seed}
+        )
+        self._variants = variants
+        self._prompt_ids = prompt_ids
+        self._arrived = arrived
+        self._parallel = bool(body.parallel)
+        self._generations: dict[str, Generation] = {}
+        self._head = {"id": f"cmp-{secrets.token_hex(12)}", "created": int(time.time())}
+
+    @classmethod
+    async def create(
+        cls, state: ServerState, body: CompareRequest, variants: list[Variant], arrived: float
+    ) -> "Comparison":
+        """Tokenises. Raises APIError 400 if the prompt is no good."""
+        prompt_ids = {
+            variant.name: await encode_prompt(state, variant, body.prompt, body.token_limit)
+            for variant in variants
+        }
+        return cls(state, body, variants, prompt_ids, arrived)
+
+    async def run(self, emit: Callable[[Event], None]) -> Event:
+        """The whole answer. `emit` is told of each piece of text and each end before.
+
+        Raises:
+            APIError: 503, there is no room for the log-probabilities.
+            EngineError: an engine went away, or its output is broken.
+        """
+        self._state.comparisons += 1
+        order = list(self._variants)
+        if self._state.comparisons % 2 == 0:
+            order.reverse()  # whoever goes first finds cold caches
+        if self._parallel:
+            tasks = [asyncio.create_task(self._generate(v, self._arrived, emit)) for v in order]
+            try:
+                await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:  # of those that go on when one has failed
+                    task.cancel()
+        else:
+            for variant in order:
+                begins = self._arrived if variant is order[0] else time.monotonic()
+                await self._generate(variant, begins, emit)
+        base = self._generations[self._variants[0].name]
+        async with self._state.scoring:
+            scores = await score(
+                self._state.variants.runtime_dir, self._variants, base.prompt_ids, base.token_ids
+            )
+        return self._answer(base, scores)
+
+    async def _generate(self, variant: Variant, begins: float, emit: Callable[[Event], None]) -> None:
+        ids = self._prompt_ids[variant.name]
+        generation = Generation(self._state, variant, self._body, ids, endpoint="compare", arrived=begins)
+        self._generations[variant.name] = generation
+        async with contextlib.aclosing(generation.pieces()) as pieces:
+            async for piece in pieces:
+                emit(self._event("compare.chunk", generation, text=piece))
+        emit(self._event("compare.end", generation, finish_reason=generation.finish_reason))
+
+    def _event(self, kind: str, generation: Generation, **fields: Any) -> Event:
+        return {
+            **self._head,
+            "object": kind,
+            "variant": generation.variant.name,
+            **fields,
+            "usage": generation.usage,
+            "lowkey": generation.lowkey,
+        }
+
+    def _answer(self, base: Generation, scores: dict[str, Scores]) -> Event:
+        results = []
+        for variant in self._variants:
+            generation, own = self._generations[variant.name], scores[variant.name]
+            difference = None
+            if generation is not base:
+                difference = self._difference(base, generation, own)
+                self._observe(base, generation, scores)
+            results.append(
+                {
+                    "variant": variant.name,
+                    "text": generation.text,
+                    "tokens": _token_texts(generation, self._body.skip_special_tokens is not False),
+                    "finish_reason": generation.finish_reason,
+                    "usage": generation.usage,
+                    "lowkey": generation.lowkey,
+                    "prompt_perplexity": own.prompt_perplexity,
+                    "against_baseline": difference,
+                }
+            )
+        return {
+            **self._head,
+            "object": "compare",
+            "baseline": base.variant.name,
+            "parallel": self._parallel,
+            "seed": self._body.seed,
+            "results": results,
+        }
+
+    def _difference(self, base: Generation, other: Generation, scores: Scores) -> dict[str, Any]:
+        """What changed from the baseline to another variant."""
+        return {
+            "mean_kl": scores.mean_kl,
+            "kl": scores.kl,
+            "top1_agreement": scores.top1_agreement,
+            "agree": scores.agree,
+            "first_divergence": _first_divergence(base.token_ids, other.token_ids),
+            "state_bytes_ratio": (
+                other.variant.info.state_bytes_per_request / base.variant.info.state_bytes_per_request
+            ),
+            "tokens_per_second_ratio": (
+                None if self._parallel else _ratio(other.tokens_per_second, base.tokens_per_second)
+            ),
+        }
+
+    def _observe(self, base: Generation, other: Generation, scores: dict[str, Scores]) -> None:
+        names = base.variant.name, other.variant.name
+        timings: dict[str, float | None] = {}
+        if not self._parallel and base.ttft_s is not None and other.ttft_s is not None:
+            timings = {
+                "speed_ratio": _ratio(other.tokens_per_second, base.tokens_per_second),
+                "ttft_difference_s": other.ttft_s - base.ttft_s,
+            }
+        pair = pair_of(scores[names[0]], scores[names[1]], **timings)
+        self._state.observe_pair(names[1], names[0], "compare", pair)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else a / b
+
+
+def _first_divergence(a: list[int], b: list[int]) -> int | None:
+    """Index of the first token that only one of them has there; None if there is none."""
+    pairs = zip(a, b, strict=False)
+    different = next((i for i, (x, y) in enumerate(pairs) if x != y), None)
+    return min(len(a), len(b)) if different is None and len(a) != len(b) else different
+
+
+def _token_texts(generation: Generation, skip_special_tokens: bool) -> list[str]:
+    """What each token brought: bytes of one character that come in several tokens count for the last of them."""
+    detokenizer = Detokenizer(generation.variant.tokenizer, skip_special_tokens=skip_special_tokens)
+    texts = [detokenizer.add(token_id) for token_id in generation.token_ids]
+    texts[-1] += detokenizer.flush()
+    return texts

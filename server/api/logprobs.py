@@ -1,0 +1,49 @@
+"""Log-probabilities as OpenAI's two formats have them."""
+
+from typing import Any
+
+from server.api.generation import Entry
+from server.text import TokenTexts
+
+LEAST = -9999.0
+"""JSON has no infinity."""
+
+
+def legacy(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
+    """As completions have them: parallel lists. The token itself is among its alternatives, however few were asked
+    for; of two tokens of one text the likelier one stands there."""
+    return {
+        "tokens": [texts.text(e.token_id) for e in entries],
+        "token_logprobs": [None if e.logprob is None else max(e.logprob, LEAST) for e in entries],
+        "top_logprobs": [_alternatives(texts, e) for e in entries],
+        "text_offset": [e.offset for e in entries],
+    }
+
+
+def _alternatives(texts: TokenTexts, entry: Entry) -> dict[str, float] | None:
+    if entry.logprob is None:
+        return None
+    found: dict[str, float] = {}
+    for token_id, logprob in [*entry.top, (entry.token_id, entry.logprob)]:
+        text = texts.text(token_id)
+        found[text] = max(found.get(text, LEAST), logprob)
+    return found
+
+
+def chat(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
+    """As chat has them: a table for each token."""
+
+    def one(token_id: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": texts.text(token_id),
+            "logprob": LEAST if logprob is None else max(logprob, LEAST),
+            "bytes": list(texts.bytes(token_id)),
+        }
+
+    return {
+        "content": [
+            {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in e.top]}
+            for e in entries
+        ],
+        "refusal": None,
+    }

@@ -1,0 +1,99 @@
+"""What the saved states of each variant look like, and the store that they are in."""
+
+import asyncio
+import logging
+import secrets
+from pathlib import Path
+from typing import Any
+
+from server.api.errors import APIError, unavailable
+from server.engine.client import StateError
+from server.engine.messages import Ready, SaveState
+from server.settings import Settings
+from server.states import (
+    Fingerprint,
+    Header,
+    StateFileError,
+    StateStore,
+    read_header,
+    weights_sha256,
+)
+from server.variants import Variant
+
+logger = logging.getLogger("lowkey.states")
+
+
+class SavedStates:
+    """The store, and what the states of each variant look like. Only where a directory is configured.
+
+    What a variant's file must hold, name by name and shape by shape, is what its own engine writes: the first time
+    that it is needed, the engine saves the state of one token.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._store = (
+            None
+            if settings.state_dir is None
+            else StateStore(settings.state_dir, settings.state_ttl_s, settings.state_budget_bytes)
+        )
+        self._fingerprints: dict[str, tuple[Ready, Fingerprint]] = {}
+        self._layouts: dict[str, tuple[Ready, dict[str, Any]]] = {}
+
+    @property
+    def store(self) -> StateStore:
+        """404 where there is none."""
+        if self._store is None:
+            raise APIError(404, "saved states are off: the server's configuration names no state_dir")
+        return self._store
+
+    async def fingerprint(self, variant: Variant) -> Fingerprint:
+        """The variant's; worked out once for each load."""
+        ready, known = variant.info, self._fingerprints.get(variant.name)
+        if known is not None and known[0] is ready:
+            return known[1]
+        found = Fingerprint(
+            model=await asyncio.to_thread(weights_sha256, Path(ready.checkpoint_path)),
+            d_k=",".join(map(str, ready.d_k)),
+            state_dtype=ready.state_dtype,
+        )
+        self._fingerprints[variant.name] = ready, found
+        return found
+
+    async def check(self, variant: Variant, header: Header) -> None:
+        """Raises OtherModelError or StateFileError unless the variant can go on from this file."""
+        (await self.fingerprint(variant)).check(header.metadata, variant.name)
+        if header.tensors != await self._layout(variant):
+            raise StateFileError(f"has other tensors than variant {variant.name!r} keeps")
+
+    async def save(self, variant: Variant, ids: list[int], path: Path) -> Header:
+        """Have the engine write the state after `ids`. Raises EngineError."""
+        fingerprint = await self.fingerprint(variant)
+        message = SaveState(
+            request_id=secrets.token_hex(8),
+            token_ids=ids,
+            path=str(path),
+            fingerprint=fingerprint.metadata(variant.name, len(ids)),
+        )
+        try:
+            await variant.client.save_state(message)
+        except StateError as e:  # a full disk; the message names the file, which is nobody's business outside
+            logger.error("%s: %s", variant.name, e)
+            raise unavailable("the state could not be written; the server's log has the details") from e
+        return await asyncio.to_thread(_header_of, path)
+
+    async def _layout(self, variant: Variant) -> dict[str, Any]:
+        ready, known = variant.info, self._layouts.get(variant.name)
+        if known is not None and known[0] is ready:
+            return known[1]
+        path = self.store.new_file()
+        try:
+            tensors = (await self.save(variant, [0], path)).tensors
+        finally:
+            path.unlink(missing_ok=True)
+        self._layouts[variant.name] = ready, tensors
+        return tensors
+
+
+def _header_of(path: Path) -> Header:
+    with path.open("rb") as f:
+        return read_header(f)

@@ -1,0 +1,85 @@
+"""Server-sent events, and several streams as one."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+T = TypeVar("T")
+
+
+def sse(data: dict[str, Any] | str) -> str:
+    """One server-sent event."""
+    return f"data: {data if isinstance(data, str) else json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+DONE = sse("[DONE]")
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; calls `on_end` once nothing more is sent, however that came about."""
+
+    def __init__(self, events: AsyncGenerator[str], *, on_end: Callable[[], None]) -> None:
+        # Proxies must pass tokens on at once.
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+async def merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
+    """The items of all sources as they come, each with its source's index. When one fails, or the reader leaves, all
+    are closed."""
+    if len(sources) == 1:
+        async with contextlib.aclosing(sources[0]) as source:
+            async for item in source:
+                yield 0, item
+        return
+    queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
+
+    async def pump(index: int, source: AsyncGenerator[T]) -> None:
+        try:
+            async with contextlib.aclosing(source):
+                async for item in source:
+                    queue.put_nowait((index, item))
+        finally:
+            queue.put_nowait(None)
+
+    tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
+    try:
+        running = len(tasks)
+        while running:
+            entry = await queue.get()
+            if entry is not None:
+                yield entry
+                continue
+            running -= 1
+            for task in tasks:
+                if task.done():
+                    task.result()
+    finally:
+        await _end(tasks)
+
+
+async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """The results of all. When one fails, or the caller is cancelled, the others are cancelled and have ended."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _end(tasks)
+
+
+async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,160 @@
+"""The API over engines that are a table of bigrams in this process: what an engine says is known in advance."""
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import CHATML, GATED, write_checkpoint
+from safetensors import safe_open
+from safetensors.numpy import save_file
+from starlette.testclient import TestClient
+
+from server import variants
+from server.api.app import create_app
+from server.engine.client import EngineError
+from server.engine.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token
+from server.settings import Settings
+
+VOCAB = 257
+CONTEXT = 512
+D_K = {"dense": 32, "reduced": 16}
+
+
+class Script:
+    """What one engine does: log-probabilities of the next token by the last one `[vocab, vocab]`, and its faults."""
+
+    def __init__(self, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        logits = generator.normal(size=(VOCAB, VOCAB)) * 2
+        logits[:, [0, *range(128, VOCAB)]] -= 8  # mostly ASCII, seldom an end of text
+        self.logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        self.queue: list[list[int]] = []
+        """Tokens to give instead, one list for each request to come."""
+        self.fail_after: int | None = None
+        self.seen: list[Any] = []
+        self.cached_tokens = 0
+
+    def top(self, last: int, count: int) -> list[tuple[int, float]]:
+        order = np.argsort(-self.logprobs[last], kind="stable")[:count]
+        return [(int(i), float(self.logprobs[last, i])) for i in order]
+
+
+SCRIPTS: dict[str, Script] = {}
+
+
+class ScriptedClient:
+    """In the place of EngineClient."""
+
+    def __init__(self, config: EngineConfig, runtime_dir: Path, *, on_ready: Any, **_: Any) -> None:
+        self.config = config
+        self.ready: Ready | None = None
+        self.up = False
+        self.aborted = 0
+        self._on_ready = on_ready
+        self.script = SCRIPTS.setdefault(config.variant, Script(len(SCRIPTS)))
+
+    def start(self) -> None:
+        d_k = D_K[self.config.variant]
+        self.ready = Ready(
+            family="gated_deltanet",
+            d_k=[d_k] * 3,
+            d_v=[24] * 3,
+            vocab_size=VOCAB,
+            context_length=CONTEXT,
+            eos_token_ids=[0],
+            checkpoint_path=self.config.source,
+            method=None,
+            state_bytes_per_request=d_k * 24 * 4,
+            state_dtype="float32",
+            device="cpu",
+            backend="script",
+            weights_bytes=1,
+            load_s=0.0,
+            slots=4,
+            max_running=4,
+        )
+        self._on_ready(self.ready)
+        self.up = True
+
+    async def close(self) -> None:
+        self.up = False
+
+    async def generate(self, message: Generate) -> AsyncGenerator[Token]:
+        script, how = self.script, message.sampling
+        script.seen.append(message)
+        scripted = script.queue.pop(0) if script.queue else None
+        last = message.token_ids[-1]
+        finished = False
+        try:
+            for position in range(message.max_tokens):
+                if script.fail_after == position:
+                    finished = True
+                    raise EngineError("the engine broke")
+                logprobs = script.logprobs[last]
+                if scripted is not None:
+                    token = scripted[position]
+                elif how.temperature == 0:
+                    token = int(logprobs.argmax())
+                else:
+                    seed = [abs(how.seed), how.choice, position]
+                    token = int(np.random.default_rng(seed).choice(VOCAB, p=np.exp(logprobs)))
+                reason = "stop" if token in message.stop_token_ids else None
+                if reason is None and position == message.max_tokens - 1:
+                    reason = "length"
+                wanted = message.logprobs
+                yield Token(
+                    message.request_id,
+                    token,
+                    reason,
+                    *((0.001, 0.002, script.cached_tokens) if position == 0 else (None, None, 0)),
+                    logprob=None if wanted is None else float(logprobs[token]),
+                    top=None if wanted is None else script.top(last, wanted),
+                )
+                last = token
+                if reason is not None:
+                    finished = True
+                    return
+        finally:
+            self.aborted += not finished
+
+    async def score(self, message: Score) -> Scored:
+        self.script.seen.append(message)
+        ids = message.token_ids
+        pairs = list(zip(ids[message.from_position - 1 :], ids[message.from_position :], strict=False))
+        return Scored(
+            request_id=message.request_id,
+            logprobs=[float(self.script.logprobs[a, b]) for a, b in pairs],
+            kl=[],
+            agree=[],
+            top=[self.script.top(a, message.top_logprobs) for a, _ in pairs],
+        )
+
+    async def save_state(self, message: SaveState) -> None:
+        self.script.seen.append(message)
+        state = np.zeros((1, D_K[self.config.variant], 24), dtype=np.float32)
+        state[0, 0, 0] = message.token_ids[-1]
+        save_file({"recurrent.0": state}, message.path, metadata=message.fingerprint)
+
+
+def state_in(path: str) -> int:
+    """The last token of the text that a file's state stands for."""
+    with safe_open(path, framework="numpy") as f:
+        return int(f.get_tensor("recurrent.0")[0, 0, 0])
+
+
+@contextlib.contextmanager
+def scripted_api(directory: Path, monkeypatch: Any, **settings: Any) -> Iterator[TestClient]:
+    """A client of the API over two scripted variants."""
+    sources = {}
+    for number, name in enumerate(D_K):
+        path = directory / name
+        if not path.exists():
+            write_checkpoint(path, GATED, seed=number)
+            (path / "chat_template.jinja").write_text(CHATML)
+        sources[name] = str(path)
+    monkeypatch.setattr(variants, "EngineClient", ScriptedClient)
+    app = create_app(Settings(variants=sources, **settings), on_fatal=print)
+    with TestClient(app) as client:
+        yield client
