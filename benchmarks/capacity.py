@@ -38,7 +38,7 @@ def load(path: Path, options: argparse.Namespace) -> tuple[Engine, Ready]:
             max_requests=None,
             state_memory=int(options.budget),
             state_dtype=options.state_dtype,
-            prefill_tokens=4096,
+            prefill_tokens=512,
             threads=options.threads,
             prefix_cache=False,
             input_address="",
