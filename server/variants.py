@@ -169,6 +169,8 @@ class Variants:
             threads=settings.threads,
             input_address="",
             output_address="",
+            log_level=settings.log_level,
+            log_format=settings.log_format,
         )
 
         def on_ready(ready: Ready) -> None:

@@ -28,7 +28,9 @@ class RequestContext:
     def add(self, generation: "Generation", *, with_text: bool) -> None:
         """Account for a generation that has ended, well or not. One that never ran costs nothing."""
         name = generation.variant.name
-        prompt, completion = len(generation.prompt_ids), len(generation.token_ids)
+        # A prompt counts once, however many choices it has.
+        prompt = 0 if generation.choice else len(generation.prompt_ids)
+        completion = len(generation.token_ids)
         if name not in self.variants:
             self.variants.append(name)
         self.finish_reason = generation.finish_reason

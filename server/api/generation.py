@@ -89,6 +89,7 @@ class Generation:
         self.finish_reason: Literal["stop", "length", "abort", "error"] | None = None
         self.variant = variant
         self.endpoint = endpoint
+        self.choice = choice
         self.gaps_s: list[float] = []
         """Between the tokens."""
         self._metrics = state.metrics

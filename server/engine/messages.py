@@ -31,6 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     input_address: str
     output_address: str
+    log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):

@@ -27,6 +27,7 @@ from server.engine.messages import (
 )
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.logs import configure
 
 logger = logging.getLogger("lowkey.engine")
 
@@ -179,9 +180,9 @@ def serve(config: EngineConfig) -> None:
 
 def main() -> None:
     """`python -P -m server.engine.process CONFIG_JSON`, started by `server.engine.client` only."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it drains, then closes our stdin
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
+    configure(config.log_level, config.log_format)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it drains, then closes our stdin
     torch.set_num_threads(config.threads)
     torch.set_num_interop_threads(1)
     serve(config)

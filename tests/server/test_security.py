@@ -5,11 +5,14 @@ import signal
 import socket
 import time
 import urllib.parse
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 from live_server import DEADLINE_S, LiveServer, poll
+
+from server.api.auth import Bucket, capped_priority
 
 KEYS = {name: f"{name}-0123456789abcdef" for name in ("alice", "bob", "few", "slow")}
 PROMPT = "Abracadabra"
@@ -21,6 +24,7 @@ header_timeout_s = 1.5
 body_timeout_s = 1.5
 request_timeout_s = {total}
 log_format = "json"
+state_dir = "states"
 cors_origins = ["https://lab.example"]
 
 [api_keys]
@@ -183,6 +187,56 @@ def test_one_line_for_each_request_without_keys_or_text(guarded):
     text = guarded.log.read_text()
     assert not any(key in text for key in KEYS.values())
     assert PROMPT not in text and answer["choices"][0]["text"] not in text and "forged" not in text
+
+
+def test_every_line_of_the_log_is_json_those_of_the_engines_too(guarded):
+    lines = [json.loads(line) for line in guarded.log.read_text().splitlines()]
+    assert {"lowkey.engine", "uvicorn.error"} <= {line["logger"] for line in lines}
+
+
+def test_a_prompt_counts_once_however_many_choices_it_has(guarded):
+    answer = post(guarded, n=3, temperature=1, headers={"x-request-id": "three"}).json()
+    lines = poll(lambda: [x for x in request_lines(guarded) if x["id"] == "three"], "its line")
+    counts = lines[0]["prompt_tokens"], lines[0]["completion_tokens"]
+    assert (
+        counts == (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (len(PROMPT), 9)
+    )
+
+
+def test_a_saved_state_belongs_to_its_key(guarded):
+    body = {"model": "dense", "prompt": PROMPT}
+    saved = guarded.http.post("/v1/states", json=body, headers=auth("alice"))
+    assert saved.status_code == 200, saved.text
+    path = f"/v1/states/{saved.json()['id']}"
+    assert guarded.http.get(path, headers=auth("alice")).status_code == 200
+    error(guarded.http.get(path, headers=auth("bob")), 404)
+    error(post(guarded, "bob", state_id=saved.json()["id"]), 404)
+    error(guarded.http.delete(path, headers=auth("bob")), 404)
+    assert guarded.http.delete(path, headers=auth("alice")).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("cap", "asked", "given"), [(0, -5, 0), (0, 0, 0), (0, 7, 7), (-2, -5, -2), (3, 0, 3)]
+)
+def test_a_priority_is_no_more_urgent_than_the_key_allows(cap, asked, given):
+    request = SimpleNamespace(scope={"lowkey.client": SimpleNamespace(max_priority=cap)})
+    assert capped_priority(request, asked) == given
+
+
+def test_a_bucket_fills_at_its_rate_and_no_higher(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("server.api.auth.time.monotonic", lambda: now[0])
+    bucket = Bucket(60)
+    bucket.take(60)
+    assert bucket.wait_s() == pytest.approx(1)
+    now[0] = 0.5
+    assert bucket.wait_s() == pytest.approx(0.5)
+    bucket.take(30)
+    assert bucket.wait_s() == pytest.approx(30.5)
+    now[0] = 1000.0
+    assert bucket.wait_s() == 0
+    bucket.take(60)
+    assert bucket.wait_s() == pytest.approx(1), "an hour's rest is worth no more than a minute's"
 
 
 def test_headers_that_take_too_long_end_the_connection(guarded):
