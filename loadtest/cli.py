@@ -26,7 +26,9 @@ MAX_REQUESTS = 100_000
 """Of a test, warm-up aside."""
 
 
-def _lengths(text: str) -> Lengths:
+def _lengths(text: str | Lengths) -> Lengths:
+    if isinstance(text, Lengths):  # typer parses defaults too
+        return text
     try:
         return Lengths(text)
     except WorkloadError as e:
