@@ -91,7 +91,8 @@ def check_target(url: str, allow_remote: bool) -> None:
 def find_variants(url: str, wanted: str, key: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
     """Names to test, and what the server says of them. Raises typer.BadParameter."""
     try:
-        response = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"}, trust_env=False)
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        response = httpx.get(f"{url}/v1/models", headers=headers, trust_env=False)
         response.raise_for_status()
         models = [m for m in response.json()["data"] if "alias" not in m["lowkey"]]
     except (httpx.HTTPError, ValueError, KeyError) as e:

@@ -50,7 +50,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._state = state
         self._reload = reload
-        self._drain_until = 0.0
+        self._drain_at = self._drain_until = 0.0
         self._announced = self._drain_announced = False
         self.failed: str | None = None
         """The variant that could not be loaded, if that is why the server stopped."""
@@ -81,9 +81,11 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Not uvicorn's own: that one stops listening at once, and kills the process when all is done."""
-        again = self._state.draining
-        self._state.draining = True
-        self._drain_until = 0.0 if again else time.monotonic() + self._state.settings.drain_s
+        settings, now, again = self._state.settings, time.monotonic(), self._state.leaving
+        self._state.leaving = True
+        self._drain_at = now if again else now + settings.drain_delay_s
+        self._drain_until = now if again else self._drain_at + settings.drain_s
+        self._state.draining = self._drain_at <= now
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: say when all models are up, and once a drain is over, stop. Requests that outlast it get
@@ -92,6 +94,8 @@ class Server(uvicorn.Server):
         if not self._announced and all(variant.client.up for variant in variants):
             self._announced = True
             logger.info("ready: %s", ", ".join(variant.name for variant in variants))
+        if self._state.leaving and time.monotonic() >= self._drain_at:
+            self._state.draining = True
         if self._state.draining and not self.should_exit:
             await self._drain(sum(variant.admitted for variant in variants))
         return await super().on_tick(counter)

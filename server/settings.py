@@ -252,7 +252,13 @@ class Settings(BaseSettings):
         default_factory=list,
         description="Web pages' origins that may call the API from a browser; none by default.",
     )
-    drain_s: float = Field(30.0, ge=0, description="How long requests may go on after SIGTERM.")
+    drain_delay_s: float = Field(
+        0.0,
+        ge=0,
+        description="After SIGTERM, how long requests are still taken with /ready at 503 already: until load balancers "
+        "have noticed.",
+    )
+    drain_s: float = Field(30.0, ge=0, description="How long requests may go on after that.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Verbosity of the log."
     )

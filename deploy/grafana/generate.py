@@ -1,6 +1,6 @@
 """Write the Grafana dashboard: dense and reduced side by side.
 
-python deploy/grafana/generate.py deploy/grafana/lowkey.json     # needs `pip install -e '.[ops]'`
+python deploy/grafana/generate.py deploy/grafana/lowkey.json     # needs `pip install grafana-foundation-sdk`
 """
 
 import sys

@@ -20,10 +20,10 @@ async def health() -> dict[str, str]:
 
 @router.get("/ready")
 async def ready(request: Request, variant: str | None = None) -> dict[str, str]:
-    """Whether to send requests here: every variant has loaded once, one answers, and the server is not draining.
-    With `?variant=` that one must answer."""
+    """Whether to send requests here: every variant has loaded once, one answers, and the server has not been asked
+    to stop. With `?variant=` that one must answer."""
     state = server_state(request)
-    if state.draining:
+    if state.leaving:
         raise unavailable("the server is shutting down")
     if variant is not None:
         if not named_variant(state, variant, "variant").client.up:

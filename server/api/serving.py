@@ -35,7 +35,10 @@ class ServerState:
     ab: ABWindow
     on_finish: list[Callable[["Generation"], None]] = field(default_factory=list)
     """Told of every generation that has ended, well or not."""
+    leaving: bool = False
+    """Asked to stop: not ready any more, whether or not requests are still taken."""
     draining: bool = False
+    """No new requests."""
     scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One comparison at a time may hold `compare_bytes` of shared memory."""
     comparisons: int = 0

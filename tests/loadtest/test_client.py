@@ -52,7 +52,11 @@ def test_failures_are_told():
 
 
 def test_figures():
-    results = [Result(0.0, [1.0, 1.5, 2.5], 3), Result(1.0, [4.0, 4.25], 2), Result(2.0, [], 0, "broken")]
+    results = [
+        Result(0.0, token_times=[1.0, 1.5, 2.5], tokens=3),
+        Result(1.0, token_times=[4.0, 4.25], tokens=2),
+        Result(2.0, error="broken"),
+    ]
     s = summarise(results, 5.0)
     assert (s.requests, s.errors, s.tokens, s.tokens_per_second) == (2, 1, 5, 1.0)
     assert (s.ttft_median_s, s.ttft_p99_s) == (1.0, 3.0)

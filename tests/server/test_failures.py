@@ -251,6 +251,19 @@ def test_a_draining_server_says_so_until_its_last_request_ends(arguments, tmp_pa
         server.stop()
 
 
+def test_requests_are_taken_until_the_load_balancer_has_noticed(arguments, tmp_path):
+    server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_DELAY_S="3")
+    try:
+        server.wait_ready()
+        server.process.send_signal(signal.SIGTERM)
+        poll(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "it is not ready any more")
+        answer = httpx.post(f"{server.url}/v1/completions", json={**ENDLESS, "max_tokens": 2})
+        assert answer.status_code == 200, answer.text
+        assert server.process.wait(DEADLINE_S) == 0
+    finally:
+        server.stop()
+
+
 def test_a_model_that_gives_nan_is_an_error_and_not_a_text(tmp_path):
     tensors = random_tensors(GATED)
     tensors["model.norm.weight"][3] = float("nan")

@@ -1,0 +1,73 @@
+"""`lowkey-loadtest` against a real server: paired figures, a bounded sweep, and no load on other people's machines."""
+
+import json
+import random
+
+import pytest
+from live_server import LiveServer, write_variants
+from typer.testing import CliRunner
+
+from loadtest.cli import app
+from loadtest.workload import Lengths, WorkloadError
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("loadtest")
+    paths = write_variants(folder)
+    server = LiveServer(folder / "log", *(f"{name}={path}" for name, path in paths.items()))
+    server.wait_ready()
+    yield server
+    server.stop()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments)])
+
+
+SMALL = ("--prompt-tokens", "4-40", "--output-tokens", "2-8", "--warm-up", 2)
+
+
+@pytest.mark.parametrize("loop", [("--concurrency", 4), ("--rate", 40)])
+def test_both_variants_get_the_same_requests(server, tmp_path, loop):
+    result = run("run", "--url", server.url, *loop, "--rounds", 2, "--requests", 8, *SMALL, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    record = json.loads((tmp_path / "loadtest.json").read_text())
+    text = json.dumps(record)
+    assert '"dense"' in text and '"reduced"' in text
+    for name in ("dense", "reduced"):
+        made = server.sample(
+            "lowkey_requests_total", variant=name, endpoint="completions", finish_reason="length"
+        )
+        assert made and made % 2 == 0
+    page = (tmp_path / "loadtest.html").read_text()
+    assert "<script" in page and 'src="http' not in page
+    table = (tmp_path / "loadtest.md").read_text()
+    assert "errors | 0 | 0" in table.replace("  ", " ")
+
+
+def test_a_sweep_ends(server, tmp_path):
+    small = SMALL[:4]
+    limits = ("--start", 5, "--seconds", 1, "--steps", 2, "--max-requests", 30)
+    result = run("sweep", "--url", server.url, *limits, *small, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert list(tmp_path.glob("*.json"))
+
+
+def test_other_machines_are_not_loaded():
+    result = run("run", "--url", "http://example.com")
+    assert result.exit_code == 2 and "not this machine" in " ".join(result.output.replace("│", " ").split())
+
+
+def test_nobody_there():
+    assert run("run", "--url", "http://127.0.0.1:9").exit_code == 2
+
+
+def test_lengths():
+    draw = random.Random(0)
+    drawn = [Lengths("lognormal:100,0.5,300").draw(draw) for _ in range(2000)]
+    assert max(drawn) == 300 and 90 < sorted(drawn)[1000] < 110
+    assert {Lengths("3-5").draw(draw) for _ in range(100)} == {3, 4, 5}
+    for bad in ("", "0", "5-3", "x", "lognormal:1,2"):
+        with pytest.raises(WorkloadError):
+            Lengths(bad)
