@@ -249,9 +249,9 @@ class TestBuild:
     @pytest.fixture(autouse=True)
     def _fresh(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        build.library.cache_clear()
+        build.compiled.cache_clear()
         yield
-        build.library.cache_clear()
+        build.compiled.cache_clear()
 
     def test_without_a_compiler_torch_runs_and_the_log_says_so(self, monkeypatch, caplog):
         monkeypatch.setenv("CXX", "no-such-compiler")
@@ -261,25 +261,25 @@ class TestBuild:
     def test_a_compiler_that_fails_leaves_nothing_behind(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CXX", "g++ -no-such-option")
         with pytest.raises(UnavailableError, match="no-such-option"):
-            build.library()
+            build.compiled()
         assert [p.name for p in (tmp_path / "lowkey").iterdir()] == ["decode.lock"]
 
     def test_nowhere_to_write(self, monkeypatch, tmp_path):
         (tmp_path / "lowkey").write_text("a file where the folder should be")
         with pytest.raises(UnavailableError, match="XDG_CACHE_HOME"):
-            build.library()
+            build.compiled()
 
     def test_a_damaged_library_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(build, "_compile", lambda target: target.write_bytes(b"\x7fELF"))
         with pytest.raises(UnavailableError, match=r"decode-.*\.so"):
-            build.library()
+            build.compiled()
 
     def test_processes_that_start_at_once_compile_once(self, tmp_path, monkeypatch):
         count = tmp_path / "count"
         compiler = tmp_path / "compiler"
         compiler.write_text(f'#!/bin/sh\necho x >> "{count}"\nexec g++ "$@" -O0\n')
         compiler.chmod(0o755)
-        code = "from modeling.ops.cpu.build import library; library().lowkey_layout"
+        code = "from modeling.ops.cpu.build import compiled; compiled().lowkey_layout"
         environment = {**os.environ, "CXX": str(compiler)}
         started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
         assert [p.wait(timeout=120) for p in started] == [0, 0, 0]

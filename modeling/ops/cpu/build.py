@@ -78,7 +78,7 @@ def cache_directory() -> Path:
 
 
 @cache
-def library() -> ctypes.CDLL:
+def compiled() -> ctypes.CDLL:
     """The compiled step, compiled now if this CPU has none of these sources yet.
 
     Processes that start at once compile it once: the others wait for the first.

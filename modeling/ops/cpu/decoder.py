@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modeling.layers import Block
 from modeling.ops import UnavailableError
-from modeling.ops.cpu.build import library
+from modeling.ops.cpu.build import compiled
 from modeling.state import StatePool
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class Decoder:
     """
 
     def __init__(self, model: "Model") -> None:
-        self._library = library()
+        self._library = compiled()
         ours = ctypes.sizeof(_Layer) << 32 | ctypes.sizeof(_Model) << 16 | ctypes.sizeof(_Pool)
         self._library.lowkey_layout.restype = c_int64
         if self._library.lowkey_layout() != ours:
