@@ -13,11 +13,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from loadtest import report
 from loadtest.client import Result
 from loadtest.figures import Objectives
 from loadtest.run import Load, Probe, Target, paired, sweep
 from loadtest.workload import Lengths, Workload, WorkloadError, read_trace
+
+try:
+    from loadtest import report
+except ModuleNotFoundError as e:  # before any load, not after it
+    raise SystemExit(f"error: {e}; pip install 'lowkey[loadtest]'") from e
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 console = Console(stderr=True)
