@@ -70,7 +70,7 @@ class LiveServer:
                 stderr=f,
                 stdout=f,
                 cwd=log.parent,
-                env={**os.environ, **environment},
+                env={**os.environ, "LOWKEY_HANG_S": str(DEADLINE_S), **environment},
             )
         found = poll(
             lambda: self.process.poll() is not None or re.search(r"running on (http://\S+)", log.read_text()),
