@@ -96,7 +96,7 @@ def find_variants(url: str, wanted: str, key: str) -> tuple[tuple[str, ...], lis
     """Names to test, and what the server says of them. Raises typer.BadParameter."""
     try:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        response = httpx.get(f"{url}/v1/models", headers=headers, trust_env=False)
+        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=60, trust_env=False)
         response.raise_for_status()
         models = [m for m in response.json()["data"] if "alias" not in m["lowkey"]]
     except (httpx.HTTPError, ValueError, KeyError) as e:

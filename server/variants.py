@@ -109,8 +109,10 @@ def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
             shutil.rmtree(lock.parent)
     directory = tempfile.TemporaryDirectory(prefix="lowkey-", dir=parent)
-    held = (Path(directory.name) / "lock").open("wb")
+    lock = Path(directory.name) / "lock"
+    held = lock.with_name("new").open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)
+    lock.with_name("new").rename(lock)  # seen by others only once it is held
     return directory, held
 
 

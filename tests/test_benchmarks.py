@@ -17,7 +17,7 @@ def test_a_minute_of_soak_leaves_everything_as_it_was(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
