@@ -204,7 +204,7 @@ class Settings(BaseSettings):
         description="Most prompt tokens in one step, so that a long prompt delays nobody long.",
     )
     hang_s: float = Field(
-        30.0,
+        120.0,
         ge=2,
         description="An engine that gives no sign of life for so long is killed and started again.",
     )

@@ -77,7 +77,7 @@ class EngineClient:
         config: EngineConfig,
         runtime_dir: Path,
         *,
-        hang_s: float = 30.0,
+        hang_s: float,
         on_ready: Callable[[Ready], None],
         on_step: Callable[[StepOutput], None],
         on_occupancy: Callable[[Occupancy], None],
