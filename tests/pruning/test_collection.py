@@ -96,7 +96,7 @@ def test_what_another_calibration_left_is_refused_with_what_differs(checkpoint, 
 
 
 SCRIPT = """
-import time
+import signal, time
 import pruning.collection
 from pruning.cli import app
 pruning.collection.collect.__kwdefaults__["save_every"] = 0.0
@@ -106,6 +106,7 @@ def save_and_wait(*args, **kwargs):
     save(*args, **kwargs)
     time.sleep(900)  # the signal finds it at work
 pruning.collection.save_statistics = save_and_wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 app()
 """
 
