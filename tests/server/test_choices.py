@@ -228,6 +228,16 @@ def test_what_the_engine_is_told(api, script):
     assert message.sampling.repetition_penalty == 1.0
 
 
+@pytest.mark.parametrize(("asked", "given"), [(7, 7), (-3, 0), (None, 0)])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_comparison_has_a_priority_that_is_capped_as_well(api, script, asked, given, parallel):
+    script.queue.append(ids("Hi"))
+    body = {"prompt": "Hi", "max_tokens": 2, "priority": asked, "parallel": parallel}
+    assert api.post("/v1/compare", json=body).status_code == 200
+    completion, score = script.seen
+    assert (completion.priority, score.priority) == (given, given) and isinstance(score, Score)
+
+
 def test_no_stop_string_counts_before_min_tokens(api, script):
     script.queue += [ids("axaxaxax")] * 3
     assert complete(api, stop="x")["choices"][0]["text"] == "a"
