@@ -109,8 +109,10 @@ def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
             shutil.rmtree(lock.parent)
     directory = tempfile.TemporaryDirectory(prefix="lowkey-", dir=parent)
-    held = (Path(directory.name) / "lock").open("wb")
+    unheld = Path(directory.name) / "unheld"
+    held = unheld.open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)
+    unheld.rename(unheld.with_name("lock"))  # a server that starts now finds no lock that nobody holds
     return directory, held
 
 
