@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from server.api.answers import DeletedState, State, StateList
 from server.api.auth import owner_of
+from server.api.context import current
 from server.api.errors import APIError, from_engine, unavailable
 from server.api.generation import Saved
 from server.api.prompts import encode_prompt
@@ -86,6 +87,9 @@ async def create_state(body: StateRequest, request: Request) -> dict[str, Any]:
         path = store.new_file()
         try:
             await unless_disconnected(request, state.states.save(variant, ids, path))
+            context = current.get()
+            if context is not None:
+                context.charge(len(ids))
             saved = await asyncio.to_thread(store.keep, path, owner_of(request))
         except EngineError as e:
             raise from_engine(e) from e

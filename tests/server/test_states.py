@@ -259,6 +259,21 @@ def test_an_upload_that_is_no_state_is_refused_and_leaves_nothing(api, directory
     assert len(api.get("/v1/states").json()["data"]) == 1
 
 
+def test_tokens_of_a_prompt_that_is_run_for_itself_count_for_the_limit(tmp_path, directory, monkeypatch):
+    keys = {name: {"key": name * 16, "tokens_per_minute": 12} for name in "abc"}
+    with scripted_api(tmp_path, monkeypatch, state_dir=directory, api_keys=keys) as api:
+        for name, path, fields in (
+            ("a", "/v1/states", {}),
+            ("b", "/v1/completions", {"max_tokens": 0, "echo": True, "logprobs": 1}),
+            ("c", "/v1/completions", {"max_tokens": 0, "echo": True, "n": 3}),
+        ):
+            api.headers["authorization"] = f"Bearer {name * 16}"
+            body = {"model": "dense", "prompt": "Once upon", **fields}
+            answers = [api.post(path, json=body) for _ in range(3)]
+            assert [answer.status_code for answer in answers] == [200, 200, 429], name
+            assert 25 <= int(answers[2].headers["retry-after"]) <= 40, "6 tokens too many, and one more"
+
+
 def test_states_are_off_without_a_directory(tmp_path, monkeypatch):
     with scripted_api(tmp_path, monkeypatch) as api:
         for answer in (
