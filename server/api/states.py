@@ -184,8 +184,9 @@ async def import_state(request: Request, model: str | None = None) -> dict[str, 
 
 
 async def _check_fits_one(state: ServerState, variants: list[Variant], header: Header) -> None:
-    """409 with the first variant's reason if none can go on from this state; 503 if one might, but is not up."""
-    reason: OtherModelError | None = None
+    """Unless a variant can go on from this state: 503 if one that is not up might, 400 if it is of a variant's model
+    but other tensors, else 409 with the first one's reason."""
+    refusals: list[Exception] = []
     for variant in variants:
         try:
             with admitted(state, variant):
@@ -193,11 +194,15 @@ async def _check_fits_one(state: ServerState, variants: list[Variant], header: H
                 if header.tokens >= variant.info.context_length:
                     raise StateFileError(f"stands for {header.tokens} tokens, which fill the context")
                 return
-        except OtherModelError as e:
-            reason = reason or e
         except EngineError as e:
-            raise from_engine(e) from e
-    raise APIError(409, f"{reason}")
+            refusals.append(from_engine(e))
+        except (APIError, StateFileError, OtherModelError) as e:
+            refusals.append(e)
+    for kind in (APIError, StateFileError):
+        for refusal in refusals:
+            if isinstance(refusal, kind):
+                raise refusal
+    raise APIError(409, str(refusals[0]))
 
 
 class _Body:

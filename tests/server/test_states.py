@@ -259,6 +259,16 @@ def test_an_upload_that_is_no_state_is_refused_and_leaves_nothing(api, directory
     assert len(api.get("/v1/states").json()["data"]) == 1
 
 
+def test_an_import_waits_for_no_variant_that_it_does_not_need(api):
+    dense, reduced = (
+        api.get(f"/v1/states/{save(api, model=name)['id']}/content").content for name in ("dense", "reduced")
+    )
+    api.app.state.lowkey.variants.get("dense").client.up = False
+    assert upload(api, reduced).json()["variant"] == "reduced"
+    refused(upload(api, dense), 503, None, "'dense' is down")
+    refused(upload(api, dense, model="reduced"), 409, None, "d_k")
+
+
 def test_tokens_of_a_prompt_that_is_run_for_itself_count_for_the_limit(tmp_path, directory, monkeypatch):
     keys = {name: {"key": name * 16, "tokens_per_minute": 12} for name in "abc"}
     with scripted_api(tmp_path, monkeypatch, state_dir=directory, api_keys=keys) as api:
