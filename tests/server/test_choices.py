@@ -1,5 +1,6 @@
 """Several prompts, several choices, echo and log-probabilities, over engines whose answers are known in advance."""
 
+import asyncio
 import json
 import math
 
@@ -7,6 +8,7 @@ import pytest
 from checkpoints import byte_tokenizer
 from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 
+from server.ab import ABWindow
 from server.api.answers import Completion
 from server.engine.messages import Score
 
@@ -236,6 +238,18 @@ def test_a_comparison_has_a_priority_that_is_capped_as_well(api, script, asked, 
     assert api.post("/v1/compare", json=body).status_code == 200
     completion, score = script.seen
     assert (completion.priority, score.priority) == (given, given) and isinstance(score, Score)
+
+
+def test_the_summary_is_worked_out_beside_the_loop(api, monkeypatch):
+    traffic, loops = ABWindow.traffic, []
+
+    def watched(window, *args):
+        loops.append(asyncio._get_running_loop())
+        return traffic(window, *args)
+
+    monkeypatch.setattr(ABWindow, "traffic", watched)
+    assert set(api.get("/v1/ab/summary").json()["variants"]) == {"dense", "reduced"}
+    assert loops == [None, None]
 
 
 def test_no_stop_string_counts_before_min_tokens(api, script):
