@@ -11,6 +11,7 @@ from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 from server.ab import ABWindow
 from server.api.answers import Completion
 from server.engine.messages import Score
+from server.text import TokenTexts
 
 TOKENIZER = byte_tokenizer()
 
@@ -250,6 +251,26 @@ def test_the_summary_is_worked_out_beside_the_loop(api, monkeypatch):
     monkeypatch.setattr(ABWindow, "traffic", watched)
     assert set(api.get("/v1/ab/summary").json()["variants"]) == {"dense", "reduced"}
     assert loops == [None, None]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_log_probabilities_of_a_whole_answer_are_put_down_beside_the_loop(api, script, monkeypatch, path):
+    text, loops = TokenTexts.text, []
+
+    def watched(texts, token_id):
+        loops.append(asyncio._get_running_loop())
+        return text(texts, token_id)
+
+    monkeypatch.setattr(TokenTexts, "text", watched)
+    body = {
+        "model": "dense",
+        "prompt": "Hi",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 3,
+    }
+    logprobs = {"logprobs": 2} if path == "completions" else {"logprobs": True, "top_logprobs": 2}
+    assert api.post(f"/v1/{path}", json={**body, **logprobs}).status_code == 200
+    assert len(loops) >= 9 and not any(loops)
 
 
 def test_no_stop_string_counts_before_min_tokens(api, script):
