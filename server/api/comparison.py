@@ -75,13 +75,12 @@ class Comparison:
             APIError: 503, there is no room for the log-probabilities.
             EngineError: an engine went away, or its output is broken.
         """
-        self._state.comparisons += 1
-        order = list(self._variants)
-        if self._state.comparisons % 2 == 0:
-            order.reverse()  # whoever goes first finds cold caches
         if self._parallel:
-            await together([self._generate(v, self._arrived, emit) for v in order])
+            await together([self._generate(v, self._arrived, emit) for v in self._variants])
         else:
+            self._state.timed_comparisons += 1
+            # Whoever goes first finds cold caches.
+            order = self._variants[:: -1 if self._state.timed_comparisons % 2 == 0 else 1]
             for variant in order:
                 begins = self._arrived if variant is order[0] else time.monotonic()
                 await self._generate(variant, begins, emit)

@@ -241,6 +241,16 @@ def test_a_comparison_has_a_priority_that_is_capped_as_well(api, script, asked, 
     assert (completion.priority, score.priority) == (given, given) and isinstance(score, Score)
 
 
+def test_the_order_of_timed_comparisons_alternates_also_as_the_page_runs_them(api, script):
+    firsts = []
+    for _ in range(4):
+        for parallel in (True, False):  # the page: side by side, then one after the other
+            body = {"prompt": "Hi", "max_tokens": 1, "temperature": 0, "stream": True, "parallel": parallel}
+            first = api.post("/v1/compare", json=body).text.split("\n\n")[0]
+        firsts.append(json.loads(first.removeprefix("data: "))["variant"])
+    assert firsts in (["dense", "reduced"] * 2, ["reduced", "dense"] * 2)
+
+
 def test_the_summary_is_worked_out_beside_the_loop(api, monkeypatch):
     traffic, loops = ABWindow.traffic, []
 
