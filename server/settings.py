@@ -217,7 +217,10 @@ class Settings(BaseSettings):
         None, description="Where saved states are kept; none: /v1/states is off. Replicas may share it."
     )
     state_ttl_s: float = Field(
-        86400.0, gt=0, description="A saved state that nobody used for so long is gone."
+        86400.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A saved state that nobody used for so long is gone.",
     )
     state_budget_bytes: int = Field(
         4 * 2**30, ge=2**10, description="Of all saved states; the least recently used go first."
@@ -294,7 +297,8 @@ def check_routing(settings: Settings, variants: set[str]) -> None:
 def _problem(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
-    if not where or where.startswith("api_keys"):  # a key must not end up on a screen
+    # An API key must not end up on a screen, nor one in a table whose name was mistyped.
+    if not where or where.startswith("api_keys") or error["type"] == "extra_forbidden":
         return f"{where}: {message}".removeprefix(": ")
     return f"{where}: {message}, got {error['input']!r}"
 

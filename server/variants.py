@@ -109,10 +109,10 @@ def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
             shutil.rmtree(lock.parent)
     directory = tempfile.TemporaryDirectory(prefix="lowkey-", dir=parent)
-    lock = Path(directory.name) / "lock"
-    held = lock.with_name("new").open("wb")
+    unheld = Path(directory.name) / "unheld"
+    held = unheld.open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)
-    lock.with_name("new").rename(lock)  # seen by others only once it is held
+    unheld.rename(unheld.with_name("lock"))  # a server that starts now finds no lock that nobody holds
     return directory, held
 
 

@@ -205,7 +205,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """0 for a step that only refuses requests."""
     occupancy: Occupancy
     cache_queries: int = 0
-    """Prompt tokens that were looked up in the prefix cache."""
+    """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""
     cache_hits: int = 0
     """Those among them whose state was there."""
 

@@ -80,7 +80,7 @@ class Scheduler:
         self._decoding: list[Request] = []
         """With at least one more token to sample by a decode."""
         self.cache_queries = 0
-        """Prompt tokens looked up in the prefix cache so far, and found there."""
+        """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
         self.cache_hits = 0
         self.refused: list[tuple[Request, str]] = []
         """Requests that could not start, and why; the engine tells and forgets them."""
@@ -242,7 +242,7 @@ class Scheduler:
                 return False
         insort(self._prefilling, request, key=_order)
         if request.prefix is not None:
-            self.cache_queries += request.prompt_length
+            self.cache_queries += request.prefix.limit
             self.cache_hits += allocation.cached
         if request.cut <= allocation.cached:
             request.cut = 0

@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from checkpoints import GATED, random_tensors, write_checkpoint
 from live_server import DEADLINE_S, ENDLESS, LiveServer, poll, suspended, withheld
+
+from server import variants
 
 DENSE = {"variant": "dense", "engine": "0"}
 BODY = {"model": "dense", "prompt": "Hi", "max_tokens": ENDLESS, "ignore_eos": True}
@@ -314,3 +318,22 @@ def test_a_second_signal_ends_a_drain_and_the_next_server_sweeps_up_after_a_kill
         assert "Traceback" not in server.log.read_text()
     finally:
         server.stop()
+
+
+def test_two_servers_that_start_at_once_leave_each_other_alone(monkeypatch):
+    flock = fcntl.flock
+    made = []
+
+    def late(file, operation):
+        if not operation & fcntl.LOCK_NB and not made:
+            made.append(None)
+            made.append(variants._make_runtime_dir())
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    made[:1] = [variants._make_runtime_dir()]
+    assert len(made) == 2
+    for directory, lock in made:
+        assert [path.name for path in Path(directory.name).iterdir()] == ["lock"]
+        directory.cleanup()
+        lock.close()

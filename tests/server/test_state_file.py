@@ -136,6 +136,7 @@ def test_errors_end_their_request_only(bench, tmp_path):
     tokens = {t.request_id: t for o in outputs for t in o.tokens}
     assert tokens[lost.request_id].finish_reason == "error"
     assert "can't be read" in tokens[lost.request_id].error and tokens[lost.request_id].token_id == -1
+    assert str(tmp_path) not in tokens[lost.request_id].error
     assert tokens[fine.request_id].finish_reason == "length"
     # alone, it makes a step that runs nothing
     (output,) = run(engine, {0: [generate(prompt(5), 4, state_path=str(tmp_path / "none"))]})
