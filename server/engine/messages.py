@@ -9,6 +9,9 @@ CANNOT_LOAD = 78
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+Phase = Literal["prefill", "decode", "mixed"]
+"""What a step's batch is made of."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine process is started; passed as JSON on its command line."""
@@ -199,7 +202,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: list[Token]
     scored: list[Scored]
     saved: list[StateSaved] = []
-    phase: Literal["prefill", "decode", "mixed"]
+    phase: Phase
     step_s: float
     batch_size: int
     """0 for a step that only refuses requests."""
