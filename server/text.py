@@ -62,12 +62,14 @@ class StopMatcher:
 
     def add(self, text: str) -> str:
         """Text that is safe to show. Once a stop string is complete, what stood before it, and `matched` is set."""
+        if not self._stops:
+            return text
         text = self._held + text
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             self.matched, self._held = True, ""
             return text[: min(found)[1]]
-        hold = max((self._overlap(text, stop) for stop in self._stops), default=0)
+        hold = max(self._overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
 
