@@ -151,7 +151,9 @@ class EngineClient:
                 if token.error is not None:
                     raise StateError(token.error)
                 if token.finish_reason == "error":
-                    raise BrokenOutputError(f"variant {self.config.variant!r} gave NaN or Inf for this prompt")
+                    raise BrokenOutputError(
+                        f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
+                    )
                 yield token
 
     async def score(self, message: Score) -> Scored:

@@ -205,7 +205,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     phase: Phase
     step_s: float
     batch_size: int
-    """0 for a step that only refuses requests."""
+    """0 for an output without a step: of refused requests and of files that have been written."""
     occupancy: Occupancy
     cache_queries: int = 0
     """Prompt tokens that were looked up in the prefix cache."""
