@@ -169,7 +169,7 @@ class Limits:
                 await error.response()(scope, receive, send)
             else:
                 is_stream = b"text/event-stream" in dict(started["headers"]).get(b"content-type", b"")
-                last = (sse(error.body()) + DONE).encode() if is_stream else b""
+                last = sse(error.body()) + DONE if is_stream else b""
                 await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _limited(self, receive: Receive, most: int) -> Receive:

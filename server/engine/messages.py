@@ -9,6 +9,9 @@ CANNOT_LOAD = 78
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+Phase = Literal["prefill", "decode", "mixed"]
+"""What a step's batch is made of."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine process is started; passed as JSON on its command line."""
@@ -199,10 +202,10 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: list[Token]
     scored: list[Scored]
     saved: list[StateSaved] = []
-    phase: Literal["prefill", "decode", "mixed"]
+    phase: Phase
     step_s: float
     batch_size: int
-    """0 for a step that only refuses requests."""
+    """0 for an output without a step: of refused requests and of files that have been written."""
     occupancy: Occupancy
     cache_queries: int = 0
     """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""

@@ -3,6 +3,7 @@ come first served."""
 
 import itertools
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -175,14 +176,15 @@ class Scheduler:
                 if len(request.snapshots) > SNAPSHOTS:
                     self._cache.drop(request.snapshots.pop(0))
 
-    def save(self, request: Request, path: Path, metadata: dict[str, str]) -> None:
-        """Write the state of a request whose prompt has been fed. Raises OSError."""
+    def save(self, request: Request, message: SaveState) -> Callable[[], None]:
+        """What writes the state of a request whose prompt has been fed (`StateCache.save`), before its last step is
+        `collected`."""
         if request.allocation is None:
             raise RuntimeError(f"request {request.id} has no state to save")
-        self._cache.save(request.allocation, path, metadata)
+        return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
 
     def collected(self, request: Request) -> None:
-        """A launched step of this request has been collected."""
+        """A launched step of this request has been collected, and nothing more is done with the state that it left."""
         request.steps_in_flight -= 1
         self._release_if_idle(request)
 
