@@ -13,14 +13,12 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # other processes of the machine are not Ray's to judge
-    "RAY_SERVE_LOG_TO_STDERR": "0",
 }
 
 
 @contextmanager
 def two_nodes(cpus: int, **environment: str) -> Iterator[Any]:
-    """A `ray.cluster_utils.Cluster` of two nodes of `cpus` CPUs, which this process is connected to. All of its
-    processes are gone at the end."""
+    """A `ray.cluster_utils.Cluster` of two nodes of `cpus` CPUs each. All of its processes are gone at the end."""
     before = dict(os.environ)
     directory = tempfile.mkdtemp(prefix="ray-")  # short: sockets lie in it
     os.environ.update(QUIET | {"RAY_TMPDIR": directory} | environment)
@@ -32,7 +30,6 @@ def two_nodes(cpus: int, **environment: str) -> Iterator[Any]:
     try:
         cluster.add_node(include_dashboard=False, **options)
         cluster.add_node(**options)
-        ray.init(address=cluster.address, log_to_driver=False)
         yield cluster
     finally:
         ray.shutdown()
