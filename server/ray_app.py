@@ -160,9 +160,13 @@ class Replica:
         context = serve.get_replica_context()
         return labelled(self._state.metrics.registry, context.deployment, context.replica_id.unique_id)
 
-    async def __del__(self) -> None:
-        """Called by Ray when no request runs any more, or `graceful_shutdown_timeout_s` is over."""
+    async def close(self) -> None:
+        """End the engines."""
         await self._life.aclose()
+
+    async def __del__(self) -> None:
+        """Called, and awaited, by Ray once no request runs any more."""
+        await self.close()
 
 
 def labelled(registry: CollectorRegistry, deployment: str, replica: str) -> list[Metric]:
@@ -211,7 +215,7 @@ def home_of(body: bytes) -> tuple[str, str]:
         return "", ""
     model = asked.model if isinstance(asked.model, str) else ""
     beginning = b""
-    if isinstance(asked.messages, list):
+    if asked.messages and isinstance(asked.messages, list):
         roles = [message.get("role") if isinstance(message, dict) else None for message in asked.messages]
         first = roles.index("user") if "user" in roles else 0
         beginning = msgspec.json.encode(asked.messages[: first + 1])
@@ -249,7 +253,7 @@ class Front:
         try:
             body = await self._body(request)
             headers = [(bytes(k), bytes(v)) for k, v in request.scope["headers"]]
-            path = request.scope["path"]
+            path = request.scope["path"].removeprefix(request.scope.get("root_path", ""))
             call = Call(request.method, path, request.scope["query_string"], headers, body)
             if path == "/metrics":
                 return await self._metrics(call)
