@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import tomllib
 from pathlib import Path
 
 import httpx
@@ -33,11 +32,35 @@ def test_an_answer_is_its_head_and_then_its_body_in_order():
         await send({"type": "http.response.start", "status": 201, "headers": [(b"a", b"b")]})
         for part in (message["body"], b"1", b"2"):
             await send({"type": "http.response.body", "body": part, "more_body": True})
-        await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
         await send({"type": "http.response.body", "body": b"3"})
 
-    parts = asyncio.run(parts_of(app, call(body=b"body ")))
-    assert parts == [(201, [(b"a", b"b")]), b"body 12", b"3"]
+    head, *parts = asyncio.run(parts_of(app, call(body=b"body ")))
+    assert head == (201, [(b"a", b"b")])
+    assert b"".join(parts) == b"body 123"
+
+
+def test_the_first_part_of_a_stream_comes_at_once_and_the_end_does_not_wait():
+    seen = asyncio.Event()
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"1", "more_body": True})
+        await seen.wait()
+        for part in (b"2", b"3"):
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+            await asyncio.sleep(0.01)
+
+    async def read():
+        parts = []
+        async with asyncio.timeout(60):
+            async for part in answer_of(app, call(), interval_s=3600):
+                parts.append(part)
+                if part == b"1":
+                    seen.set()
+        return parts[1:]
+
+    assert asyncio.run(read()) == [b"1", b"23"]
 
 
 def test_an_error_of_the_app_comes_through():
@@ -317,14 +340,17 @@ def test_a_checkpoint_that_cannot_be_loaded_fails_the_constructor(tmp_path):
         asyncio.run(made(Settings(variants={"dense": str(tmp_path)})))
 
 
-def test_the_configs_in_deploy_name_what_there_is(tmp_path):
-    for file in (ROOT / "deploy/ray").glob("*.yaml"):
-        document = yaml.safe_load(file.read_text())
-        if document.get("kind") == "RayService":
-            document = yaml.safe_load(document["spec"]["serveConfigV2"])
-        (application,) = document["applications"]
-        assert application["import_path"] == "server.ray_app:build"
-        args = Args.model_validate(application["args"])
-        assert {d["name"] for d in application["deployments"]} == {"Front", *args.config}
-    assert load_settings(ROOT / "deploy/ray/lowkey.toml").variants
-    assert tomllib.loads((ROOT / "deploy/ray/lowkey.toml").read_text())
+def test_the_configs_in_deploy_are_the_same_application_and_name_what_there_is():
+    config = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
+    manifest = yaml.safe_load((ROOT / "deploy/ray/rayservice.yaml").read_text())
+    assert yaml.safe_load(manifest["spec"]["serveConfigV2"]) == {"applications": config["applications"]}
+    (application,) = config["applications"]
+    assert application["import_path"] == "server.ray_app:build"
+    args = Args.model_validate(application["args"])
+    assert {d["name"] for d in application["deployments"]} == {"Front", *args.config}
+    settings = load_settings(ROOT / "deploy/ray/lowkey.toml")
+    lowkey = next(d for d in application["deployments"] if d["name"] == "Lowkey")
+    assert settings.max_requests is not None
+    assert lowkey["max_ongoing_requests"] == settings.max_requests * len(settings.variants)
+    assert lowkey["max_queued_requests"] == settings.max_queue
+    assert lowkey["graceful_shutdown_timeout_s"] > settings.drain_s

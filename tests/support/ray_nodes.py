@@ -11,6 +11,7 @@ import psutil
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "disabled",  # no token in the home directory
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # other processes of the machine are not Ray's to judge
 }
