@@ -20,6 +20,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INPUTS := pyproject.toml constraints.txt
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+RAY := $(VENV)/.installed-ray
 # Other people's clients, for tests/compat; they take much that Lowkey has no use for.
 CLIENTS_VENV := .cache/compat-venv
 CLIENTS := $(CLIENTS_VENV)/.installed
@@ -74,6 +75,11 @@ $(DEV): $(BASE)
 	@$(PIP) --editable '.[dev]' | $(PROGRESS)
 	@touch $@
 
+$(RAY): $(DEV)
+	@echo "Installing Ray"
+	@$(PIP) --editable '.[dev,ray]' | $(PROGRESS)
+	@touch $@
+
 $(CLIENTS): tests/compat/requirements.txt | $(BIN)/pip
 	@echo "Installing the clients that tests/compat runs"
 	@$(BIN)/python -m venv $(CLIENTS_VENV)
@@ -104,7 +110,7 @@ format: $(DEV)
 test: lint
 	$(BIN)/pytest -m "not slow"
 
-test-all: lint $(CLIENTS)
+test-all: lint $(CLIENTS) $(RAY)
 	$(BIN)/pytest
 
 compat: $(DEV) $(CLIENTS)
