@@ -25,6 +25,9 @@ class Lengths:
 
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
     def __post_init__(self) -> None:
         low, high = self._bounds()
         if not 1 <= low <= high <= MAX_TOKENS:
