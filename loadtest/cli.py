@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import ipaddress
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -73,7 +74,7 @@ class Common:
         ),
     ] = None
     vocab: Annotated[int, typer.Option(min=2, help="Token ids are drawn below this.")] = 256
-    seed: Annotated[int, typer.Option(help="Of prompts and arrivals.")] = 0
+    seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0
     slo_ttft: Annotated[float, typer.Option(min=0, help="Objective: seconds to the first token.")] = 0.5
     slo_itl: Annotated[
@@ -114,7 +115,8 @@ class Common:
         """What to send. Raises typer.BadParameter."""
         try:
             trace = read_trace(self.trace, self.vocab, self.seed) if self.trace else ()
-            return Workload(self.prompt_tokens, self.output_tokens, self.vocab, self.seed, trace)
+            salt = secrets.token_hex(8)
+            return Workload(self.prompt_tokens, self.output_tokens, self.vocab, self.seed, trace, salt)
         except WorkloadError as e:
             raise typer.BadParameter(str(e)) from e
 
