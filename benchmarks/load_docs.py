@@ -51,14 +51,13 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("docs", type=Path)
     options = parser.parse_args()
-    page = options.docs / "loadtest.md"
-    text = put(page.read_text("utf-8"), "machine", describe(options.results) + "\n")
+    results, docs = options.results.resolve(), options.docs.resolve()
+    page = docs / "loadtest.md"
+    text = put(page.read_text("utf-8"), "machine", describe(results) + "\n")
     for name, height in HEIGHTS.items():
-        made = options.results / name
-        screenshot(
-            made / "loadtest.html", options.docs / "images" / f"loadtest-{name}.png", WIDTH + 16, height + 16
-        )
-        text = put(text, name, (made / "loadtest.md").read_text("utf-8"))
+        picture = docs / "images" / f"loadtest-{name}.png"
+        screenshot(results / name / "loadtest.html", picture, WIDTH + 16, height + 16)
+        text = put(text, name, (results / name / "loadtest.md").read_text("utf-8"))
     page.write_text(text, "utf-8")
 
 
