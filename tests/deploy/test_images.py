@@ -4,31 +4,15 @@ import json
 import re
 import subprocess
 import tomllib
-from pathlib import Path
 
 import pytest
+from dockerfile import DOCKER, ROOT, arguments, environment
 
 from server.settings import Settings
 
-ROOT = Path(__file__).parents[2]
-DOCKER = ROOT / "docker"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 FILES = ("Dockerfile", "Dockerfile.cpu")
 GIVEN = {"LOWKEY_MODELS": "/srv/models", "GRAFANA_PASSWORD": "secret"}
-
-
-def instructions(file):
-    """(instruction, arguments) of a Dockerfile, lines joined."""
-    text = re.sub(r"^\s*#.*\n", "", (DOCKER / file).read_text(), flags=re.MULTILINE).replace("\\\n", " ")
-    return [tuple(line.split(maxsplit=1)) for line in text.splitlines() if line.strip()]
-
-
-def arguments(file, instruction):
-    return [rest for name, rest in instructions(file) if name == instruction]
-
-
-def environment(file):
-    return dict(re.findall(r"(\w+)=(\S+)", " ".join(arguments(file, "ENV"))))
 
 
 def interpolated():

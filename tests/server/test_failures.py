@@ -252,13 +252,16 @@ def test_a_draining_server_says_so_until_its_last_request_ends(arguments, tmp_pa
 
 
 def test_requests_are_taken_until_the_load_balancer_has_noticed(arguments, tmp_path):
-    server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_DELAY_S="3")
+    server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_DELAY_S="10")
     try:
         server.wait_ready()
+        short = {**ENDLESS, "max_tokens": 2}
+        assert "connection" not in server.http.post("/v1/completions", json=short).headers
         server.process.send_signal(signal.SIGTERM)
         poll(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "it is not ready any more")
-        answer = httpx.post(f"{server.url}/v1/completions", json={**ENDLESS, "max_tokens": 2})
+        answer = server.http.post("/v1/completions", json=short)
         assert answer.status_code == 200, answer.text
+        assert answer.headers["connection"] == "close", "the next request goes elsewhere"
         assert server.process.wait(DEADLINE_S) == 0
     finally:
         server.stop()
