@@ -72,7 +72,8 @@ def prefix(tmp_path_factory):
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         )  # fmt: skip
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-    return prefix
+    yield prefix
+    shutil.rmtree(folder)  # it takes more than a gigabyte
 
 
 def test_the_image_serves_on_a_read_only_root_as_a_user_without_rights(prefix, tmp_path):
