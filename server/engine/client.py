@@ -21,6 +21,7 @@ from server.engine.messages import (
     CANNOT_LOAD,
     Abort,
     EngineConfig,
+    Failed,
     Generate,
     Input,
     Occupancy,
@@ -40,7 +41,7 @@ logger = logging.getLogger("lowkey.supervisor")
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
 
-Answer = Token | Scored | StateSaved
+Answer = Token | Scored | StateSaved | Failed
 
 
 class EngineError(Exception):
@@ -57,6 +58,10 @@ class StateError(EngineError):
 
 class EngineUnavailableError(EngineError):
     """The engine is not there (loading, down), or died with this request in it."""
+
+
+class OutOfMemoryError(EngineUnavailableError):
+    """The engine's device had no memory for the request. It goes on with the others."""
 
 
 class EngineClient:
@@ -119,13 +124,12 @@ class EngineClient:
         Raises:
             EngineUnavailableError: before or between tokens.
             BrokenOutputError: the model gave NaN or Inf.
+            OutOfMemoryError: likewise.
             StateError: the saved state to go on from is no good.
         """
         async with contextlib.aclosing(self._exchange(message)) as items:
             async for item in items:
                 if isinstance(item, Token):
-                    if item.error is not None:
-                        raise StateError(item.error)
                     if item.finish_reason == "error":
                         raise BrokenOutputError(
                             f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
@@ -133,7 +137,7 @@ class EngineClient:
                     yield item
 
     async def score(self, message: Score) -> Scored:
-        """Log-probabilities of given tokens. Raises EngineUnavailableError."""
+        """Log-probabilities of given tokens. Raises EngineUnavailableError, OutOfMemoryError among them."""
         async with contextlib.aclosing(self._exchange(message)) as items:
             async for item in items:
                 if isinstance(item, Scored):
@@ -144,7 +148,7 @@ class EngineClient:
         """Have the state after a prompt written to a file.
 
         Raises:
-            EngineUnavailableError: before the answer.
+            EngineUnavailableError: before the answer, OutOfMemoryError among them.
             StateError: it could not be written.
         """
         async with contextlib.aclosing(self._exchange(message)) as items:
@@ -163,6 +167,8 @@ class EngineClient:
             self._send(message)
             while (item := await queue.get()) is not None:
                 finished = not isinstance(item, Token) or item.finish_reason is not None
+                if isinstance(item, Failed):
+                    raise (StateError if item.reason == "state" else OutOfMemoryError)(item.error)
                 yield item
                 if finished:
                     return
@@ -291,7 +297,7 @@ class EngineClient:
                     self._on_occupancy(message)
 
     def _deliver(self, output: StepOutput) -> None:
-        items: list[Answer] = [*output.tokens, *output.scored, *output.saved]
+        items: list[Answer] = [*output.tokens, *output.scored, *output.saved, *output.failed]
         for item in items:
             queue = self._requests.get(item.request_id)
             if queue is not None:  # else it was aborted while this was on its way
