@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.layers import Block, BlockStep, Mixer, MixerStep
+from modeling.layers import Block, BlockStep, Mixer, MixerInputs, MixerStep
 from modeling.ops import GatedDeltaRule, UnavailableError, chunked_gated_delta_rule
 from modeling.state import SequenceState, StatePool
 
@@ -34,7 +34,8 @@ class Prefill(Protocol):
 
 @dataclass(frozen=True)
 class Backend:
-    """The sequence form of the gated delta rule (prefill, training), the decode step, and the head's product.
+    """The sequence form of the gated delta rule (prefill, training) and what comes before it, the decode step, and the
+    head's product.
 
     `head(hidden, weight)` is `[n, hidden]` times `[vocab, hidden]` transposed. `prefill` is None where `Model.forward`
     goes from block to block, as it does anyway when it is given a rule or a tap.
@@ -44,6 +45,7 @@ class Backend:
     rule: GatedDeltaRule
     decode: Decode
     head: Callable[[Tensor, Tensor], Tensor] = F.linear
+    inputs: MixerInputs = Mixer.inputs
     prefill: Prefill | None = None
 
 
@@ -83,14 +85,17 @@ def cpu_backend(model: "Model") -> Backend:
     from modeling.ops.cpu import CompiledModel, compiled_gated_delta_rule
 
     compiled = CompiledModel(model)
-    return Backend("cpu", compiled_gated_delta_rule, compiled.decode, compiled.linear, compiled.prefill)
+    return Backend(
+        "cpu", compiled_gated_delta_rule, compiled.decode, compiled.linear, prefill=compiled.prefill
+    )
 
 
 def triton_backend() -> Backend:
     """Fused decode and fla's chunk kernels, for NVIDIA GPUs. Raises UnavailableError."""
     try:
         from modeling.ops.fla_rule import fla_gated_delta_rule
+        from modeling.ops.triton_prefill import triton_inputs
         from modeling.ops.triton_step import triton_block, triton_step
     except ImportError as e:
         raise UnavailableError(f"{e}; pip install 'lowkey[gpu]'") from e
-    return Backend("triton", fla_gated_delta_rule, by_layer(triton_step, triton_block))
+    return Backend("triton", fla_gated_delta_rule, by_layer(triton_step, triton_block), inputs=triton_inputs)

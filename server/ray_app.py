@@ -317,7 +317,7 @@ class Front:
             logger.warning("a replica went away in the middle of an answer: %s", e)
             if not is_stream:
                 raise  # the connection is closed before the announced length
-            yield (sse(unavailable("the replica went away; try again").body()) + DONE).encode()
+            yield sse(unavailable("the replica went away; try again").body()) + DONE
         finally:
             parts.cancel()
 
