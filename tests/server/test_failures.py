@@ -2,17 +2,21 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from checkpoints import GATED, random_tensors, write_checkpoint
 from live_server import DEADLINE_S, ENDLESS, LiveServer, poll, suspended, withheld
+
+from server import variants
 
 DENSE = {"variant": "dense", "engine": "0"}
 BODY = {"model": "dense", "prompt": "Hi", "max_tokens": ENDLESS, "ignore_eos": True}
@@ -262,9 +266,13 @@ def test_requests_are_taken_until_the_load_balancer_has_noticed(arguments, tmp_p
     server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_DELAY_S=str(DEADLINE_S))
     try:
         server.wait_ready()
+        short = {**BODY, "max_tokens": 2}
+        assert "connection" not in server.http.post("/v1/completions", json=short).headers
         server.process.send_signal(signal.SIGTERM)
-        poll(lambda: server.http.get("/ready").status_code == 503, "it is not ready any more")
-        assert server.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
+        poll(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "it is not ready any more")
+        answer = server.http.post("/v1/completions", json=short)
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["connection"] == "close", "the next request goes elsewhere"
         server.process.send_signal(signal.SIGTERM)  # we need not wait so long
         assert server.process.wait(DEADLINE_S) == 0
     finally:
@@ -314,3 +322,22 @@ def test_a_second_signal_ends_a_drain_and_the_next_server_sweeps_up_after_a_kill
         assert "Traceback" not in server.log.read_text()
     finally:
         server.stop()
+
+
+def test_two_servers_that_start_at_once_leave_each_other_alone(monkeypatch):
+    flock = fcntl.flock
+    made = []
+
+    def late(file, operation):
+        if not operation & fcntl.LOCK_NB and not made:
+            made.append(None)
+            made.append(variants._make_runtime_dir())
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    made[:1] = [variants._make_runtime_dir()]
+    assert len(made) == 2
+    for directory, lock in made:
+        assert [path.name for path in Path(directory.name).iterdir()] == ["lock"]
+        directory.cleanup()
+        lock.close()

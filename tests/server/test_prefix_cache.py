@@ -184,6 +184,9 @@ def test_a_score_takes_what_its_positions_allow(bench):
         assert answer.logprobs == pytest.approx(expected, abs=1e-4)
         hits = sum(o.cache_hits for o in outputs)
         assert hits <= first - 1 and (hits > 0) == (first > 192)
+        assert sum(o.cache_queries for o in outputs) == first - 1, (
+            "shadow traffic must not water the rate down"
+        )
 
 
 def scores(engine, message):

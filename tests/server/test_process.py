@@ -18,7 +18,7 @@ from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
 from server.engine.client import EngineUnavailableError, StateError
 from server.engine.messages import SaveState
-from server.engine.process import build, count_slots
+from server.engine.process import build
 
 CONFIG = {**GATED, "max_position_embeddings": 65536}
 
@@ -236,22 +236,6 @@ def test_closing_fails_what_is_pending_and_leaves_no_process(bench, tmp_path):
     harness.run(work())
     assert not engine.is_running()
     assert harness.downs == 1, "closing is no failure"
-
-
-def slots(**fields):
-    return count_slots(engine_config("x", **fields), 1000, "cpu")
-
-
-def test_the_pool_is_as_large_as_its_memory(monkeypatch):
-    monkeypatch.setattr("server.engine.process.free_memory", lambda device: 1_000_000)
-    assert slots(max_requests=None) == 64
-    assert slots(max_requests=7) == 7
-    # One of those that fit is the null slot.
-    assert slots(max_requests=7, state_memory=20_999) == 19
-    assert slots(max_requests=None, state_memory=0.5) == 499
-    for memory in (1999, 1e-3, 2):
-        with pytest.raises(CheckpointError, match="2000 bytes"):
-            slots(state_memory=memory)
 
 
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
