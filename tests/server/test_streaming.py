@@ -1,11 +1,12 @@
 """Several streams as one: nothing is lost, and nothing goes on when one fails or the reader leaves."""
 
 import asyncio
+import json
 from contextlib import aclosing
 
 import pytest
 
-from server.api.streaming import merged, together
+from server.api.streaming import merged, sse, together
 
 
 class Source:
@@ -90,3 +91,16 @@ def test_together_cancels_the_others():
         assert ended == ["slow", "slow"]
 
     asyncio.run(work())
+
+
+def test_an_event_is_compact_and_keeps_its_order():
+    assert sse({"b": 1, "a": [None, True, 0.5], "text": 'a "b"\n'}) == (
+        b'data: {"b":1,"a":[null,true,0.5],"text":"a \\"b\\"\\n"}\n\n'
+    )
+
+
+@pytest.mark.parametrize("text", ["é", "😀", "\x00\x0b\x0c\x1c", "a\x85b\u2028c\u2029d", "\u2027\u202a"])
+def test_an_event_is_one_line_however_lines_are_told_apart(text):
+    line, *rest = sse({"text": text}).decode().splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
