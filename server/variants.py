@@ -24,7 +24,7 @@ from server.chat_template import (
 from server.engine.client import EngineClient
 from server.engine.messages import EngineConfig, Occupancy, Ready, one_or_all
 from server.metrics import Metrics, VariantMetrics
-from server.settings import Settings, VariantSettings
+from server.settings import Settings, VariantSettings, device_shares
 from server.text import TokenTexts
 
 logger = logging.getLogger("lowkey.variants")
@@ -110,8 +110,10 @@ def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
             shutil.rmtree(lock.parent)
     directory = tempfile.TemporaryDirectory(prefix="lowkey-", dir=parent)
-    held = (Path(directory.name) / "lock").open("wb")
+    unheld = Path(directory.name) / "unheld"
+    held = unheld.open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)
+    unheld.rename(unheld.with_name("lock"))  # a server that starts now finds no lock that nobody holds
     return directory, held
 
 
@@ -162,6 +164,7 @@ class Variants:
             dtype=own.dtype or settings.dtype,
             max_requests=settings.max_requests,
             state_memory=settings.state_memory,
+            device_memory=device_shares(settings)[name],
             state_dtype=settings.state_dtype,
             prefix_cache=settings.prefix_cache,
             batch_invariant=settings.batch_invariant,

@@ -36,11 +36,13 @@ class EventStream(StreamingResponse):
         # Proxies must pass tokens on at once.
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._on_end = on_end
+        self._events, self._on_end = events, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            # A reader who leaves while an event waits to be sent would leave the rest to the garbage collector.
+            async with contextlib.aclosing(self._events):
+                await super().__call__(scope, receive, send)
         finally:
             self._on_end()
 

@@ -21,6 +21,7 @@ from server.engine.messages import (
     CANNOT_LOAD,
     Abort,
     EngineConfig,
+    Failed,
     Generate,
     Input,
     Occupancy,
@@ -40,7 +41,7 @@ logger = logging.getLogger("lowkey.supervisor")
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
 
-Answer = Token | Scored | StateSaved
+Answer = Token | Scored | StateSaved | Failed
 
 
 class EngineError(Exception):
@@ -59,6 +60,10 @@ class EngineUnavailableError(EngineError):
     """The engine is not there (loading, down), or died with this request in it."""
 
 
+class OutOfMemoryError(EngineUnavailableError):
+    """The engine's device had no memory for the request. It goes on with the others."""
+
+
 class _Exchange:
     """The answers to one request, as they come."""
 
@@ -72,13 +77,15 @@ class _Exchange:
         """None: the engine is gone."""
         self._answers.put_nowait(answer)
 
-    async def answer(self) -> Answer:
-        """The next one. Raises EngineUnavailableError."""
+    async def answer(self) -> Token | Scored | StateSaved:
+        """The next one. Raises EngineUnavailableError, OutOfMemoryError among them, and StateError."""
         answer = await self._answers.get()
         if answer is None:
             self.finished = True
             raise EngineUnavailableError(f"variant {self._variant!r} went down while it served this request")
         self.finished = not isinstance(answer, Token) or answer.finish_reason is not None
+        if isinstance(answer, Failed):
+            raise (StateError if answer.reason == "state" else OutOfMemoryError)(answer.error)
         return answer
 
 
@@ -100,7 +107,7 @@ class EngineClient:
         config: EngineConfig,
         runtime_dir: Path,
         *,
-        hang_s: float = 30.0,
+        hang_s: float,
         on_ready: Callable[[Ready], None],
         on_step: Callable[[StepOutput], None],
         on_occupancy: Callable[[Occupancy], None],
@@ -142,14 +149,13 @@ class EngineClient:
         Raises:
             EngineUnavailableError: before or between tokens.
             BrokenOutputError: the model gave NaN or Inf.
+            OutOfMemoryError: likewise.
             StateError: the saved state to go on from is no good.
         """
         with self._exchange(message) as exchange:
             while not exchange.finished:
                 token = await exchange.answer()
                 assert isinstance(token, Token)
-                if token.error is not None:
-                    raise StateError(token.error)
                 if token.finish_reason == "error":
                     raise BrokenOutputError(
                         f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
@@ -157,7 +163,7 @@ class EngineClient:
                 yield token
 
     async def score(self, message: Score) -> Scored:
-        """Log-probabilities of given tokens. Raises EngineUnavailableError."""
+        """Log-probabilities of given tokens. Raises EngineUnavailableError, OutOfMemoryError among them."""
         with self._exchange(message) as exchange:
             scored = await exchange.answer()
             assert isinstance(scored, Scored)
@@ -167,7 +173,7 @@ class EngineClient:
         """Have the state after a prompt written to a file.
 
         Raises:
-            EngineUnavailableError: before the answer.
+            EngineUnavailableError: before the answer, OutOfMemoryError among them.
             StateError: it could not be written.
         """
         with self._exchange(message) as exchange:
@@ -305,7 +311,7 @@ class EngineClient:
                     self._on_occupancy(message)
 
     def _deliver(self, output: StepOutput) -> None:
-        items: list[Answer] = [*output.tokens, *output.scored, *output.saved]
+        items: list[Answer] = [*output.tokens, *output.scored, *output.saved, *output.failed]
         for item in items:
             exchange = self._requests.get(item.request_id)
             if exchange is not None:  # else it was aborted while this was on its way

@@ -56,7 +56,7 @@ class Engine:
     def idle(self) -> bool:
         """Nothing to run, nothing to collect and nothing to tell."""
         s = self._scheduler
-        return not (s.running or s.waiting or self._launched or s.refused)
+        return not (s.running or s.waiting or self._launched or s.failed)
 
     @property
     def blocked(self) -> bool:
@@ -93,12 +93,15 @@ class Engine:
             for chunk in batch.prefills:
                 for request in (chunk.request, *chunk.forks):
                     request.started = request.started or now
-            self._launched.append(_Launched(self._runner.launch(batch), now))
+            pending = self._runner.launch(batch)
+            self._launched.append(_Launched(pending, now))
+            for request in pending.failed:
+                self._scheduler.out_of_memory(request)
             self._scheduler.launched(batch)
         output: StepOutput | None = None
         if self._launched and (batch is None or len(self._launched) > self._depth):
             output = self._collect(self._launched.popleft())
-        elif self._scheduler.refused or self._writer.due:
+        elif self._scheduler.failed or self._writer.due:
             output = self._output([], [], Batch([], []), 0.0)
         self._blocked = output is None and not self._launched and self._writer.busy
         if self.idle:
@@ -130,9 +133,8 @@ class Engine:
 
     def _output(self, tokens: list[Token], scored: list[Scored], batch: Batch, step_s: float) -> StepOutput:
         saved = [s for ended in self._writer.finished() if (s := self._saved(*ended)) is not None]
-        for request, error in self._scheduler.refused:
-            tokens.append(Token(request.id, BROKEN, "error", error=error))
-        self._scheduler.refused.clear()
+        failed = list(self._scheduler.failed)
+        self._scheduler.failed.clear()
         counts = self._scheduler.cache_queries, self._scheduler.cache_hits
         queries, hits = counts[0] - self._reported[0], counts[1] - self._reported[1]
         self._reported = counts
@@ -140,6 +142,7 @@ class Engine:
             tokens=tokens,
             scored=scored,
             saved=saved,
+            failed=failed,
             phase="mixed" if batch.decodes and batch.prefills else "decode" if batch.decodes else "prefill",
             step_s=step_s,
             batch_size=len(batch.requests),

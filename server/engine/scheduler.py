@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.engine.cache import Allocation, StateCache
-from server.engine.messages import FinishReason, Generate, SaveState, Score
+from server.engine.messages import Failed, FinishReason, Generate, SaveState, Score
 from server.engine.request import Request
 from server.engine.state_file import StateFileError
 
@@ -81,10 +81,10 @@ class Scheduler:
         self._decoding: list[Request] = []
         """With at least one more token to sample by a decode."""
         self.cache_queries = 0
-        """Prompt tokens looked up in the prefix cache so far, and found there."""
+        """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
         self.cache_hits = 0
-        self.refused: list[tuple[Request, str]] = []
-        """Requests that could not start, and why; the engine tells and forgets them."""
+        self.failed: list[Failed] = []
+        """Requests that can't go on, and why; the engine tells and forgets them."""
 
     @property
     def running(self) -> int:
@@ -139,6 +139,12 @@ class Scheduler:
                 self._decoding.remove(request)
         self._release_if_idle(request)
 
+    def out_of_memory(self, request: Request) -> None:
+        """The device had no memory for a step of this request, whose state is of no use any more."""
+        error = f"the device has no memory left for this request (a prompt of {request.prompt_length} tokens)"
+        self.failed.append(Failed(request_id=request.id, reason="memory", error=error))
+        self.finish(request, "error")
+
     def next_batch(self) -> Batch | None:
         """Plan a step and count it as launched. None when there is nothing to run."""
         decodes = list(self._decoding)
@@ -166,7 +172,9 @@ class Scheduler:
         """The step is on its way: keep the states that it leaves for prompts that begin alike."""
         for chunk in batch.prefills:
             request = chunk.request
-            if request.prefix is None or request.allocation is None or isinstance(request.message, Score):
+            if request.finish_reason is not None or request.prefix is None or request.allocation is None:
+                continue
+            if isinstance(request.message, Score):
                 continue
             if chunk.is_last:
                 self._cache.snapshot(request.prefix, chunk.end, request.allocation)
@@ -238,13 +246,13 @@ class Scheduler:
             try:
                 self._cache.load(allocation, Path(request.message.state_path))
             except StateFileError as e:
-                self.refused.append((request, str(e)))
+                self.failed.append(Failed(request_id=request.id, reason="state", error=str(e)))
                 request.finish_reason = "error"
                 self._release_if_idle(request)
                 return False
         insort(self._prefilling, request, key=_order)
         if request.prefix is not None:
-            self.cache_queries += request.prompt_length
+            self.cache_queries += request.prefix.limit
             self.cache_hits += allocation.cached
         if request.cut <= allocation.cached:
             request.cut = 0

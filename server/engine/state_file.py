@@ -42,10 +42,13 @@ def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
 
 
 def load_state(pool: StatePool, slot: int, path: Path) -> None:
-    """Fill `slot` from a file. Raises StateFileError, and has then written nothing."""
+    """Fill `slot` from a file. Raises StateFileError, and has then written nothing. Its message goes to the client: it
+    names no path."""
     try:
         loaded = load_file(path)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
+        raise StateFileError("the saved state can't be read; it may have expired or been deleted") from e
+    except SafetensorError as e:
         raise StateFileError(f"the saved state can't be read: {e}") from e
     ours = _tensors(pool, slot)
     if loaded.keys() != ours.keys():

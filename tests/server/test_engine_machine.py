@@ -186,16 +186,16 @@ class EngineMachine(RuleBasedStateMachine):
     def check(self, output):
         for token in output.tokens:
             assert token.request_id not in self.ended and token.request_id not in self.aborted
-            if token.error is not None:
-                assert "can't be read" in token.error and token.finish_reason == "error"
-                assert self.added[token.request_id].state_path.endswith("none")
-                self.ended[token.request_id] = "error"
-                continue
             tokens = self.tokens.setdefault(token.request_id, [])
             assert token.token_id == len(tokens)
             tokens.append(token.token_id)
             if token.finish_reason is not None:
                 self.ended[token.request_id] = token.finish_reason
+        for failure in output.failed:
+            assert failure.request_id not in self.ended and failure.request_id not in self.aborted
+            assert failure.reason == "state" and "can't be read" in failure.error
+            assert self.added[failure.request_id].state_path.endswith("none")
+            self.ended[failure.request_id] = "error"
         for answer in (*output.scored, *output.saved):
             assert answer.request_id not in self.ended and answer.request_id not in self.aborted
             self.ended[answer.request_id] = "stop"
@@ -224,7 +224,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert self.runner.read(entry.slot) == fed((0, 0), ids), "a prefix's state has been written over"
             assert not self.options[4] or entry.length % 64 == 0
         assert self.engine.idle == (
-            not self.scheduler._requests and not self.runner.launched and not self.scheduler.refused
+            not self.scheduler._requests and not self.runner.launched and not self.scheduler.failed
         )
 
     def teardown(self):

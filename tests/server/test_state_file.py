@@ -151,12 +151,14 @@ def test_errors_end_their_request_only(bench, tmp_path):
     fine = generate(prompt(6), 4)
     outputs = run(engine, {0: [lost, fine]})
     tokens = {t.request_id: t for o in outputs for t in o.tokens}
-    assert tokens[lost.request_id].finish_reason == "error"
-    assert "can't be read" in tokens[lost.request_id].error and tokens[lost.request_id].token_id == -1
+    (failed,) = (f for o in outputs for f in o.failed)
+    assert (failed.request_id, failed.reason) == (lost.request_id, "state")
+    assert "can't be read" in failed.error and str(tmp_path) not in failed.error
+    assert lost.request_id not in tokens
     assert tokens[fine.request_id].finish_reason == "length"
     # alone, it makes a step that runs nothing
     (output,) = run(engine, {0: [generate(prompt(5), 4, state_path=str(tmp_path / "none"))]})
-    assert output.batch_size == 0 and output.tokens[0].finish_reason == "error"
+    assert output.batch_size == 0 and not output.tokens and output.failed[0].reason == "state"
     answer = save(engine, prompt(5), tmp_path / "none" / "x")
     assert "can't be written" in answer.error
     assert engine.idle and engine.occupancy.used_slots == 0
