@@ -6,6 +6,7 @@ import math
 
 import pytest
 from checkpoints import byte_tokenizer
+from prometheus_client.metrics import MetricWrapperBase
 from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 
 from server.ab import ABWindow
@@ -335,3 +336,17 @@ def test_continuous_usage_is_exact_for_several_choices(api):
     counts = [c["usage"]["completion_tokens"] for c in chunks]
     assert counts == sorted(counts) and counts[-1] == 16
     assert all(c["usage"]["prompt_tokens"] == 2 for c in chunks)
+
+
+def test_a_token_looks_up_no_series(api, script, monkeypatch):
+    """Looking one up by its labels takes longer than all else that is measured of a token."""
+    looked_up = []
+    labels = MetricWrapperBase.labels
+    monkeypatch.setattr(MetricWrapperBase, "labels", lambda *a, **k: looked_up.append(a) or labels(*a, **k))
+    counts = []
+    for length in (2, 30):
+        looked_up.clear()
+        script.queue.append(ids("x" * length))
+        assert len(events(api, max_tokens=length)) == length + 1
+        counts.append(len(looked_up))
+    assert counts[0] == counts[1]
