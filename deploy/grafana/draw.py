@@ -86,8 +86,8 @@ class Picture:
 
     def text(self, text: str, x: float, y: float, size: int) -> None:
         self.figure.add_annotation(
-            text=text, x=x, y=y, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False,
-            font={"size": size},
+            text=text, x=x, y=y, xref="paper", yref="paper", xanchor="left", align="left", yanchor="top",
+            showarrow=False, font={"size": size},
         )  # fmt: skip
 
     def stat(self, grid: dict[str, int], series: list[tuple[str, float]], unit: str) -> None:

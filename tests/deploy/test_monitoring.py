@@ -41,6 +41,14 @@ def test_the_recording_rules_that_alerts_read_exist():
     assert used and used <= defined
 
 
+def test_every_alert_has_its_place_on_the_page_that_says_what_to_do():
+    alerts = (PROMETHEUS / "alerts.yaml").read_text()
+    names = re.findall(r"- alert: (\w+)", alerts)
+    assert re.findall(r"runbook: (\S+)", alerts) == [f"docs/operations.md#{name.lower()}" for name in names]
+    headings = re.findall(r"^### (\w+)\n\S", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(names)
+
+
 def test_every_panel_asks_something_of_the_chosen_variants():
     panels = json.loads((ROOT / "deploy" / "grafana" / "lowkey.json").read_text())["panels"]
     queries = [t["expr"] for panel in panels if panel["type"] != "row" for t in panel["targets"]]
