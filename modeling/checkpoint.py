@@ -138,16 +138,22 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing or of another shape than the config says.
         """
+        types = self.parameter_types(dtype)
         state: dict[str, Tensor] = {}
         for m in self.family.tensors(self.spec):
             if not m.ours.startswith(prefix):
                 continue
-            shape = self._shapes[m.ours]
-            keep_fp32 = len(shape) == 1 and not m.ours.endswith("conv.bias")
-            state[m.ours.removeprefix(prefix)] = self._join(m, shape).to(
-                device=device, dtype=torch.promote_types(dtype, torch.float32) if keep_fp32 else dtype
-            )
+            shape, kind = types[m.ours]
+            state[m.ours.removeprefix(prefix)] = self._join(m, shape).to(device=device, dtype=kind)
         return state
+
+    def parameter_types(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each of our parameters when the model is loaded in `dtype`."""
+        wide = torch.promote_types(dtype, torch.float32)
+        return {
+            name: (shape, wide if len(shape) == 1 and not name.endswith("conv.bias") else dtype)
+            for name, shape in self._shapes.items()
+        }
 
     @cached_property
     def _shapes(self) -> dict[str, torch.Size]:
@@ -287,7 +293,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing") from e
     except OSError as e:
         raise CheckpointError(f"{path} can't be read: {e}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a number of 5000 digits, 5000 brackets
         raise CheckpointError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")

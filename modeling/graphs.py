@@ -2,7 +2,7 @@
 
 A decode step is a few hundred small kernels, which take the host longer to launch than a GPU to run. A graph is
 recorded once and replayed with one call, always on the same memory: the buffers for ids and slots, the pool and the
-logits stay where they are.
+hidden states stay where they are.
 """
 
 from bisect import bisect_left
@@ -17,6 +17,22 @@ from modeling.state import StatePool
 
 WARM_UP = 2
 """Runs before a recording: kernels are compiled, libraries take their workspace."""
+
+
+MAX_BATCH = 512
+"""Larger batches are launched kernel by kernel: their states take the device longer than that takes the host."""
+
+
+def graph_sizes(most: int) -> list[int]:
+    """Batch sizes to record for up to `most` requests: from 8 on a quarter of a power of two apart, so that a batch is
+    padded by less than a quarter."""
+    most = min(most, MAX_BATCH)
+    sizes = [1, 2, 4]
+    size = 8
+    while size < most:
+        sizes.append(size)
+        size += max(8, (1 << size.bit_length()) // 8)
+    return [s for s in sizes if s < most] + [most]
 
 
 class Recorder(Protocol):
@@ -47,7 +63,7 @@ class CudaRecorder:
 
 
 class DecodeGraphs:
-    """`model.logits(model.decode(...))` for any batch up to the largest of `batch_sizes`.
+    """`model.decode` for any batch up to the largest of `batch_sizes`.
 
     A batch runs on the smallest graph that holds it. The rows left over decode token 0 on the null slot, a slot of the
     pool that belongs to no request: several rows may write it at once, and what is in it means nothing.
@@ -61,7 +77,7 @@ class DecodeGraphs:
         null_slot: int,
         recorder: Recorder,
     ) -> None:
-        """Records one graph per batch size, which takes about a second each.
+        """Records one graph per batch size.
 
         Raises:
             ValueError: no batch size, or one below 1.
@@ -80,7 +96,7 @@ class DecodeGraphs:
                 ids, slots = self._input_ids[:size], self._slots[:size]
 
                 def step(ids: Tensor = ids, slots: Tensor = slots) -> Tensor:
-                    return model.logits(model.decode(ids, pool, slots))
+                    return model.decode(ids, pool, slots)
 
                 self._graphs[size] = recorder(step)
 
@@ -88,11 +104,11 @@ class DecodeGraphs:
         """One token of each of B requests.
 
         Args:
-            input_ids: int64 `[B]`, on the model's device or in pinned memory.
+            input_ids: int64 `[B]`, on the model's device.
             slots: int64 `[B]`, likewise; distinct, and not the null slot.
 
         Returns:
-            Logits `[B, vocab]`, valid until the next call.
+            Hidden states after the final norm, `[B, hidden]`, valid until the next call.
 
         Raises:
             ValueError: more requests than the largest batch size.
@@ -105,6 +121,6 @@ class DecodeGraphs:
         self._slots[:batch].copy_(slots, non_blocking=True)
         self._input_ids[batch:size].zero_()
         self._slots[batch:size].fill_(self._null_slot)
-        replay, logits = self._graphs[size]
+        replay, hidden = self._graphs[size]
         replay()
-        return logits[:batch]
+        return hidden[:batch]

@@ -132,6 +132,21 @@ class Mixer(nn.Module):
         q, k, v = qkv.split([s.key_dim, s.key_dim, s.value_dim], dim=-1)
         return q.unflatten(-1, (-1, s.d_k)), k.unflatten(-1, (-1, s.d_k)), v.unflatten(-1, (-1, s.d_v))
 
+    def inputs(
+        self,
+        qkv: Tensor,
+        cu_seqlens: Sequence[int],
+        state: Tensor | None,
+        between: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`MixerInputs` in plain torch operations, on any device; differentiable. `between` replaces q and k before
+        they are normalised."""
+        qkv, state = self.conv(qkv, cu_seqlens, state)
+        q, k, v = self._split_heads(qkv)
+        if between is not None:
+            q, k = between(q, k)
+        return l2_normalise(q), l2_normalise(k), v, state
+
     def forward(
         self,
         x: Tensor,
@@ -140,17 +155,18 @@ class Mixer(nn.Module):
         conv: Tensor | None,
         rule: GatedDeltaRule,
         tap: Tap | None,
+        inputs: "MixerInputs | None" = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x `[tokens, hidden]` -> output like x, recurrent and convolution state of each sequence."""
         qkv, gate, beta_in, decay_in = self.in_proj(x).split(self.spec.in_proj_sizes, dim=-1)
-        qkv, conv = self.conv(qkv, cu_seqlens, conv)
-        q, k, v = self._split_heads(qkv)
-        if tap is not None:
-            q, k = tap(self.layer, x, q, k)
+        if tap is None:
+            q, k, v, conv = (inputs or Mixer.inputs)(self, qkv, cu_seqlens, conv)
+        else:
+            q, k, v, conv = self.inputs(qkv, cu_seqlens, conv, lambda q, k: tap(self.layer, x, q, k))
         beta, g = self._gates(beta_in, decay_in)
         o, recurrent = rule(
-            l2_normalise(q),
-            l2_normalise(k),
+            q,
+            k,
             v,
             g,
             beta,
@@ -199,6 +215,24 @@ class MixerStep(Protocol):
     ) -> Tensor: ...
 
 
+class MixerInputs(Protocol):
+    """What a mixer's rule reads, of packed sequences: convolution, SiLU, heads and L2 norms.
+
+    Args:
+        mixer: whose spec and parameters to use.
+        qkv: of the input projection's output, `[tokens, conv_channels]`.
+        cu_seqlens: offsets of the packed sequences.
+        state: `[sequences, conv_channels, conv_kernel - 1]`, the inputs before these; None for zeros.
+
+    Returns:
+        q and k `[tokens, num_k_heads, d_k]`, normalised, v `[tokens, num_v_heads, d_v]`, and the new state.
+    """
+
+    def __call__(
+        self, mixer: Mixer, qkv: Tensor, cu_seqlens: Sequence[int], state: Tensor | None, /
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+
+
 class MLP(nn.Module):
     """SwiGLU with a fused gate and up projection, rows `gate | up`."""
 
@@ -231,8 +265,9 @@ class Block(nn.Module):
         conv: Tensor | None,
         rule: GatedDeltaRule,
         tap: Tap | None,
+        inputs: MixerInputs | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, recurrent, conv = self.mixer(self.mixer_norm(x), cu_seqlens, recurrent, conv, rule, tap)
+        y, recurrent, conv = self.mixer(self.mixer_norm(x), cu_seqlens, recurrent, conv, rule, tap, inputs)
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), recurrent, conv
 

@@ -54,6 +54,8 @@ class Model(nn.Module):
         Returns:
             Hidden states after the final norm, `[tokens, hidden]`, and each sequence's state after its last token.
         """
+        if self.backend.prefill is not None and rule is None and tap is None:
+            return self.backend.prefill(self, input_ids, cu_seqlens, state)
         rule = rule or self.backend.rule
         x = self.embeddings(input_ids)
         recurrent: list[Tensor] = []
@@ -66,10 +68,28 @@ class Model(nn.Module):
                 None if state is None else state.conv[i],
                 rule,
                 tap,
+                self.backend.inputs,
             )
             recurrent.append(r)
             conv.append(c)
         return self.norm(x), SequenceState(recurrent, conv)
+
+    def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
+        """`forward` of sequences whose states are in `pool` at `slots` `[sequences]`, and move on there.
+
+        Only one layer's states are copied at a time: a batch of many short prompts needs no copy of all that it holds.
+
+        Returns:
+            Hidden states after the final norm, `[tokens, hidden]`.
+        """
+        x = self.embeddings(input_ids)
+        for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
+            before = recurrent[slots], conv[slots]
+            x, r, c = block(x, cu_seqlens, *before, self.backend.rule, None, self.backend.inputs)
+            recurrent[slots] = r.to(recurrent.dtype)
+            conv[slots] = c.to(conv.dtype)
+        y: Tensor = self.norm(x)
+        return y
 
     def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
         """One token of each of B requests; their states in `pool` move on by that token.

@@ -149,7 +149,7 @@ def serve(
         typer.Option(
             metavar="SIZE|SHARE",
             help="Memory of each variant's state slots, as 2GiB or as a share of the free memory like 0.5. "
-            "[default: a slot for each of --max-requests, else 64 slots]",
+            "[default: on a GPU all of it; on a CPU a slot for each of --max-requests, else 64 slots]",
         ),
     ] = None,
     state_dtype: Annotated[

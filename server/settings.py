@@ -32,6 +32,7 @@ VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.
 KeyName = VariantName
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 DType = Literal["auto", "float32", "bfloat16"]
+DeviceMemory = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 MIN_KEY_LENGTH = 16
@@ -52,6 +53,11 @@ class VariantSettings(_Table):
     source: str = Field(min_length=1, description="Checkpoint directory or hub id.")
     device: Device | None = Field(default=None, description="Instead of the server's `device`.")
     dtype: DType | None = Field(default=None, description="Instead of the server's `dtype`.")
+    device_memory: DeviceMemory | None = Field(
+        default=None,
+        description="Share of its GPU's memory; by default an equal part of what the GPU's other variants leave of the "
+        "server's `device_memory`.",
+    )
 
 
 def _variant(value: Any) -> Any:
@@ -146,7 +152,8 @@ class Settings(BaseSettings):
 
     variants: dict[VariantName, Annotated[VariantSettings, BeforeValidator(_variant)]] = Field(
         default_factory=dict,
-        description="Variant name -> checkpoint directory or hub id, or a table with `source`, `device` and `dtype`; "
+        description="Variant name -> checkpoint directory or hub id, or a table with `source`, `device`, "
+        "`dtype` and `device_memory`; "
         "the first is the default.",
     )
     aliases: dict[VariantName, Annotated[dict[VariantName, Weight], Field(min_length=1)]] = Field(
@@ -181,8 +188,13 @@ class Settings(BaseSettings):
     )
     state_memory: StateMemory | None = Field(
         None,
-        description="Memory of each variant's state slots: bytes (2GiB) or a share of what is free once its weights "
-        "are loaded (0.5); by default a slot for each of max_requests, 64 if that isn't given either.",
+        description="Memory of each variant's state slots: bytes (2GiB) or a share of what its weights and its work "
+        "leave (0.5); by default on a GPU all of that, on a CPU a slot for each of max_requests, 64 if that isn't "
+        "given either.",
+    )
+    device_memory: DeviceMemory = Field(
+        0.9,
+        description="Share of each GPU's memory that the variants on it may take together, weights and all.",
     )
     state_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="The recurrent state; bfloat16 halves it and rounds it after every token."
@@ -204,7 +216,7 @@ class Settings(BaseSettings):
         description="Most prompt tokens in one step, so that a long prompt delays nobody long.",
     )
     hang_s: float = Field(
-        30.0,
+        120.0,
         ge=2,
         description="An engine that gives no sign of life for so long is killed and started again.",
     )
@@ -273,7 +285,38 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         check_routing(self, set(self.variants))
+        device_shares(self)
         return self
+
+
+def device_shares(settings: Settings) -> dict[str, float]:
+    """The share of its GPU's memory that each variant may take. "auto" counts as the first GPU; of a CPU nobody has a
+    share, so that those of `device = "cpu"` are all 1.
+
+    Raises:
+        ValueError: the variants of one GPU name more than there is, or leave nothing for one that names none.
+    """
+    by_device: dict[str, dict[str, float | None]] = {}
+    for name, variant in settings.variants.items():
+        device = variant.device or settings.device
+        device = "cuda:0" if device in ("auto", "cuda") else device
+        by_device.setdefault(device, {})[name] = variant.device_memory
+    shares = dict.fromkeys(by_device.pop("cpu", ()), 1.0)
+    for device, variants in by_device.items():
+        named = {name: share for name, share in variants.items() if share is not None}
+        rest = [name for name in variants if name not in named]
+        total = math.fsum(named.values())
+        if total > 1:
+            raise ValueError(
+                f"variants.*.device_memory: on {device} {named} come to {total:.3g}, more than 1"
+            )
+        if rest and total >= settings.device_memory:
+            raise ValueError(
+                f"variants.*.device_memory: on {device} {named} leave nothing of device_memory = "
+                f"{settings.device_memory:.3g} for {rest}"
+            )
+        shares |= named | dict.fromkeys(rest, (settings.device_memory - total) / max(len(rest), 1))
+    return shares
 
 
 def check_routing(settings: Settings, variants: set[str]) -> None:

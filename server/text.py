@@ -64,6 +64,8 @@ class StopMatcher:
 
     def add(self, text: str) -> str:
         """Text that is safe to show. Once a stop string is complete, what stood before it, and `matched` is set."""
+        if not self._stops:
+            return text
         starts = [len(self._held) - begun for begun in self._begun]
         text = self._held + text
         # Each from where it began itself: what another one holds back must not be looked through for every token.
@@ -75,7 +77,7 @@ class StopMatcher:
         self._begun = [
             self._overlap(text[start:], stop) for stop, start in zip(self._stops, starts, strict=True)
         ]
-        shown = len(text) - max(self._begun, default=0)
+        shown = len(text) - max(self._begun)
         self._held = text[shown:]
         return text[:shown]
 

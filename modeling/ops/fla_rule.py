@@ -1,20 +1,13 @@
 """Prefill on a GPU: flash-linear-attention's chunk kernels over packed sequences."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from torch import Tensor
 
 from modeling.ops.chunked import chunked_gated_delta_rule
-
-
-@lru_cache(maxsize=8)
-def _offsets(cu_seqlens: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """One tensor for all layers of a batch: fla keeps what it derives from a tensor for as long as it is the same."""
-    offsets = torch.tensor(cu_seqlens, dtype=torch.int64)
-    return offsets.to(device), offsets
+from modeling.ops.packing import CHUNK, packing
 
 
 def fla_gated_delta_rule(
@@ -39,7 +32,7 @@ def fla_gated_delta_rule(
         )
     if g is None:
         g = torch.zeros_like(beta, dtype=torch.float32)
-    offsets, offsets_on_host = _offsets(tuple(cu_seqlens), v.device)
+    packed = packing(cu_seqlens, v.device)
     o, state = chunk_gated_delta_rule(
         q.to(v.dtype)[None],
         k.to(v.dtype)[None],
@@ -49,7 +42,8 @@ def fla_gated_delta_rule(
         scale=scale,
         initial_state=None if initial_state is None else initial_state.float(),
         output_final_state=True,
-        cu_seqlens=offsets,
-        cu_seqlens_cpu=offsets_on_host,
+        cu_seqlens=packed.offsets,
+        chunk_indices=packed.chunks,
+        chunk_size=CHUNK,
     )
     return o[0].float(), state

@@ -1,4 +1,5 @@
-"""Triton kernels of a decode step. `triton_step` launches them and says what they compute.
+"""Triton kernels. `triton_step` launches those of a decode step, `triton_prefill` that of a prompt; they say what they
+compute.
 
 The state of a key head's value heads belongs to one program: they take turns in it, so that nobody else reads the
 convolution's history of q and k while it moves on. A state is worked on in columns `[d_k, block_v]` held in registers;
@@ -162,6 +163,85 @@ def mixer_step(
             if gate == "silu":
                 o *= z
         tl.store(out + v_head * d_v + o_index, o.to(out.dtype.element_ty), mask=o_mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def convolve_packed(
+    x,  # [tokens, channels], rows `q | k | v`
+    before,  # [sequences, channels, taps - 1], or None for zeros
+    after,  # likewise
+    out,  # q and k [tokens, num_k_heads, d_k] and v [tokens, num_v_heads, d_v], one after the other
+    weight,  # [channels, taps]
+    bias,
+    offsets,  # [sequences + 1]
+    chunks,  # [programs, 2]: sequence, chunk of it
+    tokens,
+    row_stride,
+    d_k,
+    l2_eps,
+    num_k_heads: tl.constexpr,
+    num_v_heads: tl.constexpr,
+    d_v: tl.constexpr,
+    taps: tl.constexpr,
+    chunk: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A chunk of a sequence and a head of q, k or v to a program."""
+    sequence = tl.load(chunks + 2 * tl.program_id(0))
+    first = tl.load(chunks + 2 * tl.program_id(0) + 1) * chunk
+    begin = tl.load(offsets + sequence)
+    end = tl.load(offsets + sequence + 1)
+    part = tl.program_id(1)
+    key_dim = num_k_heads * d_k
+    value_dim: tl.constexpr = num_v_heads * d_v
+    is_v = part >= 2 * num_k_heads
+    v_head = part - 2 * num_k_heads
+    width = tl.where(is_v, d_v, d_k)
+    channel = tl.where(is_v, 2 * key_dim + v_head * d_v, part * d_k) + tl.arange(0, block)
+    mask = tl.arange(0, block) < width
+    history = (sequence * (2 * key_dim + value_dim) + channel) * (taps - 1)
+
+    t = begin + first + tl.arange(0, chunk)
+    y = tl.zeros([chunk, block], tl.float32)
+    for j in tl.static_range(taps):
+        source = t + (j - (taps - 1))
+        inside = (source >= begin) & (t < end)
+        value = tl.load(
+            x + source[:, None] * row_stride + channel[None, :],
+            mask=inside[:, None] & mask[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if before is not None:
+            outside = (source < begin) & (t < end)
+            at = source - begin + (taps - 1)
+            old = tl.load(
+                before + history[None, :] + at[:, None], mask=outside[:, None] & mask[None, :], other=0.0
+            )
+            value += old.to(tl.float32)
+        y += value * tl.load(weight + channel * taps + j, mask=mask, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[None, :]
+    y *= tl.sigmoid(y)
+    norm = tl.rsqrt(tl.sum(y * y, axis=1) + l2_eps)
+    y *= tl.where(is_v, 1.0, norm)[:, None]
+
+    is_k = (part >= num_k_heads) & (part < 2 * num_k_heads)
+    row = tl.where(is_v, value_dim, key_dim)
+    total = tl.cast(tokens, tl.int64)
+    start = tl.where(is_v, 2 * total * key_dim, tl.where(is_k, total * key_dim, 0))
+    head = tl.where(is_v, v_head * d_v, tl.where(is_k, part - num_k_heads, part) * d_k)
+    target = out + start + t[:, None] * row + head + tl.arange(0, block)[None, :]
+    tl.store(target, y.to(out.dtype.element_ty), mask=(t < end)[:, None] & mask[None, :])
+
+    if begin + first + chunk >= end:
+        for j in tl.static_range(taps - 1):
+            source = end - (taps - 1) + j
+            value = tl.load(x + source * row_stride + channel, mask=mask & (source >= begin), other=0.0)
+            if before is not None:
+                at = source - begin + (taps - 1)
+                old = tl.load(before + history + at, mask=mask & (source < begin), other=0.0)
+                value = tl.where(source >= begin, value, old.to(value.dtype))
+            tl.store(after + history + j, value, mask=mask)
 
 
 @triton.jit

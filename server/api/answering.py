@@ -67,11 +67,11 @@ async def _events(
     shape: Shape,
     options: StreamOptions,
     first: list[dict[str, Any]],
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[bytes]:
     """Text events, one with the finish reason of each choice, the usage if asked for, [DONE]. The last event before
     [DONE] has the `lowkey` block."""
 
-    def event(listed: list[dict[str, Any]], **extra: Any) -> str:
+    def event(listed: list[dict[str, Any]], **extra: Any) -> bytes:
         if options.continuous_usage_stats:
             extra = {"usage": choices.usage, **extra}
         elif options.include_usage:

@@ -79,7 +79,7 @@ def _check_comparable(state: ServerState, body: CompareRequest, variants: list[V
         )
 
 
-async def _stream(comparison: Comparison) -> AsyncGenerator[str]:
+async def _stream(comparison: Comparison) -> AsyncGenerator[bytes]:
     """Events of the variants as they come, then the whole answer, [DONE]."""
     events: asyncio.Queue[Event | None] = asyncio.Queue()
 

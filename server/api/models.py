@@ -35,6 +35,8 @@ def _describe(variant: Variant) -> dict[str, Any]:
             "context_length": info.context_length,
             "device": info.device,
             "backend": info.backend,
+            "slots": info.slots,
+            "memory": info.memory,
         },
     }
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeling.device import upload
+from modeling.graphs import DecodeGraphs
 from modeling.model import Model
 from modeling.state import StatePool
 
@@ -15,15 +17,23 @@ BLOCK = 64
 
 
 class Forward:
-    """Whole batches at once: fastest. Logits differ by rounding with what shares the batch."""
+    """Whole batches at once: fastest. Logits differ by rounding with what shares the batch.
 
-    def __init__(self, model: Model, pool: StatePool) -> None:
+    Args:
+        graphs: recorded decode steps on this model and pool.
+    """
+
+    def __init__(self, model: Model, pool: StatePool, graphs: DecodeGraphs | None = None) -> None:
         self.model = model
         self.pool = pool
         self.device = model.embeddings.weight.device
+        self._graphs = graphs
 
     def decode(self, ids: Tensor, slots: Tensor) -> Tensor:
-        """One token of each of n requests, in place: ids and slots int64 `[n]` -> hidden states `[n, hidden]`."""
+        """One token of each of n requests, in place: ids and slots int64 `[n]` -> hidden states `[n, hidden]`,
+        valid until the next step."""
+        if self._graphs is not None and len(ids) <= self._graphs.batch_sizes[-1]:
+            return self._graphs(ids, slots)
         return self.model.decode(ids, self.pool, slots)
 
     def prefill(self, pieces: list[list[int]], slots: list[int]) -> list[Tensor]:
@@ -31,10 +41,13 @@ class Forward:
         cu_seqlens = [0]
         for piece in pieces:
             cu_seqlens.append(cu_seqlens[-1] + len(piece))
-        ids = torch.tensor([i for piece in pieces for i in piece], device=self.device)
-        at = torch.tensor(slots, device=self.device)
-        hidden, state = self.model(ids, cu_seqlens, self.pool.gather(at))
-        self.pool.scatter(at, state)
+        ids = upload(torch.tensor([i for piece in pieces for i in piece]), self.device)
+        at = upload(torch.tensor(slots), self.device)
+        if self.device.type == "cpu":
+            hidden, state = self.model(ids, cu_seqlens, self.pool.gather(at))
+            self.pool.scatter(at, state)
+        else:
+            hidden = self.model.prefill(ids, cu_seqlens, self.pool, at)
         return list(hidden.split([len(piece) for piece in pieces]))
 
     def logits(self, hidden: Tensor) -> Tensor:

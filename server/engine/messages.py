@@ -9,6 +9,9 @@ CANNOT_LOAD = 78
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+Phase = Literal["prefill", "decode", "mixed"]
+"""What a step's batch is made of."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine process is started; passed as JSON on its command line."""
@@ -21,7 +24,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_requests: int | None
     """Requests that run at the same time; None: one for each state slot."""
     state_memory: int | float | None = None
-    """Of the slot pool: bytes, or a share of the device's free memory; None: a slot for each of `max_requests`."""
+    """Of the slot pool: bytes, or a share of the memory that is left; None: a slot for each of `max_requests`, on a GPU
+    all that is left."""
+    device_memory: float = 0.9
+    """Share of a GPU's memory that the engine may take for everything. Of a CPU's nothing bounds it."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     prefix_cache: bool = True
     batch_invariant: bool = False
@@ -134,6 +140,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     device: str
     backend: str
     weights_bytes: int
+    memory: dict[str, int] = {}
+    """What the device's memory goes to (`MemoryPlan.parts`)."""
     load_s: float
     slots: int
     max_running: int
@@ -157,8 +165,15 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     logprob: float | None = None
     """Of the model's own distribution, before penalties, temperature and filters."""
     top: TopLogprobs | None = None
-    error: str | None = None
-    """With finish_reason "error" and no token: why the request could not run."""
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
+    """A request of any kind that can't be run, or not to its end. Nothing more is sent about it."""
+
+    request_id: str
+    reason: Literal["state", "memory"]
+    """A saved state that is no good, or a device that has no memory left for the request."""
+    error: str
 
 
 class Scored(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,10 +214,11 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     tokens: list[Token]
     scored: list[Scored]
     saved: list[StateSaved] = []
-    phase: Literal["prefill", "decode", "mixed"]
+    failed: list[Failed] = []
+    phase: Phase
     step_s: float
     batch_size: int
-    """0 for a step that only refuses requests."""
+    """0 for an output without a step: of requests that fail and of files that have been written."""
     occupancy: Occupancy
     cache_queries: int = 0
     """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""

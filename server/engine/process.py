@@ -13,10 +13,13 @@ from tokenizers import Tokenizer
 from modeling.backends import choose
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
+from modeling.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
+from modeling.model import Model
 from modeling.state import StatePool
 from server.engine.cache import StateCache
+from server.engine.device import HOST, Cuda, Device
 from server.engine.engine import Engine
-from server.engine.memory import free_memory
+from server.engine.memory import DoesNotFitError, MemoryPlan, check_weights, measure, plan_memory, weights_of
 from server.engine.messages import (
     CANNOT_LOAD,
     EngineConfig,
@@ -32,10 +35,11 @@ from server.logs import configure
 
 logger = logging.getLogger("lowkey.engine")
 
-DEFAULT_SLOTS = 64
-
 HEARTBEAT_S = 1.0
 """An engine that has told nothing for this long says who is in it."""
+
+FILE_POLL_S = 0.01
+"""How often an engine with nothing to run looks whether a file has been written."""
 
 
 def pick_device(config: EngineConfig) -> str:
@@ -58,24 +62,22 @@ def pick_dtype(config: EngineConfig, device: str) -> torch.dtype:
     return torch.float32 if config.dtype == "float32" else torch.bfloat16
 
 
-def count_slots(config: EngineConfig, bytes_per_slot: int, device: str) -> int:
-    """How many states the pool holds. Raises CheckpointError when not even one and the null slot fit."""
-    if config.state_memory is None:
-        return config.max_requests or DEFAULT_SLOTS
-    memory = config.state_memory
-    if isinstance(memory, float):
-        memory = int(memory * free_memory(device))
-    slots = memory // bytes_per_slot - 1  # the pool's null slot
-    if slots < 1:
-        raise CheckpointError(
-            f"state_memory={config.state_memory} is {memory} bytes here, and two states of this model, the least that "
-            f"a pool can have, are {2 * bytes_per_slot} bytes"
-        )
-    return slots
+def open_device(config: EngineConfig) -> Device:
+    """The device that the configuration names, or that is there. Raises CheckpointError."""
+    name = pick_device(config)
+    return HOST if name == "cpu" else Cuda(name)
 
 
-def build(config: EngineConfig) -> tuple[Engine, Ready]:
-    """Load the checkpoint and make an engine of it."""
+def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, Ready]:
+    """Load the checkpoint and make an engine of it.
+
+    Args:
+        device: another than the configuration says.
+
+    Raises:
+        CheckpointError, ConfigError: the checkpoint is no good.
+        DoesNotFitError: the device has not the memory.
+    """
     began = time.monotonic()
     logger.info("%s: loading %s", config.variant, config.source)
     checkpoint: Checkpoint = open_checkpoint(config.source)
@@ -84,27 +86,19 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         Tokenizer.from_file(str(tokenizer))
     except Exception as e:  # tokenizers raises nothing narrower
         raise CheckpointError(f"{tokenizer}: the server tokenises with it, but it can't be read: {e}") from e
-    device = pick_device(config)
-    dtype = pick_dtype(config, device)
-    model = checkpoint.load(dtype=dtype, device=device)
+    device = device or open_device(config)
+    dtype = pick_dtype(config, device.name)
+    check_weights(config, device, weights_of(checkpoint, dtype))
+    model = checkpoint.load(dtype=dtype, device=device.torch_device)
     model.backend = choose(model)
-    state_dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
-    bytes_per_slot = checkpoint.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
-    pool = StatePool(
-        checkpoint.spec,
-        count_slots(config, bytes_per_slot, device),
-        device=device,
-        state_dtype=state_dtype,
-        conv_dtype=dtype,
-    )
+    pool, plan, graphs = _plan(config, device, model, dtype)
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
     engine = Engine(
         Scheduler(cache, config.prefill_tokens, max_running),
-        Runner(model, pool, batch_invariant=config.batch_invariant),
-        depth=int(device != "cpu"),
+        Runner(model, pool, batch_invariant=config.batch_invariant, device=device, graphs=graphs),
+        depth=device.depth,
     )
-    weights = {p.data_ptr(): p.nbytes for p in model.parameters()}
     reduction = checkpoint.reduction
     spec = checkpoint.spec
     ready = Ready(
@@ -118,9 +112,10 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         method=None if reduction is None else str(reduction.get("method")),
         state_bytes_per_request=pool.bytes_per_slot,
         state_dtype=str(pool.state_dtype).removeprefix("torch."),
-        device=device,
+        device=device.name,
         backend=model.backend.name,
-        weights_bytes=sum(weights.values()),
+        weights_bytes=plan.needs.weights,
+        memory=plan.parts,
         load_s=time.monotonic() - began,
         slots=pool.num_slots,
         max_running=max_running,
@@ -128,7 +123,7 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
     logger.info(
         "%s: ready on %s (%s back end) in %.1f s, d_k %s, %d slots of %d state bytes",
         config.variant,
-        device,
+        device.name,
         ready.backend,
         ready.load_s,
         one_or_all(ready.d_k),
@@ -136,6 +131,31 @@ def build(config: EngineConfig) -> tuple[Engine, Ready]:
         ready.state_bytes_per_request,
     )
     return engine, ready
+
+
+def _plan(
+    config: EngineConfig, device: Device, model: Model, dtype: torch.dtype
+) -> tuple[StatePool, MemoryPlan, DecodeGraphs | None]:
+    """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
+    state_dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
+
+    def pool(slots: int) -> StatePool:
+        return StatePool(
+            model.spec, slots, device=device.torch_device, state_dtype=state_dtype, conv_dtype=dtype
+        )
+
+    weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
+    recorder = None if config.batch_invariant else device.recorder()
+    sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
+    needs = measure(model, pool(1), device, weights, config.prefill_tokens, sizes)
+    bytes_per_slot = model.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
+    plan = plan_memory(config, device, needs, bytes_per_slot)
+    logger.info("%s: %s", config.variant, plan)
+    states = pool(plan.slots)
+    if recorder is None:
+        return states, plan, None
+    sizes = graph_sizes(min(plan.slots, config.max_requests or MAX_BATCH))
+    return states, plan, DecodeGraphs(model, states, sizes, states.null_slot, recorder)
 
 
 def serve(config: EngineConfig) -> None:
@@ -153,7 +173,7 @@ def serve(config: EngineConfig) -> None:
 
     try:
         engine, ready = build(config)
-    except (CheckpointError, ConfigError, torch.OutOfMemoryError) as e:
+    except (CheckpointError, ConfigError, DoesNotFitError, torch.OutOfMemoryError) as e:
         logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
         sys.exit(CANNOT_LOAD)
     send(ready)
@@ -162,7 +182,8 @@ def serve(config: EngineConfig) -> None:
     poller.register(inputs, zmq.POLLIN)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     while True:
-        events = dict(poller.poll(int(HEARTBEAT_S * 1000) if engine.idle else 0))
+        wait_s = HEARTBEAT_S if engine.idle else FILE_POLL_S if engine.blocked else 0.0
+        events = dict(poller.poll(int(wait_s * 1000)))
         if sys.stdin.fileno() in events:
             return
         received = inputs in events

@@ -1,7 +1,7 @@
 """Runs a batch on the model: `pending = runner.launch(batch)`, then `pending.collect()`.
 
 Sampled tokens stay on the device as the next step's input, so a step can be launched before the one before it has
-been collected.
+been collected. Nothing in a launch waits for the device; a collect waits once, for its own step.
 """
 
 from dataclasses import dataclass
@@ -10,14 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from modeling.device import upload
+from modeling.graphs import DecodeGraphs
 from modeling.model import Model
 from modeling.state import StatePool
+from server.engine.device import HOST, Device, Download
 from server.engine.forward import Forward, InvariantForward
 from server.engine.messages import Generate, Score, TopLogprobs
 from server.engine.request import Request
 from server.engine.sampler import Plan, Sampled, Sampler
 from server.engine.scheduler import Batch, PrefillChunk
-from server.engine.scoring import LOGIT_ROWS, ScoreRows, score, top_logprobs
+from server.engine.scoring import ScoreRows, score, top_logprobs
 
 BROKEN = -1
 """In place of a token, where the model's output is NaN or Inf."""
@@ -40,15 +43,30 @@ class StepResult:
 
 
 class PendingStep:
-    """A launched step; `collect` waits for the device and brings the results to the host."""
+    """A launched step, its results on their way to the host; `collect` waits for them.
 
-    def __init__(self, batch: Batch, sampled: list[tuple[Plan, Sampled]], scores: list[ScoreRows]) -> None:
+    `failed` are requests of the batch for which the device had no memory left: nothing comes of their work, and their
+    states are of no use any more.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        sampled: list[tuple[Plan, Sampled]],
+        scores: list[ScoreRows],
+        download: Download,
+        failed: list[Request],
+    ) -> None:
         self.batch = batch
-        self._sampled = sampled
-        self._scores = scores
+        self.failed = failed
+        self._sampled = [(plan, _on_host(s, download)) for plan, s in sampled]
+        self._scores = [rows.on_host(download) for rows in scores]
+        self._download = download
+        download.seal()
 
     def collect(self) -> StepResult:
         """The tokens; scores go to their requests."""
+        self._download.wait()
         tokens: list[NewToken] = []
         for plan, sampled in self._sampled:
             new = [NewToken(r, t) for r, t in zip(plan.requests, sampled.tokens.tolist(), strict=True)]
@@ -58,6 +76,16 @@ class PendingStep:
         for rows in self._scores:
             rows.collect()
         return StepResult(tokens)
+
+
+def _on_host(sampled: Sampled, download: Download) -> Sampled:
+    """The same, once the download is there."""
+
+    def add(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else download.add(tensor)
+
+    tokens = download.add(sampled.tokens)
+    return Sampled(tokens, add(sampled.logprobs), add(sampled.top_logprobs), add(sampled.top_ids))
 
 
 def _reports(plan: Plan, sampled: Sampled) -> list[tuple[int, float, TopLogprobs]]:
@@ -78,49 +106,87 @@ class Runner:
 
     Args:
         batch_invariant: a request's logits are the same bits whatever else runs; slower.
+        device: where the model is.
+        graphs: recorded decode steps on this model and pool.
     """
 
-    def __init__(self, model: Model, pool: StatePool, *, batch_invariant: bool = False) -> None:
-        self._forward = (InvariantForward if batch_invariant else Forward)(model, pool)
+    def __init__(
+        self,
+        model: Model,
+        pool: StatePool,
+        *,
+        batch_invariant: bool = False,
+        device: Device = HOST,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        self._forward = (InvariantForward if batch_invariant else Forward)(model, pool, graphs)
         self._pool = pool
-        self._device = self._forward.device
+        self._device = device
+        self._at = self._forward.device
         rows = pool.num_slots + 1
-        self._sampler = Sampler(rows, model.spec.vocab_size, self._device)
-        self._last_token = torch.zeros(rows, dtype=torch.long, device=self._device)
+        self._sampler = Sampler(rows, model.spec.vocab_size, self._at)
+        self._last_token = torch.zeros(rows, dtype=torch.long, device=self._at)
         # Made anew only when the batch is another one.
         self._decoding: list[Request] = []
-        self._decode_slots = torch.empty(0, dtype=torch.long, device=self._device)
+        self._decode_slots = torch.empty(0, dtype=torch.long, device=self._at)
         self._planned: list[Request] = []
         self._plans: list[Plan] = []
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> PendingStep:
-        """Start a step: move the states on, sample a token for each decode and each prompt that ends."""
-        hidden: list[Tensor] = []
-        sampled = list(batch.decodes)
+        """Start a step: move the states on, sample a token for each decode and each prompt that ends.
+
+        Out of memory, prompts fail and decodes go on; or, if it was the decodes that had none, all of the batch fails.
+        """
+        sampled: list[tuple[Plan, Sampled]] = []
         scores: list[ScoreRows] = []
-        if batch.decodes:
-            slots = self._slots_of(batch.decodes)
-            hidden.append(self._forward.decode(self._last_token[slots], slots))
-        if batch.prefills:
-            chunks = self._forward.prefill(
-                [chunk.request.message.token_ids[chunk.start : chunk.end] for chunk in batch.prefills],
-                [chunk.request.slot for chunk in batch.prefills],
-            )
-            for chunk, rows in zip(batch.prefills, chunks, strict=True):
-                if isinstance(chunk.request.message, Score):
-                    scores += score(self._forward, chunk.request, chunk.start, chunk.end, rows)
-                elif chunk.is_last and isinstance(chunk.request.message, Generate):
-                    new = self._fork(chunk)
-                    hidden.append(rows[-1:].expand(len(new), -1))
-                    sampled += new
-            self._sampler.start(sampled[len(batch.decodes) :])
-        return PendingStep(batch, self._sample(torch.cat(hidden), sampled) if sampled else [], scores)
+        failed: list[Request] = []
+        try:
+            hidden = self._decode(batch.decodes)
+            requests = list(batch.decodes)
+            try:
+                ends, scores = self._prefill(batch.prefills)
+                for request, row in ends:
+                    requests.append(request)
+                    hidden.append(row)
+            except torch.OutOfMemoryError:
+                failed = batch.requests[len(batch.decodes) :]
+            if requests:
+                sampled = self._sample(torch.cat(hidden), requests)
+        except torch.OutOfMemoryError:
+            sampled, scores, failed = [], [], batch.requests
+        if failed:  # here, not in a handler, where the exception still holds tensors
+            self._device.release_memory()
+        return PendingStep(batch, sampled, scores, self._device.download(), failed)
+
+    def _decode(self, decodes: list[Request]) -> list[Tensor]:
+        if not decodes:
+            return []
+        slots = self._slots_of(decodes)
+        return [self._forward.decode(self._last_token[slots], slots)]
+
+    def _prefill(self, prefills: list[PrefillChunk]) -> tuple[list[tuple[Request, Tensor]], list[ScoreRows]]:
+        """The requests that sample now, each with the hidden state of its last token `[1, hidden]`, and scores."""
+        ends: list[tuple[Request, Tensor]] = []
+        scores: list[ScoreRows] = []
+        if not prefills:
+            return ends, scores
+        chunks = self._forward.prefill(
+            [chunk.request.message.token_ids[chunk.start : chunk.end] for chunk in prefills],
+            [chunk.request.slot for chunk in prefills],
+        )
+        for chunk, rows in zip(prefills, chunks, strict=True):
+            if isinstance(chunk.request.message, Score):
+                scores += score(self._forward, chunk.request, chunk.start, chunk.end, rows)
+            elif chunk.is_last and isinstance(chunk.request.message, Generate):
+                ends += [(request, rows[-1:]) for request in self._fork(chunk)]
+        self._sampler.start([request for request, _ in ends])
+        return ends, scores
 
     def _slots_of(self, decodes: list[Request]) -> Tensor:
         if decodes != self._decoding:
             self._decoding = decodes
-            self._decode_slots = torch.tensor([r.slot for r in decodes], device=self._device)
+            self._decode_slots = upload(torch.tensor([r.slot for r in decodes]), self._at)
         return self._decode_slots
 
     def _fork(self, chunk: PrefillChunk) -> list[Request]:
@@ -131,13 +197,14 @@ class Runner:
 
     def _sample(self, hidden: Tensor, requests: list[Request]) -> list[tuple[Plan, Sampled]]:
         """Next token of each row of hidden states `[n, hidden]`."""
-        starts = range(0, len(requests), LOGIT_ROWS)
+        most = self._device.logit_rows
+        starts = range(0, len(requests), most)
         if requests != self._planned:
             self._planned = requests
-            self._plans = [self._sampler.plan(requests[start : start + LOGIT_ROWS]) for start in starts]
+            self._plans = [self._sampler.plan(requests[start : start + most]) for start in starts]
         result: list[tuple[Plan, Sampled]] = []
         for start, plan in zip(starts, self._plans, strict=True):
-            logits = self._forward.logits(hidden[start : start + LOGIT_ROWS])
+            logits = self._forward.logits(hidden[start : start + most])
             sampled = self._sampler.sample(logits, plan)
             self._last_token[plan.slots] = sampled.tokens
             sampled.tokens.masked_fill_(~logits.isfinite().all(-1), BROKEN)

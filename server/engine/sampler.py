@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modeling.device import upload
 from server.engine.messages import Generate, Sampling
 from server.engine.request import Request
 
@@ -22,6 +23,10 @@ _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penal
 def _signed(x: int) -> int:
     """The 64-bit pattern of x as the int64 that torch has."""
     return (x + 2**63) % 2**64 - 2**63
+
+
+def _integers(values: list[int] | list[list[int]], device: torch.device) -> Tensor:
+    return upload(torch.tensor(values, dtype=torch.long), device)
 
 
 def _splitmix64(x: Tensor) -> Tensor:
@@ -186,13 +191,13 @@ class TokenTables:
         row = self._row_of_slot[slot] = self._free.pop()
         for table in (self.counts, self.seen, self.stops, self.bias):
             table[row].zero_()
-        self.seen[row, torch.tensor(message.token_ids, device=self._device)] = True
+        self.seen[row, _integers(message.token_ids, self._device)] = True
         # Ids that the model does not have can't be drawn anyway.
         stops = [t for t in message.stop_token_ids if 0 <= t < self._vocab]
-        self.stops[row, torch.tensor(stops, dtype=torch.long, device=self._device)] = True
+        self.stops[row, _integers(stops, self._device)] = True
         bias = {t: x for t, x in message.sampling.logit_bias.items() if 0 <= t < self._vocab}
-        ids = torch.tensor(list(bias), dtype=torch.long, device=self._device)
-        self.bias[row, ids] = torch.tensor(list(bias.values()), dtype=torch.float32, device=self._device)
+        values = torch.tensor(list(bias.values()), dtype=torch.float32)
+        self.bias[row, _integers(list(bias), self._device)] = upload(values, self._device)
 
     def _grow(self) -> None:
         rows = len(self.counts)
@@ -227,18 +232,18 @@ class Sampler:
         if not messages:
             return
         rows = [m.sampling for m in messages]
-        slots = torch.tensor([r.slot for r in requests], device=self._device)
+        slots = _integers([r.slot for r in requests], self._device)
         floats = [[getattr(row, name) for name in _FLOATS] for row in rows]
-        ints = torch.tensor(
+        ints = _integers(
             [
                 [min(row.top_k, self._vocab) for row in rows],
                 [_signed(row.seed) for row in rows],
                 [row.choice for row in rows],
                 [m.min_tokens for m in messages],
             ],
-            device=self._device,
+            self._device,
         )
-        self._floats[slots] = torch.tensor(floats, dtype=torch.float64, device=self._device)
+        self._floats[slots] = upload(torch.tensor(floats, dtype=torch.float64), self._device)
         self._top_k[slots] = ints[0]
         self._keys[slots] = stream_key(ints[1], ints[2])
         self._min_tokens[slots] = ints[3]
@@ -251,7 +256,7 @@ class Sampler:
     def plan(self, requests: list[Request]) -> Plan:
         """What the rows of a batch need. The requests have started."""
         messages = [r.message for r in requests if isinstance(r.message, Generate)]
-        slots = torch.tensor([r.slot for r in requests], device=self._device)
+        slots = _integers([r.slot for r in requests], self._device)
         drawn = [i for i, m in enumerate(messages) if m.sampling.temperature > 0]
         adjusted = [i for i, m in enumerate(messages) if _adjusts(m)]
         reported = [i for i, m in enumerate(messages) if m.logprobs is not None]
@@ -261,27 +266,27 @@ class Sampler:
             slots=slots,
             drawn=self._plan_drawn(slots, messages, drawn) if drawn else None,
             adjusted=self._plan_adjusted(slots, requests, adjusted) if adjusted else None,
-            reported=torch.tensor(reported, device=self._device) if reported else None,
+            reported=_integers(reported, self._device) if reported else None,
             reported_rows=reported,
             wanted=wanted,
             top=min(max(wanted, default=0), self._vocab),
         )
 
     def _plan_drawn(self, slots: Tensor, messages: list[Generate], drawn: list[int]) -> Drawn:
-        rows = torch.tensor(drawn, device=self._device)
+        rows = _integers(drawn, self._device)
         at = slots[rows]
         floats = self._floats[at]
         filters = None
         filtered = [n for n, i in enumerate(drawn) if _filters(messages[i].sampling)]
         if filtered:
-            which = torch.tensor(filtered, device=self._device)
+            which = _integers(filtered, self._device)
             narrow = floats[which]
             filters = Filters(which, self._top_k[at[which]], narrow[:, 1], narrow[:, 2])
         return Drawn(rows, at, floats[:, 0], self._keys[at], filters)
 
     def _plan_adjusted(self, slots: Tensor, requests: list[Request], adjusted: list[int]) -> Adjusted:
-        rows = torch.tensor(adjusted, device=self._device)
-        table = torch.tensor([self._tables.row(requests[i].slot) for i in adjusted], device=self._device)
+        rows = _integers(adjusted, self._device)
+        table = _integers([self._tables.row(requests[i].slot) for i in adjusted], self._device)
         return Adjusted(rows, slots[rows], table)
 
     def sample(self, logits: Tensor, plan: Plan) -> Sampled:

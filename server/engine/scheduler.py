@@ -3,11 +3,12 @@ come first served."""
 
 import itertools
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.engine.cache import Allocation, StateCache
-from server.engine.messages import FinishReason, Generate, SaveState, Score
+from server.engine.messages import Failed, FinishReason, Generate, SaveState, Score
 from server.engine.request import Request
 from server.engine.state_file import StateFileError
 
@@ -82,8 +83,8 @@ class Scheduler:
         self.cache_queries = 0
         """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
         self.cache_hits = 0
-        self.refused: list[tuple[Request, str]] = []
-        """Requests that could not start, and why; the engine tells and forgets them."""
+        self.failed: list[Failed] = []
+        """Requests that can't go on, and why; the engine tells and forgets them."""
 
     @property
     def running(self) -> int:
@@ -138,6 +139,12 @@ class Scheduler:
                 self._decoding.remove(request)
         self._release_if_idle(request)
 
+    def out_of_memory(self, request: Request) -> None:
+        """The device had no memory for a step of this request, whose state is of no use any more."""
+        error = f"the device has no memory left for this request (a prompt of {request.prompt_length} tokens)"
+        self.failed.append(Failed(request_id=request.id, reason="memory", error=error))
+        self.finish(request, "error")
+
     def next_batch(self) -> Batch | None:
         """Plan a step and count it as launched. None when there is nothing to run."""
         decodes = list(self._decoding)
@@ -165,7 +172,9 @@ class Scheduler:
         """The step is on its way: keep the states that it leaves for prompts that begin alike."""
         for chunk in batch.prefills:
             request = chunk.request
-            if request.prefix is None or request.allocation is None or isinstance(request.message, Score):
+            if request.finish_reason is not None or request.prefix is None or request.allocation is None:
+                continue
+            if isinstance(request.message, Score):
                 continue
             if chunk.is_last:
                 self._cache.snapshot(request.prefix, chunk.end, request.allocation)
@@ -175,14 +184,15 @@ class Scheduler:
                 if len(request.snapshots) > SNAPSHOTS:
                     self._cache.drop(request.snapshots.pop(0))
 
-    def save(self, request: Request, path: Path, metadata: dict[str, str]) -> None:
-        """Write the state of a request whose prompt has been fed. Raises OSError."""
+    def save(self, request: Request, message: SaveState) -> Callable[[], None]:
+        """What writes the state of a request whose prompt has been fed (`StateCache.save`), before its last step is
+        `collected`."""
         if request.allocation is None:
             raise RuntimeError(f"request {request.id} has no state to save")
-        self._cache.save(request.allocation, path, metadata)
+        return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
 
     def collected(self, request: Request) -> None:
-        """A launched step of this request has been collected."""
+        """A launched step of this request has been collected, and nothing more is done with the state that it left."""
         request.steps_in_flight -= 1
         self._release_if_idle(request)
 
@@ -236,7 +246,7 @@ class Scheduler:
             try:
                 self._cache.load(allocation, Path(request.message.state_path))
             except StateFileError as e:
-                self.refused.append((request, str(e)))
+                self.failed.append(Failed(request_id=request.id, reason="state", error=str(e)))
                 request.finish_reason = "error"
                 self._release_if_idle(request)
                 return False

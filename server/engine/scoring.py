@@ -1,11 +1,13 @@
 """Log-probabilities of given tokens, and their divergence from another engine's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.device import upload
+from server.engine.device import Download
 from server.engine.forward import Forward
 from server.engine.messages import KLReference, Score, TopLogprobs
 from server.engine.request import Request
@@ -31,8 +33,19 @@ class ScoreRows:
     top_ids: Tensor
     top_logprobs: Tensor
 
+    def on_host(self, download: Download) -> "ScoreRows":
+        """The same, once the download is there."""
+        return replace(
+            self,
+            logprobs=download.add(self.logprobs),
+            kl=download.add(self.kl),
+            agree=download.add(self.agree),
+            top_ids=download.add(self.top_ids),
+            top_logprobs=download.add(self.top_logprobs),
+        )
+
     def collect(self) -> None:
-        """Bring them to the host and to their request."""
+        """Take them to their request. They are on the host."""
         request = self.request
         request.logprobs += self.logprobs.tolist()
         request.kl += self.kl.tolist()
@@ -56,7 +69,7 @@ def score(forward: Forward, request: Request, start: int, end: int, hidden: Tens
     for row in range(first, last, LOGIT_ROWS):
         stop = min(row + LOGIT_ROWS, last)
         logprobs = forward.logits(hidden[row - 1 - start : stop - 1 - start]).log_softmax(-1)
-        targets = torch.tensor(message.token_ids[row:stop], device=logprobs.device)
+        targets = upload(torch.tensor(message.token_ids[row:stop]), logprobs.device)
         own = logprobs.gather(1, targets[:, None]).squeeze(1)
         kl, agree = _against_reference(message, row, logprobs)
         top = logprobs.topk(min(message.top_logprobs, logprobs.shape[1]), dim=-1)
@@ -66,7 +79,7 @@ def score(forward: Forward, request: Request, start: int, end: int, hidden: Tens
 
 def _against_reference(message: Score, start: int, logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """Write our rows for positions from `start` on, or compare them with the rows of the engine that did."""
-    none = logprobs.new_empty(0), torch.empty(0, dtype=torch.bool)
+    none = logprobs.new_empty(0), logprobs.new_empty(0, dtype=torch.bool)
     reference = message.kl_reference
     skip = 0 if reference is None else max(0, reference.from_position - start)
     if reference is None or skip >= len(logprobs):
@@ -77,9 +90,11 @@ def _against_reference(message: Score, start: int, logprobs: Tensor) -> tuple[Te
         return none
     at = start + skip - reference.from_position
     if reference.mode == "write":
-        rows[at : at + len(logprobs)] = logprobs.cpu()
+        rows[at : at + len(logprobs)] = (
+            logprobs.cpu()
+        )  # waits for the device: too large to keep until the collect
         return none
-    theirs = rows[at : at + len(logprobs)].to(logprobs.device)
+    theirs = upload(rows[at : at + len(logprobs)], logprobs.device)
     kl = (theirs.exp() * (theirs - logprobs)).sum(-1).clamp_min(0)  # rounding may make it -1e-9
     return kl, theirs.argmax(-1) == logprobs.argmax(-1)
 

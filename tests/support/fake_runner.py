@@ -30,6 +30,7 @@ class FakeStep:
 
     def __init__(self, batch: Batch, runner: "FakeRunner") -> None:
         self.batch, self._runner = batch, runner
+        self.failed: list[Request] = []
         self._slots = {request: request.slot for request in batch.requests}
         self._tokens = [NewToken(r, r.sampled - 1) for r in batch.decodes] + [
             NewToken(request, 0)

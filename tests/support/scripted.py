@@ -71,6 +71,7 @@ class ScriptedClient:
             device="cpu",
             backend="script",
             weights_bytes=1,
+            memory={"weights": 1, "states": 5},
             load_s=0.0,
             slots=4,
             max_running=4,
