@@ -266,7 +266,7 @@ def test_requests_are_taken_until_the_load_balancer_has_noticed(arguments, tmp_p
     server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_DELAY_S=str(DEADLINE_S))
     try:
         server.wait_ready()
-        short = {**ENDLESS, "max_tokens": 2}
+        short = {**BODY, "max_tokens": 2}
         assert "connection" not in server.http.post("/v1/completions", json=short).headers
         server.process.send_signal(signal.SIGTERM)
         poll(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "it is not ready any more")
