@@ -284,6 +284,11 @@ def test_tokens_of_a_prompt_that_is_run_for_itself_count_for_the_limit(tmp_path,
             assert 25 <= int(answers[2].headers["retry-after"]) <= 40, "6 tokens too many, and one more"
 
 
+def test_no_other_user_of_the_machine_reads_states(api, directory):
+    save(api)
+    assert directory.stat().st_mode & 0o077 == 0
+
+
 def test_states_are_off_without_a_directory(tmp_path, monkeypatch):
     with scripted_api(tmp_path, monkeypatch) as api:
         for answer in (
