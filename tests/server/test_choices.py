@@ -241,6 +241,13 @@ def test_a_comparison_has_a_priority_that_is_capped_as_well(api, script, asked, 
     assert (completion.priority, score.priority) == (given, given) and isinstance(score, Score)
 
 
+def test_a_bias_of_a_token_that_there_is_not_is_a_400_in_a_stream_too(api):
+    for stream in (False, True):
+        body = {"prompt": "Hi", "max_tokens": 2, "logit_bias": {str(VOCAB): 1}, "stream": stream}
+        answer = api.post("/v1/compare", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "logit_bias", answer.text
+
+
 def test_the_order_of_timed_comparisons_alternates_also_as_the_page_runs_them(api, script):
     firsts = []
     for _ in range(4):
