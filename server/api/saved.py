@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from server.api.errors import APIError, unavailable
 from server.engine.client import StateError
 from server.engine.messages import Ready, SaveState
-from server.settings import Settings
+from server.settings import ConfigurationError, Settings
 from server.states import (
     Fingerprint,
     Header,
@@ -28,14 +29,13 @@ class SavedStates:
 
     What a variant's file must hold, name by name and shape by shape, is what its own engine writes: the first time
     that it is needed, the engine saves the state of one token.
+
+    Raises:
+        ConfigurationError: nothing can be written there.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._store = (
-            None
-            if settings.state_dir is None
-            else StateStore(settings.state_dir, settings.state_ttl_s, settings.state_budget_bytes)
-        )
+        self._store = None if settings.state_dir is None else _open_store(settings, settings.state_dir)
         self._fingerprints: dict[str, tuple[Ready, Fingerprint]] = {}
         self._layouts: dict[str, tuple[Ready, dict[str, Any]]] = {}
 
@@ -92,6 +92,16 @@ class SavedStates:
             path.unlink(missing_ok=True)
         self._layouts[variant.name] = ready, tensors
         return tensors
+
+
+def _open_store(settings: Settings, directory: Path) -> StateStore:
+    """Raises ConfigurationError unless files can be made there."""
+    try:
+        store = StateStore(directory, settings.state_ttl_s, settings.state_budget_bytes)
+        with tempfile.TemporaryFile(dir=directory):
+            return store
+    except OSError as e:
+        raise ConfigurationError(f"state_dir: no file can be made in {directory}: {e.strerror}") from e
 
 
 def _header_of(path: Path) -> Header:

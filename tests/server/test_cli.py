@@ -4,7 +4,7 @@ import pytest
 from typer.testing import CliRunner
 
 from server import cli
-from server.settings import Settings
+from server.settings import ConfigurationError, Settings
 
 
 @pytest.fixture
@@ -70,3 +70,12 @@ def test_help_has_examples(run):
 
 def test_every_setting_is_documented():
     assert all(field.description for field in Settings.model_fields.values())
+
+
+def test_what_turns_out_bad_at_the_start_exits_with_2_too(monkeypatch):
+    def refuse(*_):
+        raise ConfigurationError("state_dir: no file can be made in it")
+
+    monkeypatch.setattr(cli, "run", refuse)
+    result = CliRunner().invoke(cli.app, ["dense=org/name"])
+    assert result.exit_code == 2 and "state_dir" in result.output

@@ -11,6 +11,7 @@ from live_server import LiveServer
 from scripted import CONTEXT, SCRIPTS, scripted_api, state_in
 
 from server.api.answers import State
+from server.settings import ConfigurationError
 from server.states import (
     FORMAT,
     MAX_HEADER_BYTES,
@@ -282,6 +283,13 @@ def test_tokens_of_a_prompt_that_is_run_for_itself_count_for_the_limit(tmp_path,
             answers = [api.post(path, json=body) for _ in range(3)]
             assert [answer.status_code for answer in answers] == [200, 200, 429], name
             assert 25 <= int(answers[2].headers["retry-after"]) <= 40, "6 tokens too many, and one more"
+
+
+def test_a_directory_that_can_not_be_written_to_is_known_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=f"state_dir: .* {tmp_path}/file/states: Not a directory"):
+        with scripted_api(tmp_path, monkeypatch, state_dir=tmp_path / "file" / "states"):
+            pass
 
 
 def test_no_other_user_of_the_machine_reads_states(api, directory):
