@@ -23,6 +23,9 @@ from server.variants import Variant
 
 logger = logging.getLogger("lowkey.states")
 
+SWEEP_S = 60.0
+"""How long a state may lie in the directory after it has expired."""
+
 
 class SavedStates:
     """The store, and what the states of each variant look like. Only where a directory is configured.
@@ -45,6 +48,15 @@ class SavedStates:
         if self._store is None:
             raise APIError(404, "saved states are off: the server's configuration names no state_dir")
         return self._store
+
+    async def sweep(self) -> None:
+        """Remove what has expired, also where nobody saves anything. Goes on until it is cancelled."""
+        while self._store is not None:
+            try:
+                await asyncio.to_thread(self._store.sweep)
+            except OSError as e:
+                logger.warning("expired states can't be removed: %s", e)
+            await asyncio.sleep(SWEEP_S)
 
     async def fingerprint(self, variant: Variant) -> Fingerprint:
         """The variant's; worked out once for each load."""
