@@ -219,7 +219,10 @@ def serve(
         # Settings that were left alone are shown too. Of keys there is only the hash.
         typer.echo(json.dumps(settings.model_dump(mode="json", by_alias=True), indent=2))
         return
-    run(settings, lambda: load_settings(config, **given))
+    try:
+        run(settings, lambda: load_settings(config, **given))
+    except ConfigurationError as e:
+        raise typer.BadParameter(str(e)) from e
 
 
 def run(settings: Settings, reload: Callable[[], Settings]) -> None:
@@ -227,6 +230,9 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
 
     Args:
         reload: reads the settings again, at SIGHUP.
+
+    Raises:
+        ConfigurationError: `state_dir` can't be written to.
     """
     configure(settings.log_level, settings.log_format)
     fastapi_app = create_app(settings, on_fatal=lambda variant: server.fail(variant))

@@ -239,7 +239,17 @@ def test_a_comparison_has_a_priority_that_is_capped_as_well(api, script, asked, 
     body = {"prompt": "Hi", "max_tokens": 2, "priority": asked, "parallel": parallel}
     assert api.post("/v1/compare", json=body).status_code == 200
     completion, score = script.seen
-    assert (completion.priority, score.priority) == (given, given) and isinstance(score, Score)
+    assert completion.priority == given
+    assert isinstance(score, Score) and score.priority == 0, (
+        "it holds the memory that other comparisons wait for"
+    )
+
+
+def test_a_bias_of_a_token_that_there_is_not_is_a_400_in_a_stream_too(api):
+    for stream in (False, True):
+        body = {"prompt": "Hi", "max_tokens": 2, "logit_bias": {str(VOCAB): 1}, "stream": stream}
+        answer = api.post("/v1/compare", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "logit_bias", answer.text
 
 
 def test_the_order_of_timed_comparisons_alternates_also_as_the_page_runs_them(api, script):

@@ -9,7 +9,7 @@ import uvicorn
 from typer.testing import CliRunner
 
 from server import cli
-from server.settings import Settings
+from server.settings import ConfigurationError, Settings
 
 
 @pytest.fixture
@@ -98,3 +98,12 @@ def test_what_is_there_once_all_models_are_up_is_no_garbage(frozen):
     assert after > 1000
     asyncio.run(server.on_tick(1))
     assert frozen() == after
+
+
+def test_what_turns_out_bad_at_the_start_exits_with_2_too(monkeypatch):
+    def refuse(*_):
+        raise ConfigurationError("state_dir: no file can be made in it")
+
+    monkeypatch.setattr(cli, "run", refuse)
+    result = CliRunner().invoke(cli.app, ["dense=org/name"])
+    assert result.exit_code == 2 and "state_dir" in result.output
