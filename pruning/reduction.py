@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,21 +37,25 @@ class Provenance:
     """None where all layers were given the same width."""
 
 
-def check_output(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+def check_output(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str = REDUCTION) -> None:
     """Refuse an output that exists, before any work is done.
 
+    Args:
+        sources: what is going to be read.
+        ours: the file by which an earlier result of the same command is known.
+
     Raises:
-        PruningError: `out` exists and `overwrite` is off, or it is no reduced checkpoint, or it is the source.
+        PruningError: `out` exists and `overwrite` is off, or it is no such result, or it is a source.
     """
     if not out.exists():
         return
-    if checkpoint.path.resolve().is_relative_to(out.resolve()):
-        raise PruningError(f"out={str(out)!r} is the source checkpoint or holds it; choose another output")
+    if any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
+        raise PruningError(f"out={str(out)!r} is a checkpoint to read or holds one; choose another output")
     if not overwrite:
         raise PruningError(f"out={str(out)!r} already exists; choose another output or pass --overwrite")
-    if not (out / REDUCTION).exists():
+    if not (out / ours).exists():
         raise PruningError(
-            f"out={str(out)!r} holds no {REDUCTION}, so --overwrite does not replace it; "
+            f"out={str(out)!r} holds no {ours}, so --overwrite does not replace it; "
             "remove it yourself or choose another output"
         )
 
@@ -76,7 +80,7 @@ def reduce_checkpoint(
     Raises:
         PruningError, CheckpointError: the output is refused, or the result does not load and run.
     """
-    check_output(checkpoint, out, overwrite=overwrite)
+    check_output([checkpoint], out, overwrite=overwrite)
     with new_directory(out, overwrite=overwrite) as directory:
         spec = write_reduced(checkpoint, selection.cuts, directory)
         check_runs(directory, spec)

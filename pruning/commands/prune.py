@@ -108,7 +108,7 @@ def prune(
             f"stats={str(stats)!r} exists and is used as it is; drop the options of its text, "
             "or name a new file to calibrate again"
         )
-    check_output(checkpoint, out, overwrite=overwrite)
+    check_output([checkpoint], out, overwrite=overwrite)
     where = device_named(device)
 
     reused = stats is not None and stats.exists()
