@@ -24,7 +24,7 @@ from pruning.batches import Batches, token_stream
 from pruning.calibration import Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
-from pruning.reduction import check_output, versions
+from pruning.reduction import check_output, record_of, versions
 from pruning.surgery import RECOVERY, check_runs, copy_other_files
 from pruning.training import OnStep, Settings, check_saved, heldout_loss, no_report, train
 
@@ -211,13 +211,14 @@ def _record(run: Run, trained_parameters: int, before: float, after: float) -> d
 
 
 def _check_pair(dense: Checkpoint, reduced: Checkpoint) -> None:
-    if reduced.reduction is None:
+    record = record_of(reduced)
+    if record is None:
         raise PruningError(f"{reduced.source} holds no {REDUCTION}; give a checkpoint that prune has made")
-    if "recovery" in reduced.reduction:
+    if "recovery" in record:
         raise PruningError(
             f"{reduced.source} is recovered already; start from the reduced checkpoint that it came from"
         )
-    cut_from = reduced.reduction["source"]
+    cut_from = record["source"]
     if cut_from["sha256"] != dense.sha256:
         raise PruningError(
             f"{reduced.source} was cut from {cut_from['name']} with sha256 {cut_from['sha256']}, "

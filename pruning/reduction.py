@@ -5,8 +5,9 @@ import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 import safetensors
 import tokenizers
@@ -23,6 +24,87 @@ from pruning.surgery import check_runs, write_reduced
 
 FORMAT = 1
 """Of `state_reduction.json`."""
+
+
+class _Source(TypedDict):
+    name: str
+    sha256: str
+    d_k: list[int]
+    state_bytes: int
+
+
+class _Origin(TypedDict):
+    text: str
+    text_sha256: str
+    windows: int
+    window_length: int
+    seed: int
+
+
+class _Calibration(TypedDict):
+    tokens: int
+    origins: list[_Origin]
+
+
+class _Measured(TypedDict):
+    perplexity: float
+    tokens: NotRequired[int]
+
+
+class _Evaluation(TypedDict):
+    text: str
+    dense: _Measured
+    reduced: _Measured
+
+
+class _Around(TypedDict):
+    text: str
+    tokens: int
+    before: _Measured
+    after: _Measured
+
+
+class _Settings(TypedDict):
+    train: str
+
+
+class _Recovery(TypedDict):
+    tokens: int
+    settings: _Settings
+    evaluation: _Around
+
+
+class _Record(TypedDict):
+    """What this package reads of `state_reduction.json`."""
+
+    source: _Source
+    method: str
+    seed: int
+    calibration: _Calibration | None
+    evaluation: _Evaluation | None
+    recovery: NotRequired[_Recovery]
+
+
+def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The checkpoint's `state_reduction.json`, or None for a dense one.
+
+    Raises:
+        PruningError: it is of another format, or not what `lowkey-prune` writes.
+    """
+    record, file = checkpoint.reduction, checkpoint.path / REDUCTION
+    if record is None:
+        return None
+    if record.get("format") != FORMAT:
+        raise PruningError(f"{file} has format {record.get('format')!r}; this version reads {FORMAT}")
+    try:
+        d_k = msgspec.convert(record, _Record)["source"]["d_k"]
+    except msgspec.ValidationError as e:
+        raise PruningError(f"{file} is not what lowkey-prune writes: {e}") from e
+    if len(d_k) != len(checkpoint.spec.layers) or min(d_k) < 1:
+        raise PruningError(
+            f"{file}: source.d_k={d_k} must be {len(checkpoint.spec.layers)} positive numbers, one a layer"
+        )
+    return record
 
 
 @dataclass(frozen=True)
