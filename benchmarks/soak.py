@@ -36,6 +36,10 @@ GROWTH = 0.05
 SLACK = 16 * 2**20
 
 
+Memory = dict[str, list[tuple[float, int]]]
+"""Process -> (seconds since the start, resident bytes). An engine that is started again counts as another one."""
+
+
 @dataclass
 class Tally:
     """What came of the requests, and what the processes held."""
@@ -43,8 +47,7 @@ class Tally:
     outcomes: Counter[str] = field(default_factory=Counter)
     tokens: int = 0
     stuck: list[str] = field(default_factory=list)
-    memory: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
-    """Process -> (seconds since the start, resident bytes). An engine that is started again counts as another one."""
+    memory: Memory = field(default_factory=dict)
 
 
 def request_body(draw: random.Random, names: list[str]) -> dict[str, Any]:
@@ -109,8 +112,8 @@ def outcome(work: asyncio.Task[str]) -> str:
     return work.result() if error is None else type(error).__name__
 
 
-async def watch(server: Server, until: float, tally: Tally) -> None:
-    """Sample resident memory."""
+async def watch(server: Server, until: float, memory: Memory) -> None:
+    """Sample resident memory until then (time.monotonic())."""
     began = time.monotonic()
     while time.monotonic() < until:
         processes = {"api": psutil.Process(server.process.pid)}
@@ -118,7 +121,7 @@ async def watch(server: Server, until: float, tally: Tally) -> None:
         for name, process in processes.items():
             with contextlib.suppress(psutil.NoSuchProcess):
                 sample = (time.monotonic() - began, process.memory_info().rss)
-                tally.memory.setdefault(name, []).append(sample)
+                memory.setdefault(name, []).append(sample)
         await asyncio.sleep(max(0.5, (until - began) / 400))
 
 
@@ -140,7 +143,9 @@ async def soak(server: Server, names: list[str], options: argparse.Namespace, ta
             await asyncio.sleep(min(left, max(10.0, seconds / 20)))
             print(f"{max(until - time.monotonic(), 0):5.0f} s left, {dict(tally.outcomes)}", flush=True)
 
-    await asyncio.gather(*loops, watch(server, until, tally), kill_engines(server, names, seconds), report())
+    await asyncio.gather(
+        *loops, watch(server, until, tally.memory), kill_engines(server, names, seconds), report()
+    )
 
 
 def settled(server: Server, names: list[str]) -> list[str]:
@@ -174,6 +179,25 @@ def growth(samples: list[tuple[float, int]]) -> tuple[int, int]:
     return median(values[-2 * quarter : -quarter] or values), median(values[-quarter:])
 
 
+def grown(memory: Memory, seconds: float) -> list[str]:
+    """Processes whose memory was not flat over the second half, of those that lived long enough to tell."""
+    wrong = []
+    for process, samples in memory.items():
+        before, after = growth(samples)
+        long_enough = samples[-1][0] - samples[0][0] >= 0.4 * seconds
+        if long_enough and after > before + max(GROWTH * before, SLACK):
+            wrong.append(f"memory of {process} grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB")
+    return wrong
+
+
+def memory_table(memory: Memory) -> str:
+    rows = [
+        (name, *(f"{x / 2**20:.0f}" for x in growth(samples)), str(len(samples)))
+        for name, samples in memory.items()
+    ]
+    return table(("process", "MiB, third quarter", "last quarter", "samples"), rows)
+
+
 def verdict(server: Server, names: list[str], options: argparse.Namespace, tally: Tally) -> list[str]:
     """Everything that is not as it should be."""
     wrong = settled(server, names)
@@ -186,11 +210,7 @@ def verdict(server: Server, names: list[str], options: argparse.Namespace, tally
         body = {"model": name, "prompt": [5], "max_tokens": 2, "ignore_eos": True}
         if (status := server.http.post("/v1/completions", json=body).status_code) != 200:
             wrong.append(f"{name} answers {status}")
-    for process, samples in tally.memory.items():
-        before, after = growth(samples)
-        long_enough = samples[-1][0] - samples[0][0] >= 0.4 * options.minutes * 60
-        if long_enough and after > before + max(GROWTH * before, SLACK):
-            wrong.append(f"memory of {process} grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB")
+    wrong += grown(tally.memory, options.minutes * 60)
     text = server.log.read_text()
     restarts = len(re.findall(r"engine process ended with code", text))
     if restarts != 2:
@@ -219,11 +239,7 @@ def main() -> None:
             wrong = verdict(server, names, options, tally)
         finally:
             server.stop()
-    rows = [
-        (name, *(f"{x / 2**20:.0f}" for x in growth(samples)), str(len(samples)))
-        for name, samples in tally.memory.items()
-    ]
-    print("\n" + table(("process", "MiB, third quarter", "last quarter", "samples"), rows))
+    print("\n" + memory_table(tally.memory))
     print("\n" + table(("requests ended", "n"), [(o, str(n)) for o, n in tally.outcomes.most_common()]))
     print(f"\n{tally.tokens} tokens and events in {options.minutes:g} minutes")
     for problem in wrong:

@@ -1,9 +1,12 @@
 """`lowkey-loadtest`: the same load on dense and reduced, in turns."""
 
 import asyncio
+import inspect
 import ipaddress
+import secrets
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +32,8 @@ console = Console(stderr=True)
 MAX_REQUESTS = 100_000
 """Of a test, warm-up aside."""
 
+OUT = typer.Option(help="Directory for loadtest.json, loadtest.md and loadtest.html.")
+
 
 def _lengths(text: str | Lengths) -> Lengths:
     if isinstance(text, Lengths):  # typer parses defaults too
@@ -42,36 +47,103 @@ def _lengths(text: str | Lengths) -> Lengths:
 PROMPTS = Lengths("64-256")
 OUTPUTS = Lengths("32-96")
 
-Url = Annotated[str, typer.Option(help="The server.")]
-Variants = Annotated[
-    str, typer.Option(help="Variants with commas between; the first is the baseline. [default: all]")
-]
-Prompt = Annotated[
-    Lengths,
-    typer.Option(
-        parser=_lengths, metavar="LENGTHS", help="Prompt tokens: 128, 32-256 or lognormal:MEDIAN,SIGMA,MOST."
-    ),
-]
-Output = Annotated[
-    Lengths, typer.Option(parser=_lengths, metavar="LENGTHS", help="Generated tokens, likewise.")
-]
-Trace = Annotated[
-    Path | None,
-    typer.Option(
-        help="JSONL with prompt (text or ids) or prompt_tokens, and max_tokens, instead of drawn lengths."
-    ),
-]
-Vocab = Annotated[int, typer.Option(min=2, help="Token ids are drawn below this.")]
-Seed = Annotated[int, typer.Option(help="Of prompts and arrivals.")]
-Temperature = Annotated[float, typer.Option(min=0, help="Sampling temperature.")]
-SloTtft = Annotated[float, typer.Option(min=0, help="Objective: seconds to the first token.")]
-SloItl = Annotated[float, typer.Option(min=0, help="Objective: mean seconds between a request's tokens.")]
-SloTotal = Annotated[float | None, typer.Option(min=0, help="Objective: seconds end to end. [default: none]")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds after which a request counts as an error.")]
-MaxSeconds = Annotated[float, typer.Option(min=1, help="No round begins after this.")]
-Out = Annotated[Path, typer.Option(help="Directory for loadtest.json, loadtest.md and loadtest.html.")]
-Key = Annotated[str, typer.Option(envvar="LOWKEY_LOADTEST_API_KEY", help="API key.", show_default=False)]
-Remote = Annotated[bool, typer.Option("--allow-remote", help="Load a server that is not on this machine.")]
+
+@dataclass(frozen=True)
+class Common:
+    """The options that both commands have."""
+
+    url: Annotated[str, typer.Option(help="The server.")] = "http://127.0.0.1:8000"
+    variants: Annotated[
+        str, typer.Option(help="Variants with commas between; the first is the baseline. [default: all]")
+    ] = ""
+    prompt_tokens: Annotated[
+        Lengths,
+        typer.Option(
+            parser=_lengths,
+            metavar="LENGTHS",
+            help="Prompt tokens: 128, 32-256 or lognormal:MEDIAN,SIGMA,MOST.",
+        ),
+    ] = PROMPTS
+    output_tokens: Annotated[
+        Lengths, typer.Option(parser=_lengths, metavar="LENGTHS", help="Generated tokens, likewise.")
+    ] = OUTPUTS
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL with prompt (text or ids) or prompt_tokens, and max_tokens, instead of drawn lengths."
+        ),
+    ] = None
+    vocab: Annotated[int, typer.Option(min=2, help="Token ids are drawn below this.")] = 256
+    seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0
+    slo_ttft: Annotated[float, typer.Option(min=0, help="Objective: seconds to the first token.")] = 0.5
+    slo_itl: Annotated[
+        float, typer.Option(min=0, help="Objective: mean seconds between a request's tokens.")
+    ] = 0.05
+    slo_total: Annotated[
+        float | None, typer.Option(min=0, help="Objective: seconds end to end. [default: none]")
+    ] = None
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds after which a request counts as an error.")
+    ] = 60.0
+    max_seconds: Annotated[float, typer.Option(min=1, help="No round begins after this.")] = 900.0
+    api_key: Annotated[
+        str, typer.Option(envvar="LOWKEY_LOADTEST_API_KEY", help="API key.", show_default=False)
+    ] = ""
+    allow_remote: Annotated[
+        bool, typer.Option("--allow-remote", help="Load a server that is not on this machine.")
+    ] = False
+
+    @property
+    def objectives(self) -> Objectives:
+        return Objectives(self.slo_ttft, self.slo_itl, self.slo_total)
+
+    @property
+    def lengths(self) -> str:
+        """What is sent, in words."""
+        if self.trace:
+            return f"trace {self.trace.name}"
+        return f"prompts of {self.prompt_tokens} tokens, {self.output_tokens} new"
+
+    def target(self) -> tuple[Target, list[dict[str, Any]]]:
+        """Where to send, and what the server says of the variants. Raises typer.BadParameter."""
+        check_target(self.url, self.allow_remote)
+        names, models = find_variants(self.url, self.variants, self.api_key)
+        return Target(self.url, names, self.api_key, self.timeout, self.temperature), models
+
+    def workload(self) -> Workload:
+        """What to send. Raises typer.BadParameter."""
+        try:
+            trace = read_trace(self.trace, self.vocab, self.seed) if self.trace else ()
+            salt = secrets.token_hex(8)
+            return Workload(self.prompt_tokens, self.output_tokens, self.vocab, self.seed, trace, salt)
+        except WorkloadError as e:
+            raise typer.BadParameter(str(e)) from e
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON; no key."""
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "api_key"}
+        plain = {name: str(v) if isinstance(v, Lengths) else v for name, v in values.items()}
+        return plain | {"trace": str(self.trace) if self.trace else None}
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose first parameter is a `Common`: its fields become options beside the command's own."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        def run_with_options(**given: Any) -> None:
+            common = Common(**{f.name: given.pop(f.name) for f in fields(Common)})
+            function(common, **given)
+
+        shared = list(inspect.signature(Common).parameters.values())
+        own = list(inspect.signature(function).parameters.values())[1:]
+        parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in (*own, *shared)]
+        run_with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run_with_options.__annotations__ = {p.name: p.annotation for p in parameters}
+        run_with_options.__doc__ = function.__doc__
+        return app.command(name)(run_with_options)
+
+    return register
 
 
 def check_target(url: str, allow_remote: bool) -> None:
@@ -96,7 +168,7 @@ def find_variants(url: str, wanted: str, key: str) -> tuple[tuple[str, ...], lis
     """Names to test, and what the server says of them. Raises typer.BadParameter."""
     try:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        response = httpx.get(f"{url}/v1/models", headers=headers, trust_env=False)
+        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=60, trust_env=False)
         response.raise_for_status()
         models = [m for m in response.json()["data"] if "alias" not in m["lowkey"]]
     except (httpx.HTTPError, ValueError, KeyError) as e:
@@ -108,13 +180,6 @@ def find_variants(url: str, wanted: str, key: str) -> tuple[tuple[str, ...], lis
     return names, [m for m in models if m["id"] in names]
 
 
-def _workload(prompt: Lengths, output: Lengths, trace: Path | None, vocab: int, seed: int) -> Workload:
-    try:
-        return Workload(prompt, output, vocab, seed, read_trace(trace, vocab, seed) if trace else ())
-    except WorkloadError as e:
-        raise typer.BadParameter(str(e)) from e
-
-
 def _show(rows: list[list[str]]) -> None:
     table = Table(*(rows[0]))
     for column in table.columns[1:]:
@@ -124,10 +189,15 @@ def _show(rows: list[list[str]]) -> None:
     Console(width=max(80, console.width)).print(table)
 
 
-@app.command()
+def _finish(out: Path, data: dict[str, Any], rows: list[list[str]], figure: Any, title: str) -> None:
+    report.write(out, data, f"{title}.\n\n{report.markdown(rows)}", figure, title)
+    _show(rows)
+    typer.echo(f"{title}\n{out}/loadtest.html, .json, .md")
+
+
+@command("run")
 def run(
-    url: Url = "http://127.0.0.1:8000",
-    variants: Variants = "",
+    common: Common,
     rate: Annotated[
         float | None, typer.Option(min=0.01, help="Open loop: requests a second, Poisson.")
     ] = None,
@@ -137,35 +207,19 @@ def run(
     rounds: Annotated[int, typer.Option(min=1, max=1000, help="Rounds; variants take turns in each.")] = 8,
     requests: Annotated[int, typer.Option(min=1, help="Requests per round and variant.")] = 40,
     warm_up: Annotated[int, typer.Option(min=1, max=1000, help="Requests per variant that don't count.")] = 8,
-    prompt_tokens: Prompt = PROMPTS,
-    output_tokens: Output = OUTPUTS,
-    trace: Trace = None,
-    vocab: Vocab = 256,
-    seed: Seed = 0,
-    temperature: Temperature = 0.0,
-    slo_ttft: SloTtft = 0.5,
-    slo_itl: SloItl = 0.05,
-    slo_total: SloTotal = None,
-    timeout: Timeout = 60.0,
-    max_seconds: MaxSeconds = 900.0,
-    out: Out = Path("out/loadtest"),
-    api_key: Key = "",
-    allow_remote: Remote = False,
+    out: Annotated[Path, OUT] = Path("out/loadtest"),
 ) -> None:
     """Rounds of the same requests to each variant, one variant at a time."""
-    check_target(url, allow_remote)
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("--rate is an open loop, --concurrency a closed one: give one of them")
-    names, models = find_variants(url, variants, api_key)
-    if rounds * requests * len(names) > MAX_REQUESTS:
+    target, models = common.target()
+    if rounds * requests * len(target.variants) > MAX_REQUESTS:
         raise typer.BadParameter(f"--rounds x --requests x variants is over {MAX_REQUESTS}")
-    workload = _workload(prompt_tokens, output_tokens, trace, vocab, seed)
+    workload = common.workload()
     load = Load(rate, None if rate is not None else concurrency or 8)
-    objectives = Objectives(slo_ttft, slo_itl, slo_total)
-    target = Target(url, names, api_key, timeout, temperature)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
-        tasks = {name: progress.add_task(name, total=rounds * requests) for name in names}
+        tasks = {name: progress.add_task(name, total=rounds * requests) for name in target.variants}
 
         def on_result(variant: str, result: Result) -> None:
             progress.advance(tasks[variant])
@@ -174,50 +228,24 @@ def run(
                     f"{variant}: {result.error}", style="red", highlight=False, markup=False
                 )
 
+        until = time.monotonic() + common.max_seconds
         try:
-            slices = asyncio.run(
-                paired(
-                    target,
-                    load,
-                    workload,
-                    rounds,
-                    requests,
-                    warm_up,
-                    time.monotonic() + max_seconds,
-                    on_result,
-                )
-            )
+            slices = asyncio.run(paired(target, load, workload, rounds, requests, warm_up, until, on_result))
         except ConnectionError as e:
             raise typer.BadParameter(str(e)) from e
-    described = report.describe(slices, names, objectives)
-    how = f"{rate:g} requests/s, Poisson" if rate is not None else f"{load.concurrency} clients, closed loop"
-    lengths = (
-        f"trace {trace.name}"
-        if trace
-        else f"prompts of {prompt_tokens.text} tokens, {output_tokens.text} new"
-    )
+    described = report.describe(slices, target.variants, common.objectives)
     done = len({s.round for s in slices})
-    title = f"{how}; {lengths}; {done} rounds of {requests}"
-    options = {"url": url, **asdict(load), "rounds": done, "requests": requests, "prompt_tokens": prompt_tokens.text,
-               "output_tokens": output_tokens.text, "trace": str(trace) if trace else None, "seed": seed,
-               "temperature": temperature, **asdict(objectives)}  # fmt: skip
+    how = f"{rate:g} requests/s, Poisson" if rate is not None else f"{load.concurrency} clients, closed loop"
+    title = f"{how}; {common.lengths}; {done} rounds of {requests}"
+    options = {**common.record(), **asdict(load), "rounds": done, "requests": requests}
     data = {"options": options, "models": models, **described, "requests": report.requests_of(slices)}
     rows = report.table(described)
-    report.write(
-        out,
-        data,
-        f"{title}.\n\n{report.markdown(rows)}",
-        report.plot_paired(slices, names, objectives),
-        title,
-    )
-    _show(rows)
-    typer.echo(f"{title}\n{out}/loadtest.html, .json, .md")
+    _finish(out, data, rows, report.plot_paired(slices, target.variants, common.objectives), title)
 
 
-@app.command("sweep")
+@command("sweep")
 def sweep_command(
-    url: Url = "http://127.0.0.1:8000",
-    variants: Variants = "",
+    common: Common,
     start: Annotated[float, typer.Option(min=0.01, help="Requests a second to begin with.")] = 2.0,
     seconds: Annotated[float, typer.Option(min=1, max=600, help="Of each probe.")] = 15.0,
     attain: Annotated[
@@ -230,27 +258,11 @@ def sweep_command(
     max_requests: Annotated[
         int, typer.Option(min=20, max=MAX_REQUESTS, help="Most requests of one probe.")
     ] = 2000,
-    prompt_tokens: Prompt = PROMPTS,
-    output_tokens: Output = OUTPUTS,
-    trace: Trace = None,
-    vocab: Vocab = 256,
-    seed: Seed = 0,
-    temperature: Temperature = 0.0,
-    slo_ttft: SloTtft = 0.5,
-    slo_itl: SloItl = 0.05,
-    slo_total: SloTotal = None,
-    timeout: Timeout = 60.0,
-    max_seconds: MaxSeconds = 900.0,
-    out: Out = Path("out/loadtest-sweep"),
-    api_key: Key = "",
-    allow_remote: Remote = False,
+    out: Annotated[Path, OUT] = Path("out/loadtest-sweep"),
 ) -> None:
     """The highest rate that each variant holds within the objectives: bisection, variants in turns."""
-    check_target(url, allow_remote)
-    names, models = find_variants(url, variants, api_key)
-    workload = _workload(prompt_tokens, output_tokens, trace, vocab, seed)
-    objectives = Objectives(slo_ttft, slo_itl, slo_total)
-    target = Target(url, names, api_key, timeout, temperature)
+    target, models = common.target()
+    workload, objectives = common.workload(), common.objectives
 
     def on_probe(p: Probe) -> None:
         verdict = "held" if p.held else "not held"
@@ -262,23 +274,18 @@ def sweep_command(
     try:
         searches, probes = asyncio.run(
             sweep(target, workload, objectives, start, seconds, attain, precision, steps, max_requests,
-                  time.monotonic() + max_seconds, on_probe)
+                  time.monotonic() + common.max_seconds, on_probe)
         )  # fmt: skip
     except ConnectionError as e:
         raise typer.BadParameter(str(e)) from e
-    rows = report.sweep_table(searches)
-    title = f"{attain:.0%} of requests within TTFT {slo_ttft:g} s and mean ITL {1e3 * slo_itl:g} ms"
+    title = (
+        f"{attain:.0%} of requests within TTFT {objectives.ttft_s:g} s and mean ITL {1e3 * objectives.itl_s:g} ms; "
+        f"{common.lengths}"
+    )
     data = {
-        "objectives": asdict(objectives), "attain": attain, "models": models,
+        "options": {**common.record(), "attain": attain, "seconds": seconds, "precision": precision},
+        "models": models,
         "searches": {name: {"holds": s.low, "does_not_hold": s.high} for name, s in searches.items()},
         "probes": [{"variant": p.variant, "rate": p.rate, "held": p.held, "share": p.share} for p in probes],
-    }  # fmt: skip
-    report.write(
-        out,
-        data,
-        f"{title}.\n\n{report.markdown(rows)}",
-        report.plot_sweep(probes, objectives, attain),
-        title,
-    )
-    _show(rows)
-    typer.echo(f"{title}\n{out}/loadtest.html, .json, .md")
+    }
+    _finish(out, data, report.sweep_table(searches), report.plot_sweep(probes, objectives, attain), title)

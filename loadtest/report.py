@@ -29,6 +29,9 @@ LABELS = {
     "state_bytes": "state bytes per request",
 }
 COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
+WIDTH = 1100
+"""Of a page's figure, in pixels."""
+
 POINTS = 400
 """Of a curve."""
 
@@ -153,11 +156,11 @@ def plot_paired(slices: Sequence[Slice], variants: Sequence[str], objectives: Ob
             col=2,
         )
     for row, col in ((1, 1), (1, 2), (2, 1)):
-        figure.update_xaxes(title="ms", type="log", row=row, col=col)
+        figure.update_xaxes(title="ms", type="log", dtick="D2", row=row, col=col)
         figure.update_yaxes(title="share of requests" if col == 1 else "share of gaps", row=row, col=col)
     figure.update_xaxes(title="round", dtick=1, row=2, col=2)
     figure.update_yaxes(rangemode="tozero", row=2, col=2)
-    return figure
+    return figure.update_layout(height=720)
 
 
 def plot_sweep(probes: Sequence[Probe], objectives: Objectives, attain: float) -> go.Figure:
@@ -180,18 +183,18 @@ def plot_sweep(probes: Sequence[Probe], objectives: Objectives, attain: float) -
     figure.add_hline(y=1e3 * objectives.ttft_s, line_dash="dot", row=1, col=2)
     figure.update_xaxes(title="requests/s")
     figure.update_yaxes(title="share", row=1, col=1)
-    figure.update_yaxes(title="ms", type="log", row=1, col=2)
-    return figure
+    figure.update_yaxes(title="ms", type="log", dtick="D2", row=1, col=2)
+    return figure.update_layout(height=440)
 
 
 def write(directory: Path, data: dict[str, Any], tables: str, figure: go.Figure, title: str) -> None:
     """`loadtest.json`, `loadtest.md` and `loadtest.html` (with plotly in it), each whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    figure.update_layout(title=title, template="plotly_white", height=720, width=1100)
+    figure.update_layout(title=title, template="plotly_white", width=WIDTH)
     texts = {
         "loadtest.json": json.dumps(clean(data), allow_nan=False),
         "loadtest.md": tables,
-        "loadtest.html": figure.to_html(include_plotlyjs=True, full_html=True),
+        "loadtest.html": figure.to_html(config={"displayModeBar": False}),
     }
     for name, text in texts.items():
         temporary = directory / f".{name}"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from loadtest.client import Completion, Result, closed_loop, open_loop
 from loadtest.figures import Objectives, Slice, observe
@@ -154,34 +154,32 @@ async def sweep(
 ) -> tuple[dict[str, Search], list[Probe]]:
     """The highest rate at which a share `attain` of requests meets the objectives, for each variant.
 
-    Variants take turns, one probe each, so that a machine that becomes busy does so for all. A probe lasts about
-    `seconds` and sends at most `max_requests`; each variant gets at most `steps`.
+    Variants take turns, one probe each, so that a machine that becomes busy does so for all. A rate counts as not
+    held if it fails twice in a row: one bad moment of the machine does not decide. A probe lasts about `seconds` and
+    sends at most `max_requests`, of the same lengths each time; each variant gets at most `steps` rates.
     """
     await _warm_up(target, Load(start, None), workload, 4)
     searches = {variant: Search(start) for variant in target.variants}
     probes: list[Probe] = []
+
+    async def holds(variant: str, rate: float, salt: str) -> bool:
+        count = min(max(round(rate * seconds), 20), max_requests)
+        requests = replace(workload, salt=f"{workload.salt} {salt}").requests(0, count)
+        arrivals = workload.arrivals(0, count, rate)
+        results, took = await send(target, variant, Load(rate, None), requests, arrivals, lambda _: None)
+        part = Slice(variant, len(probes), took, results)
+        seen = observe([part], objectives)
+        share = seen.good / seen.requests
+        probes.append(Probe(variant, rate, share >= attain, share, part))
+        on_probe(probes[-1])
+        return probes[-1].held
+
     for step in range(steps):
         turn = step % len(target.variants)
         for variant in target.variants[turn:] + target.variants[:turn]:
             search = searches[variant]
             if search.done(precision) or time.monotonic() >= until:
                 continue
-            count = min(max(round(search.rate * seconds), 20), max_requests)
-            arrivals = workload.arrivals(0, count, search.rate)
-            results, took = await send(
-                target,
-                variant,
-                Load(search.rate, None),
-                workload.requests(0, count),
-                arrivals,
-                lambda _: None,
-            )
-            part = Slice(variant, step, took, results)
-            seen = observe([part], objectives)
-            probe = Probe(
-                variant, search.rate, seen.good >= attain * seen.requests, seen.good / seen.requests, part
-            )
-            search.add(probe.held)
-            probes.append(probe)
-            on_probe(probe)
+            rate = search.rate
+            search.add(await holds(variant, rate, f"{step}") or await holds(variant, rate, f"{step} again"))
     return searches, probes

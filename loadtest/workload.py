@@ -25,6 +25,9 @@ class Lengths:
 
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
     def __post_init__(self) -> None:
         low, high = self._bounds()
         if not 1 <= low <= high <= MAX_TOKENS:
@@ -59,10 +62,13 @@ class Workload:
     """Ids are drawn from 1 to vocab - 1."""
     seed: int
     trace: tuple[Completion, ...] = ()
+    salt: str = ""
+    """Ids depend on it, lengths and arrivals do not: another one and no prefix cache knows these prompts."""
 
     def requests(self, block: int, count: int) -> list[Completion]:
         """The requests of one block of the test: the same for each variant, others in each block."""
         draw = random.Random(f"{self.seed} {block} requests")
+        ids = random.Random(f"{self.seed} {block} {self.salt} ids")
         if self.trace:
             start = block * count
             return list(
@@ -72,7 +78,7 @@ class Workload:
             )
         return [
             Completion(
-                [draw.randrange(1, self.vocab) for _ in range(self.prompt.draw(draw))],
+                [ids.randrange(1, self.vocab) for _ in range(self.prompt.draw(draw))],
                 self.output.draw(draw),
                 draw.randrange(2**31),
             )

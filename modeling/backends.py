@@ -1,7 +1,7 @@
 """Back ends: what computes a model for serving, chosen once when the model is loaded and reported by name."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modeling.layers import Block, BlockStep, Mixer, MixerInputs, MixerStep
 from modeling.ops import GatedDeltaRule, UnavailableError, chunked_gated_delta_rule
-from modeling.state import StatePool
+from modeling.state import SequenceState, StatePool
 
 if TYPE_CHECKING:
     from modeling.model import Model
@@ -24,12 +24,21 @@ class Decode(Protocol):
     def __call__(self, model: "Model", input_ids: Tensor, pool: StatePool, slots: Tensor, /) -> Tensor: ...
 
 
+class Prefill(Protocol):
+    """Packed sequences through a whole model, without gradients: `Model.forward`."""
+
+    def __call__(
+        self, model: "Model", input_ids: Tensor, cu_seqlens: Sequence[int], state: SequenceState | None, /
+    ) -> tuple[Tensor, SequenceState]: ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """The sequence form of the gated delta rule (prefill, training) and what comes before it, the decode step, and the
     head's product.
 
-    `head(hidden, weight)` is `[n, hidden]` times `[vocab, hidden]` transposed.
+    `head(hidden, weight)` is `[n, hidden]` times `[vocab, hidden]` transposed. `prefill` is None where `Model.forward`
+    goes from block to block, as it does anyway when it is given a rule or a tap.
     """
 
     name: str
@@ -37,6 +46,7 @@ class Backend:
     decode: Decode
     head: Callable[[Tensor, Tensor], Tensor] = F.linear
     inputs: MixerInputs = Mixer.inputs
+    prefill: Prefill | None = None
 
 
 def by_layer(step: MixerStep, block_step: BlockStep = Block.decode) -> Decode:
@@ -60,7 +70,7 @@ TORCH = Backend("torch", chunked_gated_delta_rule, by_layer(Mixer.step))
 def choose(model: "Model") -> Backend:
     """The fastest back end for serving this model where it is; its parameters stay as they are from now on.
 
-    On a CPU the decode step compiled for it ("cpu"), on an NVIDIA GPU Triton's and fla's kernels ("triton"), or, said
+    On a CPU the model compiled for it ("cpu"), on an NVIDIA GPU Triton's and fla's kernels ("triton"), or, said
     in the log, plain torch ("torch").
     """
     try:
@@ -71,11 +81,13 @@ def choose(model: "Model") -> Backend:
 
 
 def cpu_backend(model: "Model") -> Backend:
-    """The model's decode step compiled for this machine. Raises UnavailableError."""
-    from modeling.ops.cpu import Decoder
+    """The model compiled for this machine. Raises UnavailableError."""
+    from modeling.ops.cpu import CompiledModel, compiled_gated_delta_rule
 
-    decoder = Decoder(model)
-    return Backend("cpu", chunked_gated_delta_rule, decoder.decode, decoder.linear)
+    compiled = CompiledModel(model)
+    return Backend(
+        "cpu", compiled_gated_delta_rule, compiled.decode, compiled.linear, prefill=compiled.prefill
+    )
 
 
 def triton_backend() -> Backend:

@@ -293,7 +293,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing") from e
     except OSError as e:
         raise CheckpointError(f"{path} can't be read: {e}") from e
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a number of 5000 digits, 5000 brackets
         raise CheckpointError(f"{path} is not valid JSON: {e}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")

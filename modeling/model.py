@@ -54,6 +54,8 @@ class Model(nn.Module):
         Returns:
             Hidden states after the final norm, `[tokens, hidden]`, and each sequence's state after its last token.
         """
+        if self.backend.prefill is not None and rule is None and tap is None:
+            return self.backend.prefill(self, input_ids, cu_seqlens, state)
         rule = rule or self.backend.rule
         x = self.embeddings(input_ids)
         recurrent: list[Tensor] = []

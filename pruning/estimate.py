@@ -69,6 +69,13 @@ def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
     return 4 * max(forward, length * (sum(mixer) + sum(mlp)) + logits + weights)
 
 
+def calibration_bytes(spec: ModelSpec, names: Collection[StatisticName], length: int) -> tuple[int, int, int]:
+    """What calibration holds beside `PROCESS_BYTES`: weights in float32, activations, statistics."""
+    gradients = bool(set(names) & set(GRADIENTS))
+    active = activation_bytes(spec, length, gradients=gradients)
+    return 4 * parameter_count(spec), active, statistics_bytes(spec, names)
+
+
 def calibration_lines(
     spec: ModelSpec, names: Collection[StatisticName], windows: Tensor, device: torch.device
 ) -> Iterator[str]:
@@ -77,8 +84,7 @@ def calibration_lines(
     gradients = bool(set(names) & set(GRADIENTS))
     passes = "forward, then forward and backward" if gradients else "forward"
     yield f"calibration: {windows.numel():,} tokens, {count} windows of {length}; {passes}"
-    weights, held = 4 * parameter_count(spec), statistics_bytes(spec, names)
-    active = activation_bytes(spec, length, gradients=gradients)
+    weights, active, held = calibration_bytes(spec, names, length)
     yield (
         f"memory: about {in_units(PROCESS_BYTES + weights + held + active)} (weights in float32 "
         f"{in_units(weights)}, activations {in_units(active)}, statistics {in_units(held)})"

@@ -25,10 +25,9 @@ from pruning.calibration import Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.reduction import versions
-from pruning.surgery import check_runs, copy_other_files
+from pruning.surgery import RECOVERY, check_runs, copy_other_files
 from pruning.training import OnStep, Settings, check_saved, heldout_loss, no_report, train
 
-RECOVERY = "recovery.json"
 FORMAT = 1
 """Of `recovery.json`."""
 

@@ -86,12 +86,23 @@ class Statistics:
         return sum(origin.tokens for origin in self.origins)
 
     def check_source(self, checkpoint: Checkpoint) -> None:
-        """Raises PruningError unless the statistics were taken from this checkpoint."""
+        """Raises PruningError unless the statistics were taken from this checkpoint and are whole."""
         if self.source_sha256 != checkpoint.sha256:
             raise PruningError(
                 f"the statistics were taken from a checkpoint with sha256 {self.source_sha256[:12]}..., "
                 f"but {checkpoint.source} has {checkpoint.sha256[:12]}...; calibrate it again"
             )
+        expected = shapes(checkpoint.spec, self.names)
+        if len(self.layers) != len(expected):
+            raise PruningError(f"the statistics are of {len(self.layers)} layers, not of {len(expected)}")
+        for i, (layer, of_shape) in enumerate(zip(self.layers, expected, strict=True)):
+            for name, shape in of_shape.items():
+                found = layer[name]
+                if found.shape != shape or found.dtype != torch.float64 or not bool(found.isfinite().all()):
+                    raise PruningError(
+                        f"layer {i} of the statistics: {name} is {found.dtype} {list(found.shape)}; it must be finite "
+                        f"float64 {list(shape)}: calibrate again"
+                    )
 
 
 def merge(parts: Sequence[Statistics]) -> Statistics:
@@ -117,9 +128,10 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                 "calibrate them for the same methods"
             )
         for origin in part.origins:
-            if any(origin.tokens_sha256 == o.tokens_sha256 for o in origins):
+            if any(_same_tokens(origin, o) for o in origins):
                 raise PruningError(
-                    f"the same pass is there twice ({origin.as_json()}); draw with another seed or take another shard"
+                    f"the same tokens are there twice ({origin.as_json()}); draw with another seed, or take other "
+                    "shards of one draw"
                 )
             origins.append(origin)
     layers = [
@@ -127,6 +139,17 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
         for i in range(len(first.layers))
     ]
     return Statistics(first.source_sha256, tuple(origins), tuple(layers))
+
+
+def _same_tokens(a: Origin, b: Origin) -> bool:
+    """Whether two passes have tokens in common: one draw begins like a longer one of the same text and seed, and only
+    the shards of one draw, into one number of parts, are apart."""
+    if a.tokens_sha256 == b.tokens_sha256:
+        return True
+    if (a.text_sha256, a.seed, a.window_length) != (b.text_sha256, b.seed, b.window_length):
+        return False
+    parts = [origin.shard and origin.shard.split("/")[1] for origin in (a, b)]
+    return None in parts or parts[0] != parts[1]
 
 
 def save_statistics(
@@ -186,6 +209,8 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
                     f"{path} has format {record['format']}; this version reads {_FORMAT}: calibrate again"
                 )
             names: list[StatisticName] = record["names"]
+            if not names or not {*names} <= {*FORWARD, *GRADIENTS}:
+                raise PruningError(f"{path} holds statistics called {names}; known: {[*FORWARD, *GRADIENTS]}")
             count = len(list(f.keys())) // len(names)
             layers = tuple({name: f.get_tensor(f"layers.{i}.{name}") for name in names} for i in range(count))
             origins = tuple(
@@ -193,7 +218,7 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
                 for origin in record["origins"]
             )
             return Statistics(record["source_sha256"], origins, layers), record["unfinished"]
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as e:
         raise PruningError(
             f"{path} is not a statistics file of lowkey-prune ({type(e).__name__}: {e})"
         ) from e

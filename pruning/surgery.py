@@ -19,6 +19,8 @@ from modeling.layers import Block, RMSNorm
 from modeling.spec import ModelSpec
 from pruning.errors import PruningError
 
+RECOVERY = "recovery.json"
+"""What `lowkey-prune recover` writes about a run, beside the weights that it trained."""
 _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _WEIGHTS = {
     ".safetensors",
@@ -188,7 +190,7 @@ def copy_other_files(source: Path, target: Path) -> None:
             or not any(path.resolve().is_relative_to(folder) for folder in inside)
         ):
             continue
-        written_anew = name.name.endswith(".index.json") or str(name) in ("config.json", REDUCTION)
+        written_anew = name.name.endswith(".index.json") or str(name) in ("config.json", REDUCTION, RECOVERY)
         if written_anew or name.suffix in _WEIGHTS:
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)

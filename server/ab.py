@@ -3,6 +3,7 @@
 Everything is kept in rings of a fixed size: the oldest rows give way.
 """
 
+import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -172,9 +173,21 @@ def _estimate(values: Rows) -> dict[str, Any] | None:
     return {"mean": float(values.mean()), "low": low, "high": high, "pairs": len(values)}
 
 
+def _estimate_ratio(values: Rows) -> dict[str, Any] | None:
+    """The geometric mean: the arithmetic one of noisy ratios is over 1 for two variants of the same speed, whichever
+    of them is divided by the other."""
+    found = _estimate(np.log(values))
+    if found is not None:
+        found |= {name: math.exp(found[name]) for name in ("mean", "low", "high") if found[name] is not None}
+    return found
+
+
 def _differences(variant: str, baseline: str, sources: dict[Source, Rows]) -> dict[str, Any]:
     rows = np.concatenate(list(sources.values()))
-    figures = {name: _estimate(rows[:, i]) for i, name in enumerate(PAIR_FIELDS)}
+    figures = {
+        name: (_estimate_ratio if name == "speed_ratio" else _estimate)(rows[:, i])
+        for i, name in enumerate(PAIR_FIELDS)
+    }
     return {
         "variant": variant,
         "baseline": baseline,

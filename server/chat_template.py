@@ -77,13 +77,15 @@ class ChatTemplate:
             TemplateRefusedError: the template has no use for these messages (an unknown role, a wrong order).
         """
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=messages,
                 tools=None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
             )
+            text.encode()  # JSON may hold half a surrogate pair, which no tokenizer takes
+            return text
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as e:
             # A template is code: over content that it did not expect it may fail in any of these ways.
             raise TemplateRefusedError(f"the model's chat template refuses these messages: {e}") from e

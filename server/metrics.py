@@ -12,7 +12,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.engine.messages import FinishReason, Occupancy, Ready, StepOutput, one_or_all
+from server.engine.messages import FinishReason, Occupancy, Phase, Ready, StepOutput, one_or_all
 
 Rejection = Literal["queue_full", "rate_limit", "draining", "engine_down", "too_long"]
 
@@ -20,6 +20,8 @@ disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of
 
 ENGINE = "0"
 """Replica index of a variant's engine; there is one engine per variant."""
+
+SLOT_USES = ("used", "cached", "free")
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 ITL_SECONDS = (
@@ -153,26 +155,59 @@ class Metrics:
         """Requests came too soon. They are refused before they are read: for which variant they were is not known."""
         self.rejected.labels("", "rate_limit").inc(requests)
 
-    def add_variant(self, name: str) -> None:
+    def add_variant(self, name: str) -> "VariantMetrics":
         """Make the variant's series exist from the start, so that a rate over them is defined."""
-        for metric in (self.prompt_tokens, self.generation_tokens, self.cached_prompt_tokens):
-            metric.labels(name)
-        for metric in (self.prefix_queries, self.prefix_hits):
-            metric.labels(name, ENGINE)
-        for reason in get_args(FinishReason):
-            self.requests.labels(name, "completions", reason)
         for reason in get_args(Rejection):
             if reason != "rate_limit":
                 self.rejected.labels(name, reason)
-        self.engine_up.labels(name, ENGINE).set(0)
-        self.engine_restarts.labels(name, ENGINE)
+        return VariantMetrics(self, name)
 
-    def on_ready(self, name: str, model: str, ready: Ready) -> None:
-        """The variant's engine has loaded."""
-        self.engine_up.labels(name, ENGINE).set(1)
-        self.load_seconds.labels(name, ENGINE).set(ready.load_s)
-        self.weights_bytes.labels(name, ENGINE).set(ready.weights_bytes)
-        self.state_bytes_per_request.labels(name).set(ready.state_bytes_per_request)
+    def render(self) -> bytes:
+        """Text exposition."""
+        return generate_latest(self.registry)
+
+
+class VariantMetrics:
+    """The series of one variant that tokens and steps move, looked up once: that takes longer than to move one."""
+
+    def __init__(self, metrics: Metrics, name: str) -> None:
+        self._metrics, self._name = metrics, name
+        for reason in get_args(FinishReason):
+            metrics.requests.labels(name, "completions", reason)
+        self.prompt_tokens = metrics.prompt_tokens.labels(name)
+        self.generation_tokens = metrics.generation_tokens.labels(name)
+        self.cached_prompt_tokens = metrics.cached_prompt_tokens.labels(name)
+        self.request_state_bytes = metrics.request_state_bytes.labels(name)
+        self.request_tokens_per_second = metrics.request_tokens_per_second.labels(name)
+        self.ttft = metrics.ttft.labels(name)
+        self.itl = metrics.itl.labels(name)
+        self.queue = metrics.queue.labels(name)
+        self.prefill = metrics.prefill.labels(name)
+        self.decode = metrics.decode.labels(name)
+        self.request_seconds = metrics.request_seconds.labels(name)
+        engine = name, ENGINE
+        self._prefix_queries = metrics.prefix_queries.labels(*engine)
+        self._prefix_hits = metrics.prefix_hits.labels(*engine)
+        self._running = metrics.running.labels(*engine)
+        self._waiting = metrics.waiting.labels(*engine)
+        self._state_slots = {use: metrics.state_slots.labels(*engine, use) for use in SLOT_USES}
+        self._state_pool_bytes = {use: metrics.state_pool_bytes.labels(*engine, use) for use in SLOT_USES}
+        self._step = {phase: metrics.step.labels(*engine, phase) for phase in get_args(Phase)}
+        self._batch_size = metrics.batch_size.labels(*engine)
+        self._engine_up = metrics.engine_up.labels(*engine)
+        self._engine_restarts = metrics.engine_restarts.labels(*engine)
+
+    def on_end(self, endpoint: str, reason: FinishReason) -> None:
+        """A request has ended."""
+        self._metrics.requests.labels(self._name, endpoint, reason).inc()
+
+    def on_ready(self, model: str, ready: Ready) -> None:
+        """The engine has loaded."""
+        name, metrics = self._name, self._metrics
+        self._engine_up.set(1)
+        metrics.load_seconds.labels(name, ENGINE).set(ready.load_s)
+        metrics.weights_bytes.labels(name, ENGINE).set(ready.weights_bytes)
+        metrics.state_bytes_per_request.labels(name).set(ready.state_bytes_per_request)
         labels = (
             name,
             model,
@@ -184,38 +219,36 @@ class Metrics:
             ready.device,
             ready.backend,
         )
-        self.info.remove_by_labels({"variant": name})  # a checkpoint may have been replaced before a restart
-        self.info.labels(*labels).set(1)
-        self.on_occupancy(name, ready, Occupancy(running=0, waiting=0, used_slots=0))
+        metrics.info.remove_by_labels(
+            {"variant": name}
+        )  # a checkpoint may have been replaced before a restart
+        metrics.info.labels(*labels).set(1)
+        self.on_occupancy(ready, Occupancy(running=0, waiting=0, used_slots=0))
 
-    def on_step(self, name: str, output: StepOutput) -> None:
-        """The variant's engine has run a step."""
-        self.prefix_queries.labels(name, ENGINE).inc(output.cache_queries)
-        self.prefix_hits.labels(name, ENGINE).inc(output.cache_hits)
+    def on_step(self, output: StepOutput) -> None:
+        """The engine has run a step."""
+        self._prefix_queries.inc(output.cache_queries)
+        self._prefix_hits.inc(output.cache_hits)
         if not output.batch_size:
             return
-        self.step.labels(name, ENGINE, output.phase).observe(output.step_s)
-        self.batch_size.labels(name, ENGINE).observe(output.batch_size)
+        self._step[output.phase].observe(output.step_s)
+        self._batch_size.observe(output.batch_size)
 
-    def on_occupancy(self, name: str, ready: Ready, occupancy: Occupancy) -> None:
-        """Who is in the variant's engine."""
-        self.running.labels(name, ENGINE).set(occupancy.running)
-        self.waiting.labels(name, ENGINE).set(occupancy.waiting)
+    def on_occupancy(self, ready: Ready, occupancy: Occupancy) -> None:
+        """Who is in the engine."""
+        self._running.set(occupancy.running)
+        self._waiting.set(occupancy.waiting)
         used, cached = occupancy.used_slots, occupancy.cached_slots
-        for state, slots in (("used", used), ("cached", cached), ("free", ready.slots - used - cached)):
-            self.state_slots.labels(name, ENGINE, state).set(slots)
-            self.state_pool_bytes.labels(name, ENGINE, state).set(slots * ready.state_bytes_per_request)
+        for use, slots in (("used", used), ("cached", cached), ("free", ready.slots - used - cached)):
+            self._state_slots[use].set(slots)
+            self._state_pool_bytes[use].set(slots * ready.state_bytes_per_request)
 
-    def on_down(self, name: str, ready: Ready | None) -> None:
-        """The variant's engine is gone and will be started again."""
-        self.engine_up.labels(name, ENGINE).set(0)
-        self.engine_restarts.labels(name, ENGINE).inc()
+    def on_down(self, ready: Ready | None) -> None:
+        """The engine is gone and will be started again."""
+        self._engine_up.set(0)
+        self._engine_restarts.inc()
         if ready is not None:
-            self.on_occupancy(name, ready, Occupancy(running=0, waiting=0, used_slots=0))
-
-    def render(self) -> bytes:
-        """Text exposition."""
-        return generate_latest(self.registry)
+            self.on_occupancy(ready, Occupancy(running=0, waiting=0, used_slots=0))
 
 
 def widths_label(widths: list[int]) -> str:

@@ -216,7 +216,7 @@ class Settings(BaseSettings):
         description="Most prompt tokens in one step, so that a long prompt delays nobody long.",
     )
     hang_s: float = Field(
-        30.0,
+        120.0,
         ge=2,
         description="An engine that gives no sign of life for so long is killed and started again.",
     )
@@ -229,7 +229,10 @@ class Settings(BaseSettings):
         None, description="Where saved states are kept; none: /v1/states is off. Replicas may share it."
     )
     state_ttl_s: float = Field(
-        86400.0, gt=0, description="A saved state that nobody used for so long is gone."
+        86400.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="A saved state that nobody used for so long is gone.",
     )
     state_budget_bytes: int = Field(
         4 * 2**30, ge=2**10, description="Of all saved states; the least recently used go first."
@@ -337,7 +340,8 @@ def check_routing(settings: Settings, variants: set[str]) -> None:
 def _problem(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     message = error["msg"].removeprefix("Value error, ")
-    if not where or where.startswith("api_keys"):  # a key must not end up on a screen
+    # An API key must not end up on a screen, nor one in a table whose name was mistyped.
+    if not where or where.startswith("api_keys") or error["type"] == "extra_forbidden":
         return f"{where}: {message}".removeprefix(": ")
     return f"{where}: {message}, got {error['input']!r}"
 

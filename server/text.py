@@ -57,19 +57,29 @@ class StopMatcher:
 
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
+        self._begun = [0] * len(stops)
+        """Characters that each one has begun with, at the end of what is held back."""
         self._held = ""
         self.matched = False
 
     def add(self, text: str) -> str:
         """Text that is safe to show. Once a stop string is complete, what stood before it, and `matched` is set."""
+        if not self._stops:
+            return text
+        starts = [len(self._held) - begun for begun in self._begun]
         text = self._held + text
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        # Each from where it began itself: what another one holds back must not be looked through for every token.
+        places = [(text.find(stop, start), stop) for stop, start in zip(self._stops, starts, strict=True)]
+        found = [(at + len(stop), at) for at, stop in places if at >= 0]
         if found:
             self.matched, self._held = True, ""
             return text[: min(found)[1]]
-        hold = max((self._overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[len(text) - hold :]
-        return text[: len(text) - hold]
+        self._begun = [
+            self._overlap(text[start:], stop) for stop, start in zip(self._stops, starts, strict=True)
+        ]
+        shown = len(text) - max(self._begun)
+        self._held = text[shown:]
+        return text[:shown]
 
     def flush(self) -> str:
         """What was held back, once no more text comes."""

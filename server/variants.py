@@ -23,7 +23,7 @@ from server.chat_template import (
 )
 from server.engine.client import EngineClient
 from server.engine.messages import EngineConfig, Occupancy, Ready, one_or_all
-from server.metrics import Metrics
+from server.metrics import Metrics, VariantMetrics
 from server.settings import Settings, VariantSettings, device_shares
 from server.text import TokenTexts
 
@@ -33,10 +33,11 @@ logger = logging.getLogger("lowkey.variants")
 class Variant:
     """One model: its name, its engine, and, once it has loaded, its shapes and tokenizer."""
 
-    def __init__(self, name: str, source: str, client: EngineClient) -> None:
+    def __init__(self, name: str, source: str, client: EngineClient, metrics: VariantMetrics) -> None:
         self.name = name
         self.source = source
         self.client = client
+        self.metrics = metrics
         self.created = int(time.time())
         self.admitted = 0
         """Requests that were let in and have not been answered in full."""
@@ -109,8 +110,10 @@ def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises while its server lives
             shutil.rmtree(lock.parent)
     directory = tempfile.TemporaryDirectory(prefix="lowkey-", dir=parent)
-    held = (Path(directory.name) / "lock").open("wb")
+    unheld = Path(directory.name) / "unheld"
+    held = unheld.open("wb")
     fcntl.flock(held, fcntl.LOCK_EX)
+    unheld.rename(unheld.with_name("lock"))  # a server that starts now finds no lock that nobody holds
     return directory, held
 
 
@@ -126,8 +129,7 @@ class Variants:
         self._by_name: dict[str, Variant] = {}
         self.on_fatal = on_fatal
         for name, own in settings.variants.items():
-            self._by_name[name] = self._make(name, own, settings, metrics)
-            metrics.add_variant(name)
+            self._by_name[name] = self._make(name, own, settings, metrics.add_variant(name))
 
     @property
     def runtime_dir(self) -> Path:
@@ -154,7 +156,7 @@ class Variants:
         self._runtime_dir.cleanup()
         self._lock.close()
 
-    def _make(self, name: str, own: VariantSettings, settings: Settings, metrics: Metrics) -> Variant:
+    def _make(self, name: str, own: VariantSettings, settings: Settings, metrics: VariantMetrics) -> Variant:
         config = EngineConfig(
             variant=name,
             source=own.source,
@@ -176,21 +178,21 @@ class Variants:
 
         def on_ready(ready: Ready) -> None:
             variant.load_tokenizer(Path(ready.checkpoint_path))
-            metrics.on_ready(name, own.source, ready)
+            metrics.on_ready(own.source, ready)
 
         def on_occupancy(occupancy: Occupancy) -> None:
             variant.waiting = occupancy.waiting
-            metrics.on_occupancy(name, variant.info, occupancy)
+            metrics.on_occupancy(variant.info, occupancy)
 
         client = EngineClient(
             config,
             self.runtime_dir,
             hang_s=settings.hang_s,
             on_ready=on_ready,
-            on_step=lambda output: metrics.on_step(name, output),
+            on_step=metrics.on_step,
             on_occupancy=on_occupancy,
-            on_down=lambda: metrics.on_down(name, client.ready),
+            on_down=lambda: metrics.on_down(client.ready),
             on_fatal=lambda: self.on_fatal(name),
         )
-        variant = Variant(name, own.source, client)
+        variant = Variant(name, own.source, client, metrics)
         return variant

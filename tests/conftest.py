@@ -11,8 +11,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # No test reaches for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 # The same examples in every run; no deadline, because a busy machine is no failure.
-settings.register_profile("lowkey", deadline=None, derandomize=True)
+settings.register_profile(
+    "lowkey", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("lowkey")

@@ -1,6 +1,5 @@
 """What a checkpoint family says about itself, and how the two naming schemes are joined."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +9,9 @@ from torch import Tensor
 from modeling.spec import ModelSpec
 
 Config = Mapping[str, Any]
+
+MOST = 2**31 - 1
+"""No number of any config is larger; a config is from a stranger, and what it says is built."""
 
 
 class ConfigError(ValueError):
@@ -60,19 +62,19 @@ def option(config: Config, key: str, default: Any, supported: tuple[Any, ...]) -
     return value
 
 
-def integer(config: Config, key: str, default: int | None = None) -> int:
-    """`config[key]` as a positive integer."""
+def integer(config: Config, key: str, default: int | None = None, *, most: int = MOST) -> int:
+    """`config[key]` as a positive integer of at most `most`."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"config.json: {key}={value!r} must be a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ConfigError(f"config.json: {key}={value!r:.80} must be a positive integer of at most {most}")
     return value
 
 
 def number(config: Config, key: str, default: float) -> float:
-    """`config[key]` as a positive finite number."""
+    """`config[key]` as a positive number of at most `MOST`."""
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: {key}={value!r} must be a positive number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
+        raise ConfigError(f"config.json: {key}={value!r:.80} must be a positive number of at most {MOST}")
     return float(value)
 
 
@@ -100,6 +102,8 @@ def token_ids(config: Config, key: str, default: Any) -> tuple[int, ...]:
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]
-    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-        raise ConfigError(f"config.json: {key}={value!r} must be a token id or a list of token ids")
+    if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i <= MOST for i in ids):
+        raise ConfigError(
+            f"config.json: {key}={value!r:.80} must be a token id or a list of token ids of at most {MOST}"
+        )
     return tuple(ids)

@@ -31,7 +31,7 @@ class DeltaNet:
         option(config, "qk_norm", "l2", ("l2",))
         option(config, "qk_activation", "silu", ("silu",))
         option(config, "use_output_norm", True, (True,))
-        layers = integer(config, "num_hidden_layers", 24)
+        layers = integer(config, "num_hidden_layers", 24, most=fla.MOST_LAYERS)
         num_heads = integer(config, "num_heads", 16)
         hidden_size = integer(config, "hidden_size", 2048)
         d_v = _head_width("expand_v", config.get("expand_v", 1.0), hidden_size, num_heads)
@@ -41,7 +41,7 @@ class DeltaNet:
                 num_v_heads=num_heads,
                 d_k=_head_width("expand_k", expand_k, hidden_size, num_heads),
                 d_v=d_v,
-                conv_kernel=integer(config, "conv_size", 4),
+                conv_kernel=integer(config, "conv_size", 4, most=fla.MOST_CONV),
                 conv_bias=flag(config, "conv_bias", False),
                 has_decay=False,
                 has_beta=flag(config, "use_beta", True),

@@ -5,8 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.families.base import Config, TensorMap, flag, integer, number, option, token_ids
+from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, token_ids
 from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
+
+MOST_LAYERS = 1024
+MOST_CONV = 64
+MOST_WEIGHTS = 2**40
+"""Of one matrix."""
 
 
 def refuse_unsupported(config: Config) -> None:
@@ -28,13 +33,19 @@ def intermediate_size(config: Config, hidden_size: int) -> int:
 
 def model_spec(family: str, config: Config, mixers: list[MixerSpec]) -> ModelSpec:
     """The parts of the spec that are alike in all fla models."""
-    hidden_size = integer(config, "hidden_size", 2048)
+    hidden_size, vocab_size = integer(config, "hidden_size", 2048), integer(config, "vocab_size", 32000)
     eps = number(config, "norm_eps", 1e-6)
     mlp = MLPSpec(intermediate_size(config, hidden_size))
     norm = NormSpec(eps)
+    widest = max(vocab_size, mlp.intermediate_size, *(sum(m.in_proj_sizes) for m in mixers))
+    if widest * hidden_size > MOST_WEIGHTS:
+        raise ConfigError(
+            f"config.json: hidden_size={hidden_size} and its other sizes give a matrix of {widest} rows; "
+            f"at most {MOST_WEIGHTS} weights are allowed"
+        )
     return ModelSpec(
         family=family,
-        vocab_size=integer(config, "vocab_size", 32000),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         layers=tuple(LayerSpec(mixer, mlp, norm) for mixer in mixers),
         norm=norm,

@@ -28,7 +28,7 @@ class GatedDeltaNet:
 
     def spec(self, config: Config) -> ModelSpec:
         fla.refuse_unsupported(config)
-        layers = integer(config, "num_hidden_layers", 21)
+        layers = integer(config, "num_hidden_layers", 21, most=fla.MOST_LAYERS)
         num_k_heads = integer(config, "num_heads", 6)
         num_v_heads = num_k_heads if config.get("num_v_heads") is None else integer(config, "num_v_heads")
         if num_v_heads % num_k_heads:
@@ -55,7 +55,7 @@ class GatedDeltaNet:
                     num_v_heads=num_v_heads,
                     d_k=d_k,
                     d_v=int(product),
-                    conv_kernel=integer(config, "conv_size", 4),
+                    conv_kernel=integer(config, "conv_size", 4, most=fla.MOST_CONV),
                     conv_bias=flag(config, "conv_bias", False),
                     has_decay=True,
                     has_beta=True,

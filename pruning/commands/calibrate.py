@@ -1,20 +1,31 @@
 """`lowkey-prune calibrate`: text -> statistics file."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
-from pruning.calibration import Origin, take_shard
+from pruning.calibration import BATCH, Origin, take_shard
 from pruning.collection import collect
 from pruning.commands.console import err_console, out_console
 from pruning.criteria import criterion_named
-from pruning.estimate import calibration_lines, disk_line, shape_lines, statistics_bytes
+from pruning.errors import PruningError
+from pruning.estimate import (
+    PROCESS_BYTES,
+    calibration_bytes,
+    calibration_lines,
+    disk_line,
+    shape_lines,
+    statistics_bytes,
+)
 from pruning.gradients import GRADIENTS
+from pruning.on_ray import Job, collect_on_ray, connected, room
 from pruning.options import (
     CalibrationText,
     Dataset,
@@ -52,6 +63,17 @@ def calibrate(
         str,
         typer.Option(help="i/n: run the i-th of n shares of the windows, on each of n machines; then merge."),
     ] = "1/1",
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Run all shards on a Ray cluster: host:port, auto (the one that this machine is in) or local.",
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(help="Shards for --ray (default: as many as the cluster runs at once).", min=1),
+    ] = None,
     device: Device = "cpu",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
@@ -61,13 +83,19 @@ def calibrate(
     Gradients cost a second pass, forward and backward; only a --method that reads them has them collected. The
     text is CPython's own sources (training side of the bundled split) unless --text or --dataset is given.
 
-    Work is saved to OUT.partial every two minutes. Interrupted, even killed, the same command goes on from there.
+    Work is saved to OUT.partial every two minutes. Interrupted, even killed, the same command goes on from there. On a
+    Ray cluster nothing is saved before the end; a shard whose process or machine goes away is run again.
 
     \b
     lowkey-prune calibrate  demo/model demo.stats.safetensors
     lowkey-prune calibrate  demo/model all.safetensors --text 'src/**/*.py' --tokens 65536 --method loss-aware
     lowkey-prune calibrate  demo/model part1.safetensors --text data.jsonl --field body --shard 1/4
+    lowkey-prune calibrate  demo/model all.safetensors --tokens 1000000 --ray auto
     """
+    if shards is not None and ray is None:
+        raise PruningError(f"shards={shards} is for --ray; for one of several machines give --shard i/n")
+    if shard != "1/1" and ray is not None:
+        raise PruningError(f"shard={shard!r} is one machine's share; with --ray give --shards")
     needed = {name for method in methods or () for name in criterion_named(method).statistics}
     refuse_existing(out, overwrite)
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
@@ -84,10 +112,38 @@ def calibrate(
     tell(plan, dry_run=dry_run)
     if dry_run:
         return
-    with err_console.status("loading the checkpoint"):
-        model = checkpoint.load(device=where)
-    statistics = run_calibration(checkpoint, model, windows, origin, needed, out, overwrite=overwrite)
+    if ray is not None:
+        statistics = calibrate_on_ray(ray, shards, checkpoint, windows, origin, names, where)
+        save_statistics(statistics, out)
+    else:
+        with err_console.status("loading the checkpoint"):
+            model = checkpoint.load(device=where)
+        statistics = run_calibration(checkpoint, model, windows, origin, needed, out, overwrite=overwrite)
     out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
+
+
+def calibrate_on_ray(
+    address: str,
+    shards: int | None,
+    checkpoint: Checkpoint,
+    windows: Tensor,
+    origin: Origin,
+    names: Sequence[StatisticName],
+    device: torch.device,
+) -> Statistics:
+    """Collect statistics in shards on the Ray cluster at `address`."""
+    batches = -(-len(windows) // BATCH)
+    needed = tuple(names)
+    memory = PROCESS_BYTES + sum(calibration_bytes(checkpoint.spec, needed, windows.shape[1]))
+    source = str(checkpoint.path.absolute()) if Path(checkpoint.source).is_dir() else checkpoint.source
+    job = Job(source, str(device), needed, shards or 1, torch.get_num_threads(), memory)
+    with connected(address):
+        at_once = room(job)
+        job = replace(job, shards=shards or min(at_once, batches))
+        err_console.print(f"{job.shards} shards, {at_once} at once", highlight=False)
+        passes = 2 if set(needed) & set(GRADIENTS) else 1
+        with tokens_bar(err_console, "calibrating", passes * windows.numel()) as advance:
+            return collect_on_ray(job, windows, origin, advance, at_once)
 
 
 def tell(plan: Iterable[str], *, dry_run: bool) -> None:

@@ -1,5 +1,6 @@
 """From choices to an HTTP answer, whole or as a stream."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from typing import Any
@@ -43,8 +44,15 @@ async def answer(
         chunks = await unless_disconnected(request, choices.run())
     except EngineError as e:
         raise from_engine(e) from e
+    if body.alternatives is None:
+        return _whole(choices, chunks, head, shapes[0])
+    # Of many tokens log-probabilities take seconds, in which no stream would go on.
+    return await asyncio.to_thread(_whole, choices, chunks, head, shapes[0])
+
+
+def _whole(choices: Choices, chunks: list[Chunk], head: dict[str, Any], shape: Shape) -> Response:
     listed = [
-        shapes[0](index, chunk, generation.finish_reason)
+        shape(index, chunk, generation.finish_reason)
         for index, (chunk, generation) in enumerate(zip(chunks, choices.generations, strict=True))
     ]
     return JSONResponse(
@@ -59,11 +67,11 @@ async def _events(
     shape: Shape,
     options: StreamOptions,
     first: list[dict[str, Any]],
-) -> AsyncGenerator[str]:
+) -> AsyncGenerator[bytes]:
     """Text events, one with the finish reason of each choice, the usage if asked for, [DONE]. The last event before
     [DONE] has the `lowkey` block."""
 
-    def event(listed: list[dict[str, Any]], **extra: Any) -> str:
+    def event(listed: list[dict[str, Any]], **extra: Any) -> bytes:
         if options.continuous_usage_stats:
             extra = {"usage": choices.usage, **extra}
         elif options.include_usage:

@@ -101,7 +101,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
                 "x-lowkey-tokens-per-second",
             ],
         )
-    app.add_middleware(RequestFrame)
+    app.add_middleware(RequestFrame, leaving=lambda: state.leaving)
 
 
 def _account(generation: Generation, settings: Settings) -> None:

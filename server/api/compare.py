@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from server.api.auth import capped_priority
 from server.api.comparison import Comparison, Event
 from server.api.errors import APIError, from_engine
 from server.api.schemas import CompareRequest
@@ -28,7 +29,13 @@ async def compare(body: CompareRequest, request: Request) -> Response:
         for variant in variants:
             stack.enter_context(admitted(state, variant))
         _check_comparable(state, body, variants)
-        comparison = await Comparison.create(state, body, variants, request.scope["lowkey.arrived"])
+        comparison = await Comparison.create(
+            state,
+            body,
+            variants,
+            arrived=request.scope["lowkey.arrived"],
+            priority=capped_priority(request, body.priority or 0),
+        )
         if body.stream:
             return EventStream(_stream(comparison), on_end=stack.pop_all().close)
         try:
@@ -72,7 +79,7 @@ def _check_comparable(state: ServerState, body: CompareRequest, variants: list[V
         )
 
 
-async def _stream(comparison: Comparison) -> AsyncGenerator[str]:
+async def _stream(comparison: Comparison) -> AsyncGenerator[bytes]:
     """Events of the variants as they come, then the whole answer, [DONE]."""
     events: asyncio.Queue[Event | None] = asyncio.Queue()
 

@@ -1,6 +1,5 @@
 """One comparison under way: each variant completes the prompt, then each scores the baseline's completion."""
 
-import asyncio
 import contextlib
 import secrets
 import time
@@ -12,6 +11,7 @@ from server.api.prompts import encode_prompt
 from server.api.schemas import CompareRequest
 from server.api.scoring import Scores, pair_of, score
 from server.api.serving import ServerState
+from server.api.streaming import together
 from server.text import Detokenizer
 from server.variants import Variant
 
@@ -25,6 +25,7 @@ class Comparison:
         variants: the baseline first.
         prompt_ids: by variant name.
         arrived: time.monotonic() of the HTTP request.
+        priority: of its work in the engines; lower runs first.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Comparison:
         variants: list[Variant],
         prompt_ids: dict[str, list[int]],
         arrived: float,
+        priority: int,
     ) -> None:
         self._state = state
         # With one seed for all, sampled answers differ only where the distributions do. The answer says which it was:
@@ -44,20 +46,27 @@ class Comparison:
         self._variants = variants
         self._prompt_ids = prompt_ids
         self._arrived = arrived
+        self._priority = priority
         self._parallel = bool(body.parallel)
         self._generations: dict[str, Generation] = {}
         self._head = {"id": f"cmp-{secrets.token_hex(12)}", "created": int(time.time())}
 
     @classmethod
     async def create(
-        cls, state: ServerState, body: CompareRequest, variants: list[Variant], arrived: float
+        cls,
+        state: ServerState,
+        body: CompareRequest,
+        variants: list[Variant],
+        *,
+        arrived: float,
+        priority: int,
     ) -> "Comparison":
         """Tokenises. Raises APIError 400 if the prompt is no good."""
         prompt_ids = {
             variant.name: await encode_prompt(state, variant, body.prompt, body.token_limit)
             for variant in variants
         }
-        return cls(state, body, variants, prompt_ids, arrived)
+        return cls(state, body, variants, prompt_ids, arrived, priority)
 
     async def run(self, emit: Callable[[Event], None]) -> Event:
         """The whole answer. `emit` is told of each piece of text and each end before.
@@ -66,31 +75,37 @@ class Comparison:
             APIError: 503, there is no room for the log-probabilities.
             EngineError: an engine went away, or its output is broken.
         """
-        self._state.comparisons += 1
-        order = list(self._variants)
-        if self._state.comparisons % 2 == 0:
-            order.reverse()  # whoever goes first finds cold caches
         if self._parallel:
-            tasks = [asyncio.create_task(self._generate(v, self._arrived, emit)) for v in order]
-            try:
-                await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:  # of those that go on when one has failed
-                    task.cancel()
+            await together([self._generate(v, self._arrived, emit) for v in self._variants])
         else:
+            self._state.timed_comparisons += 1
+            # Whoever goes first finds cold caches.
+            order = self._variants[:: -1 if self._state.timed_comparisons % 2 == 0 else 1]
             for variant in order:
                 begins = self._arrived if variant is order[0] else time.monotonic()
                 await self._generate(variant, begins, emit)
         base = self._generations[self._variants[0].name]
         async with self._state.scoring:
             scores = await score(
-                self._state.variants.runtime_dir, self._variants, base.prompt_ids, base.token_ids
+                self._state.variants.runtime_dir,
+                self._variants,
+                base.prompt_ids,
+                base.token_ids,
+                priority=self._priority,
             )
         return self._answer(base, scores)
 
     async def _generate(self, variant: Variant, begins: float, emit: Callable[[Event], None]) -> None:
         ids = self._prompt_ids[variant.name]
-        generation = Generation(self._state, variant, self._body, ids, endpoint="compare", arrived=begins)
+        generation = Generation(
+            self._state,
+            variant,
+            self._body,
+            ids,
+            endpoint="compare",
+            arrived=begins,
+            priority=self._priority,
+        )
         self._generations[variant.name] = generation
         async with contextlib.aclosing(generation.pieces()) as pieces:
             async for piece in pieces:

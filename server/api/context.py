@@ -34,16 +34,20 @@ class RequestContext:
         if name not in self.variants:
             self.variants.append(name)
         self.finish_reason = generation.finish_reason
-        if completion:
-            self.prompt_tokens += prompt
-            self.completion_tokens += completion
-            if self.client is not None:
-                self.client.take_tokens(prompt + completion)
+        if completion or generation.finish_reason == "length":  # of no tokens: the prompt alone was asked for
+            self.charge(prompt, completion)
         if self.ttft_s is None:
             self.ttft_s = generation.ttft_s
         if with_text:
             text = generation.variant.tokenizer.decode(generation.prompt_ids, skip_special_tokens=False)
             self.texts.append({"variant": name, "prompt": text, "completion": generation.text})
+
+    def charge(self, prompt: int, completion: int = 0) -> None:
+        """Tokens that were run count for the log and for the key's limit."""
+        self.prompt_tokens += prompt
+        self.completion_tokens += completion
+        if self.client is not None:
+            self.client.take_tokens(prompt + completion)
 
     def fields(self) -> dict[str, Any]:
         """For the log; what there is nothing to say of is left out."""

@@ -6,13 +6,13 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from server.api.errors import APIError
 from server.api.schemas import SamplingFields
 from server.api.serving import ServerState
 from server.engine.client import EngineError
-from server.engine.messages import Generate, Sampling, Token, TopLogprobs
+from server.engine.messages import FinishReason, Generate, Sampling, Token, TopLogprobs
 from server.text import Detokenizer, StopMatcher
 from server.variants import Variant
 
@@ -86,13 +86,12 @@ class Generation:
         """Of each token, if the request asks for log-probabilities."""
         self.cached_tokens = 0
         """Tokens of the prompt that were not computed: those of a saved state or a cached prefix."""
-        self.finish_reason: Literal["stop", "length", "abort", "error"] | None = None
+        self.finish_reason: FinishReason | None = None
         self.variant = variant
         self.endpoint = endpoint
         self.choice = choice
         self.gaps_s: list[float] = []
         """Between the tokens."""
-        self._metrics = state.metrics
         self._on_finish = state.on_finish
         self._arrived = arrived
         self._first: float | None = None
@@ -154,7 +153,7 @@ class Generation:
             raise
         finally:
             self.finish_reason = self.finish_reason or "abort"
-            self._record()
+            self._record(self.finish_reason)
 
     async def run(self) -> None:
         """All of it at once."""
@@ -184,33 +183,34 @@ class Generation:
         return piece
 
     def _measure(self, token: Token) -> None:
-        now, name = time.monotonic(), self.variant.name
+        now, metrics = time.monotonic(), self.variant.metrics
         if self._last is None:
             self._first = now
             self.cached_tokens = self._saved_tokens + token.cached_tokens
-            self._metrics.prompt_tokens.labels(name).inc(self.prompt_tokens)
-            self._metrics.cached_prompt_tokens.labels(name).inc(token.cached_tokens)
+            metrics.prompt_tokens.inc(self.prompt_tokens)
+            metrics.cached_prompt_tokens.inc(token.cached_tokens)
             self._queue_s = token.queue_s
-            self._metrics.ttft.labels(name).observe(now - self._arrived)
+            metrics.ttft.observe(now - self._arrived)
             if token.queue_s is not None and token.prefill_s is not None:
-                self._metrics.queue.labels(name).observe(token.queue_s)
-                self._metrics.prefill.labels(name).observe(token.prefill_s)
+                metrics.queue.observe(token.queue_s)
+                metrics.prefill.observe(token.prefill_s)
         else:
-            self.gaps_s.append(now - self._last)
-            self._metrics.itl.labels(name).observe(now - self._last)
+            gap = now - self._last
+            self.gaps_s.append(gap)
+            metrics.itl.observe(gap)
         self._last = now
-        self._metrics.generation_tokens.labels(name).inc()
+        metrics.generation_tokens.inc()
 
-    def _record(self) -> None:
-        name, metrics = self.variant.name, self._metrics
-        metrics.requests.labels(name, self.endpoint, self.finish_reason).inc()
-        metrics.request_seconds.labels(name).observe(time.monotonic() - self._arrived)
+    def _record(self, reason: FinishReason) -> None:
+        metrics = self.variant.metrics
+        metrics.on_end(self.endpoint, reason)
+        metrics.request_seconds.observe(time.monotonic() - self._arrived)
         if self._first is not None and self._last is not None:
-            metrics.request_state_bytes.labels(name).observe(self.variant.info.state_bytes_per_request)
-            metrics.decode.labels(name).observe(self._last - self._first)
+            metrics.request_state_bytes.observe(self.variant.info.state_bytes_per_request)
+            metrics.decode.observe(self._last - self._first)
         speed = self.tokens_per_second
         if speed is not None:
-            metrics.request_tokens_per_second.labels(name).observe(speed)
+            metrics.request_tokens_per_second.observe(speed)
         for tell in self._on_finish:
             tell(self)
 

@@ -7,7 +7,7 @@ from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from server.api.errors import unavailable
-from server.api.serving import named_variant, server_state
+from server.api.serving import ServerState, named_variant, server_state
 
 router = APIRouter()
 
@@ -23,18 +23,26 @@ async def ready(request: Request, variant: str | None = None) -> dict[str, str]:
     """Whether to send requests here: every variant has loaded once, one answers, and the server has not been asked
     to stop. With `?variant=` that one must answer."""
     state = server_state(request)
-    if state.leaving:
-        raise unavailable("the server is shutting down")
-    if variant is not None:
+    if variant is not None and not state.leaving:
         if not named_variant(state, variant, "variant").client.up:
             raise unavailable(f"variant {variant!r} is not up")
         return {"status": "ready"}
+    reason = why_not_ready(state)
+    if reason is not None:
+        raise unavailable(reason)
+    return {"status": "ready"}
+
+
+def why_not_ready(state: ServerState) -> str | None:
+    """None for a server that requests should be sent to."""
+    if state.leaving:
+        return "the server is shutting down"
     loading = [v.name for v in state.variants if not v.loaded]
     if loading:
-        raise unavailable(f"still loading: {', '.join(loading)}")
+        return f"still loading: {', '.join(loading)}"
     if not any(v.client.up for v in state.variants):
-        raise unavailable("no variant is up")
-    return {"status": "ready"}
+        return "no variant is up"
+    return None
 
 
 @router.get("/version")

@@ -24,10 +24,16 @@ _PROBES = ("/health", "/ready", "/metrics")
 
 
 class RequestFrame:
-    """The outermost: time of arrival, id in and out, the log line at the end, the last resort."""
+    """The outermost: time of arrival, id in and out, the log line at the end, the last resort.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        leaving: whether the server has been asked to stop. Each answer then ends its connection: behind a load balancer
+            that picks a server per connection, a client that keeps its own would never come to the others.
+    """
+
+    def __init__(self, app: ASGIApp, leaving: Callable[[], bool]) -> None:
         self._app = app
+        self._leaving = leaving
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -45,6 +51,8 @@ class RequestFrame:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 tags = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
+                if self._leaving():
+                    tags.append((b"connection", b"close"))
                 message["headers"] = [*message["headers"], *tags]
             await send(message)
 
@@ -169,7 +177,7 @@ class Limits:
                 await error.response()(scope, receive, send)
             else:
                 is_stream = b"text/event-stream" in dict(started["headers"]).get(b"content-type", b"")
-                last = (sse(error.body()) + DONE).encode() if is_stream else b""
+                last = sse(error.body()) + DONE if is_stream else b""
                 await send({"type": "http.response.body", "body": last, "more_body": False})
 
     def _limited(self, receive: Receive, most: int) -> Receive:

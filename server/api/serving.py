@@ -41,8 +41,8 @@ class ServerState:
     """No new requests."""
     scoring: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One comparison at a time may hold `compare_bytes` of shared memory."""
-    comparisons: int = 0
-    """How many /v1/compare have run: the order of the variants alternates."""
+    timed_comparisons: int = 0
+    """How many /v1/compare have run one variant after the other: their order alternates."""
 
     def observe_pair(self, variant: str, baseline: str, source: Source, pair: Pair) -> None:
         """A variant was measured against a baseline on one prompt."""

@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from server.api.answers import DeletedState, State, StateList
 from server.api.auth import owner_of
+from server.api.context import current
 from server.api.errors import APIError, from_engine, unavailable
 from server.api.generation import Saved
 from server.api.prompts import encode_prompt
@@ -86,6 +87,9 @@ async def create_state(body: StateRequest, request: Request) -> dict[str, Any]:
         path = store.new_file()
         try:
             await unless_disconnected(request, state.states.save(variant, ids, path))
+            context = current.get()
+            if context is not None:
+                context.charge(len(ids))
             saved = await asyncio.to_thread(store.keep, path, owner_of(request))
         except EngineError as e:
             raise from_engine(e) from e
@@ -180,8 +184,9 @@ async def import_state(request: Request, model: str | None = None) -> dict[str, 
 
 
 async def _check_fits_one(state: ServerState, variants: list[Variant], header: Header) -> None:
-    """409 with the first variant's reason if none can go on from this state; 503 if one might, but is not up."""
-    reason: OtherModelError | None = None
+    """Unless a variant can go on from this state: 503 if one that is not up might, 400 if it is of a variant's model
+    but other tensors, else 409 with the first one's reason."""
+    refusals: list[Exception] = []
     for variant in variants:
         try:
             with admitted(state, variant):
@@ -189,11 +194,15 @@ async def _check_fits_one(state: ServerState, variants: list[Variant], header: H
                 if header.tokens >= variant.info.context_length:
                     raise StateFileError(f"stands for {header.tokens} tokens, which fill the context")
                 return
-        except OtherModelError as e:
-            reason = reason or e
         except EngineError as e:
-            raise from_engine(e) from e
-    raise APIError(409, f"{reason}")
+            refusals.append(from_engine(e))
+        except (APIError, StateFileError, OtherModelError) as e:
+            refusals.append(e)
+    for kind in (APIError, StateFileError):
+        for refusal in refusals:
+            if isinstance(refusal, kind):
+                raise refusal
+    raise APIError(409, str(refusals[0]))
 
 
 class _Body:

@@ -1,12 +1,14 @@
 """Who holds which state slot: running requests, and prefixes of prompts. The scheduler sees allocations only, never
 tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from modeling.state import StatePool
 from server.engine.prefix_cache import BLOCK, TOKEN_BYTES, Entry, Prefix, PrefixIndex
-from server.engine.state_file import load_state, save_state
+from server.engine.state_file import host_tensors, load_state, save_state
 
 __all__ = ["Allocation", "Entry", "Prefix", "StateCache"]
 
@@ -86,9 +88,10 @@ class StateCache:
         """Take the state from a file. Raises StateFileError."""
         load_state(self._pool, allocation.slot, path)
 
-    def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> None:
-        """Write the state to a file. Raises OSError."""
-        save_state(self._pool, allocation.slot, path, metadata)
+    def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> Callable[[], None]:
+        """What writes the state to a file, in any thread, for as long as nothing else is done with the allocation.
+        Raises OSError when it is called."""
+        return partial(save_state, host_tensors(self._pool, allocation.slot), path, metadata)
 
     def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> Entry | None:
         """Keep the state of `allocation`, which has seen the first `length` tokens. None when it is kept already, or

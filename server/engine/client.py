@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -64,6 +64,31 @@ class OutOfMemoryError(EngineUnavailableError):
     """The engine's device had no memory for the request. It goes on with the others."""
 
 
+class _Exchange:
+    """The answers to one request, as they come."""
+
+    def __init__(self, variant: str) -> None:
+        self.finished = False
+        """No more is to come."""
+        self._variant = variant
+        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+
+    def put(self, answer: Answer | None) -> None:
+        """None: the engine is gone."""
+        self._answers.put_nowait(answer)
+
+    async def answer(self) -> Token | Scored | StateSaved:
+        """The next one. Raises EngineUnavailableError, OutOfMemoryError among them, and StateError."""
+        answer = await self._answers.get()
+        if answer is None:
+            self.finished = True
+            raise EngineUnavailableError(f"variant {self._variant!r} went down while it served this request")
+        self.finished = not isinstance(answer, Token) or answer.finish_reason is not None
+        if isinstance(answer, Failed):
+            raise (StateError if answer.reason == "state" else OutOfMemoryError)(answer.error)
+        return answer
+
+
 class EngineClient:
     """One engine process and the requests in it.
 
@@ -82,7 +107,7 @@ class EngineClient:
         config: EngineConfig,
         runtime_dir: Path,
         *,
-        hang_s: float = 30.0,
+        hang_s: float,
         on_ready: Callable[[Ready], None],
         on_step: Callable[[StepOutput], None],
         on_occupancy: Callable[[Occupancy], None],
@@ -101,7 +126,7 @@ class EngineClient:
         self._on_step, self._on_occupancy = on_step, on_occupancy
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
-        self._requests: dict[str, asyncio.Queue[Answer | None]] = {}
+        self._requests: dict[str, _Exchange] = {}
         self._task: asyncio.Task[None] | None = None
         self._ready_at = math.inf
         """time.monotonic() of the last Ready; infinite until this start's."""
@@ -127,22 +152,22 @@ class EngineClient:
             OutOfMemoryError: likewise.
             StateError: the saved state to go on from is no good.
         """
-        async with contextlib.aclosing(self._exchange(message)) as items:
-            async for item in items:
-                if isinstance(item, Token):
-                    if item.finish_reason == "error":
-                        raise BrokenOutputError(
-                            f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
-                        )
-                    yield item
+        with self._exchange(message) as exchange:
+            while not exchange.finished:
+                token = await exchange.answer()
+                assert isinstance(token, Token)
+                if token.finish_reason == "error":
+                    raise BrokenOutputError(
+                        f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
+                    )
+                yield token
 
     async def score(self, message: Score) -> Scored:
         """Log-probabilities of given tokens. Raises EngineUnavailableError, OutOfMemoryError among them."""
-        async with contextlib.aclosing(self._exchange(message)) as items:
-            async for item in items:
-                if isinstance(item, Scored):
-                    return item
-        raise EngineUnavailableError(f"variant {self.config.variant!r} went away")
+        with self._exchange(message) as exchange:
+            scored = await exchange.answer()
+            assert isinstance(scored, Scored)
+            return scored
 
     async def save_state(self, message: SaveState) -> None:
         """Have the state after a prompt written to a file.
@@ -151,34 +176,23 @@ class EngineClient:
             EngineUnavailableError: before the answer, OutOfMemoryError among them.
             StateError: it could not be written.
         """
-        async with contextlib.aclosing(self._exchange(message)) as items:
-            async for item in items:
-                if isinstance(item, StateSaved):
-                    if item.error is not None:
-                        raise StateError(item.error)
-                    return
-        raise EngineUnavailableError(f"variant {self.config.variant!r} went away")
+        with self._exchange(message) as exchange:
+            saved = await exchange.answer()
+            assert isinstance(saved, StateSaved)
+            if saved.error is not None:
+                raise StateError(saved.error)
 
-    async def _exchange(self, message: Generate | Score | SaveState) -> AsyncGenerator[Answer]:
-        queue: asyncio.Queue[Answer | None] = asyncio.Queue()
-        self._requests[message.request_id] = queue
-        finished = False
+    @contextlib.contextmanager
+    def _exchange(self, message: Generate | Score | SaveState) -> Iterator[_Exchange]:
+        """Send a request; it is aborted when this is left before its last answer."""
+        exchange = _Exchange(self.config.variant)
+        self._requests[message.request_id] = exchange
         try:
             self._send(message)
-            while (item := await queue.get()) is not None:
-                finished = not isinstance(item, Token) or item.finish_reason is not None
-                if isinstance(item, Failed):
-                    raise (StateError if item.reason == "state" else OutOfMemoryError)(item.error)
-                yield item
-                if finished:
-                    return
-            finished = True  # with its engine
-            raise EngineUnavailableError(
-                f"variant {self.config.variant!r} went down while it served this request"
-            )
+            yield exchange
         finally:
             del self._requests[message.request_id]
-            if not finished:
+            if not exchange.finished:
                 with contextlib.suppress(EngineUnavailableError):
                     self._send(Abort(request_id=message.request_id))
 
@@ -299,11 +313,11 @@ class EngineClient:
     def _deliver(self, output: StepOutput) -> None:
         items: list[Answer] = [*output.tokens, *output.scored, *output.saved, *output.failed]
         for item in items:
-            queue = self._requests.get(item.request_id)
-            if queue is not None:  # else it was aborted while this was on its way
-                queue.put_nowait(item)
+            exchange = self._requests.get(item.request_id)
+            if exchange is not None:  # else it was aborted while this was on its way
+                exchange.put(item)
 
     def _mark_down(self) -> None:
         self.up, self._socket = False, None
-        for queue in self._requests.values():
-            queue.put_nowait(None)
+        for exchange in self._requests.values():
+            exchange.put(None)

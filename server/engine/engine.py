@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from server.engine.messages import (
 from server.engine.request import Request
 from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
 from server.engine.scheduler import Batch, Scheduler
+from server.engine.state_writer import StateWriter
 
 
 class IntegrityError(RuntimeError):
@@ -44,7 +46,9 @@ class Engine:
         self._runner = runner
         self._depth = depth
         self._launched: deque[_Launched] = deque()
+        self._writer = StateWriter(ThreadPoolExecutor(1, "states"))
         self._collected_at = 0.0
+        self._blocked = False
         self._reported = 0, 0
         """Of the prefix cache's counts, what outputs have told already."""
 
@@ -53,6 +57,11 @@ class Engine:
         """Nothing to run, nothing to collect and nothing to tell."""
         s = self._scheduler
         return not (s.running or s.waiting or self._launched or s.failed)
+
+    @property
+    def blocked(self) -> bool:
+        """The last step found nothing to do but to wait for a file to be written."""
+        return self._blocked
 
     @property
     def occupancy(self) -> Occupancy:
@@ -92,8 +101,9 @@ class Engine:
         output: StepOutput | None = None
         if self._launched and (batch is None or len(self._launched) > self._depth):
             output = self._collect(self._launched.popleft())
-        elif self._scheduler.failed:
-            output = self._output([], [], [], Batch([], []), 0.0)
+        elif self._scheduler.failed or self._writer.due:
+            output = self._output([], [], Batch([], []), 0.0)
+        self._blocked = output is None and not self._launched and self._writer.busy
         if self.idle:
             self._check()
         return output
@@ -115,14 +125,14 @@ class Engine:
         batch = launched.step.batch
         done = [c.request for c in batch.prefills if c.is_last and c.request.finish_reason is None]
         scored = [self._scored(request) for request in done if isinstance(request.message, Score)]
-        saved = [self._saved(r, r.message) for r in done if isinstance(r.message, SaveState)]
+        writing = [request for request in done if self._write(request)]
         for request in batch.requests:
-            self._scheduler.collected(request)
-        return self._output(tokens, scored, saved, batch, step_s)
+            if request not in writing:
+                self._scheduler.collected(request)
+        return self._output(tokens, scored, batch, step_s)
 
-    def _output(
-        self, tokens: list[Token], scored: list[Scored], saved: list[StateSaved], batch: Batch, step_s: float
-    ) -> StepOutput:
+    def _output(self, tokens: list[Token], scored: list[Scored], batch: Batch, step_s: float) -> StepOutput:
+        saved = [s for ended in self._writer.finished() if (s := self._saved(*ended)) is not None]
         failed = list(self._scheduler.failed)
         self._scheduler.failed.clear()
         counts = self._scheduler.cache_queries, self._scheduler.cache_hits
@@ -179,11 +189,18 @@ class Engine:
             top=request.top,
         )
 
-    def _saved(self, request: Request, message: SaveState) -> StateSaved:
-        error: str | None = None
-        try:
-            self._scheduler.save(request, Path(message.path), message.fingerprint)
-        except OSError as e:
-            error = f"the state can't be written: {e}"
+    def _write(self, request: Request) -> bool:
+        """Start to write a file if the request asks for one; its step is over when that is."""
+        if not isinstance(request.message, SaveState):
+            return False
+        self._writer.start(request, self._scheduler.save(request, request.message))
+        return True
+
+    def _saved(self, request: Request, error: str | None) -> StateSaved | None:
+        """A file has been written, or can't be. None when it was aborted meanwhile: nobody will want the file."""
+        aborted = request.finish_reason is not None
+        if aborted and error is None and isinstance(request.message, SaveState):
+            Path(request.message.path).unlink(missing_ok=True)
         self._scheduler.finish(request, "stop")
-        return StateSaved(request_id=request.id, error=error)
+        self._scheduler.collected(request)
+        return None if aborted else StateSaved(request_id=request.id, error=error)

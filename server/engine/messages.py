@@ -9,6 +9,9 @@ CANNOT_LOAD = 78
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+Phase = Literal["prefill", "decode", "mixed"]
+"""What a step's batch is made of."""
+
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How one engine process is started; passed as JSON on its command line."""
@@ -212,13 +215,13 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     scored: list[Scored]
     saved: list[StateSaved] = []
     failed: list[Failed] = []
-    phase: Literal["prefill", "decode", "mixed"]
+    phase: Phase
     step_s: float
     batch_size: int
-    """0 where there was no step, only requests that fail."""
+    """0 for an output without a step: of requests that fail and of files that have been written."""
     occupancy: Occupancy
     cache_queries: int = 0
-    """Prompt tokens that were looked up in the prefix cache."""
+    """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""
     cache_hits: int = 0
     """Those among them whose state was there."""
 

@@ -38,6 +38,9 @@ logger = logging.getLogger("lowkey.engine")
 HEARTBEAT_S = 1.0
 """An engine that has told nothing for this long says who is in it."""
 
+FILE_POLL_S = 0.01
+"""How often an engine with nothing to run looks whether a file has been written."""
+
 
 def pick_device(config: EngineConfig) -> str:
     """ "auto" is a GPU where there is one."""
@@ -179,7 +182,8 @@ def serve(config: EngineConfig) -> None:
     poller.register(inputs, zmq.POLLIN)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     while True:
-        events = dict(poller.poll(int(HEARTBEAT_S * 1000) if engine.idle else 0))
+        wait_s = HEARTBEAT_S if engine.idle else FILE_POLL_S if engine.blocked else 0.0
+        events = dict(poller.poll(int(wait_s * 1000)))
         if sys.stdin.fileno() in events:
             return
         received = inputs in events

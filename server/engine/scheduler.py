@@ -3,6 +3,7 @@ come first served."""
 
 import itertools
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,7 +81,7 @@ class Scheduler:
         self._decoding: list[Request] = []
         """With at least one more token to sample by a decode."""
         self.cache_queries = 0
-        """Prompt tokens looked up in the prefix cache so far, and found there."""
+        """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
         self.cache_hits = 0
         self.failed: list[Failed] = []
         """Requests that can't go on, and why; the engine tells and forgets them."""
@@ -183,14 +184,15 @@ class Scheduler:
                 if len(request.snapshots) > SNAPSHOTS:
                     self._cache.drop(request.snapshots.pop(0))
 
-    def save(self, request: Request, path: Path, metadata: dict[str, str]) -> None:
-        """Write the state of a request whose prompt has been fed. Raises OSError."""
+    def save(self, request: Request, message: SaveState) -> Callable[[], None]:
+        """What writes the state of a request whose prompt has been fed (`StateCache.save`), before its last step is
+        `collected`."""
         if request.allocation is None:
             raise RuntimeError(f"request {request.id} has no state to save")
-        self._cache.save(request.allocation, path, metadata)
+        return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
 
     def collected(self, request: Request) -> None:
-        """A launched step of this request has been collected."""
+        """A launched step of this request has been collected, and nothing more is done with the state that it left."""
         request.steps_in_flight -= 1
         self._release_if_idle(request)
 
@@ -250,7 +252,7 @@ class Scheduler:
                 return False
         insort(self._prefilling, request, key=_order)
         if request.prefix is not None:
-            self.cache_queries += request.prompt_length
+            self.cache_queries += request.prefix.limit
             self.cache_hits += allocation.cached
         if request.cut <= allocation.cached:
             request.cut = 0

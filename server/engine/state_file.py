@@ -22,12 +22,18 @@ def _tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
     return {f"layers.{i}.{kind}": t[slot] for kind, layers in kinds for i, t in enumerate(layers)}
 
 
-def save_state(pool: StatePool, slot: int, path: Path, metadata: dict[str, str]) -> None:
-    """Write the state in `slot`; a file of that name is replaced at once or not at all. Raises OSError."""
-    tensors = {name: t.cpu().contiguous() for name, t in _tensors(pool, slot).items()}
+def host_tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
+    """What a file of the state in `slot` holds: on a CPU the slot itself, else a copy."""
+    return {name: t.cpu() for name, t in _tensors(pool, slot).items()}
+
+
+def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a state and wait for the disk; a file of that name is replaced at once or not at all. Raises OSError."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         save_file(tensors, partial, metadata)
+        with partial.open("rb") as f:
+            os.fsync(f.fileno())
         os.replace(partial, path)
     except SafetensorError as e:  # how the library reports a full disk
         raise OSError(f"{path}: {e}") from e
@@ -36,10 +42,13 @@ def save_state(pool: StatePool, slot: int, path: Path, metadata: dict[str, str])
 
 
 def load_state(pool: StatePool, slot: int, path: Path) -> None:
-    """Fill `slot` from a file. Raises StateFileError, and has then written nothing."""
+    """Fill `slot` from a file. Raises StateFileError, and has then written nothing. Its message goes to the client: it
+    names no path."""
     try:
         loaded = load_file(path)
-    except (OSError, SafetensorError) as e:
+    except OSError as e:
+        raise StateFileError("the saved state can't be read; it may have expired or been deleted") from e
+    except SafetensorError as e:
         raise StateFileError(f"the saved state can't be read: {e}") from e
     ours = _tensors(pool, slot)
     if loaded.keys() != ours.keys():

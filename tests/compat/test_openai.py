@@ -4,7 +4,7 @@ import asyncio
 
 import openai
 import pytest
-from live_server import poll
+from live_server import ENDLESS, poll
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_leaving_a_stream_early_frees_every_slot(server):
                 model="dense",
                 prompt=["a", "b"],
                 n=3,
-                max_tokens=5000,
+                max_tokens=ENDLESS,
                 stream=True,
                 extra_body={"ignore_eos": True},
             )
@@ -140,11 +140,23 @@ def test_leaving_a_stream_early_frees_every_slot(server):
 def test_giving_up_on_an_answer_frees_every_slot(server):
     ended = {"variant": "dense", "endpoint": "chat", "finish_reason": "abort"}
     before = server.sample("lowkey_requests_total", **ended)
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=1.0)
-    with pytest.raises(openai.APITimeoutError):
-        client.chat.completions.create(
-            model="dense", messages=HELLO, n=4, max_tokens=8000, extra_body={"ignore_eos": True}
-        )
+
+    async def work():
+        async with asynchronous(server) as client:
+            asked = asyncio.create_task(
+                client.chat.completions.create(
+                    model="dense", messages=HELLO, n=4, max_tokens=ENDLESS, extra_body={"ignore_eos": True}
+                )
+            )
+            used = dict(variant="dense", engine="0", state="used")
+            await asyncio.to_thread(
+                poll, lambda: server.sample("lowkey_state_slots", **used) == 4, "all four run"
+            )
+            asked.cancel()
+            await asyncio.wait([asked])
+            assert asked.cancelled()
+
+    asyncio.run(work())
     server.wait_idle()
     poll(lambda: server.sample("lowkey_requests_total", **ended) == before + 4, "all four are aborted")
 

@@ -23,7 +23,7 @@ def test_random_requests(server, clients, tmp_path):
     command = [
         *(str(clients / "schemathesis"), "run", f"{server.url}/openapi.json", "--checks", ",".join(CHECKS)),
         *("--phases", "coverage,fuzzing", "--max-examples", "25", "--seed", "1"),
-        *("--continue-on-failure", "--warnings", "off"),
+        *("--continue-on-failure", "--warnings", "off", "--request-timeout", str(DEADLINE_S)),
     ]
     hooks = {
         "PYTHONPATH": str(Path(__file__).parent),

@@ -55,14 +55,9 @@ def test_the_alerts_fire_when_they_should():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_compose_mounts_files_that_exist():
-    compose = (ROOT / "docker" / "compose.yaml").read_text()
-    for source in re.findall(r"source: (\.[^,]+),", compose):
-        assert (ROOT / "docker" / source).exists(), source
-    assert set(tomllib.loads((ROOT / "docker" / "lowkey.toml").read_text())["variants"]) == {
-        "dense",
-        "reduced",
-    }
+def test_compose_serves_the_variants_that_it_describes():
+    served = tomllib.loads((ROOT / "docker" / "lowkey.toml").read_text())["variants"]
+    assert set(served) == {"dense", "reduced"}
 
 
 def test_the_chart_sets_variables_that_the_server_reads():

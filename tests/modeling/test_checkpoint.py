@@ -255,6 +255,8 @@ def test_a_directory_without_config(path):
         (b'{"model_type": ', "is not valid JSON"),
         (b"", "is not valid JSON"),
         (b"\xff\xfe", "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON"),
+        (b'{"vocab_size": ' + b"1" * 5000 + b"}", "is not valid JSON"),
         (b"[1, 2]", "must hold a JSON object, not list"),
         (b"null", "must hold a JSON object, not NoneType"),
     ],

@@ -1,5 +1,6 @@
 """The compiled decode step against the same model in float64, and how it is built."""
 
+import itertools
 import logging
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from modeling.backends import TORCH, choose
 from modeling.checkpoint import open_checkpoint
@@ -56,6 +58,16 @@ def model_of(spec, seed=0):
     return model
 
 
+def exact_model_of(spec, seed, weights):
+    """The same in float64. Products with bfloat16 weights take bfloat16 inputs: what was rounded, in full precision."""
+    model = model_of(spec, seed).to(weights).double()
+    if weights == BFLOAT16:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(lambda _, x: x[0].to(BFLOAT16).double())
+    return model
+
+
 def pools_of(spec, slots, seed=1, **dtypes):
     """A pool with random states, and the same in float64."""
     torch.manual_seed(seed)
@@ -76,7 +88,7 @@ def difference(a, b):
 def check(spec, batch, *, weights=FLOAT32, state=FLOAT32, conv=FLOAT32, seed=0):
     """Steps of `batch` requests in random slots of a larger pool, against float64 with the same numbers."""
     model = model_of(spec, seed).to(weights)
-    exact = model_of(spec, seed).to(weights).double()
+    exact = exact_model_of(spec, seed, weights)
     model.backend = choose(model)
     assert model.backend.name == "cpu"
     pool, exact_pool = pools_of(spec, batch + 3, state_dtype=state, conv_dtype=conv)
@@ -87,7 +99,7 @@ def check(spec, batch, *, weights=FLOAT32, state=FLOAT32, conv=FLOAT32, seed=0):
     # A float32 step differs by its roundings. bfloat16 rounds what is stored and returned to 8 bits, which the norms of
     # a second step would magnify.
     rounded = BFLOAT16 in (weights, state, conv)
-    tolerance = 1e-2 if rounded else 1e-4
+    tolerance = 2e-2 if rounded else 1e-4
     for _ in range(1 if rounded else 2):
         ids = torch.randint(0, spec.vocab_size, (batch,))
         hidden, expected = model.decode(ids, pool, slots), exact.decode(ids, exact_pool, slots)
@@ -106,26 +118,29 @@ def check(spec, batch, *, weights=FLOAT32, state=FLOAT32, conv=FLOAT32, seed=0):
 DTYPES = st.sampled_from([FLOAT32, BFLOAT16])
 
 
+SHAPES = st.fixed_dictionaries(
+    {
+        "hidden": st.integers(8, 70),
+        "intermediate": st.integers(4, 70),
+        "vocab": st.integers(8, 50),
+        "tied": st.booleans(),
+        "layers": st.integers(1, 2),
+        "num_k_heads": st.integers(1, 3),
+        "d_k": st.integers(3, 40),
+        "d_v": st.integers(8, 150),
+        "conv_kernel": st.integers(1, 6),
+        "conv_bias": st.booleans(),
+        "has_decay": st.booleans(),
+        "has_beta": st.booleans(),
+        "beta_scale": st.sampled_from([1.0, 2.0]),
+        "gate": st.sampled_from(["none", "silu", "sigmoid"]),
+    }
+)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    shape=st.fixed_dictionaries(
-        {
-            "hidden": st.integers(8, 70),
-            "intermediate": st.integers(4, 70),
-            "vocab": st.integers(8, 50),
-            "tied": st.booleans(),
-            "layers": st.integers(1, 2),
-            "num_k_heads": st.integers(1, 3),
-            "d_k": st.integers(3, 40),
-            "d_v": st.integers(8, 150),
-            "conv_kernel": st.integers(1, 6),
-            "conv_bias": st.booleans(),
-            "has_decay": st.booleans(),
-            "has_beta": st.booleans(),
-            "beta_scale": st.sampled_from([1.0, 2.0]),
-            "gate": st.sampled_from(["none", "silu", "sigmoid"]),
-        }
-    ),
+    shape=SHAPES,
     groups=st.integers(1, 3),
     batch=st.integers(1, 70),
     weights=DTYPES,
@@ -138,6 +153,39 @@ DTYPES = st.sampled_from([FLOAT32, BFLOAT16])
 def test_a_step_of_any_shape_is_that_of_float64(shape, groups, batch, weights, state, conv, seed):
     spec = spec_of(**shape, num_v_heads=shape["num_k_heads"] * groups)
     check(spec, batch, weights=weights, state=state, conv=conv, seed=seed)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    shape=SHAPES,
+    groups=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    weights=DTYPES,
+    begun=st.booleans(),
+    seed=st.integers(0, 100),
+)
+@example({"d_k": 128, "d_v": 128, "num_k_heads": 2, "hidden": 256}, 1, [150, 1, 300], FLOAT32, True, 0)
+@example({"d_k": 24, "d_v": 40, "num_k_heads": 2, "conv_kernel": 40}, 2, [5, 39, 90], FLOAT32, True, 0)
+def test_prompts_of_any_shape_are_those_of_float64(shape, groups, lengths, weights, begun, seed):
+    spec = spec_of(**shape, num_v_heads=shape["num_k_heads"] * groups)
+    model, exact = model_of(spec, seed).to(weights), exact_model_of(spec, seed, weights)
+    model.backend = choose(model)
+    pool, exact_pool = pools_of(spec, len(lengths))
+    slots = torch.arange(len(lengths))
+    state, exact_state = (p.gather(slots) if begun else None for p in (pool, exact_pool))
+    before = None if state is None else [t.clone() for t in (*state.recurrent, *state.conv)]
+    ids, offsets = torch.randint(0, spec.vocab_size, (sum(lengths),)), [0, *itertools.accumulate(lengths)]
+    hidden, after = model(ids, offsets, state)
+    expected, exact_after = exact(ids, offsets, exact_state)
+    tolerance = 2e-2 if weights == BFLOAT16 else 1e-4
+    assert hidden.dtype == weights
+    assert difference(hidden, expected) < tolerance
+    for ours, theirs in zip(
+        (*after.recurrent, *after.conv), (*exact_after.recurrent, *exact_after.conv), strict=True
+    ):
+        assert ours.dtype == FLOAT32 and difference(ours, theirs) < tolerance
+    if state is not None:
+        assert all(map(torch.equal, (*state.recurrent, *state.conv), before))
 
 
 @torch.inference_mode()
@@ -262,7 +310,7 @@ class TestBuild:
         monkeypatch.setenv("CXX", "g++ -no-such-option")
         with pytest.raises(UnavailableError, match="no-such-option"):
             build.compiled()
-        assert [p.name for p in (tmp_path / "lowkey").iterdir()] == ["decode.lock"]
+        assert [p.name for p in (tmp_path / "lowkey").iterdir()] == ["model.lock"]
 
     def test_nowhere_to_write(self, monkeypatch, tmp_path):
         (tmp_path / "lowkey").write_text("a file where the folder should be")
@@ -271,7 +319,7 @@ class TestBuild:
 
     def test_a_damaged_library_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(build, "_compile", lambda target: target.write_bytes(b"\x7fELF"))
-        with pytest.raises(UnavailableError, match=r"decode-.*\.so"):
+        with pytest.raises(UnavailableError, match=r"model-.*\.so"):
             build.compiled()
 
     def test_processes_that_start_at_once_compile_once(self, tmp_path, monkeypatch):
@@ -282,6 +330,6 @@ class TestBuild:
         code = "from modeling.ops.cpu.build import compiled; compiled().lowkey_layout"
         environment = {**os.environ, "CXX": str(compiler)}
         started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
-        assert [p.wait(timeout=120) for p in started] == [0, 0, 0]
+        assert [p.wait(timeout=600) for p in started] == [0, 0, 0]
         assert count.read_text() == "x\n"
         assert sorted(p.suffix for p in (tmp_path / "lowkey").iterdir()) == [".lock", ".so"]

@@ -142,6 +142,30 @@ def test_an_option_that_we_do_not_run_is_refused_by_name_and_value(base, key, va
     assert message.startswith("config.json: ") and ("must" in message or "runs" in message)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("hidden_size", 2**30),
+        ("hidden_size", 10**400),
+        ("head_dim", 2**40),
+        ("conv_size", 2**20),
+        ("vocab_size", 2**62),
+        ("num_v_heads", 2**30),
+        ("expand_v", 2.0**30),
+        ("norm_eps", 10**400),
+        ("hidden_ratio", 1e300),
+        ("eos_token_id", 10**30),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(key, value):
+    with pytest.raises(ConfigError) as e:
+        spec_of({**GATED, "intermediate_size": None, key: value})
+    message = str(e.value)
+    assert message.startswith("config.json: ") and "most" in message and len(message) < 300
+    assert key in message or "matrix" in message
+
+
 @pytest.mark.parametrize("key", ["head_dim", "expand_v"])
 def test_a_list_must_have_one_entry_a_layer(key):
     with pytest.raises(ConfigError, match=f"{key} has 2 entries for num_hidden_layers=3"):

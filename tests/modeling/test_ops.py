@@ -7,10 +7,14 @@ import torch
 import torch.nn.functional as F
 from fla.ops.delta_rule.naive import delta_rule_recurrence
 from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from modeling.ops import chunked_gated_delta_rule, reference_gated_delta_rule
+from modeling.ops.cpu import compiled_gated_delta_rule
 
+CHUNKED = [chunked_gated_delta_rule, compiled_gated_delta_rule]
 LENGTHS = [1, 3, 63, 64, 65, 200]
 SHAPES = [(2, 2, 32, 32), (2, 4, 24, 40), (1, 3, 33, 16), (3, 3, 16, 48)]  # k heads, v heads, d_k, d_v
 
@@ -45,36 +49,34 @@ def single(x: dict[str, Tensor], *, decay: bool, state: bool) -> dict[str, Tenso
     }
 
 
+@pytest.mark.parametrize("rule", CHUNKED)
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("decay", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_chunked_matches_float64_reference(length, shape, decay, state):
+def test_chunked_matches_float64_reference(rule, length, shape, decay, state):
     x = draw([length], shape)
     wide = {**x, "g": x["g"] if decay else None, "initial_state": x["initial_state"] if state else None}
     expected = reference_gated_delta_rule(**wide, scale=0.3, cu_seqlens=[0, length])
-    actual = chunked_gated_delta_rule(
-        **single(x, decay=decay, state=state), scale=0.3, cu_seqlens=[0, length]
-    )
+    actual = rule(**single(x, decay=decay, state=state), scale=0.3, cu_seqlens=[0, length])
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) < 1e-5
 
 
+@pytest.mark.parametrize("rule", CHUNKED)
 @pytest.mark.parametrize("decay", [False, True])
-def test_chunked_packed_sequences_of_all_lengths(decay):
+def test_chunked_packed_sequences_of_all_lengths(rule, decay):
     lengths = [65, 1, 200, 64, 3, 128, 63]
     x = draw(lengths, (2, 4, 24, 40))
     wide = {**x, "g": x["g"] if decay else None}
     expected = reference_gated_delta_rule(**wide, scale=0.2, cu_seqlens=offsets(lengths))
-    actual = chunked_gated_delta_rule(
-        **single(x, decay=decay, state=True), scale=0.2, cu_seqlens=offsets(lengths)
-    )
+    actual = rule(**single(x, decay=decay, state=True), scale=0.2, cu_seqlens=offsets(lengths))
     for a, b in zip(actual, expected, strict=True):
         assert error(a, b) < 1e-5
 
 
-@pytest.mark.parametrize("rule", [reference_gated_delta_rule, chunked_gated_delta_rule])
+@pytest.mark.parametrize("rule", [reference_gated_delta_rule, *CHUNKED])
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("length", [1, 65])
@@ -119,10 +121,11 @@ def test_chunked_gradients_match_the_reference(decay):
         assert error(a, b) < 1e-10, name
 
 
-def test_strong_decay_does_not_overflow():
+@pytest.mark.parametrize("rule", CHUNKED)
+def test_strong_decay_does_not_overflow(rule):
     x = single(draw([128], (2, 2, 16, 16)), decay=True, state=True)
     x["g"] = torch.full_like(x["g"], -80.0)
-    o, s = chunked_gated_delta_rule(**x, scale=1.0, cu_seqlens=[0, 128])
+    o, s = rule(**x, scale=1.0, cu_seqlens=[0, 128])
     assert torch.isfinite(o).all() and torch.isfinite(s).all()
 
 
@@ -132,3 +135,61 @@ def test_autocast_keeps_float32_products():
     with torch.autocast("cpu", torch.bfloat16):
         cast, _ = chunked_gated_delta_rule(**x, scale=1.0, cu_seqlens=[0, 65])
     assert torch.equal(plain, cast)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=4),
+    k_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    d_k=st.integers(1, 130),
+    d_v=st.integers(1, 130),
+    decay=st.booleans(),
+    state=st.booleans(),
+    seed=st.integers(0, 100),
+)
+def test_compiled_of_any_shape_matches_float64_reference(
+    lengths, k_heads, groups, d_k, d_v, decay, state, seed
+):
+    x = draw(lengths, (k_heads, k_heads * groups, d_k, d_v), seed)
+    x["beta"] /= 2  # beyond 1 the state may grow from token to token, and every rounding with it
+    x |= {name: None for name, kept in (("g", decay), ("initial_state", state)) if not kept}
+    arguments = dict(scale=d_k**-0.5, cu_seqlens=offsets(lengths))
+    expected = reference_gated_delta_rule(**x, **arguments)
+    inputs = {name: None if t is None else t.float() for name, t in x.items()}
+    kept = {name: None if t is None else t.clone() for name, t in inputs.items()}
+    for a, b in zip(compiled_gated_delta_rule(**inputs, **arguments), expected, strict=True):
+        assert error(a, b) < 1e-5
+    assert all(t is None or torch.equal(t, kept[name]) for name, t in inputs.items())
+
+
+def test_compiled_keeps_sequences_apart():
+    """NaN in one of them stays there, also on its thread's work space."""
+    lengths = [40, 5, 70]
+    x = single(draw(lengths, (2, 2, 12, 20)), decay=True, state=True)
+    clean, _ = compiled_gated_delta_rule(**x, scale=1.0, cu_seqlens=offsets(lengths))
+    for name in ("q", "k", "v", "g", "beta"):
+        broken = {**x, name: x[name].clone()}
+        broken[name][3] = float("nan")
+        o, s = compiled_gated_delta_rule(**broken, scale=1.0, cu_seqlens=offsets(lengths))
+        assert not o[3].isfinite().any() and torch.equal(o[40:], clean[40:]) and s[1:].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cu_seqlens": [0, 5]},
+        {"cu_seqlens": [0, 3, 3, 6]},
+        {"cu_seqlens": [0]},
+        {"k": torch.zeros(6, 2, 9)},
+        {"beta": torch.zeros(6, 3)},
+        {"g": torch.zeros(5, 2)},
+        {"initial_state": torch.zeros(2, 2, 8, 8)},
+        {"v": torch.zeros(6, 3, 8)},
+    ],
+    ids=str,
+)
+def test_compiled_refuses_shapes_that_do_not_go_together(change):
+    x = single(draw([6], (2, 2, 8, 8)), decay=True, state=True)
+    with pytest.raises(ValueError, match="shapes that do not go together|cu_seqlens must rise"):
+        compiled_gated_delta_rule(**{**x, "scale": 1.0, "cu_seqlens": [0, 6], **change})

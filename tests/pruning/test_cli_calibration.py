@@ -49,7 +49,7 @@ def test_shards_of_one_draw_merge_to_what_one_machine_gets(run, dense):
         assert all(
             torch.allclose(a[name], b[name], rtol=0, atol=1e-12 * float(b[name].abs().max())) for name in b
         )
-    assert "the same pass is there twice" in run("merge", "part1", "part1", "--out", "x", code=2).output
+    assert "the same tokens are there twice" in run("merge", "part1", "part1", "--out", "x", code=2).output
 
 
 def test_a_data_set_is_a_source_too(run, dense, tmp_path, monkeypatch):

@@ -96,15 +96,17 @@ def test_what_another_calibration_left_is_refused_with_what_differs(checkpoint, 
 
 
 SCRIPT = """
-import time
+import signal, time
 import pruning.collection
 from pruning.cli import app
 pruning.collection.collect.__kwdefaults__["save_every"] = 0.0
 save = pruning.collection.save_statistics
-def slowly(*args, **kwargs):
+def save_and_wait(*args, **kwargs):
+    pruning.collection.save_statistics = save
     save(*args, **kwargs)
-    time.sleep(0.2)  # so that the signal finds it at work
-pruning.collection.save_statistics = slowly
+    time.sleep(900)  # the signal finds it at work
+pruning.collection.save_statistics = save_and_wait
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 app()
 """
 
@@ -123,12 +125,12 @@ def test_a_killed_command_goes_on_to_the_same_file(checkpoint, tmp_path, number)
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, *arguments(out)], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not partial.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
     assert not out.exists()
     if number == signal.SIGINT:

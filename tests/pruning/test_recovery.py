@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from modeling.checkpoint import REDUCTION, open_checkpoint
 from pruning import recovery
 from pruning.cli import app
-from pruning.recovery import RECOVERY
+from pruning.surgery import RECOVERY
 
 
 @pytest.fixture(scope="module")

@@ -333,7 +333,6 @@ def has_browser():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_browser(), reason=f"none of {', '.join(BROWSERS)} is on PATH")
-@pytest.mark.timeout(600)
 def test_a_browser_draws_every_figure_without_complaint(made, tmp_path):
     inputs = read_inputs(inputs_of(made))
     drawn = all_figures(inputs)
@@ -355,7 +354,7 @@ def test_a_browser_draws_every_figure_without_complaint(made, tmp_path):
         ],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     ).stdout
     body = dict(next(a for tag, a in Page(dom).tags if tag == "body"))
     assert body["data-drawn"] == str(len(drawn))

@@ -109,7 +109,7 @@ def test_merge_refuses_other_checkpoints_the_same_pass_twice_and_nothing(checkpo
         merge([statistics, other])
     renamed = replace(statistics, origins=(replace(ORIGIN, text="the same tokens under another name"),))
     for again in (statistics, renamed):
-        with pytest.raises(PruningError, match="same pass is there twice"):
+        with pytest.raises(PruningError, match="same tokens are there twice"):
             merge([statistics, again])
     bare = Statistics(
         checkpoint.sha256,
@@ -120,6 +120,32 @@ def test_merge_refuses_other_checkpoints_the_same_pass_twice_and_nothing(checkpo
         merge([statistics, bare])
     with pytest.raises(PruningError, match="no statistics"):
         merge([])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "apart"),
+    [
+        ({}, {"windows": 12}, False),
+        ({"shard": "1/2 of 12 windows"}, {"shard": "2/2 of 12 windows"}, True),
+        ({"shard": "1/2 of 12 windows"}, {"shard": "2/3 of 12 windows"}, False),
+        ({"shard": "1/2 of 12 windows"}, {"shard": "2/2 of 24 windows"}, False),
+        ({"shard": "1/2 of 12 windows"}, {}, False),
+        ({}, {"seed": 1}, True),
+        ({}, {"text_sha256": "1" * 64}, True),
+        ({}, {"window_length": 80}, True),
+    ],
+)
+def test_draws_that_share_tokens_are_not_added_up(one, other, apart):
+    layers = ({"x_squares": torch.zeros(2, dtype=torch.float64)},)
+    parts = [
+        Statistics("c" * 64, (replace(ORIGIN, tokens_sha256=digest * 64, **changes),), layers)
+        for digest, changes in (("a", one), ("b", other))
+    ]
+    if apart:
+        assert len(merge(parts).origins) == 2
+    else:
+        with pytest.raises(PruningError, match="the same tokens are there twice"):
+            merge(parts)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -180,3 +206,35 @@ def test_other_files_are_refused(tmp_path):
     for file in (missing, text, foreign, newer):
         with pytest.raises(PruningError, match=file.name):
             load_statistics(file)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (
+            torch.zeros(2, 4, 4, dtype=torch.float64),
+            r"layer 1 of the statistics: k is torch.float64 \[2, 4, 4\]",
+        ),
+        (float("nan"), "layer 1 of the statistics: k is .* must be finite"),
+        (torch.float32, "layer 1 of the statistics: k is torch.float32"),
+        (None, "of 2 layers, not of 3"),
+    ],
+)
+def test_a_file_whose_statistics_do_not_fit_the_checkpoint_is_refused(checkpoint, broken, message):
+    layers = [dict(layer) for layer in zeros(checkpoint.spec, FORWARD)]
+    if broken is None:
+        del layers[-1]
+    elif isinstance(broken, torch.dtype):
+        layers[1]["k"] = layers[1]["k"].to(broken)
+    else:
+        layers[1]["k"] = broken if isinstance(broken, torch.Tensor) else layers[1]["k"] + broken
+    with pytest.raises(PruningError, match=message):
+        Statistics(checkpoint.sha256, (ORIGIN,), tuple(layers)).check_source(checkpoint)
+
+
+@pytest.mark.parametrize("names", [[], ["q", "secret"], [["q"]], None])
+def test_a_file_of_unknown_statistics_is_refused(tmp_path, names):
+    record = {"format": 3, "names": names, "origins": [], "source_sha256": "", "unfinished": None}
+    save_file({"a": torch.zeros(1)}, tmp_path / "s", metadata={"lowkey_statistics": json.dumps(record)})
+    with pytest.raises(PruningError, match="statistics"):
+        load_statistics(tmp_path / "s")

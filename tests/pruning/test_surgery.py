@@ -13,7 +13,7 @@ from modeling.checkpoint import REDUCTION, open_checkpoint
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
 from pruning.selection import select
-from pruning.surgery import Cut, check_runs, keep_rows, write_reduced
+from pruning.surgery import RECOVERY, Cut, check_runs, keep_rows, write_reduced
 
 CONFIGS = {
     "gated-value-groups": GATED,
@@ -165,7 +165,9 @@ def test_other_files_come_along_and_weights_and_foreign_links_do_not(tmp_path):
     (path / "assets/picture.png").write_bytes(b"png")
     (path / ".cache").mkdir()
     (path / ".cache/junk").write_text("junk")
-    for name in ("generation_config.json", "LICENSE", "pytorch_model.bin", "tf_model.h5", REDUCTION):
+    # A recovered checkpoint's own records say nothing about what is cut from it.
+    records = (REDUCTION, RECOVERY)
+    for name in ("generation_config.json", "LICENSE", "pytorch_model.bin", "tf_model.h5", *records):
         (path / name).write_text("{}")
     checkpoint = open_checkpoint(path)
     reduce(checkpoint, random_keep(checkpoint.spec, (8, 8, 8)), tmp_path / "out")

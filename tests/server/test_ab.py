@@ -127,6 +127,19 @@ def test_verdicts(clock):
     assert "1.3" in pair["verdict"] and "90.0%" in pair["verdict"]
 
 
+def test_equal_speeds_have_a_ratio_of_one_whichever_is_divided_by_the_other():
+    window = ABWindow(samples=100)
+    rng = np.random.default_rng(5)
+    for a, b in np.exp(rng.normal(0, 0.5, (400, 2))):
+        for names, ratio in ((("b", "a"), b / a), (("a", "b"), a / b)):
+            pair = Pair(kl=0.1, top1_agreement=1.0, prompt_nll_difference=0.0, speed_ratio=float(ratio))
+            window.add_pair(*names, "compare", pair)
+    one, other = (pair["speed_ratio"] for pair in window.pairs(60))
+    assert one["mean"] * other["mean"] == pytest.approx(1)
+    assert one["low"] * other["high"] == pytest.approx(1, rel=0.02)
+    assert one["low"] < 1 < one["high"] and other["low"] < 1 < other["high"]
+
+
 def test_pairs_without_prompt_perplexity():
     window = ABWindow(samples=100)
     for _ in range(40):

@@ -248,6 +248,13 @@ def test_a_template_reaches_nothing_outside(source):
     assert text == "", "whatever it read, it came to nothing"
 
 
+def test_half_a_character_in_a_field_that_only_the_template_reads_is_refused():
+    template = ChatTemplate("{{ messages[0].name }}", {})
+    assert template.render([{"name": "\U0001f469"}], add_generation_prompt=True) == "\U0001f469"
+    with pytest.raises(TemplateRefusedError, match="surrogates"):
+        template.render([{"name": "\ud83d"}], add_generation_prompt=True)
+
+
 def test_a_template_that_is_none_costs_the_chat_only(tmp_path):
     with pytest.raises(TemplateRefusedError, match="no good"):
         ChatTemplate("{% for %}", {})

@@ -1,5 +1,6 @@
 """Several prompts, several choices, echo and log-probabilities, over engines whose answers are known in advance."""
 
+import asyncio
 import json
 import math
 
@@ -7,8 +8,10 @@ import pytest
 from checkpoints import byte_tokenizer
 from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 
+from server.ab import ABWindow
 from server.api.answers import Completion
 from server.engine.messages import Score
+from server.text import TokenTexts
 
 TOKENIZER = byte_tokenizer()
 
@@ -226,6 +229,58 @@ def test_what_the_engine_is_told(api, script):
     assert message.priority == 0, "no more urgent than the configuration allows"
     assert (message.min_tokens, message.sampling.logit_bias, message.logprobs) == (0, {}, None)
     assert message.sampling.repetition_penalty == 1.0
+
+
+@pytest.mark.parametrize(("asked", "given"), [(7, 7), (-3, 0), (None, 0)])
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_comparison_has_a_priority_that_is_capped_as_well(api, script, asked, given, parallel):
+    script.queue.append(ids("Hi"))
+    body = {"prompt": "Hi", "max_tokens": 2, "priority": asked, "parallel": parallel}
+    assert api.post("/v1/compare", json=body).status_code == 200
+    completion, score = script.seen
+    assert (completion.priority, score.priority) == (given, given) and isinstance(score, Score)
+
+
+def test_the_order_of_timed_comparisons_alternates_also_as_the_page_runs_them(api, script):
+    firsts = []
+    for _ in range(4):
+        for parallel in (True, False):  # the page: side by side, then one after the other
+            body = {"prompt": "Hi", "max_tokens": 1, "temperature": 0, "stream": True, "parallel": parallel}
+            first = api.post("/v1/compare", json=body).text.split("\n\n")[0]
+        firsts.append(json.loads(first.removeprefix("data: "))["variant"])
+    assert firsts in (["dense", "reduced"] * 2, ["reduced", "dense"] * 2)
+
+
+def test_the_summary_is_worked_out_beside_the_loop(api, monkeypatch):
+    traffic, loops = ABWindow.traffic, []
+
+    def watched(window, *args):
+        loops.append(asyncio._get_running_loop())
+        return traffic(window, *args)
+
+    monkeypatch.setattr(ABWindow, "traffic", watched)
+    assert set(api.get("/v1/ab/summary").json()["variants"]) == {"dense", "reduced"}
+    assert loops == [None, None]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_log_probabilities_of_a_whole_answer_are_put_down_beside_the_loop(api, script, monkeypatch, path):
+    text, loops = TokenTexts.text, []
+
+    def watched(texts, token_id):
+        loops.append(asyncio._get_running_loop())
+        return text(texts, token_id)
+
+    monkeypatch.setattr(TokenTexts, "text", watched)
+    body = {
+        "model": "dense",
+        "prompt": "Hi",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 3,
+    }
+    logprobs = {"logprobs": 2} if path == "completions" else {"logprobs": True, "top_logprobs": 2}
+    assert api.post(f"/v1/{path}", json={**body, **logprobs}).status_code == 200
+    assert len(loops) >= 9 and not any(loops)
 
 
 def test_no_stop_string_counts_before_min_tokens(api, script):

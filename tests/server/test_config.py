@@ -88,6 +88,9 @@ def test_a_variant_of_the_command_line_replaces_that_of_the_file(file):
         ("[api_keys.me]\nrequests_per_minute = 5", "api_keys.me"),
         (f"[api_keys.me]\nkey = '{KEY}'\nrequests_per_minute = 0", "api_keys.me.requests_per_minute"),
         (f"[api_keys]\n'm e' = '{KEY}'", "api_keys.m e"),
+        (f"[api_key]\nme = '{KEY}'", "api_key"),
+        (f"api_keys_ = '{KEY}'", "api_keys_"),
+        ("state_ttl_s = inf", "state_ttl_s"),
     ],
 )
 def test_a_bad_file_exits_with_2_and_names_the_key(tmp_path, text, mention):

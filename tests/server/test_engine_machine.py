@@ -3,6 +3,7 @@ and no state is mixed up with another."""
 
 import itertools
 import tempfile
+from concurrent.futures import Executor, Future
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,28 @@ from server.engine.cache import StateCache
 from server.engine.engine import Engine, IntegrityError
 from server.engine.messages import Abort, Generate, SaveState
 from server.engine.scheduler import Scheduler
+from server.engine.state_writer import StateWriter
 
 SPEC = family_of(DELTA).spec({**DELTA, "num_hidden_layers": 1, "hidden_size": 8, "expand_v": 1.0})
 
 LENGTHS = st.sampled_from([1, 2, 63, 64, 65, 128, 200, 400])
 PRIORITIES = st.sampled_from([0, 0, 0, -1, 2])
+
+
+class OnDemand(Executor):
+    """Does its work when it is told to, in this thread."""
+
+    def __init__(self):
+        self.work = []
+
+    def submit(self, work):
+        future = Future()
+        self.work.append((future, work))
+        return future
+
+    def run_one(self):
+        future, work = self.work.pop(0)
+        future.set_result(work())
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -39,7 +57,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.directory = tempfile.TemporaryDirectory()
         self.options = slots, depth, prefill_tokens, prefix_cache, aligned, limit
         self.ids = itertools.count()
-        self.added, self.aborted = {}, set()
+        self.added, self.aborted, self.lost = {}, set(), set()
         self.tokens, self.ended = {}, {}
         self.saved = {}
         self.make_engine()
@@ -52,6 +70,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner = FakeRunner(self.pool, prefill_tokens)
         self.runner.base = self.saved
         self.engine = Engine(self.scheduler, self.runner, self.depth)
+        self.disk = OnDemand()
+        self.engine._writer = StateWriter(self.disk)
         self.slots = slots
 
     def prompt(self, length, family):
@@ -109,6 +129,11 @@ class EngineMachine(RuleBasedStateMachine):
                 self.aborted.add(request_id)
             self.engine.handle(Abort(request_id=request_id))
 
+    @rule()
+    def write_a_file(self):
+        if self.disk.work:
+            self.disk.run_one()
+
     @rule(where=st.sampled_from(["launch", "collect"]))
     def crash(self, where):
         """The process dies of it, its requests end with an error in the client, and another is started."""
@@ -121,13 +146,16 @@ class EngineMachine(RuleBasedStateMachine):
             except CrashError:
                 break
             if output is not None:
-                self.check(output)  # a step that only refused
+                self.check(output)  # a step that only refused, or told of a file
+            if self.engine.blocked:
+                self.disk.run_one()
             if self.engine.idle:
                 break
         else:
             raise AssertionError("the failure was swallowed")
         for request_id in set(self.added) - set(self.ended) - self.aborted:
             self.ended[request_id] = "error"
+        self.lost |= self.aborted  # by the engine: files of theirs stay
         self.make_engine()
 
     @rule()
@@ -174,6 +202,7 @@ class EngineMachine(RuleBasedStateMachine):
         for answer in output.saved:
             assert answer.error is None
             message = self.added[answer.request_id]
+            assert Path(message.path).exists()
             self.saved[message.path] = fed((0, 0), message.token_ids)
         occupancy = output.occupancy
         assert occupancy.used_slots == occupancy.running
@@ -205,6 +234,8 @@ class EngineMachine(RuleBasedStateMachine):
             if self.engine.idle:
                 break
             self.step()
+            if self.engine.blocked:
+                self.disk.run_one()
         assert self.engine.idle
         assert self.scheduler.used_slots == 0 and not self.scheduler._requests
         assert not self.scheduler._leaders and not self.scheduler._prefilling and not self.scheduler._decoding
@@ -216,6 +247,9 @@ class EngineMachine(RuleBasedStateMachine):
                 stop = message.stop_token_ids[0] if message.stop_token_ids else 99
                 assert len(self.tokens[request_id]) == min(message.max_tokens, stop + 1)
                 assert reason == ("stop" if stop < message.max_tokens else "length")
+        written = {str(path) for path in Path(self.directory.name).iterdir()}
+        aborted = [self.added[request_id] for request_id in self.aborted - self.lost]
+        assert not written & {message.path for message in aborted if isinstance(message, SaveState)}
         self.directory.cleanup()
 
 

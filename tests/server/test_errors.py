@@ -6,7 +6,7 @@ import socket
 import urllib.parse
 
 import pytest
-from live_server import CONTEXT
+from live_server import CONTEXT, DEADLINE_S
 
 OK = {"model": "dense", "prompt": "Hi", "max_tokens": 1}
 
@@ -321,7 +321,7 @@ def test_a_body_over_the_limit_without_a_length(server):
 
 def test_an_early_413_does_not_wait_for_the_body(server):
     url = urllib.parse.urlsplit(server.url)
-    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=30)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=DEADLINE_S)
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("content-type", "application/json")
     connection.putheader("content-length", str(10**12))
@@ -334,7 +334,7 @@ def test_an_early_413_does_not_wait_for_the_body(server):
 
 def raw(server, data):
     url = urllib.parse.urlsplit(server.url)
-    with socket.create_connection((url.hostname, url.port), timeout=30) as s:
+    with socket.create_connection((url.hostname, url.port), timeout=DEADLINE_S) as s:
         s.sendall(data)
         answer = b""
         while part := s.recv(65536):

@@ -2,27 +2,34 @@
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 from checkpoints import GATED, random_tensors, write_checkpoint
-from live_server import DEADLINE_S, LiveServer, poll
+from live_server import DEADLINE_S, ENDLESS, LiveServer, poll, suspended, withheld
+
+from server import variants
 
 DENSE = {"variant": "dense", "engine": "0"}
-ENDLESS = {"model": "dense", "prompt": "Hi", "max_tokens": 16_000, "ignore_eos": True}
+BODY = {"model": "dense", "prompt": "Hi", "max_tokens": ENDLESS, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def small(arguments, tmp_path_factory):
-    """Room for one request, and one that waits. The last test of those that use it stops it."""
-    log = tmp_path_factory.mktemp("small") / "log"
-    server = LiveServer(log, *arguments, "--max-requests", "1", "--max-queue", "1")
+def small(checkpoints, tmp_path_factory):
+    """Room for one request, and one that waits; its dense checkpoint is a copy, so that a test may withhold it. The
+    last test of those that use it stops it."""
+    directory = tmp_path_factory.mktemp("small")
+    shutil.copytree(checkpoints["dense"], directory / "dense")
+    arguments = ["dense=dense", f"reduced={checkpoints['reduced']}"]
+    server = LiveServer(directory / "log", *arguments, "--max-requests", "1", "--max-queue", "1")
     try:
         yield server.wait_ready()
     finally:
@@ -34,7 +41,7 @@ def stream(server, **fields):
     """A streamed completion: an iterator over the data of its events."""
     with (
         httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client,
-        client.stream("POST", "/v1/completions", json={**ENDLESS, "stream": True, **fields}) as response,
+        client.stream("POST", "/v1/completions", json={**BODY, "stream": True, **fields}) as response,
     ):
         assert response.status_code == 200
         yield (line.removeprefix("data: ") for line in response.iter_lines() if line)
@@ -45,7 +52,7 @@ class InBackground:
 
     def __init__(self, server, **fields):
         self.response = None
-        self._fields = {**ENDLESS, **fields}
+        self._fields = {**BODY, **fields}
         self._url = server.url
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -74,7 +81,7 @@ def test_a_full_queue_is_a_503(small):
         waiting = InBackground(small, max_tokens=3)
         poll(lambda: small.sample("lowkey_requests_waiting", **DENSE) == 1, "one waits")
         for fields in ({}, {"stream": True}):
-            refused(small.http.post("/v1/completions", json={**ENDLESS, **fields}), "dense", "queue")
+            refused(small.http.post("/v1/completions", json={**BODY, **fields}), "dense", "queue")
         refused(small.http.post("/v1/compare", json={"prompt": "x"}), "dense")
         rejected = {"variant": "dense", "reason": "queue_full"}
         assert small.sample("lowkey_requests_rejected_total", **rejected) == 3
@@ -86,6 +93,15 @@ def test_a_full_queue_is_a_503(small):
 
 
 def test_a_killed_engine_costs_its_variant_only_and_comes_back(small):
+    with withheld(small.log.parent / "dense" / "config.json"):  # it is down as long as we look
+        _kill_and_look_around(small)
+    poll(lambda: small.http.get("/ready", params={"variant": "dense"}).status_code == 200, "it is back")
+    assert small.complete(max_tokens=4)["usage"]["completion_tokens"] == 4
+    assert small.sample("lowkey_engine_up", **DENSE) == 1
+    assert small.sample("lowkey_engine_restarts_total", **DENSE) == 1
+
+
+def _kill_and_look_around(small):
     waiting = InBackground(small)
     poll(lambda: small.sample("lowkey_state_slots", **DENSE, state="used") == 1, "it runs")
     with stream(small) as events:
@@ -97,7 +113,7 @@ def test_a_killed_engine_costs_its_variant_only_and_comes_back(small):
         error = json.loads(error)["error"]
         assert error["code"] == 503 and "dense" in error["message"]
     assert small.http.get("/health").status_code == 200
-    refused(small.http.post("/v1/completions", json=ENDLESS), "dense", "down")
+    refused(small.http.post("/v1/completions", json=BODY), "dense", "down")
     refused(small.http.post("/v1/compare", json={"prompt": "x"}), "dense")
     refused(small.http.get("/ready", params={"variant": "dense"}), "dense")
     assert small.http.get("/ready").status_code == 200
@@ -117,10 +133,6 @@ def test_a_killed_engine_costs_its_variant_only_and_comes_back(small):
     ended = {"variant": "dense", "endpoint": "completions"}
     assert sample("lowkey_requests_total", **ended, finish_reason="error") == 2
     assert sample("lowkey_requests_rejected_total", variant="dense", reason="engine_down") == 2
-    poll(lambda: small.http.get("/ready", params={"variant": "dense"}).status_code == 200, "it is back")
-    assert small.complete(max_tokens=4)["usage"]["completion_tokens"] == 4
-    assert small.sample("lowkey_engine_up", **DENSE) == 1
-    assert small.sample("lowkey_engine_restarts_total", **DENSE) == 1
 
 
 def test_a_stream_that_runs_when_its_engine_dies_ends_in_an_error(small):
@@ -135,29 +147,22 @@ def test_a_stream_that_runs_when_its_engine_dies_ends_in_an_error(small):
 
 
 def test_sigterm_lets_the_running_requests_end(small):
-    engines = list(small.engines().values())
+    engines = small.engines()
     assert len(engines) == 2
     keep_alive = httpx.Client(base_url=small.url, timeout=DEADLINE_S)
     assert keep_alive.get("/ready").status_code == 200
     with stream(small, max_tokens=300, stream_options={"include_usage": True}) as events:
         next(events)
-        small.process.send_signal(signal.SIGTERM)
-
-        def refuses():
-            try:
-                response = keep_alive.get("/ready")
-            except httpx.TransportError:
-                return True
-            return response.status_code == 503
-
-        poll(refuses, "it refuses new work")
+        with suspended(engines["dense"]):
+            small.process.send_signal(signal.SIGTERM)
+            poll(lambda: keep_alive.get("/ready").status_code == 503, "it refuses new work")
         with pytest.raises(httpx.TransportError):
-            poll(lambda: httpx.get(f"{small.url}/health", timeout=5) is None, "it no longer listens")
+            poll(lambda: httpx.get(f"{small.url}/health", timeout=DEADLINE_S) is None, "it no longer listens")
         *_, usage, done = events
     assert done == "[DONE]"
     assert json.loads(usage)["usage"]["completion_tokens"] == 300
     assert small.process.wait(DEADLINE_S) == 0
-    for engine in engines:
+    for engine in engines.values():
         poll(lambda engine=engine: not engine.is_running(), "the engine has ended")
     assert "Traceback" not in small.log.read_text()
     keep_alive.close()
@@ -173,7 +178,7 @@ def test_sigterm_does_not_wait_for_an_endless_request(arguments, tmp_path):
             server.process.send_signal(signal.SIGTERM)
             *_, error, last = events
             assert '"code":503' in error.replace(" ", "") and last == "[DONE]"
-        assert server.process.wait(20) == 0
+        assert server.process.wait(DEADLINE_S) == 0
         assert time.monotonic() - sent >= 0.9
     finally:
         server.stop()
@@ -202,32 +207,37 @@ def test_engines_end_when_the_server_is_killed(arguments, tmp_path):
 def test_a_server_whose_checkpoint_cannot_be_loaded_ends_with_1(tmp_path):
     path = write_checkpoint(tmp_path / "bad", GATED)
     (path / "config.json").write_text(json.dumps({**GATED, "hidden_size": 72}))
-    server = LiveServer(tmp_path / "log", f"bad={path}")
-    try:
-        response = server.http.get("/ready")
-        assert response.status_code == 503 and "still loading: bad" in response.json()["error"]["message"]
-        refused(server.http.post("/v1/completions", json={**ENDLESS, "model": "bad"}), "still loading")
-        assert server.http.get("/v1/models/bad").json()["lowkey"] == {"status": "loading"}
+    with contextlib.ExitStack() as stack:
+        with withheld(path / "config.json"):
+            server = LiveServer(tmp_path / "log", f"bad={path}")
+            stack.callback(server.stop)
+            response = server.http.get("/ready")
+            assert response.status_code == 503 and "still loading: bad" in response.json()["error"]["message"]
+            refused(server.http.post("/v1/completions", json={**BODY, "model": "bad"}), "still loading")
+            assert server.http.get("/v1/models/bad").json()["lowkey"] == {"status": "loading"}
         assert server.process.wait(DEADLINE_S) == 1
-    finally:
-        server.stop()
     log = server.log.read_text()
     assert "cannot load" in log and "shape" in log and "variant 'bad' could not be loaded" in log
     assert "Traceback" not in log
 
 
 def test_a_burst_gets_the_places_that_there_are(arguments, tmp_path):
-    """Eight streams at once where two fit: places are taken when a request is let in, not when it starts."""
+    """Eight streams at once where two fit: places are taken when a request is let in, not when it starts. The engine is
+    held until the others have been refused, so that none of them finds a place that has become free."""
     server = LiveServer(tmp_path / "log", arguments[0], "--max-requests", "1", "--max-queue", "1")
     try:
         server.wait_ready()
 
         async def burst():
             async with httpx.AsyncClient(base_url=server.url, timeout=DEADLINE_S) as client:
-                body = {**ENDLESS, "max_tokens": 200, "stream": True}
-                return await asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(8)))
+                body = {**BODY, "max_tokens": 200, "stream": True}
+                asked = asyncio.as_completed([client.post("/v1/completions", json=body) for _ in range(8)])
+                with suspended(server.engines()["dense"]):
+                    first = [await next(asked) for _ in range(6)]
+                return first, [await answer for answer in asked]
 
-        assert sorted(r.status_code for r in asyncio.run(burst())) == [200, 200, *[503] * 6]
+        first, last = asyncio.run(burst())
+        assert [r.status_code for r in first] == [503] * 6 and [r.status_code for r in last] == [200, 200]
         server.wait_idle()
         assert server.complete(max_tokens=2)["usage"]["completion_tokens"] == 2
     finally:
@@ -238,12 +248,13 @@ def test_a_draining_server_says_so_until_its_last_request_ends(arguments, tmp_pa
     server = LiveServer(tmp_path / "log", arguments[0])
     try:
         server.wait_ready()
-        with stream(server, max_tokens=2000) as events:
+        with stream(server, max_tokens=200) as events:
             next(events)
-            server.process.send_signal(signal.SIGTERM)
-            poll(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "it is not ready any more")
-            refused(httpx.post(f"{server.url}/v1/completions", json=ENDLESS), "shutting down")
-            assert httpx.get(f"{server.url}/health").status_code == 200
+            with suspended(server.engines()["dense"]):
+                server.process.send_signal(signal.SIGTERM)
+                poll(lambda: server.http.get("/ready").status_code == 503, "it is not ready any more")
+                refused(server.http.post("/v1/completions", json=BODY), "shutting down")
+                assert server.http.get("/health").status_code == 200
             *_, done = events
             assert done == "[DONE]"
         assert server.process.wait(DEADLINE_S) == 0
@@ -252,13 +263,17 @@ def test_a_draining_server_says_so_until_its_last_request_ends(arguments, tmp_pa
 
 
 def test_requests_are_taken_until_the_load_balancer_has_noticed(arguments, tmp_path):
-    server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_DELAY_S="3")
+    server = LiveServer(tmp_path / "log", arguments[0], LOWKEY_DRAIN_DELAY_S=str(DEADLINE_S))
     try:
         server.wait_ready()
+        short = {**BODY, "max_tokens": 2}
+        assert "connection" not in server.http.post("/v1/completions", json=short).headers
         server.process.send_signal(signal.SIGTERM)
         poll(lambda: httpx.get(f"{server.url}/ready").status_code == 503, "it is not ready any more")
-        answer = httpx.post(f"{server.url}/v1/completions", json={**ENDLESS, "max_tokens": 2})
+        answer = server.http.post("/v1/completions", json=short)
         assert answer.status_code == 200, answer.text
+        assert answer.headers["connection"] == "close", "the next request goes elsewhere"
+        server.process.send_signal(signal.SIGTERM)  # we need not wait so long
         assert server.process.wait(DEADLINE_S) == 0
     finally:
         server.stop()
@@ -271,7 +286,7 @@ def test_a_model_that_gives_nan_is_an_error_and_not_a_text(tmp_path):
     server = LiveServer(tmp_path / "log", f"broken={path}")
     try:
         server.wait_ready()
-        body = {**ENDLESS, "model": "broken", "max_tokens": 4}
+        body = {**BODY, "model": "broken", "max_tokens": 4}
         response = server.http.post("/v1/completions", json=body)
         assert response.status_code == 500 and "NaN" in response.json()["error"]["message"]
         with stream(server, model="broken", max_tokens=4) as events:
@@ -289,9 +304,9 @@ def test_a_model_that_gives_nan_is_an_error_and_not_a_text(tmp_path):
 def test_a_second_signal_ends_a_drain_and_the_next_server_sweeps_up_after_a_killed_one(arguments, tmp_path):
     killed = LiveServer(tmp_path / "killed", arguments[0])
     left_behind = killed.wait_ready().runtime_dir()
+    assert left_behind.exists()
     killed.process.kill()
     killed.process.wait()
-    assert left_behind.exists()
     server = LiveServer(tmp_path / "log", arguments[0])
     try:
         server.wait_ready()
@@ -307,3 +322,22 @@ def test_a_second_signal_ends_a_drain_and_the_next_server_sweeps_up_after_a_kill
         assert "Traceback" not in server.log.read_text()
     finally:
         server.stop()
+
+
+def test_two_servers_that_start_at_once_leave_each_other_alone(monkeypatch):
+    flock = fcntl.flock
+    made = []
+
+    def late(file, operation):
+        if not operation & fcntl.LOCK_NB and not made:
+            made.append(None)
+            made.append(variants._make_runtime_dir())
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    made[:1] = [variants._make_runtime_dir()]
+    assert len(made) == 2
+    for directory, lock in made:
+        assert [path.name for path in Path(directory.name).iterdir()] == ["lock"]
+        directory.cleanup()
+        lock.close()

@@ -5,7 +5,7 @@ import urllib.parse
 
 import httpx
 import pytest
-from live_server import poll
+from live_server import CONTEXT, DEADLINE_S, ENDLESS, poll
 from prometheus_client.parser import text_string_to_metric_families
 
 from modeling.checkpoint import open_checkpoint
@@ -133,7 +133,8 @@ def test_finish_reasons_and_endpoints(server):
 
 def test_a_refused_request_is_not_counted_as_one_that_ended(server):
     changes = moved(
-        server, lambda: server.http.post("/v1/completions", json={"model": "dense", "prompt": "x" * 17000})
+        server,
+        lambda: server.http.post("/v1/completions", json={"model": "dense", "prompt": "x" * (CONTEXT + 1)}),
     )
     assert changes == {key("lowkey_requests_rejected_total", **VARIANT, reason="too_long"): 1}
     assert (
@@ -173,9 +174,9 @@ def aborts(server, endpoint="completions", variant="dense"):
 
 def test_leaving_a_stream_aborts_it(server):
     before = aborts(server)
-    body = {"model": "dense", "prompt": "Hi", "max_tokens": 15_000, "stream": True, "ignore_eos": True}
+    body = {"model": "dense", "prompt": "Hi", "max_tokens": ENDLESS, "stream": True, "ignore_eos": True}
     with (
-        httpx.Client(base_url=server.url, timeout=60) as client,
+        httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client,
         client.stream("POST", "/v1/completions", json=body) as r,
     ):
         lines = r.iter_lines()  # held: httpx closes the connection when the iterator goes
@@ -190,7 +191,9 @@ def test_leaving_a_stream_that_nobody_reads_aborts_it(server):
     before = aborts(server)
     generated = server.sample("lowkey_generation_tokens_total", **VARIANT)
     url = urllib.parse.urlsplit(server.url)
-    body = b'{"model": "dense", "prompt": "Hi", "max_tokens": 15000, "stream": true, "ignore_eos": true}'
+    body = (
+        b'{"model": "dense", "prompt": "Hi", "max_tokens": %d, "stream": true, "ignore_eos": true}' % ENDLESS
+    )
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         s.connect((url.hostname, url.port))
@@ -210,7 +213,7 @@ def test_leaving_a_stream_that_nobody_reads_aborts_it(server):
 def test_leaving_before_the_answer_aborts(server, path):
     endpoint = path
     before = aborts(server, endpoint)
-    body = {"model": "dense", "prompt": "Hi", "max_tokens": 15_000, "ignore_eos": True}
+    body = {"model": "dense", "prompt": "Hi", "max_tokens": ENDLESS, "ignore_eos": True}
     url = urllib.parse.urlsplit(server.url)
     data = httpx.Request("POST", server.url, json=body).content
     with socket.create_connection((url.hostname, url.port)) as s:
@@ -240,7 +243,7 @@ def test_a_finished_stream_whose_client_closes_at_once_is_no_abort(server):
     for _ in range(5):
         body = {"model": "dense", "prompt": "Hi", "max_tokens": 3, "stream": True, "ignore_eos": True}
         with (
-            httpx.Client(base_url=server.url) as client,
+            httpx.Client(base_url=server.url, timeout=DEADLINE_S) as client,
             client.stream("POST", "/v1/completions", json=body) as r,
         ):
             for line in r.iter_lines():

@@ -184,6 +184,9 @@ def test_a_score_takes_what_its_positions_allow(bench):
         assert answer.logprobs == pytest.approx(expected, abs=1e-4)
         hits = sum(o.cache_hits for o in outputs)
         assert hits <= first - 1 and (hits > 0) == (first > 192)
+        assert sum(o.cache_queries for o in outputs) == first - 1, (
+            "shadow traffic must not water the rate down"
+        )
 
 
 def scores(engine, message):
@@ -210,7 +213,8 @@ def test_saving_a_state_uses_the_cache_and_feeds_it(bench, tmp_path):
 
 
 def test_a_shared_prefix_of_1024_tokens_makes_the_first_token_come_much_sooner(bench):
-    """Measured as engine time to the first token, the middle one of several in turns; 16 times less is fed."""
+    """Measured as the engine's CPU time to the first token, the best of several in turns, whatever else the machine
+    does; 35 times less is fed."""
     shared = prompt(1024, seed=50)
     engines = {on: bench.engine(slots=24, prefill_tokens=512, prefix_cache=on) for on in (False, True)}
     waits = {False: [], True: []}
@@ -218,10 +222,10 @@ def test_a_shared_prefix_of_1024_tokens_makes_the_first_token_come_much_sooner(b
     for i in range(8):
         ids = shared + prompt(30, seed=i)
         for on, engine in engines.items():
-            began = time.perf_counter()
+            began = time.process_time()
             outputs = run(engine, {0: [generate(ids, 1)]})
-            waits[on].append(time.perf_counter() - began)
+            waits[on].append(time.process_time() - began)
             fed[on].append(len(ids) - sum(o.cache_hits for o in outputs))
     assert fed[False] == [1054] * 8 and fed[True] == [1054, *[30] * 7]
-    without, with_cache = (sorted(waits[on][1:])[3] for on in (False, True))
+    without, with_cache = (min(waits[on][1:]) for on in (False, True))
     assert without > 5 * with_cache

@@ -10,19 +10,16 @@ from types import SimpleNamespace
 import httpx
 import openai
 import pytest
-from live_server import DEADLINE_S, LiveServer, poll
+from live_server import DEADLINE_S, ENDLESS, LiveServer, poll
 
 from server.api.auth import Bucket, capped_priority
 
 KEYS = {name: f"{name}-0123456789abcdef" for name in ("alice", "bob", "few", "slow")}
 PROMPT = "Abracadabra"
 BODY = {"model": "dense", "prompt": PROMPT, "max_tokens": 3, "temperature": 0, "ignore_eos": True}
-TOTAL_S = 4
+HEADER_S, TOTAL_S = 3, 6
 
 CONFIG = """
-header_timeout_s = 1.5
-body_timeout_s = 1.5
-request_timeout_s = {total}
 log_format = "json"
 state_dir = "states"
 cors_origins = ["https://lab.example"]
@@ -49,7 +46,7 @@ by = ["user", "header"]
 
 
 def config(dense=0.5, reduced=0.5):
-    return CONFIG.format(**KEYS, dense=dense, reduced=reduced, total=TOTAL_S)
+    return CONFIG.format(**KEYS, dense=dense, reduced=reduced)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +54,18 @@ def guarded(arguments, tmp_path_factory):
     directory = tmp_path_factory.mktemp("guarded")
     (directory / "lowkey.toml").write_text(config())
     server = LiveServer(directory / "log", *arguments, "--config", "lowkey.toml")
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def impatient(arguments, tmp_path_factory):
+    """For the tests of time limits alone: others would meet them on a busy machine."""
+    limits = {"HEADER_TIMEOUT": HEADER_S, "BODY_TIMEOUT": 1.5, "REQUEST_TIMEOUT": TOTAL_S}
+    environment = {f"LOWKEY_{name}_S": str(seconds) for name, seconds in limits.items()}
+    server = LiveServer(tmp_path_factory.mktemp("impatient") / "log", arguments[0], **environment)
     try:
         yield server.wait_ready()
     finally:
@@ -239,40 +248,38 @@ def test_a_bucket_fills_at_its_rate_and_no_higher(monkeypatch):
     assert bucket.wait_s() == pytest.approx(1), "an hour's rest is worth no more than a minute's"
 
 
-def test_headers_that_take_too_long_end_the_connection(guarded):
-    for data in (b"", b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"):
-        start = time.monotonic()
-        with raw(guarded, data) as connection:
-            assert connection.recv(100) == b""
-        assert time.monotonic() - start > 1
+def test_headers_that_take_too_long_end_the_connection(impatient):
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+    start = time.monotonic()
+    with raw(impatient, b"") as silent, raw(impatient, head) as slow:
+        assert silent.recv(100) == b"" and slow.recv(100) == b""
+    assert time.monotonic() - start > 0.9 * HEADER_S
 
 
-def test_a_body_that_takes_too_long_is_a_408(guarded):
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {KEYS['bob']}\r\n"
-    with raw(
-        guarded, f"{head}content-type: application/json\r\ncontent-length: 10\r\n\r\n{{".encode()
-    ) as connection:
+def test_a_body_that_takes_too_long_is_a_408(impatient):
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    with raw(impatient, head + b"content-length: 10\r\n\r\n{") as connection:
         assert connection.recv(100).startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_keep_alive_connection_may_idle(guarded):
-    assert guarded.http.get("/health").status_code == 200
-    with httpx.Client(base_url=guarded.url) as client:
+def test_a_keep_alive_connection_may_idle(impatient):
+    with httpx.Client(base_url=impatient.url, timeout=DEADLINE_S) as client:
         first = client.get("/health")
-        time.sleep(2)
+        time.sleep(HEADER_S + 1)
         stream = first.extensions["network_stream"].get_extra_info("client_addr")
-        assert client.get("/health").extensions["network_stream"].get_extra_info("client_addr") == stream
+        again = client.get("/health")
+        assert again.extensions["network_stream"].get_extra_info("client_addr") == stream
 
 
-def test_a_request_that_takes_too_long_is_ended(guarded):
-    endless = {"max_tokens": 16_000, "n": 8}
-    response = post(guarded, **endless)
-    assert "took longer than 4 s" in error(response, 504)["message"]
-    response = post(guarded, **endless, stream=True)
+def test_a_request_that_takes_too_long_is_ended(impatient):
+    endless = {"max_tokens": ENDLESS, "n": 8}
+    response = post(impatient, **endless)
+    assert f"took longer than {TOTAL_S} s" in error(response, 504)["message"]
+    response = post(impatient, **endless, stream=True)
     *_, last, done, end = response.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == 504
-    guarded.wait_idle()
+    impatient.wait_idle()
 
 
 def test_cors_is_off_unless_an_origin_is_set(server, guarded):

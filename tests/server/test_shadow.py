@@ -1,11 +1,12 @@
 """A server with three variants and shadow traffic: what is measured, when it is given up, and what the summary says."""
 
 import asyncio
+import contextlib
 from types import SimpleNamespace
 
-import httpx
 import pytest
-from live_server import DEADLINE_S, LiveServer, poll
+from engine_process import until
+from live_server import ENDLESS, LiveServer, poll, suspended
 
 from server.ab import ABWindow
 from server.api.saved import SavedStates
@@ -88,21 +89,28 @@ def test_shadow_traffic_measures_the_answer_of_the_user_on_the_others(lab):
 def test_shadow_traffic_is_dropped_while_a_request_waits(lab):
     poll(lambda: outcomes(lab, "reduced", "scored") > 0, "the test before is over")
     dropped, scored = outcomes(lab, "reduced", "dropped"), outcomes(lab, "reduced", "scored")
-    fields = {"model": "dense", "prompt": "Hi", "ignore_eos": True, "stream": True}
-    with (
-        httpx.Client(base_url=lab.url, timeout=DEADLINE_S) as second,
-        lab.http.stream("POST", "/v1/completions", json={**fields, "max_tokens": 200}) as holder,
-    ):
-        lines = holder.iter_lines()
-        next(lines)  # it has the only slot
-        with second.stream("POST", "/v1/completions", json={**fields, "max_tokens": 5}) as waiter:
-            assert list(filter(None, lines))[-1] == "data: [DONE]"
-            assert list(filter(None, waiter.iter_lines()))[-1] == "data: [DONE]"
-    poll(
-        lambda: outcomes(lab, "reduced", "scored") == scored + 1,
-        "the second is scored: nothing waits behind it",
-    )
-    assert outcomes(lab, "reduced", "dropped") == dropped + 1, "the first was not: the second waited"
+    engine = lab.engines()["dense"]
+
+    def stream(max_tokens):
+        fields = {"model": "dense", "prompt": "Hi", "ignore_eos": True, "stream": True}
+        return lab.http.stream("POST", "/v1/completions", json={**fields, "max_tokens": max_tokens})
+
+    def end(response):
+        assert list(filter(None, response.iter_lines()))[-1] == "data: [DONE]"
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as second, suspended(engine):
+            # There is one slot, and all three are in the queue before the first gets it.
+            first = stack.enter_context(stream(20))
+            second.enter_context(stream(ENDLESS))
+            third = stack.enter_context(stream(5))
+            assert lab.http.get("/health").status_code == 200
+            engine.resume()
+            end(first)
+            poll(lambda: outcomes(lab, "reduced", "dropped") == dropped + 1, "not the first: the third waits")
+        end(third)
+    poll(lambda: outcomes(lab, "reduced", "scored") == scored + 1, "the third: nothing waits behind it")
+    assert outcomes(lab, "reduced", "dropped") == dropped + 1
 
 
 class Stub:
@@ -117,7 +125,7 @@ class Stub:
         self.error = None
 
     async def score(self, message):
-        assert message.priority > 1000
+        assert message.priority >= 2**31, "behind all that a request may ask for"
         await self.answer.wait()
         if self.error:
             raise self.error
@@ -160,12 +168,12 @@ def test_a_shadow_under_way_is_given_up_as_soon_as_a_request_waits(bench, tmp_pa
 
     async def work():
         shadow.offer(generation)
-        await asyncio.sleep(0.05)
-        assert counted(state) == {} and list(tmp_path.iterdir())
+        await until(lambda: any(tmp_path.iterdir()))
+        assert counted(state) == {}
         shadow.offer(generation)  # one at a time
         assert counted(state) == {"dropped": 1}
         variants["b"].waiting = 1
-        await asyncio.sleep(0.1)
+        await until(lambda: counted(state) == {"dropped": 2})
 
     asyncio.run(work())
     assert counted(state) == {"dropped": 2} and not list(tmp_path.iterdir()) and state.ab.pairs(60) == []
@@ -178,11 +186,11 @@ def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog
         variants["a"].error = EngineUnavailableError("gone")
         variants["a"].answer.set()
         shadow.offer(generation)
-        await asyncio.sleep(0.1)
+        await until(lambda: counted(state) == {"failed": 1})
         variants["a"].error = None
         variants["b"].answer.set()
         shadow.offer(generation)
-        await asyncio.sleep(0.1)
+        await until(lambda: counted(state) == {"failed": 1, "scored": 1})
         await shadow.close()
 
     asyncio.run(work())
@@ -224,10 +232,14 @@ def test_the_summary_counts_traffic_and_pairs(lab):
     seen = lab.http.get("/v1/ab/summary", params={"window": 600}).json()
     before = seen["variants"]["dense"]["requests"]
     tokens = seen["variants"]["dense"]["completion_tokens"]
+    ended = sum(outcomes(lab, "reduced", outcome) for outcome in ("scored", "dropped", "failed"))
     lab.complete(max_tokens=7)
     poll(
-        lambda: lab.http.get("/v1/ab/summary").json()["variants"]["dense"]["requests"] == before + 1,
-        "counted",
+        lambda: (
+            lab.http.get("/v1/ab/summary").json()["variants"]["dense"]["requests"] == before + 1
+            and sum(outcomes(lab, "reduced", o) for o in ("scored", "dropped", "failed")) == ended + 1
+        ),
+        "counted, and its shadow",
     )
     summary = lab.http.get("/v1/ab/summary", params={"window": 600}).json()
     dense = summary["variants"]["dense"]

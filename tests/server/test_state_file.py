@@ -1,6 +1,8 @@
 """Saved states: written whole or not at all, and going on from one is going on from its prompt."""
 
+import errno
 import os
+import threading
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from modeling.families import family_of
 from modeling.state import StatePool
-from server.engine.messages import SaveState
-from server.engine.state_file import StateFileError, load_state, save_state
+from server.engine import cache
+from server.engine.messages import Abort, SaveState
+from server.engine.state_file import StateFileError, host_tensors, load_state, save_state
 
 SPEC = family_of(GATED).spec({**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]})
 
@@ -32,7 +35,7 @@ def random_pool(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
     pool = random_pool(dtype)
-    save_state(pool, 1, tmp_path / "a", {"model": "x"})
+    save_state(host_tensors(pool, 1), tmp_path / "a", {"model": "x"})
     before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
     load_state(pool, 2, tmp_path / "a")
     for t, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
@@ -71,7 +74,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, change):
     pool = random_pool()
-    save_state(pool, 1, tmp_path / "a", {})
+    save_state(host_tensors(pool, 1), tmp_path / "a", {})
     tensors = load_file(tmp_path / "a")
     change(tensors)
     save_file(tensors, tmp_path / "a")
@@ -93,16 +96,30 @@ def test_what_is_no_state_is_refused(tmp_path, content):
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     pool = random_pool()
     with pytest.raises(OSError, match="none"):
-        save_state(pool, 0, tmp_path / "none" / "a", {})
+        save_state(host_tensors(pool, 0), tmp_path / "none" / "a", {})
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "x").touch()
     with pytest.raises(OSError, match="dir"):
-        save_state(pool, 0, tmp_path / "dir", {})
+        save_state(host_tensors(pool, 0), tmp_path / "dir", {})
     assert sorted(os.listdir(tmp_path)) == ["dir"]
 
 
+def test_a_disk_that_is_full_after_all_is_an_error(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_state(host_tensors(random_pool(), 0), tmp_path / "a", {})
+    assert os.listdir(tmp_path) == []
+
+
+def save_message(ids, path):
+    return SaveState(request_id="save", token_ids=ids, path=str(path), fingerprint={"a": "b"})
+
+
 def save(engine, ids, path):
-    message = SaveState(request_id="save", token_ids=ids, path=str(path), fingerprint={"a": "b"})
+    message = save_message(ids, path)
     (answer,) = (s for o in run(engine, {0: [message]}) for s in o.saved)
     return answer
 
@@ -135,10 +152,8 @@ def test_errors_end_their_request_only(bench, tmp_path):
     outputs = run(engine, {0: [lost, fine]})
     tokens = {t.request_id: t for o in outputs for t in o.tokens}
     (failed,) = (f for o in outputs for f in o.failed)
-    assert (failed.request_id, failed.reason) == (
-        lost.request_id,
-        "state",
-    ) and "can't be read" in failed.error
+    assert (failed.request_id, failed.reason) == (lost.request_id, "state")
+    assert "can't be read" in failed.error and str(tmp_path) not in failed.error
     assert lost.request_id not in tokens
     assert tokens[fine.request_id].finish_reason == "length"
     # alone, it makes a step that runs nothing
@@ -147,3 +162,64 @@ def test_errors_end_their_request_only(bench, tmp_path):
     answer = save(engine, prompt(5), tmp_path / "none" / "x")
     assert "can't be written" in answer.error
     assert engine.idle and engine.occupancy.used_slots == 0
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Files are written once this is set, by whoever writes them."""
+    ready = threading.Event()
+
+    def slow(*arguments):
+        assert ready.wait(60), "the writer held up those who were to let it go on"
+        save_state(*arguments)
+
+    monkeypatch.setattr(cache, "save_state", slow)
+    yield ready
+    ready.set()
+
+
+def steps_until_all_end(engine, messages):
+    outputs, running = [], {m.request_id for m in messages}
+    for message in messages:
+        engine.handle(message)
+    while running:
+        output = engine.step()
+        if output is not None:
+            outputs.append(output)
+            running -= {t.request_id for t in output.tokens if t.finish_reason}
+    return outputs
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_nobody_waits_for_a_file(bench, tmp_path, disk, depth):
+    engine = bench.engine(slots=2, depth=depth)
+    ids, together, later = prompt(70), generate(prompt(5), 20), generate(prompt(6), 3)
+    engine.handle(save_message(ids, tmp_path / "state"))
+    outputs = steps_until_all_end(engine, [together])
+    outputs += steps_until_all_end(engine, [later])  # in the other slot: the state's own is still held
+    assert not any(output.saved for output in outputs) and not (tmp_path / "state").exists()
+    while (output := engine.step()) is not None or not engine.blocked:
+        assert output is None or not output.saved
+    assert engine.occupancy.running == engine.occupancy.used_slots == 1
+    disk.set()
+    outputs += run(engine, {0: []})
+    assert [(s.request_id, s.error) for o in outputs for s in o.saved] == [("save", None)]
+    assert outputs[-1].occupancy.used_slots == 0
+    tokens = tokens_of(outputs)
+    for message in (together, later):
+        bench.check_tokens(message, tokens[message.request_id])
+    goes_on = generate(prompt(9), 5, state_path=str(tmp_path / "state"))
+    tokens = tokens_of(run(engine, {0: [goes_on]}))
+    bench.check_tokens(generate(ids + prompt(9), 5), tokens[goes_on.request_id])
+
+
+def test_a_file_that_nobody_waits_for_any_more_is_removed(bench, tmp_path, disk):
+    engine = bench.engine(slots=1)
+    engine.handle(save_message(prompt(5), tmp_path / "state"))
+    engine.step()
+    engine.handle(Abort(request_id="save"))
+    assert engine.occupancy.used_slots == 1, "the slot is still being read"
+    disk.set()
+    outputs = run(engine, {0: [generate(prompt(5), 2)]})
+    assert not any(output.saved for output in outputs)
+    assert engine.idle and engine.occupancy.used_slots == 0 and os.listdir(tmp_path) == []

@@ -198,7 +198,7 @@ def test_a_file_goes_out_and_comes_in_again(api, directory):
 
 
 def with_header(data, **changes):
-    """The file with changed metadata or tensors."""
+    """The file with changed metadata or tensors; None leaves an entry of the metadata out."""
     length = struct.unpack("<Q", data[:8])[0]
     header = json.loads(data[8 : 8 + length])
     for key, value in changes.items():
@@ -206,6 +206,7 @@ def with_header(data, **changes):
             header[key] = value
         else:
             header["__metadata__"][key] = value
+    header["__metadata__"] = {k: v for k, v in header["__metadata__"].items() if v is not None}
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data[8 + length :]
 
@@ -235,6 +236,9 @@ def test_an_upload_that_is_no_state_is_refused_and_leaves_nothing(api, directory
         with_header(data, tokens=str(CONTEXT)),
         with_header(data, created="soon"),
         with_header(data, variant="x" * 20_000),
+        with_header(data, variant=None),
+        with_header(data, variant=""),
+        with_header(data, variant="\ud800"),
         with_header(data, **{"recurrent.0": {**tensor, "shape": [1, 24, 32]}}),
         with_header(data, **{"recurrent.0": {**tensor, "dtype": "I32"}}),
         with_header(data, **{"recurrent.0": {**tensor, "data_offsets": [0, 2**50]}}),
@@ -252,6 +256,32 @@ def test_an_upload_that_is_no_state_is_refused_and_leaves_nothing(api, directory
     refused(upload(api, with_header(data, state_dtype="bfloat16")), 409, None, "state_dtype", "bfloat16")
     refused(upload(api, with_header(data, layout="v first")), 409, None, "layout")
     assert len(list(directory.iterdir())) == 1
+    assert len(api.get("/v1/states").json()["data"]) == 1
+
+
+def test_an_import_waits_for_no_variant_that_it_does_not_need(api):
+    dense, reduced = (
+        api.get(f"/v1/states/{save(api, model=name)['id']}/content").content for name in ("dense", "reduced")
+    )
+    api.app.state.lowkey.variants.get("dense").client.up = False
+    assert upload(api, reduced).json()["variant"] == "reduced"
+    refused(upload(api, dense), 503, None, "'dense' is down")
+    refused(upload(api, dense, model="reduced"), 409, None, "d_k")
+
+
+def test_tokens_of_a_prompt_that_is_run_for_itself_count_for_the_limit(tmp_path, directory, monkeypatch):
+    keys = {name: {"key": name * 16, "tokens_per_minute": 12} for name in "abc"}
+    with scripted_api(tmp_path, monkeypatch, state_dir=directory, api_keys=keys) as api:
+        for name, path, fields in (
+            ("a", "/v1/states", {}),
+            ("b", "/v1/completions", {"max_tokens": 0, "echo": True, "logprobs": 1}),
+            ("c", "/v1/completions", {"max_tokens": 0, "echo": True, "n": 3}),
+        ):
+            api.headers["authorization"] = f"Bearer {name * 16}"
+            body = {"model": "dense", "prompt": "Once upon", **fields}
+            answers = [api.post(path, json=body) for _ in range(3)]
+            assert [answer.status_code for answer in answers] == [200, 200, 429], name
+            assert 25 <= int(answers[2].headers["retry-after"]) <= 40, "6 tokens too many, and one more"
 
 
 def test_states_are_off_without_a_directory(tmp_path, monkeypatch):
@@ -349,7 +379,7 @@ def test_headers_are_read_with_care():
     for length in (0, 1, MAX_HEADER_BYTES + 1, 2**64 - 1):
         with pytest.raises(StateFileError, match="header"):
             header_length(struct.pack("<Q", length))
-    good = {"format": FORMAT, "tokens": "5", "created": "5"}
+    good = {"format": FORMAT, "variant": "dense", "tokens": "5", "created": "5"}
     table = {
         "__metadata__": good,
         "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]},

@@ -1,11 +1,12 @@
 """Several streams as one: nothing is lost, and nothing goes on when one fails or the reader leaves."""
 
 import asyncio
+import gc
 from contextlib import aclosing
 
 import pytest
 
-from server.api.streaming import merged, together
+from server.api.streaming import EventStream, merged, together
 
 
 class Source:
@@ -90,3 +91,36 @@ def test_together_cancels_the_others():
         assert ended == ["slow", "slow"]
 
     asyncio.run(work())
+
+
+def test_a_reader_who_leaves_while_an_event_waits_ends_the_stream_at_once():
+    said = []
+
+    async def events():
+        try:
+            while True:
+                yield "data: x\n\n"
+        finally:
+            said.append("closed")
+
+    async def work():
+        stuck = asyncio.Event()
+
+        async def receive():
+            await stuck.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            if message["type"] == "http.response.body":
+                stuck.set()
+                await asyncio.Event().wait()
+
+        stream = EventStream(events(), on_end=lambda: said.append("end"))
+        await stream({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+
+    gc.disable()
+    try:
+        asyncio.run(asyncio.wait_for(work(), 60))
+    finally:
+        gc.enable()
+    assert said == ["closed", "end"]

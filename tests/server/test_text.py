@@ -194,3 +194,18 @@ def test_nothing_is_lost_and_nothing_of_a_stop_is_shown_early(text, stops):
 )
 def test_overlapping_stops(parts, stops, shown):
     assert matched(parts, stops) == shown
+
+
+def test_what_one_stop_holds_back_is_not_looked_through_for_the_others(monkeypatch):
+    looked = []
+    overlap = StopMatcher._overlap
+    monkeypatch.setattr(
+        StopMatcher, "_overlap", staticmethod(lambda text, stop: looked.append(text) or overlap(text, stop))
+    )
+    matcher = StopMatcher(["a" * 999 + "b", *(c * 1000 for c in "cdefghijklmnop")])
+    assert matcher.add("a" * 900) == ""
+    looked.clear()
+    for _ in range(50):
+        assert matcher.add("a") == ""
+    assert sum(map(len, looked)) == sum(901 + i + 14 for i in range(50))
+    assert matcher.add("c") == "a" * 950

@@ -13,7 +13,7 @@ from server.engine.messages import EngineConfig, Generate, Occupancy, Ready, Ste
 
 T = TypeVar("T")
 
-START_S = 90.0
+START_S = 240.0
 """How long an engine may take to load on a busy machine."""
 
 
@@ -32,7 +32,7 @@ def engine_config(source: Path, **fields: Any) -> EngineConfig:
     return EngineConfig(**{**defaults, **fields})
 
 
-async def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = START_S) -> None:
     """Poll until the condition holds. Raises AssertionError at the deadline."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -44,7 +44,7 @@ class Harness:
     """One client; `run` runs a coroutine on its loop."""
 
     def __init__(
-        self, config: EngineConfig, runtime_dir: Path, on_ready: Any = None, hang_s: float = 30.0
+        self, config: EngineConfig, runtime_dir: Path, on_ready: Any = None, hang_s: float = START_S
     ) -> None:
         self.readies: list[Ready] = []
         self.steps: list[StepOutput] = []

@@ -1,6 +1,7 @@
 """Engines in this process, and the plain loop over `modeling` that they are held against."""
 
 import itertools
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,8 @@ def run(
             engine.handle(message)
         if step >= last and engine.idle:
             return outputs
-        output = engine.step()
+        while (output := engine.step()) is None and engine.blocked:
+            time.sleep(0.001)  # a file is being written
         if output is not None:
             outputs.append(output)
     raise AssertionError(f"not idle after {limit} steps")

@@ -1,12 +1,13 @@
 """A real `lowkey-serve` process on a free port, and readable checkpoints for it."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from modeling.checkpoint import open_checkpoint
 from pruning.surgery import Cut, write_reduced
 
-DEADLINE_S = 90.0
+DEADLINE_S = 240.0
 """How long anything may take on a busy machine."""
 
 E_ID = byte_tokenizer().token_to_id("e")
-CONTEXT = 16384
+CONTEXT = 2**16
+ENDLESS = CONTEXT - 500
+"""Tokens that no engine gets through while a test does a few other things; who must be sure holds the engine."""
 CONFIG = {**GATED, "max_position_embeddings": CONTEXT, "eos_token_id": [0, E_ID]}
 """The letter e ends a text, as the end-of-text token does: random models then have a reason to stop."""
+
+
+PATIENT = {
+    f"LOWKEY_{name}_S": str(DEADLINE_S) for name in ("HANG", "HEADER_TIMEOUT", "BODY_TIMEOUT", "DRAIN")
+}
+"""Time limits of the server."""
 
 
 def write_variants(directory: Path) -> dict[str, Path]:
@@ -55,11 +64,35 @@ def poll(condition: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -
         if value:
             return value
         assert time.monotonic() < deadline, f"never: {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def suspended(engine: psutil.Process) -> Iterator[None]:
+    """The engine does nothing in this block, or until somebody resumes it in there."""
+    engine.suspend()
+    try:
+        yield
+    finally:
+        engine.resume()
+
+
+@contextlib.contextmanager
+def withheld(file: Path) -> Iterator[None]:
+    """Whoever opens the file in this block waits for its content until the block ends."""
+    content = file.rename(file.with_name(f"{file.name}.withheld"))
+    os.mkfifo(file)
+    pipe = os.open(file, os.O_RDWR)
+    try:
+        yield
+    finally:
+        content.rename(file)
+        os.write(pipe, file.read_bytes())
+        os.close(pipe)
 
 
 class LiveServer:
-    """The process, its log, and a client."""
+    """The process, its log, and a client. Its own time limits are the tests': a busy machine is no failure."""
 
     def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
         self.log = log
@@ -70,7 +103,7 @@ class LiveServer:
                 stderr=f,
                 stdout=f,
                 cwd=log.parent,
-                env={**os.environ, **environment},
+                env={**os.environ, **PATIENT, **environment},
             )
         found = poll(
             lambda: self.process.poll() is not None or re.search(r"running on (http://\S+)", log.read_text()),
@@ -148,7 +181,7 @@ class LiveServer:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(40)
+                self.process.wait(60)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()

@@ -124,11 +124,13 @@ class ScriptedClient:
         self.script.seen.append(message)
         ids = message.token_ids
         pairs = list(zip(ids[message.from_position - 1 :], ids[message.from_position :], strict=False))
+        reference = message.kl_reference
+        compared = 0 if reference is None or reference.mode == "write" else len(ids) - reference.from_position
         return Scored(
             request_id=message.request_id,
             logprobs=[float(self.script.logprobs[a, b]) for a, b in pairs],
-            kl=[],
-            agree=[],
+            kl=[0.5] * compared,
+            agree=[True] * compared,
             top=[self.script.top(a, message.top_logprobs) for a, _ in pairs],
         )
 

@@ -1,5 +1,6 @@
-"""The decode step of a whole model in one call of C++, compiled for the machine it runs on."""
+"""A whole model in C++, compiled for the machine it runs on."""
 
-from modeling.ops.cpu.decoder import Decoder
+from modeling.ops.cpu.compiled import CompiledModel
+from modeling.ops.cpu.rule import compiled_gated_delta_rule
 
-__all__ = ["Decoder"]
+__all__ = ["CompiledModel", "compiled_gated_delta_rule"]

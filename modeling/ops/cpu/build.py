@@ -1,4 +1,4 @@
-"""Compiles the decode step for the machine at hand, once: the library is kept in the user's cache directory."""
+"""Compiles the model for the machine at hand, once: the library is kept in the user's cache directory."""
 
 import ctypes
 import fcntl
@@ -18,7 +18,8 @@ from modeling.ops import UnavailableError
 
 logger = logging.getLogger("lowkey.modeling")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("decode.cpp", "products.h"))
+HERE = Path(__file__).parent
+SOURCES = (HERE / "model.cpp", *sorted(HERE.glob("*.h")))
 FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
     # Neither changes a result: they let loops with square roots, roundings and selections vectorise.
@@ -51,7 +52,7 @@ def _compile(target: Path) -> None:
     """Compile into a temporary file beside `target`, then rename."""
     compiler = _compiler()
     began = time.monotonic()
-    logger.info("compiling the decode step for this CPU, once (some seconds): %s", target)
+    logger.info("compiling the model for this CPU, once (some seconds): %s", target)
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".tmp")
     os.close(handle)
     try:
@@ -69,7 +70,7 @@ def _compile(target: Path) -> None:
         raise UnavailableError(f"{compiler[0]} took more than {COMPILE_TIMEOUT_S} s") from None
     finally:
         Path(name).unlink(missing_ok=True)
-    logger.info("compiled the decode step in %.1f s", time.monotonic() - began)
+    logger.info("compiled the model in %.1f s", time.monotonic() - began)
 
 
 def cache_directory() -> Path:
@@ -79,7 +80,7 @@ def cache_directory() -> Path:
 
 @cache
 def compiled() -> ctypes.CDLL:
-    """The compiled step, compiled now if this CPU has none of these sources yet.
+    """The compiled library, compiled now if this CPU has none of these sources yet.
 
     Processes that start at once compile it once: the others wait for the first.
 
@@ -92,9 +93,9 @@ def compiled() -> ctypes.CDLL:
     try:
         folder = cache_directory()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        target = folder / f"decode-{digest.hexdigest()[:24]}.so"
+        target = folder / f"model-{digest.hexdigest()[:24]}.so"
         if not target.exists():
-            with (folder / "decode.lock").open("w") as lock:
+            with (folder / "model.lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not target.exists():
                     _compile(target)

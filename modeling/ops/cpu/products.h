@@ -1,94 +1,83 @@
-// Vectors of floats, and the products of a step. Included by decode.cpp only.
+// Products of activations and weights: y[m, n] = sum_k x[m, k] w[n, k].
+//
+// Weights are read as they lie, so they need no second copy. A batch is cut into tiles of 1, 2, 4 ... WIDE rows of x. The
+// lanes of a vector are the tile's rows, times as many consecutive words (GROUP) as then fit: the weights of those words
+// are broadcast to all rows, and the lanes of a row summed at the end.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#ifdef __SSE__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
-#if defined(__AVX512DQ__)
-constexpr int LANES = 16;
-#elif defined(__AVX__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-
-struct bf16 {
-    uint16_t bits;
-};
-typedef float vec __attribute__((vector_size(LANES * 4)));
-typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
-typedef uint16_t hvec __attribute__((vector_size(LANES * 2)));
-
-// ---- loads and stores
-
-template <class T> static inline T peek(const void *p) {
-    T x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-}
-static inline float read(const float *p) { return *p; }
-static inline float read(const bf16 *p) {
-    uint32_t bits = (uint32_t)p->bits << 16;
-    return peek<float>(&bits);
-}
-static inline void write(float *p, float x) { *p = x; }
-static inline void write(bf16 *p, float x) {
-    uint32_t bits = peek<uint32_t>(&x);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-    p->bits = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
-}
-static inline vec load(const float *p) { return peek<vec>(p); }
-static inline vec load(const bf16 *p) { return (vec)(__builtin_convertvector(peek<hvec>(p), uvec) << 16); }
-static inline void store(float *p, vec x) { std::memcpy(p, &x, sizeof x); }
-static inline void store(bf16 *p, vec x) {
-    uvec bits = (uvec)x;
-    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    hvec half = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded, hvec);
-    std::memcpy(p, &half, sizeof half);
-}
-
-// ---- elementwise; written without branches so that loops over them vectorise
-
-// exp to about 1e-7 relative, clamped to the range of normal numbers; NaN stays NaN (Cephes' polynomial).
-static inline float exp32(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    x = x > 88.0f ? 88.0f : x;
-    float n = __builtin_rintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f - n * -2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    int32_t scale = ((int32_t)n + 127) << 23;
-    return p * __builtin_bit_cast(float, scale);
-}
-static inline float sigmoid(float x) { return 1.0f / (1.0f + exp32(-x)); }
-static inline float silu(float x) { return x / (1.0f + exp32(-x)); }
-
-static inline float sum_of_squares(const float *x, int n) {
-    float s = 0;
-#pragma omp simd reduction(+ : s)
-    for (int i = 0; i < n; i++) s += x[i] * x[i];
-    return s;
-}
-
-// ---- products: y[m, n] = sum_k x[m, k] w[n, k]
-//
-// Weights are read as they lie, so they need no second copy. A batch is cut into tiles of 1, 2, 4 ... WIDE requests. The
-// lanes of a vector are the tile's requests, times as many consecutive k (GROUP) as then fit: the weights of those k are
-// broadcast to all requests, and the lanes of a request summed at the end.
+#include <algorithm>
+#include <type_traits>
 
 constexpr int ROWS = 8, WIDE = LANES == 16 ? 2 * LANES : LANES;
 
-// Weights go in words of four bytes: one float32, or two bfloat16 that one instruction each makes into float32.
+// x and w go in words of four bytes: one float32 each, or, with bfloat16 weights, two bfloat16 each.
 template <class W> constexpr int PER_WORD = 4 / sizeof(W);
+template <class W> static inline int64_t words(int64_t depth) { return (depth + PER_WORD<W> - 1) / PER_WORD<W>; }
+
+// Floats that a row of x takes once arranged.
+static inline int64_t arranged_size(int64_t depth) { return (depth + LANES - 1) / LANES * LANES; }
+
+// Calls f(first, width) for each tile of rows `from` to `to`, the width as a constant.
+template <class F> static inline void for_tiles(int64_t from, int64_t to, F f) {
+    for (int64_t m = from, width = WIDE; m < to; m += width) {
+        while (width > to - m) width /= 2;
+        switch (width) {
+        case 1: f(m, std::integral_constant<int, 1>()); break;
+        case 2: f(m, std::integral_constant<int, 2>()); break;
+        case 4: f(m, std::integral_constant<int, 4>()); break;
+        case 8: if constexpr (WIDE >= 8) f(m, std::integral_constant<int, 8>()); break;
+        case 16: if constexpr (WIDE >= 16) f(m, std::integral_constant<int, 16>()); break;
+        case 32: if constexpr (WIDE >= 32) f(m, std::integral_constant<int, 32>()); break;
+        }
+    }
+}
+
+// LANES words of a row of which `left` numbers are left, zeros after those.
+template <class W> static inline uvec read_words(const float *x, int64_t left) {
+    constexpr int NUMBERS = LANES * PER_WORD<W>;
+    float padded[NUMBERS];
+    if (left < NUMBERS) {
+        for (int i = 0; i < NUMBERS; i++) padded[i] = i < left ? x[i] : 0.0f;
+        x = padded;
+    }
+    if constexpr (PER_WORD<W> == 1) return peek<uvec>(x);
+    bf16 halves[NUMBERS];
+    for (int i = 0; i < NUMBERS; i += LANES) store(halves + i, load(x + i));
+    return peek<uvec>(halves);
+}
+
+// One tile of x in the order in which `tile` reads it.
+template <int WIDTH, class W> static void arrange_tile(const float *x, int64_t depth, float *out) {
+    const int64_t size = arranged_size(words<W>(depth));
+    for (int64_t k = 0; k < size; k += LANES) {
+        const int64_t at = k * PER_WORD<W>, left = depth - at;
+        if constexpr (WIDTH < LANES) {
+            constexpr int GROUP = LANES / WIDTH;
+            for (int i = 0; i < WIDTH; i++) {
+                uvec from = read_words<W>(x + i * depth + at, left);
+                for (int j = 0; j < WIDTH; j++)
+                    std::memcpy(out + k * WIDTH + j * LANES + i * GROUP, (float *)&from + j * GROUP, GROUP * 4);
+            }
+        } else
+            for (int i = 0; i < WIDTH; i += LANES) {
+                vec square[LANES];
+                for (int j = 0; j < LANES; j++) square[j] = (vec)read_words<W>(x + (i + j) * depth + at, left);
+                transpose<LANES>(square);
+                for (int j = 0; j < LANES; j++) store(out + (k + j) * WIDTH + i, square[j]);
+            }
+    }
+}
+
+// x[batch][depth] as `product` wants it, `batch` rows of arranged_size. Called by every thread of a team.
+template <class W> static void arrange(const float *x, int64_t batch, int64_t depth, float *out) {
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < batch; first += WIDE)
+        for_tiles(first, std::min(batch, first + WIDE), [&](int64_t m, auto width) {
+            arrange_tile<width, W>(x + m * depth, depth, out + m * arranged_size(words<W>(depth)));
+        });
+}
 
 // `GROUP` words from p, repeated over the lanes.
 template <int GROUP> static inline uvec broadcast(const void *p) {
@@ -115,94 +104,65 @@ template <int GROUP> static inline vec sum_groups(vec x) {
     return x;
 }
 
-template <int VECTORS> static inline void multiply(vec *sum, const vec *x, uvec word, const float *) {
-    for (int v = 0; v < VECTORS; v++) sum[v] += x[v] * (vec)word;
-}
-template <int VECTORS> static inline void multiply(vec *sum, const vec *x, uvec word, const bf16 *) {
-    for (int v = 0; v < VECTORS; v++) sum[v] += x[v] * (vec)(word << 16);
-    for (int v = 0; v < VECTORS; v++) sum[v] += x[VECTORS + v] * (vec)(word & 0xffff0000u);
+static inline vec multiply(vec sum, uvec x, uvec w, const float *) { return sum + (vec)x * (vec)w; }
+static inline vec multiply(vec sum, uvec x, uvec w, const bf16 *) {
+#if defined(__AVX512BF16__) && defined(__AVX512DQ__)
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+#else
+    sum += (vec)(x << 16) * (vec)(w << 16);
+    return sum + (vec)(x & 0xffff0000u) * (vec)(w & 0xffff0000u);
+#endif
 }
 
-// WIDTH requests, x as `arrange` left it, times ROWS rows of w.
+// WIDTH rows of x as `arrange` left them, times ROWS rows of w. Not inlined: registers then hold all sums.
 template <int WIDTH, class W>
-static inline void tile(const float *x, int64_t depth, const W *w, float *y, int64_t stride) {
+[[gnu::noinline]] static void tile(const float *x, int64_t depth, const W *w, float *y, int64_t stride) {
     constexpr int GROUP = WIDTH < LANES ? LANES / WIDTH : 1, VECTORS = WIDTH < LANES ? 1 : WIDTH / LANES;
-    constexpr int PARTS = VECTORS * PER_WORD<W>, STEP = GROUP * PER_WORD<W>;
-    constexpr int BYTES = ROWS * GROUP * 4;
+    constexpr int STEP = GROUP * PER_WORD<W>, BYTES = ROWS * GROUP * 4;
     // The next rows, in order of address: ROWS streams at once, as the sums read them, is what prefetchers can't follow.
     const char *next = (const char *)(w + ROWS * depth);
-    vec sum[ROWS][VECTORS] = {};
+    vec sum[VECTORS][ROWS] = {};
     int64_t k = 0;
-    for (; k + STEP <= depth; k += STEP, x += PARTS * LANES, next += BYTES) {
+    for (; k + STEP <= depth; k += STEP, x += VECTORS * LANES, next += BYTES) {
 #pragma GCC unroll 8
         for (int i = 0; i < BYTES; i += 64) __builtin_prefetch(next + i);
-        vec a[PARTS];
-#pragma GCC unroll 4
-        for (int i = 0; i < PARTS; i++) a[i] = load(x + i * LANES);
 #pragma GCC unroll 8
-        for (int n = 0; n < ROWS; n++) multiply<VECTORS>(sum[n], a, broadcast<GROUP>(w + n * depth + k), w);
+        for (int n = 0; n < ROWS; n++) {
+            uvec word = broadcast<GROUP>(w + n * depth + k);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++) sum[v][n] = multiply(sum[v][n], peek<uvec>(x + v * LANES), word, w);
+        }
     }
-    if (k < depth) {
-        vec a[PARTS];
-        for (int i = 0; i < PARTS; i++) a[i] = load(x + i * LANES);
+    // Unrolled as well: sums that a variable indexes would live in memory, not in registers.
+    if (k < depth)
+#pragma GCC unroll 8
         for (int n = 0; n < ROWS; n++) {
             W rest[STEP] = {};
             std::memcpy(rest, w + n * depth + k, (depth - k) * sizeof(W));
-            multiply<VECTORS>(sum[n], a, broadcast<GROUP>(rest), w);
+            uvec word = broadcast<GROUP>(rest);
+#pragma GCC unroll 2
+            for (int v = 0; v < VECTORS; v++) sum[v][n] = multiply(sum[v][n], peek<uvec>(x + v * LANES), word, w);
         }
-    }
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v++) {
 #pragma GCC unroll 8
-    for (int n = 0; n < ROWS; n++)
-        for (int v = 0; v < VECTORS; v++) sum[n][v] = sum_groups<GROUP>(sum[n][v]);
-    for (int m = 0; m < WIDTH; m++)
-        for (int n = 0; n < ROWS; n++) y[m * stride + n] = ((const float *)sum[n])[m * GROUP];
-}
-
-static inline int64_t tile_width(int64_t left) {
-    int64_t width = WIDE;
-    while (width > left) width /= 2;
-    return width;
-}
-
-// x[batch][depth] in the order in which tiles read it, zeros after the last k. Called by one thread.
-template <class W> static void arrange(const float *x, int64_t batch, int64_t depth, float *out) {
-    constexpr int64_t P = PER_WORD<W>;
-    for (int64_t m = 0, width; m < batch; m += width) {
-        width = tile_width(batch - m);
-        int64_t group = width < LANES ? LANES / width : 1, step = group * P, padded = (depth + step - 1) / step * step;
-        for (int64_t k0 = 0; k0 < padded; k0 += step)
-            for (int64_t i = 0; i < width; i++)
-                for (int64_t k = k0; k < k0 + step; k++) {
-                    int64_t at = k - k0;
-                    out[k0 * width + (at % P * width + i) * group + at / P] = k < depth ? x[(m + i) * depth + k] : 0;
-                }
-        out += padded * width;
+        for (int n = 0; n < ROWS; n++) sum[v][n] = sum_groups<GROUP>(sum[v][n]);
+        transpose<ROWS>(sum[v]);
+        for (int m = 0; m < LANES / GROUP; m++)
+            std::memcpy(y + (v * LANES + m) * stride, (const float *)sum[v] + m * GROUP * ROWS, ROWS * 4);
     }
 }
 
 // x as `arrange` left it. Called by every thread of a team.
 template <class W>
 static void product(const float *x, int64_t batch, int64_t depth, const W *w, int64_t rows, float *y) {
-    constexpr int64_t P = PER_WORD<W>;
+    const int64_t size = arranged_size(words<W>(depth));
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < rows; n += ROWS) {
         // The last block reaches back over rows of the one before it.
         int64_t first = n + ROWS <= rows ? n : rows - ROWS;
-        const W *block = w + first * depth;
-        const float *from = x;
-        for (int64_t m = 0, width; m < batch; m += width) {
-            width = tile_width(batch - m);
-            float *to = y + m * rows + first;
-            switch (width) {
-            case 1: tile<1>(from, depth, block, to, rows); break;
-            case 2: tile<2>(from, depth, block, to, rows); break;
-            case 4: tile<4>(from, depth, block, to, rows); break;
-            case 8: if constexpr (WIDE >= 8) tile<8>(from, depth, block, to, rows); break;
-            case 16: if constexpr (WIDE >= 16) tile<16>(from, depth, block, to, rows); break;
-            case 32: if constexpr (WIDE >= 32) tile<32>(from, depth, block, to, rows); break;
-            }
-            int64_t group = width < LANES ? LANES / width : 1, step = group * P;
-            from += (depth + step - 1) / step * step * width;
-        }
+        for_tiles(0, batch, [&](int64_t m, auto width) {
+            tile<width>(x + m * size, depth, w + first * depth, y + m * rows + first, rows);
+        });
     }
 }

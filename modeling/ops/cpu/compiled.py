@@ -1,7 +1,8 @@
-"""A model's parameters as decode.cpp reads them, and the calls."""
+"""A model's parameters as layer.h has them, and the calls."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from collections.abc import Sequence
+from ctypes import POINTER, Array, Structure, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from modeling.layers import Block
 from modeling.ops import UnavailableError
 from modeling.ops.cpu.build import compiled
-from modeling.state import StatePool
+from modeling.ops.cpu.calls import check, offsets_of
+from modeling.state import SequenceState, StatePool
 
 if TYPE_CHECKING:
     from modeling.model import Model
@@ -19,11 +21,6 @@ ROWS = 8
 """Products work on this many rows at a time; no matrix may have fewer."""
 
 _GATES = {"none": 0, "silu": 1, "sigmoid": 2}
-_ERRORS: dict[int, tuple[type[Exception], str]] = {
-    1: (IndexError, "a token id is outside the vocabulary"),
-    2: (IndexError, "a slot is outside the pool"),
-    3: (MemoryError, "no memory for the step's activations"),
-}
 
 
 class _Layer(Structure):
@@ -57,8 +54,12 @@ class _Pool(Structure):
     ]
 
 
-class Decoder:
-    """One model's decode step and products, on a CPU, in one call each.
+def _pointers(tensors: Sequence[Tensor]) -> Array[c_void_p]:
+    return (c_void_p * len(tensors))(*(x.data_ptr() for x in tensors))
+
+
+class CompiledModel:
+    """One model's decode step, prefill and products, on a CPU, in one call each.
 
     It reads the parameters where they are; the small ones (norms, convolutions, decays) are copied as float32. Replace
     or move no parameter of the model afterwards.
@@ -72,9 +73,13 @@ class Decoder:
         ours = ctypes.sizeof(_Layer) << 32 | ctypes.sizeof(_Model) << 16 | ctypes.sizeof(_Pool)
         self._library.lowkey_layout.restype = c_int64
         if self._library.lowkey_layout() != ours:
-            raise UnavailableError("decode.cpp and decoder.py disagree about their structures")
+            raise UnavailableError("the C++ sources and compiled.py disagree about their structures")
         self._library.lowkey_decode.argtypes = (
             *(POINTER(_Model), POINTER(_Pool), c_int64),
+            *(c_void_p, c_void_p, c_void_p, c_int),
+        )
+        self._library.lowkey_prefill.argtypes = (
+            *(POINTER(_Model), POINTER(_Pool)),
             *(c_void_p, c_void_p, c_void_p, c_int),
         )
         self._library.lowkey_linear.argtypes = (
@@ -143,11 +148,6 @@ class Decoder:
             intermediate=block.mlp.in_proj.out_features // 2,
         )
 
-    def _check(self, code: int) -> None:
-        if code:
-            kind, message = _ERRORS[code]
-            raise kind(message)
-
     def decode(self, model: "Model", input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
         """As `Model.decode`; activations are float32 whatever the weights are.
 
@@ -161,16 +161,15 @@ class Decoder:
         for x in (ids, slots):
             if x.dtype != torch.long or x.device.type != "cpu" or x.shape != ids.shape or x.ndim != 1:
                 raise ValueError(f"ids and slots must be int64 [B] on the CPU, got {x.dtype} {list(x.shape)}")
-        n = len(pool.recurrent)
         state = _Pool(
-            recurrent=(c_void_p * n)(*(x.data_ptr() for x in pool.recurrent)),
-            conv=(c_void_p * n)(*(x.data_ptr() for x in pool.conv)),
+            recurrent=_pointers(pool.recurrent),
+            conv=_pointers(pool.conv),
             slots=len(pool.recurrent[0]),
             bf16_state=pool.state_dtype == torch.bfloat16,
             bf16_conv=pool.conv_dtype == torch.bfloat16,
         )
         hidden = torch.empty(len(ids), self._spec.hidden_size, dtype=self._dtype)
-        self._check(
+        check(
             self._library.lowkey_decode(
                 self._model,
                 state,
@@ -183,6 +182,54 @@ class Decoder:
         )
         return hidden
 
+    def prefill(
+        self, model: "Model", input_ids: Tensor, cu_seqlens: Sequence[int], state: SequenceState | None
+    ) -> tuple[Tensor, SequenceState]:
+        """As `Model.forward`, without gradients; activations and states are float32 whatever the weights are.
+
+        Raises:
+            IndexError: an id is out of range.
+            ValueError: the model is another one, or tensors have the wrong dtype, device or shape.
+        """
+        if model is not self._owner:
+            raise ValueError("the compiled model was made for another one")
+        ids, offsets = input_ids.contiguous(), offsets_of(cu_seqlens, len(input_ids))
+        if ids.dtype != torch.long or ids.device.type != "cpu" or ids.ndim != 1:
+            raise ValueError(f"ids must be int64 [tokens] on the CPU, got {ids.dtype} {list(ids.shape)}")
+        after = self._states(len(offsets) - 1, state)
+        hidden = torch.empty(len(ids), self._spec.hidden_size, dtype=self._dtype)
+        check(
+            self._library.lowkey_prefill(
+                self._model,
+                _Pool(_pointers(after.recurrent), _pointers(after.conv), len(offsets) - 1),
+                offsets.data_ptr(),
+                ids.data_ptr(),
+                hidden.data_ptr(),
+                torch.get_num_threads(),
+            )
+        )
+        return hidden, after
+
+    def _states(self, sequences: int, before: SequenceState | None) -> SequenceState:
+        """Float32 copies, or zeros."""
+        after = SequenceState([], [])
+        for i, layer in enumerate(self._spec.layers):
+            m = layer.mixer
+            recurrent = (sequences, m.num_v_heads, m.d_k, m.d_v)
+            conv = (sequences, m.conv_channels, m.conv_kernel - 1)
+            if before is None:
+                after.recurrent.append(torch.zeros(recurrent))
+                after.conv.append(torch.zeros(conv))
+                continue
+            for x, shape, to in (
+                (before.recurrent[i], recurrent, after.recurrent),
+                (before.conv[i], conv, after.conv),
+            ):
+                if x.shape != shape:
+                    raise ValueError(f"layer {i}: a state of {list(x.shape)} where {list(shape)} is needed")
+                to.append(x.to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format))
+        return after
+
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x [n, in]` times `weight [out, in]` transposed, in float32."""
         x = x.contiguous()
@@ -191,7 +238,7 @@ class Decoder:
                 f"can't multiply {x.dtype} {list(x.shape)} by {weight.dtype} {list(weight.shape)} transposed"
             )
         y = torch.empty(len(x), len(weight))
-        self._check(
+        check(
             self._library.lowkey_linear(
                 x.data_ptr(),
                 *x.shape,

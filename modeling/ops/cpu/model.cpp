@@ -1,0 +1,234 @@
+// A whole model on a CPU: one token of each of B requests, states in place on the slot pool (decode), or the tokens of
+// packed sequences (prefill).
+//
+// Compiled for the machine it runs on (build.py) and called through ctypes, so it sees no torch: the structures in
+// layer.h and chunk.h are mirrored in compiled.py and rule.py. Weights are read as they lie in the module, row major [out, in], float32
+// or bfloat16; activations, norms, gates and the recurrence are float32.
+
+#include "chunk.h"
+#include "layer.h"
+#include "prefill.h"
+#include "products.h"
+#include "step.h"
+
+#include <cstdlib>
+#include <new>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// Tokens of a prefill that go through the model at a time: few, so that their activations stay in the second-level cache.
+constexpr int64_t PREFILL_BLOCK = 128;
+
+static int thread_number() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+// Grows, and stays with its thread: fresh memory for every step would be zeroed by the kernel page by page.
+struct Scratch {
+    float *memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { std::free(memory); }
+    bool reserve(size_t floats) {
+        if (floats <= size) return true;
+        std::free(memory);
+        memory = (float *)std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64);
+        size = memory ? floats : 0;
+        return memory;
+    }
+};
+static thread_local Scratch scratch;
+
+// Denormals are taken as zero while a step runs: a state that decays towards zero would slow every product down.
+struct FlushDenormals {
+#ifdef __SSE__
+    unsigned before = _mm_getcsr();
+    FlushDenormals() { _mm_setcsr(before | 0x8040); }
+    ~FlushDenormals() { _mm_setcsr(before); }
+#endif
+};
+
+// x += added (if any), out = rms_norm(x); of one token.
+static void norm(float *x, const float *added, const float *weight, float eps, int n, float *out) {
+    if (added)
+        for (int i = 0; i < n; i++) x[i] += added[i];
+    const float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / n + eps);
+    for (int i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
+}
+
+// `arranged` has room for `batch` rows of depth + LANES.
+template <class W>
+static void linear(const float *x, int64_t batch, int64_t depth, const void *w, int64_t rows, float *arranged,
+                   float *y) {
+    arrange<W>(x, batch, depth, arranged);
+    product(arranged, batch, depth, (const W *)w, rows, y);
+}
+
+// Activations of n tokens, and `own` floats for each thread's mixer.
+struct Buffers {
+    float *x, *y, *in, *out, *arranged, *own;
+    size_t own_size;
+
+    bool reserve(const Model &model, int64_t n, int threads, size_t own_floats) {
+        const int64_t size = model.hidden;
+        int64_t wide = 0, narrow = size;
+        for (int i = 0; i < model.num_layers; i++) {
+            const Layer &l = model.layers[i];
+            wide = std::max({wide, l.width(), 2 * (int64_t)l.intermediate});
+            narrow = std::max({narrow, l.values(), (int64_t)l.intermediate});
+        }
+        own_size = own_floats;
+        if (!scratch.reserve(n * (2 * size + wide + narrow + narrow + LANES) + threads * own_size)) return false;
+        x = scratch.memory, y = x + n * size, in = y + n * size, out = in + n * wide, arranged = out + n * narrow;
+        own = arranged + n * (narrow + LANES);
+        return true;
+    }
+};
+
+// n tokens through all layers. mix(layer, own) turns buffers.in into buffers.out; called by every thread.
+template <class W, class Mix>
+static void forward(const Model &model, int64_t n, const int64_t *ids, W *hidden, const Buffers &buffers, int threads,
+                    Mix mix) {
+    const int64_t size = model.hidden;
+    const auto [x, y, in, out, arranged, own, own_size] = buffers;
+#pragma omp parallel num_threads(threads)
+    {
+        FlushDenormals flush;
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < n; b++)
+            for (int64_t i = 0; i < size; i++) x[b * size + i] = read((const W *)model.embeddings + ids[b] * size + i);
+        for (int i = 0; i < model.num_layers; i++) {
+            const Layer &l = model.layers[i];
+            const int64_t inner = l.intermediate;
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < n; b++)
+                norm(x + b * size, i ? y + b * size : nullptr, l.mixer_norm, l.norm_eps, size, y + b * size);
+            linear<W>(y, n, size, l.in_proj, l.width(), arranged, in);
+            mix(i, own + thread_number() * own_size);
+            linear<W>(out, n, l.values(), l.o_proj, size, arranged, y);
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < n; b++)
+                norm(x + b * size, y + b * size, l.mlp_norm, l.norm_eps, size, y + b * size);
+            linear<W>(y, n, size, l.mlp_in, 2 * inner, arranged, in);
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < n; b++) {
+                const float *gate = in + b * 2 * inner, *up = gate + inner;
+                for (int64_t j = 0; j < inner; j++) out[b * inner + j] = silu(gate[j]) * up[j];
+            }
+            linear<W>(out, n, inner, l.mlp_out, size, arranged, y);
+        }
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < n; b++) {
+            norm(x + b * size, y + b * size, model.norm, model.norm_eps, size, y + b * size);
+            for (int64_t i = 0; i < size; i++) write(hidden + b * size + i, y[b * size + i]);
+        }
+    }
+}
+
+template <class W>
+static int decode(const Model &model, const Pool &pool, int64_t batch, const int64_t *ids, const int64_t *slots,
+                  W *hidden, int threads) {
+    size_t own = 0;
+    for (int i = 0; i < model.num_layers; i++)
+        own = std::max(own, (size_t)(2 * model.layers[i].d_k + model.layers[i].d_v));
+    Buffers buffers;
+    if (!buffers.reserve(model, batch, threads, own)) return 3;
+    auto mixer = pool.bf16_state ? (pool.bf16_conv ? mix<bf16, bf16> : mix<bf16, float>)
+                                 : (pool.bf16_conv ? mix<float, bf16> : mix<float, float>);
+    forward(model, batch, ids, hidden, buffers, threads, [&](int i, float *memory) {
+        mixer(model.layers[i], buffers.in, batch, slots, pool.recurrent[i], pool.conv[i], memory, buffers.out);
+    });
+    return 0;
+}
+
+template <class W>
+static int prefill(const Model &model, const Pool &states, const int64_t *cu_seqlens, const int64_t *ids, W *hidden,
+                   int threads) {
+    size_t own = 0;
+    for (int i = 0; i < model.num_layers; i++) own = std::max(own, piece_floats(model.layers[i]));
+    const int64_t tokens = cu_seqlens[states.slots];
+    Buffers buffers;
+    if (!buffers.reserve(model, std::min(tokens, PREFILL_BLOCK), threads, own)) return 3;
+    std::vector<Piece> pieces;
+    for (int64_t begin = 0, sequence = 0; begin < tokens; begin += PREFILL_BLOCK) {
+        const int64_t end = std::min(begin + PREFILL_BLOCK, tokens);
+        pieces.clear();
+        for (int64_t first = begin; first < end;) {
+            const int64_t last = std::min(end, cu_seqlens[sequence + 1]);
+            pieces.push_back({sequence, first - begin, last - first});
+            if (last == cu_seqlens[sequence + 1]) sequence++;
+            first = last;
+        }
+        forward(model, end - begin, ids + begin, hidden + begin * model.hidden, buffers, threads, [&](int i, float *memory) {
+            mix_pieces(model.layers[i], buffers.in, pieces.data(), pieces.size(), (float *)states.recurrent[i],
+                       (float *)states.conv[i], memory, buffers.out);
+        });
+    }
+    return 0;
+}
+
+template <class W>
+static int linear_rows(const W *x, int64_t batch, int64_t depth, const W *w, int64_t rows, float *y, int threads) {
+    if (!scratch.reserve(batch * (2 * depth + LANES))) return 3;
+    float *wide = scratch.memory, *arranged = wide + batch * depth;
+    for (int64_t i = 0; i < batch * depth; i++) wide[i] = read(x + i);
+#pragma omp parallel num_threads(threads)
+    {
+        FlushDenormals flush;
+        linear<W>(wide, batch, depth, w, rows, arranged, y);
+    }
+    return 0;
+}
+
+// ---- what Python calls: 0, or 1: a token id is out of range, 2: a slot is, 3: out of memory
+
+// hidden [batch, hidden] in the weights' dtype.
+extern "C" int lowkey_decode(const Model *model, const Pool *pool, int64_t batch, const int64_t *ids,
+                             const int64_t *slots, void *hidden, int threads) {
+    for (int64_t b = 0; b < batch; b++) {
+        if (ids[b] < 0 || ids[b] >= model->vocab) return 1;
+        if (slots[b] < 0 || slots[b] >= pool->slots) return 2;
+    }
+    return model->bf16_weights ? decode(*model, *pool, batch, ids, slots, (bf16 *)hidden, threads)
+                               : decode(*model, *pool, batch, ids, slots, (float *)hidden, threads);
+}
+
+// states: float32, a slot for each sequence, moved on in place. hidden [tokens, hidden] in the weights' dtype.
+extern "C" int lowkey_prefill(const Model *model, const Pool *states, const int64_t *cu_seqlens, const int64_t *ids,
+                              void *hidden, int threads) try {
+    for (int64_t i = 0; i < cu_seqlens[states->slots]; i++)
+        if (ids[i] < 0 || ids[i] >= model->vocab) return 1;
+    return model->bf16_weights ? prefill(*model, *states, cu_seqlens, ids, (bf16 *)hidden, threads)
+                               : prefill(*model, *states, cu_seqlens, ids, (float *)hidden, threads);
+} catch (const std::bad_alloc &) {
+    return 3;
+}
+
+extern "C" int lowkey_rule(const Rule *rule, int threads) {
+    const size_t own = Chunk::floats(rule->d_k, rule->d_v) + Chunk::state_floats(rule->d_k, rule->d_v);
+    if (!scratch.reserve(threads * own)) return 3;
+    float *memory = scratch.memory;
+#pragma omp parallel num_threads(threads)
+    {
+        FlushDenormals flush;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rule->sequences * rule->num_k_heads; i++)
+            run_rule(*rule, i / rule->num_k_heads, i % rule->num_k_heads, memory + thread_number() * own);
+    }
+    return 0;
+}
+
+// y [batch, rows] float32 = x [batch, depth] w [rows, depth]^T, both float32 or both bfloat16.
+extern "C" int lowkey_linear(const void *x, int64_t batch, int64_t depth, const void *w, int64_t rows, float *y,
+                             int is_bf16, int threads) {
+    return is_bf16 ? linear_rows((const bf16 *)x, batch, depth, (const bf16 *)w, rows, y, threads)
+                   : linear_rows((const float *)x, batch, depth, (const float *)w, rows, y, threads);
+}
+
+// What compiled.py compares its mirror of the structures with.
+extern "C" int64_t lowkey_layout() { return sizeof(Layer) << 32 | sizeof(Model) << 16 | sizeof(Pool); }

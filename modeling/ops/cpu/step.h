@@ -1,0 +1,102 @@
+// A mixer between its projections, one token of each of B requests, states in place on the slot pool: everything in one
+// pass per (request, key head).
+#pragma once
+
+#include "layer.h"
+
+// Convolution over the last inputs and x, SiLU; `past` moves on. All of n neighbouring channels.
+template <int KERNEL, class C>
+static inline void convolve(const float *x, C *past, const float *weight, const float *bias, int kernel,
+                            int64_t channels, int n, float *y) {
+    const int history = (KERNEL ? KERNEL : kernel) - 1;
+#pragma omp simd
+    for (int i = 0; i < n; i++) {
+        float sum = x[i] * weight[history * channels + i] + (bias ? bias[i] : 0.0f);
+        for (int j = 0; j < history; j++) sum += read(past + i * history + j) * weight[j * channels + i];
+        for (int j = 0; j + 1 < history; j++) past[i * history + j] = past[i * history + j + 1];
+        if (history) write(past + i * history + history - 1, x[i]);
+        y[i] = silu(sum);
+    }
+}
+
+// COLUMNS vectors of columns of one head's state: S = decay S + k d^T with d = beta (v - decay S^T k), o = S^T q.
+template <int COLUMNS, class S>
+static inline void update_columns(S *state, int d_k, int d_v, const float *q, const float *k, const float *v,
+                                  float decay, float beta, float qk, float *o) {
+    vec sk[COLUMNS] = {}, sq[COLUMNS] = {}, delta[COLUMNS];
+    for (int i = 0; i < d_k; i++) {
+        const S *row = state + (int64_t)i * d_v;
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) {
+            vec s = load(row + j * LANES);
+            sk[j] += s * k[i];
+            sq[j] += s * q[i];
+        }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < COLUMNS; j++) {
+        delta[j] = (load(v + j * LANES) - sk[j] * decay) * beta;
+        store(o + j * LANES, sq[j] * decay + delta[j] * qk);
+    }
+    for (int i = 0; i < d_k; i++) {
+        S *row = state + (int64_t)i * d_v;
+#pragma GCC unroll 8
+        for (int j = 0; j < COLUMNS; j++) store(row + j * LANES, load(row + j * LANES) * decay + delta[j] * k[i]);
+    }
+}
+template <class S>
+static void update_head(S *state, int d_k, int d_v, const float *q, const float *k, const float *v, float decay,
+                        float beta, float qk, float *o) {
+    constexpr int MOST = LANES == 16 ? 8 : 4;  // sums that registers hold
+    int j = 0;
+    for (; j + MOST * LANES <= d_v; j += MOST * LANES)
+        update_columns<MOST>(state + j, d_k, d_v, q, k, v + j, decay, beta, qk, o + j);
+    for (; j + LANES <= d_v; j += LANES)
+        update_columns<1>(state + j, d_k, d_v, q, k, v + j, decay, beta, qk, o + j);
+    for (; j < d_v; j++) {
+        float sk = 0, sq = 0;
+        for (int64_t i = 0; i < d_k; i++) sk += read(state + i * d_v + j) * k[i], sq += read(state + i * d_v + j) * q[i];
+        float delta = (v[j] - sk * decay) * beta;
+        o[j] = sq * decay + delta * qk;
+        for (int64_t i = 0; i < d_k; i++) write(state + i * d_v + j, read(state + i * d_v + j) * decay + delta * k[i]);
+    }
+}
+
+// One key head of one request with its value heads. `scratch` has room for 2 * d_k + d_v floats.
+template <class S, class C>
+static void mix_head(const Layer &l, const float *in, S *state, C *past, int head, float *scratch, float *out) {
+    const int d_k = l.d_k, d_v = l.d_v;
+    float *q = scratch, *k = q + d_k, *v = k + d_k;
+    auto conv = [&](int64_t from, int n, float *y) {
+        auto run = l.conv_kernel == 4 ? convolve<4, C> : convolve<0, C>;
+        run(in + from, past + from * l.history(), l.conv_weight + from, l.conv_bias ? l.conv_bias + from : nullptr,
+            l.conv_kernel, l.channels(), n, y);
+    };
+    conv((int64_t)head * d_k, d_k, q);
+    conv(l.keys() + (int64_t)head * d_k, d_k, k);
+    float qq = 0, kk = 0, qk = 0;
+#pragma omp simd reduction(+ : qq, kk, qk)
+    for (int i = 0; i < d_k; i++) qq += q[i] * q[i], kk += k[i] * k[i], qk += q[i] * k[i];
+    const float q_scale = 1.0f / std::sqrt((qq + L2_EPS) * d_k), k_scale = 1.0f / std::sqrt(kk + L2_EPS);
+    for (int i = 0; i < d_k; i++) q[i] *= q_scale, k[i] *= k_scale;
+    qk *= q_scale * k_scale;
+    for (int64_t h = (int64_t)head * l.groups(); h < (int64_t)(head + 1) * l.groups(); h++) {
+        conv(2 * l.keys() + h * d_v, d_v, v);
+        float *o = out + h * d_v;
+        update_head(state + h * d_k * d_v, d_k, d_v, q, k, v, std::exp(l.log_decay(in, h)), l.beta(in, h), qk, o);
+        l.finish(in, h, o, o);
+    }
+}
+
+// Called by every thread of a team. `scratch` is the thread's own.
+template <class S, class C>
+static void mix(const Layer &l, const float *in, int64_t batch, const int64_t *slots, void *recurrent, void *conv,
+                float *scratch, float *out) {
+    const int64_t state_size = l.values() * l.d_k, past_size = l.channels() * l.history();
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < batch * l.num_k_heads; i++) {
+        int64_t b = i / l.num_k_heads, slot = slots[b];
+        mix_head(l, in + b * l.width(), (S *)recurrent + slot * state_size, (C *)conv + slot * past_size,
+                 i % l.num_k_heads, scratch, out + b * l.values());
+    }
+}

@@ -1,0 +1,99 @@
+// Vectors of floats: loads, stores, transposition, and functions that loops over them can vectorise.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __SSE__
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512DQ__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+struct bf16 {
+    uint16_t bits;
+};
+typedef float vec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
+typedef uint16_t hvec __attribute__((vector_size(LANES * 2)));
+
+// ---- loads and stores
+
+template <class T> static inline T peek(const void *p) {
+    T x;
+    std::memcpy(&x, p, sizeof x);
+    return x;
+}
+static inline float read(const float *p) { return *p; }
+static inline float read(const bf16 *p) {
+    uint32_t bits = (uint32_t)p->bits << 16;
+    return peek<float>(&bits);
+}
+static inline void write(float *p, float x) { *p = x; }
+static inline void write(bf16 *p, float x) {
+    uint32_t bits = peek<uint32_t>(&x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+    p->bits = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
+}
+static inline vec load(const float *p) { return peek<vec>(p); }
+static inline vec load(const bf16 *p) { return (vec)(__builtin_convertvector(peek<hvec>(p), uvec) << 16); }
+static inline void store(float *p, vec x) { std::memcpy(p, &x, sizeof x); }
+static inline void store(bf16 *p, vec x) {
+    uvec bits = (uvec)x;
+    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    hvec half = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded, hvec);
+    std::memcpy(p, &half, sizeof half);
+}
+
+// N vectors, a matrix [N][LANES], become [LANES][N], in as many vectors. Each round interleaves the halves of the whole.
+template <int N> static inline void transpose(vec *x) {
+    static constexpr auto lanes = [](int from) {
+        uvec at = {};
+        for (int i = 0; i < LANES; i++) at[i] = from + i / 2 + i % 2 * LANES;
+        return at;
+    };
+    for (int round = 1; round < N; round *= 2) {
+        vec y[N];
+#pragma GCC unroll 8
+        for (int i = 0; i < N / 2; i++) {
+            y[2 * i] = __builtin_shuffle(x[i], x[i + N / 2], lanes(0));
+            y[2 * i + 1] = __builtin_shuffle(x[i], x[i + N / 2], lanes(LANES / 2));
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < N; i++) x[i] = y[i];
+    }
+}
+
+// ---- elementwise; written without branches so that loops over them vectorise
+
+// exp to about 1e-7 relative, clamped to the range of normal numbers; NaN stays NaN (Cephes' polynomial).
+static inline float exp32(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    x = x > 88.0f ? 88.0f : x;
+    float n = __builtin_rintf(x * 1.44269504f);
+    float r = x - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    int32_t scale = ((int32_t)n + 127) << 23;
+    return p * __builtin_bit_cast(float, scale);
+}
+static inline float sigmoid(float x) { return 1.0f / (1.0f + exp32(-x)); }
+static inline float silu(float x) { return x / (1.0f + exp32(-x)); }
+
+static inline float sum_of_squares(const float *x, int n) {
+    float s = 0;
+#pragma omp simd reduction(+ : s)
+    for (int i = 0; i < n; i++) s += x[i] * x[i];
+    return s;
+}

@@ -1,0 +1,163 @@
+"""A real Prometheus with the project's configuration and rules scrapes a real server: every rule and every query of the
+dashboard finds what it asks for."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from live_server import DEADLINE_S, LiveServer, poll, write_variants
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+VARIANTS = {"dense", "reduced"}
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(
+        shutil.which("prometheus") is None, reason="needs prometheus (apt install prometheus)"
+    ),
+]
+
+SHADOW = """
+[[shadow]]
+from = "dense"
+to = "reduced"
+fraction = 1.0
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    variants = "".join(f'{name} = "{path}"\n' for name, path in write_variants(folder).items())
+    (folder / "lowkey.toml").write_text(f"[variants]\n{variants}{SHADOW}")
+    server = LiveServer(folder / "log", "--config", str(folder / "lowkey.toml"))
+    try:
+        yield server.wait_ready()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def prometheus(server, tmp_path_factory):
+    """Its address. The configuration is deploy/prometheus's but for where the server is."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    shutil.copytree(DEPLOY / "prometheus", folder / "etc")
+    config = folder / "etc" / "prometheus.yaml"
+    text = config.read_text()
+    assert text.count("lowkey:8000") == 1
+    config.write_text(text.replace("lowkey:8000", server.url.removeprefix("http://")))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={config}",
+                f"--storage.tsdb.path={folder / 'data'}",
+                f"--web.listen-address={address}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        poll(lambda: process.poll() is not None or ready(f"http://{address}"), "Prometheus is ready")
+        assert process.poll() is None, (folder / "log").read_text()
+        yield f"http://{address}"
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+
+
+def ready(url):
+    try:
+        return httpx.get(f"{url}/-/ready").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def query(prometheus, expr):
+    answer = httpx.get(f"{prometheus}/api/v1/query", params={"query": expr}, timeout=DEADLINE_S).json()
+    assert answer["status"] == "success", answer
+    return answer["data"]["result"]
+
+
+def traffic(server):
+    """A little of everything that is counted."""
+    prompt = [1 + i % 90 for i in range(130)]
+    for name in sorted(VARIANTS):
+        for _ in range(3):
+            server.events(model=name, prompt=prompt, max_tokens=12)
+        too_long = {"model": name, "prompt": [1] * 20000, "max_tokens": 1}
+        assert server.http.post("/v1/completions", json=too_long).status_code == 400
+    answer = server.http.post("/v1/compare", json={"prompt": "Once upon", "max_tokens": 8})
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.fixture(scope="module")
+def scraped(server, prometheus):
+    """Prometheus after traffic, and after each engine died under a request and came back."""
+    traffic(server)
+    poll(lambda: len(query(prometheus, "lowkey_engine_up == 1")) == 2, "the first scrape")
+    for name in sorted(VARIANTS):
+        body = {"model": name, "prompt": "Once", "max_tokens": 5000, "ignore_eos": True, "stream": True}
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            pieces = response.iter_bytes()
+            next(pieces)
+            server.engines()[name].kill()
+            assert b"error" in b"".join(pieces)
+        ready = f"/ready?variant={name}"
+        poll(lambda path=ready: server.http.get(path).status_code == 200, "it is back")
+    # Rates need two samples of every series, recorded ones an evaluation (15 s) after that.
+    names = re.findall(r"record: (\S+)", (DEPLOY / "prometheus" / "rules.yaml").read_text())
+    missing = set(names)
+
+    def all_there():
+        traffic(server)
+        missing.difference_update({name for name in missing if query(prometheus, name)})
+        return not missing
+
+    poll(all_there, f"all recorded series, {missing}", 3 * DEADLINE_S)
+    return prometheus
+
+
+def test_every_rule_is_healthy(scraped):
+    groups = httpx.get(f"{scraped}/api/v1/rules", timeout=DEADLINE_S).json()["data"]["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    assert len(rules) > 15
+    assert [(r["name"], r["lastError"]) for r in rules if r["health"] != "ok"] == []
+
+
+def test_the_target_is_up_and_no_recorded_series_is_empty(scraped):
+    (up,) = query(scraped, 'up{job="lowkey"}')
+    assert up["value"][1] == "1"
+    for name in re.findall(r"record: (\S+)", (DEPLOY / "prometheus" / "rules.yaml").read_text()):
+        labels = {series["metric"]["variant"] for series in query(scraped, name)}
+        assert labels == ({"reduced"} if "shadow" in name else VARIANTS), name
+
+
+def test_every_query_of_the_dashboard_finds_every_variant(scraped, tmp_path):
+    picture = tmp_path / "dashboard.png"
+    done = subprocess.run(
+        [sys.executable, DEPLOY / "grafana" / "draw.py", scraped, picture, "--minutes", "10"],
+        capture_output=True,
+        text=True,
+        timeout=3 * DEADLINE_S,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    panels = json.loads((DEPLOY / "grafana" / "lowkey.json").read_text())["panels"]
+    assert len(found) == len({p["title"] for p in panels if p["type"] != "row"}) > 15
+    for title, queries in found.items():
+        for labels in queries:
+            compared = {each["baseline"] for each in labels if "baseline" in each}
+            assert {each["variant"] for each in labels} == ({"reduced"} if compared else VARIANTS), title
+            assert compared <= {"dense"}
+    assert picture.stat().st_size > 50_000
