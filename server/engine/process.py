@@ -155,7 +155,7 @@ def _plan(
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
     recorder = None if config.batch_invariant else device.recorder()
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
-    needs = measure(model, pool(1), device, weights, prefill_tokens, sizes)
+    needs = measure(config, model, pool(1), device, weights, prefill_tokens, sizes)
     bytes_per_slot = model.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
     plan = plan_memory(config, device, needs, bytes_per_slot)
     logger.info("%s: %s", config.variant, plan)
