@@ -12,7 +12,7 @@ from pruning.report.style import Figure
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH = 1000
-SECONDS = 60
+SECONDS = 300
 
 
 def browser() -> str:

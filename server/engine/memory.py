@@ -137,19 +137,26 @@ def _advice(config: EngineConfig, plan: MemoryPlan) -> str:
 
 @torch.inference_mode()
 def measure(
-    config: EngineConfig, model: Model, pool: StatePool, device: Device, weights: int, sizes: Sequence[int]
+    config: EngineConfig,
+    model: Model,
+    pool: StatePool,
+    device: Device,
+    weights: int,
+    prefill_tokens: int,
+    sizes: Sequence[int],
 ) -> Needs:
     """What the largest steps need, found by running them on the null slot of a small pool.
 
     Also has all kernels compiled and tuned that requests would wait for.
 
     Args:
+        prefill_tokens: the most prompt tokens of a step.
         sizes: batch sizes that will be recorded; none: nothing is.
     """
     if device.name == "cpu":
         return Needs(weights)
     forward = Forward(model, pool)
-    at, null, tokens = forward.device, pool.null_slot, config.prefill_tokens
+    at, null, tokens = forward.device, pool.null_slot, prefill_tokens
     sequences = min(tokens, config.max_requests or tokens)
     rows = min(device.logit_rows, tokens)
 

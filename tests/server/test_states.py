@@ -7,10 +7,11 @@ import time
 
 import pytest
 from checkpoints import byte_tokenizer
-from live_server import LiveServer
+from live_server import LiveServer, poll
 from scripted import CONTEXT, SCRIPTS, scripted_api, state_in
 
 from server.api.answers import State
+from server.settings import ConfigurationError
 from server.states import (
     FORMAT,
     MAX_HEADER_BYTES,
@@ -282,6 +283,36 @@ def test_tokens_of_a_prompt_that_is_run_for_itself_count_for_the_limit(tmp_path,
             answers = [api.post(path, json=body) for _ in range(3)]
             assert [answer.status_code for answer in answers] == [200, 200, 429], name
             assert 25 <= int(answers[2].headers["retry-after"]) <= 40, "6 tokens too many, and one more"
+
+
+def test_what_has_expired_goes_where_nobody_saves_anything(tmp_path, directory, monkeypatch):
+    monkeypatch.setattr("server.api.saved.SWEEP_S", 0.01)
+    with scripted_api(tmp_path, monkeypatch, state_dir=directory) as api:
+        kept, old = path_of(api, save(api)), path_of(api, save(api))
+        failures = []
+
+        def fail(_):
+            failures.append(None)
+            raise OSError("for a while")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StateStore, "sweep", fail)
+            poll(lambda: len(failures) >= 2, "a disk that fails does not end it")
+        os.utime(old, (0, 0))
+        poll(lambda: not old.exists(), "the expired one is removed")
+        assert kept.exists()
+
+
+def test_a_directory_that_can_not_be_written_to_is_known_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match=f"state_dir: .* {tmp_path}/file/states: Not a directory"):
+        with scripted_api(tmp_path, monkeypatch, state_dir=tmp_path / "file" / "states"):
+            pass
+
+
+def test_no_other_user_of_the_machine_reads_states(api, directory):
+    save(api)
+    assert directory.stat().st_mode & 0o077 == 0
 
 
 def test_states_are_off_without_a_directory(tmp_path, monkeypatch):

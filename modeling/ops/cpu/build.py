@@ -25,7 +25,7 @@ FLAGS = (
     # Neither changes a result: they let loops with square roots, roundings and selections vectorise.
     *("-fno-math-errno", "-fno-trapping-math"),
 )
-COMPILE_TIMEOUT_S = 300
+COMPILE_TIMEOUT_S = 900
 
 
 def _cpu() -> str:
