@@ -169,7 +169,10 @@ def large_checkpoint(run: Run, family: str, d_k: int) -> Checkpoint:
         return Checkpoint(path)
     settings = large_config(run, family, d_k)
     model = random_model(family_of(settings).spec(settings), run, torch.bfloat16)
-    return write_checkpoint(path, settings, model.cpu())
+    partial = run.folder / f"{path.name}.partial"
+    write_checkpoint(partial, settings, model.cpu())
+    partial.rename(path)  # this section may be cut off, and another one goes on from here
+    return Checkpoint(path)
 
 
 @torch.inference_mode()

@@ -134,7 +134,7 @@ def waits_counted(run: Run, engine: Engine) -> Iterator[dict[str, int]]:
                 return launch(batch)
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-                waits = sum("synchroniz" in str(w.message) for w in seen)
+                waits = sum("called a synchronizing" in str(w.message) for w in seen)
                 counts["prompt" if batch.prefills else "decode"] += waits
 
     if run.cuda:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import triton
 from gpu_common import Run, SkippedError, error, median_seconds
 from torch import Tensor
 
@@ -278,6 +279,14 @@ def launched_as(tile: int, warps: int) -> Iterator[None]:
             setattr(step_module, name, value)
 
 
+def variants(run: Run, d_k: int) -> list[tuple[int, int]]:
+    """Those of `VARIANTS` that differ: a program holds no more than the whole state of a head."""
+    spec = large_mixer(run, d_k)
+    most = triton.next_power_of_2(spec.d_k) * triton.next_power_of_2(spec.d_v)
+    found = list(dict.fromkeys((min(tile, most), warps) for tile, warps in VARIANTS))
+    return found[:2] if run.small else found
+
+
 def check_tuning(run: Run) -> Iterator[list[str]]:
     """Which tile and how many warps, for each kind of state; the back end's own choice is what `bandwidth` shows."""
     rate = run.report.get("bandwidth", {}).get("copy_bytes_per_second")
@@ -288,7 +297,7 @@ def check_tuning(run: Run) -> Iterator[list[str]]:
     for state_dtype, d_k in kinds[:1] if run.small else kinds:
         for batch in (2,) if run.small else (64, 128):
             ratios: dict[str, float] = {}
-            for tile, warps in VARIANTS[:2] if run.small else VARIANTS:
+            for tile, warps in variants(run, d_k):
                 run.need(2)
                 with launched_as(tile, warps):
                     figures = time_step(run, d_k, batch, state_dtype)

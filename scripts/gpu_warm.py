@@ -30,6 +30,7 @@ from gpu_kernels import (
     rule_shapes,
     shapes,
     time_step,
+    variants,
 )
 from gpu_models import Stock, parity_size, stock_generate
 
@@ -99,8 +100,8 @@ def jobs(run: Run) -> list[Job]:
         found.append(partial(compare_step, run, spec, dtype, state_dtype))
         found.append(partial(compare_inputs, run, spec, dtype))
     kinds = itertools.product((64, 128), (torch.bfloat16, torch.float32))
-    for (d_k, state_dtype), (tile, warps) in itertools.product(kinds, VARIANTS):
-        found.append(partial(timed, run, d_k, state_dtype, tile, warps))
+    for d_k, state_dtype in kinds:
+        found += [partial(timed, run, d_k, state_dtype, *variant) for variant in variants(run, d_k)]
     return found
 
 
