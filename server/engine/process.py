@@ -70,8 +70,7 @@ def open_device(config: EngineConfig) -> Device:
 
 
 def pick_prefill_tokens(config: EngineConfig, device: str) -> int:
-    """By default what keeps the gaps between tokens even: on a CPU 128 tokens of a prompt take several decode steps'
-    time, on a GPU 512 take about one."""
+    """By default few on a CPU, where 128 tokens of a prompt take longer than a decode step of 32 requests."""
     return config.prefill_tokens or (128 if device == "cpu" else 512)
 
 
