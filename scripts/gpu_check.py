@@ -117,6 +117,7 @@ def main() -> int:
                 signal.setitimer(signal.ITIMER_REAL, max(when - time.monotonic(), 0.1))
 
         def cut_off(number: int, frame: FrameType | None) -> None:
+            run.is_cut_off = True
             raise SkippedError("cut off: its time was over")
 
         signal.signal(signal.SIGALRM, cut_off)
@@ -136,18 +137,22 @@ def main() -> int:
                 started = time.monotonic()
                 rows: list[list[str]] = []
                 try:
+                    run.is_cut_off = False
                     cut_off_at(run.section_end + GRACE_S)
                     for row in check(run):
                         rows.append(row)
                         console.print("  " + "  ".join(row))
                         save()
-                except SkippedError as e:
-                    rows.append([check.__name__, "skipped", str(e)])
-                    run.report.setdefault("skipped", {})[check.__name__] = str(e)
-                except Exception:  # the other sections are worth having whatever went wrong in this one
-                    console.print(traceback.format_exc())
-                    run.failures.append(check.__name__)
-                    rows.append([check.__name__, "FAIL", "see the traceback"])
+                except Exception as e:  # the other sections are worth having whatever went wrong in this one
+                    # Where it was cut off somebody may have wrapped the error: Triton does.
+                    if isinstance(e, SkippedError) or run.is_cut_off:
+                        why = str(e) if isinstance(e, SkippedError) else "cut off: its time was over"
+                        rows.append([check.__name__, "skipped", why])
+                        run.report.setdefault("skipped", {})[check.__name__] = why
+                    else:
+                        console.print(traceback.format_exc())
+                        run.failures.append(check.__name__)
+                        rows.append([check.__name__, "FAIL", "see the traceback"])
                 finally:
                     signal.setitimer(signal.ITIMER_REAL, 0)
                 took = time.monotonic() - started

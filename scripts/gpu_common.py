@@ -40,6 +40,8 @@ class Run:
     folder: Path
     section_end: float = math.inf
     """time.monotonic() at which this section must leave the rest to the later ones."""
+    is_cut_off: bool = False
+    """It did not, and was interrupted."""
     report: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
