@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from modeling.pages import zeros
 from modeling.spec import ModelSpec
 
 
@@ -47,12 +48,8 @@ class StatePool:
         self.conv: list[Tensor] = []
         for layer in spec.layers:
             m = layer.mixer
-            self.recurrent.append(
-                torch.zeros(slots + 1, m.num_v_heads, m.d_k, m.d_v, dtype=state_dtype, device=device)
-            )
-            self.conv.append(
-                torch.zeros(slots + 1, m.conv_channels, m.conv_kernel - 1, dtype=conv_dtype, device=device)
-            )
+            self.recurrent.append(zeros([slots + 1, m.num_v_heads, m.d_k, m.d_v], state_dtype, device))
+            self.conv.append(zeros([slots + 1, m.conv_channels, m.conv_kernel - 1], conv_dtype, device))
         self._free = list(range(slots - 1, -1, -1))
         self._used: set[int] = set()
 

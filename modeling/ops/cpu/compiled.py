@@ -12,6 +12,7 @@ from modeling.layers import Block
 from modeling.ops import UnavailableError
 from modeling.ops.cpu.build import compiled
 from modeling.ops.cpu.calls import check, offsets_of
+from modeling.pages import gather_parameters
 from modeling.state import SequenceState, StatePool
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def _pointers(tensors: Sequence[Tensor]) -> Array[c_void_p]:
 class CompiledModel:
     """One model's decode step, prefill and products, on a CPU, in one call each.
 
-    It reads the parameters where they are; the small ones (norms, convolutions, decays) are copied as float32. Replace
-    or move no parameter of the model afterwards.
+    It moves the parameters into large pages and reads them there; the small ones (norms, convolutions, decays) are
+    copied as float32. Replace or move no parameter of the model afterwards.
 
     Raises:
         UnavailableError: no compiled library on this machine, or shapes or dtypes that it does not take.
@@ -90,6 +91,7 @@ class CompiledModel:
         self._dtype = model.embeddings.weight.dtype
         if self._dtype not in (torch.float32, torch.bfloat16):
             raise UnavailableError(f"weights are {self._dtype}; float32 or bfloat16 would do")
+        gather_parameters(model)
         self._owner, self._spec = model, spec
         self._kept: list[Tensor] = []
         self._layers = (_Layer * len(layers))(*(self._layer(block) for block in layers))
