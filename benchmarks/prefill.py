@@ -20,7 +20,7 @@ from peer import LinearOnlyCache, peer_of
 import torch
 import torch.nn.functional as F
 import typer
-from decode import TOLERANCE, products
+from decode import difference, products
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -73,12 +73,7 @@ def measure(model: Model, peer: Any, batch: int, length: int, seconds: float) ->
         logits: Tensor = peer(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         return logits
 
-    a, b = ours().float(), theirs().float()
-    difference = float((a - b).abs().max() / b.abs().max())
-    if not difference < TOLERANCE[model.embeddings.weight.dtype]:
-        raise SystemExit(
-            f"our logits differ from the peer's by {difference:.2g} of the largest: figures of what?"
-        )
+    distance = difference(ours(), theirs(), model.embeddings.weight.dtype)
     sides = {
         "transformers": theirs,
         "ours": ours,
@@ -89,7 +84,7 @@ def measure(model: Model, peer: Any, batch: int, length: int, seconds: float) ->
         "batch": batch,
         "length": length,
         "backend": model.backend.name,
-        "logits_difference": difference,
+        "logits_difference": distance,
         "seconds": {name: summary(t) for name, t in times.items()},
         "tokens_per_second": {
             name: summary([batch * length / t for t in times[name]]) for name in ("ours", "transformers")

@@ -1,4 +1,5 @@
-"""One and two replicas on Ray Serve against a plain `lowkey-serve`: tokens/s and latencies of a closed loop of streams.
+"""One and two replicas on Ray Serve against plain `lowkey-serve`: tokens/s, latencies in a closed loop of streams, and
+the processor time of everything but the engines.
 
     python benchmarks/ray_replicas.py --streams 16 --requests 48
 
@@ -24,6 +25,7 @@ os.environ |= {
 }
 
 import httpx
+import psutil
 import ray
 from _serving import MODEL, Server, table, variants, workload
 from ray import serve
@@ -75,6 +77,17 @@ def running(url: str) -> int:
     return response.text.count("\nlowkey_engine_up{") // 2 if response.status_code == 200 else 0
 
 
+def ray_cpu_seconds() -> float:
+    """Processor time so far of Ray's proxy, fronts and replicas, without the engines."""
+    total = 0.0
+    for process in psutil.process_iter(["cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if title.startswith(("ray::ServeReplica", "ray::ProxyActor")):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -99,13 +112,16 @@ def main() -> None:
             for number in range(options.rounds):
                 completions = workload(options.requests, vocab, (64, 128), (64, 128), seed=number)
                 for name, url in addresses.items():
+                    spent = server.cpu_seconds if url == server.url else ray_cpu_seconds
+                    before = spent()
                     results, seconds = asyncio.run(
                         closed_loop(url, "dense", completions, options.streams, temperature=0)
                     )
                     summary = summarise(results, seconds)
                     if summary.errors:
                         raise SystemExit(f"{name}: {next(r.error for r in results if r.error)}")
-                    found.setdefault(name, []).append(asdict(summary))
+                    cpu = 1e6 * (spent() - before) / summary.tokens
+                    found.setdefault(name, []).append({**asdict(summary), "cpu_us_per_token": cpu})
                     print(f"round {number + 1}, {name}: {summary.tokens_per_second:.0f} tok/s", flush=True)
         finally:
             server.stop()
@@ -131,9 +147,10 @@ def report(found: dict[str, list[dict[str, float]]]) -> str:
                 f"{1e3 * middle['ttft_median_s']:.0f}",
                 f"{1e3 * middle['itl_median_s']:.1f}",
                 f"{1e3 * middle['itl_p99_s']:.1f}",
+                f"{middle['cpu_us_per_token']:.0f}",
             )
         )
-    return table(("", "tok/s", "to 1 replica", "spread", "TTFT ms", "ITL ms", "p99"), rows)
+    return table(("", "tok/s", "to 1 replica", "spread", "TTFT ms", "ITL ms", "p99", "CPU us"), rows)
 
 
 if __name__ == "__main__":

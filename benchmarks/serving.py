@@ -1,9 +1,11 @@
 """End to end over HTTP against the bare engine: tokens/s, TTFT and ITL in a closed loop of streams.
 
-    python benchmarks/serving.py --streams 32 --requests 128 --json serving.json
+    python benchmarks/serving.py --json serving.json
+    python benchmarks/serving.py --prefill-tokens 128 --prefill-tokens 512
 
-The same requests run over HTTP through a real `lowkey-serve`, and in this process through an Engine, in turns. One
-thread per engine; on two cores the server's engine has one, the API process and the clients share the other.
+In each round every variant's requests run over HTTP through a real `lowkey-serve`, and in this process through an
+Engine, one after the other, with each cap on prompt tokens a step. One thread per engine; on two cores the server's
+engine has one, the API process and the clients share the other.
 """
 
 import argparse
@@ -13,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,11 @@ from server.engine.engine import Engine
 from server.engine.messages import EngineConfig, Generate, Sampling
 from server.engine.process import build
 
+PROMPTS, NEW = (128, 512), (64, 128)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 
 
-def config(path: Path, streams: int, prefill_tokens: int) -> EngineConfig:
+def config(path: Path, streams: int, prefill_tokens: int | None) -> EngineConfig:
     return EngineConfig(
         variant="bare",
         source=str(path),
@@ -70,42 +73,96 @@ def bare(engine: Engine, completions: list[Completion], streams: int) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def measure(name: str, path: Path, server: Server, options: argparse.Namespace) -> dict[str, Any]:
-    """One variant: HTTP and the bare engine in turns."""
-    vocab = open_checkpoint(str(path)).spec.vocab_size
-    engine, ready = build(config(path, options.streams, options.prefill_tokens))
-    rounds = []
-    for i in range(options.rounds):
-        completions = workload(options.requests, vocab, (128, 512), (64, 128), seed=i)
-        alone = bare(engine, completions, options.streams)
-        before = server.cpu_seconds(), time.process_time()
+@dataclass
+class Setup:
+    """One variant with one cap: a server, the same engine in this process, what they did in each round."""
+
+    variant: str
+    prefill_tokens: int | None
+    server: Server
+    engine: Engine
+    backend: str
+    state_bytes: int
+    vocab: int
+    rounds: list[dict[str, float]] = field(default_factory=list)
+
+    def run(self, requests: int, streams: int, seed: int) -> dict[str, float]:
+        """The same requests through both."""
+        completions = workload(requests, self.vocab, PROMPTS, NEW, seed)
+        alone = bare(self.engine, completions, streams)
+        before = self.server.cpu_seconds(), time.process_time()
         results, seconds = asyncio.run(
-            closed_loop(server.url, name, completions, options.streams, temperature=0)
+            closed_loop(self.server.url, self.variant, completions, streams, temperature=0)
         )
-        api, client = server.cpu_seconds() - before[0], time.process_time() - before[1]
+        api, client = self.server.cpu_seconds() - before[0], time.process_time() - before[1]
         errors = [r.error for r in results if r.error]
         if errors:
             raise SystemExit(f"{len(errors)} requests failed: {errors[0]}")
         summary = summarise(results, seconds)
-        rounds.append(
-            {
-                "bare_tokens_per_second": alone,
-                "api_us_per_token": 1e6 * api / summary.tokens,
-                "client_us_per_token": 1e6 * client / summary.tokens,
-                **asdict(summary),
-            }
+        return {
+            **asdict(summary),
+            "bare_tokens_per_second": alone,
+            "share": summary.tokens_per_second / alone,
+            "itl_p99_over_median": summary.itl_p99_s / summary.itl_median_s,
+            "api_us_per_token": 1e6 * api / summary.tokens,
+            "client_us_per_token": 1e6 * client / summary.tokens,
+        }
+
+    def median(self, figure: str) -> float:
+        return statistics.median(r[figure] for r in self.rounds)
+
+    def spread(self, figure: str, form: str) -> str:
+        """Median (least to most) of the rounds."""
+        values = [r[figure] for r in self.rounds]
+        return f"{self.median(figure):{form}} ({min(values):{form}} to {max(values):{form}})"
+
+    def row(self) -> tuple[str, ...]:
+        def ms(figure: str) -> str:
+            return f"{1e3 * self.median(figure):.0f}"
+
+        return (
+            self.variant,
+            str(self.prefill_tokens or "default"),
+            f"{self.median('bare_tokens_per_second'):.0f}",
+            f"{self.median('tokens_per_second'):.0f}",
+            self.spread("share", ".0%"),
+            f"{1e3 * self.median('itl_median_s'):.1f}",
+            f"{1e3 * self.median('itl_p99_s'):.1f}",
+            self.spread("itl_p99_over_median", ".2f"),
+            ms("ttft_median_s"),
+            ms("ttft_p99_s"),
+            f"{self.median('api_us_per_token'):.0f}",
+            f"{self.median('client_us_per_token'):.0f}",
         )
-    middle = {key: statistics.median(r[key] for r in rounds) for key in rounds[0]}
-    shares = [r["tokens_per_second"] / r["bare_tokens_per_second"] for r in rounds]
-    return {
-        "variant": name,
-        "backend": ready.backend,
-        "state_bytes": ready.state_bytes_per_request,
-        "share": statistics.median(shares),
-        "shares": shares,
-        "itl_p99_over_median": middle["itl_p99_s"] / middle["itl_median_s"],
-        **middle,
-    }
+
+    def result(self) -> dict[str, Any]:
+        own = ("variant", "prefill_tokens", "backend", "state_bytes", "rounds")
+        return {
+            **{name: getattr(self, name) for name in own},
+            **{figure: self.median(figure) for figure in self.rounds[0]},
+        }
+
+
+HEADER = (
+    "variant", "cap", "bare tok/s", "HTTP", "share", "ITL ms", "p99", "p99/median", "TTFT ms", "p99",
+    "API us", "client us",
+)  # fmt: skip
+
+
+def set_up(checkpoints: dict[str, Path], cap: int | None, streams: int) -> list[Setup]:
+    """A server of all variants, and an engine of each."""
+    limit = () if cap is None else ("--prefill-tokens", str(cap))
+    server = Server(
+        checkpoints,
+        *("--max-requests", str(streams), *limit),
+        *("--device", "cpu", "--dtype", "float32", "--no-prefix-cache"),
+    )
+    setups = []
+    for name, path in checkpoints.items():
+        engine, ready = build(config(path, streams, cap))
+        vocab = open_checkpoint(str(path)).spec.vocab_size
+        setups.append(Setup(name, cap, server, engine, ready.backend, ready.state_bytes_per_request, vocab))
+    return setups
 
 
 def main() -> None:
@@ -114,62 +171,39 @@ def main() -> None:
     )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--requests", type=int, default=128, help="per round and variant")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--prefill-tokens", type=int, default=128, help="the server's cap per step")
+    parser.add_argument("--requests", type=int, default=128, help="per round, variant and cap")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--prefill-tokens", type=int, action="append", help="cap per step; by default the server's own"
+    )
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows = []
+    setups: list[Setup] = []
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = variants(Path(directory), options.model)
-        server = Server(
-            checkpoints,
-            *("--max-requests", str(options.streams)),
-            *("--prefill-tokens", str(options.prefill_tokens)),
-            *("--device", "cpu", "--dtype", "float32", "--no-prefix-cache"),
-        )
         try:
-            for name, path in checkpoints.items():
-                print(f"{name} ...", flush=True)
-                rows.append(measure(name, path, server, options))
+            for cap in options.prefill_tokens or [None]:
+                setups += set_up(checkpoints, cap, options.streams)
+            for i in range(-1, options.rounds):
+                for setup in setups:
+                    if i < 0:  # warms up
+                        setup.run(options.streams, options.streams, seed=options.rounds)
+                        continue
+                    setup.rounds.append(setup.run(options.requests, options.streams, seed=i))
+                    print(f"round {i + 1} of {options.rounds}: {' '.join(setup.row())}", flush=True)
         finally:
-            server.stop()
+            for server in {setup.server for setup in setups}:
+                server.stop()
     print(
-        f"\n{options.streams} streams, prompts of 128 to 512 tokens, 64 to 128 new, "
-        f"at most {options.prefill_tokens} prompt tokens a step; medians of {options.rounds} rounds of "
-        f"{options.requests}\n"
+        f"\n{options.streams} streams in a closed loop, prompts of {PROMPTS[0]} to {PROMPTS[1]} tokens, {NEW[0]} to "
+        f"{NEW[1]} new; medians of {options.rounds} rounds of {options.requests} requests (least to most)\n"
     )
-    header = (
-        "variant", "backend", "tok/s", "bare", "share", "spread", "TTFT ms", "p99", "ITL ms", "p99", "p99/median",
-        "API us", "client us"
-    )  # fmt: skip
-    print(
-        table(
-            header,
-            [
-                (
-                    r["variant"],
-                    r["backend"],
-                    f"{r['tokens_per_second']:.0f}",
-                    f"{r['bare_tokens_per_second']:.0f}",
-                    f"{r['share']:.0%}",
-                    f"{min(r['shares']):.0%}-{max(r['shares']):.0%}",
-                    f"{1e3 * r['ttft_median_s']:.0f}",
-                    f"{1e3 * r['ttft_p99_s']:.0f}",
-                    f"{1e3 * r['itl_median_s']:.1f}",
-                    f"{1e3 * r['itl_p99_s']:.1f}",
-                    f"{r['itl_p99_over_median']:.2f}",
-                    f"{r['api_us_per_token']:.0f}",
-                    f"{r['client_us_per_token']:.0f}",
-                )
-                for r in rows
-            ],
-        )
-    )
+    print(table(HEADER, [setup.row() for setup in setups]))
     if options.json:
         said = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        options.json.write_text(json.dumps({"options": said, "results": rows}, indent=1))
+        results = [setup.result() for setup in setups]
+        options.json.write_text(json.dumps({"options": said, "results": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     Made of a list, a tensor must come through here: `torch.tensor(values, device="cuda")` copies from memory that may
     be swapped out, and waits for the device first.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and host.numel():
         return host.pin_memory().to(
             device, non_blocking=True
         )  # torch keeps the pinned block until it is copied

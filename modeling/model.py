@@ -77,11 +77,16 @@ class Model(nn.Module):
     def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
         """`forward` of sequences whose states are in `pool` at `slots` `[sequences]`, and move on there.
 
-        Only one layer's states are copied at a time: a batch of many short prompts needs no copy of all that it holds.
+        Layer by layer, only one layer's states are copied at a time: a batch of many short prompts needs no copy of all
+        that it holds.
 
         Returns:
             Hidden states after the final norm, `[tokens, hidden]`.
         """
+        if self.backend.prefill is not None:
+            hidden, state = self.backend.prefill(self, input_ids, cu_seqlens, pool.gather(slots))
+            pool.scatter(slots, state)
+            return hidden
         x = self.embeddings(input_ids)
         for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
             before = recurrent[slots], conv[slots]

@@ -1,5 +1,6 @@
 """Calibration on a Ray cluster: shards of one draw, run where there is room and added up. Needs the extra `ray`."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,10 @@ def connected(address: str) -> Iterator[None]:
         raise PruningError("--ray needs the extra: pip install 'lowkey[ray]'") from e
     try:
         ray.init(
-            address=address, log_to_driver=False, include_dashboard=False if address == "local" else None
+            address=address,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            include_dashboard=False if address == "local" else None,
         )
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise PruningError(f"ray={address!r}: {e}") from e

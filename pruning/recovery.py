@@ -24,7 +24,7 @@ from pruning.batches import Batches, token_stream
 from pruning.calibration import Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
-from pruning.reduction import versions
+from pruning.reduction import check_output, record_of, versions
 from pruning.surgery import RECOVERY, check_runs, copy_other_files
 from pruning.training import OnStep, Settings, check_saved, heldout_loss, no_report, train
 
@@ -103,7 +103,7 @@ def plan(
             is too short.
     """
     _check_pair(dense, reduced)
-    _check_output((dense, reduced), out, overwrite=overwrite)
+    check_output((dense, reduced), out, overwrite=overwrite, ours=RECOVERY)
     if control and not settings.ce_weight:
         raise PruningError("ce_weight=0.0 leaves a control, which has no teacher, nothing to learn from")
     encoder = Encoder(dense)
@@ -211,29 +211,16 @@ def _record(run: Run, trained_parameters: int, before: float, after: float) -> d
 
 
 def _check_pair(dense: Checkpoint, reduced: Checkpoint) -> None:
-    if reduced.reduction is None:
+    record = record_of(reduced)
+    if record is None:
         raise PruningError(f"{reduced.source} holds no {REDUCTION}; give a checkpoint that prune has made")
-    if "recovery" in reduced.reduction:
+    if "recovery" in record:
         raise PruningError(
             f"{reduced.source} is recovered already; start from the reduced checkpoint that it came from"
         )
-    cut_from = reduced.reduction["source"]
+    cut_from = record["source"]
     if cut_from["sha256"] != dense.sha256:
         raise PruningError(
             f"{reduced.source} was cut from {cut_from['name']} with sha256 {cut_from['sha256']}, "
             f"not from {dense.source} with sha256 {dense.sha256}"
-        )
-
-
-def _check_output(sources: tuple[Checkpoint, ...], out: Path, *, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
-        raise PruningError(f"out={str(out)!r} is a checkpoint to read or holds one; choose another output")
-    if not overwrite:
-        raise PruningError(f"out={str(out)!r} already exists; choose another output or pass --overwrite")
-    if not (out / RECOVERY).exists():
-        raise PruningError(
-            f"out={str(out)!r} holds no {RECOVERY}, so --overwrite does not replace it; "
-            "remove it yourself or choose another output"
         )

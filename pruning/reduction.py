@@ -2,11 +2,12 @@
 
 import importlib.metadata
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 import safetensors
 import tokenizers
@@ -25,6 +26,87 @@ FORMAT = 1
 """Of `state_reduction.json`."""
 
 
+class _Source(TypedDict):
+    name: str
+    sha256: str
+    d_k: list[int]
+    state_bytes: int
+
+
+class _Origin(TypedDict):
+    text: str
+    text_sha256: str
+    windows: int
+    window_length: int
+    seed: int
+
+
+class _Calibration(TypedDict):
+    tokens: int
+    origins: list[_Origin]
+
+
+class _Measured(TypedDict):
+    perplexity: float
+    tokens: NotRequired[int]
+
+
+class _Evaluation(TypedDict):
+    text: str
+    dense: _Measured
+    reduced: _Measured
+
+
+class _Around(TypedDict):
+    text: str
+    tokens: int
+    before: _Measured
+    after: _Measured
+
+
+class _Settings(TypedDict):
+    train: str
+
+
+class _Recovery(TypedDict):
+    tokens: int
+    settings: _Settings
+    evaluation: _Around
+
+
+class _Record(TypedDict):
+    """What this package reads of `state_reduction.json`."""
+
+    source: _Source
+    method: str
+    seed: int
+    calibration: _Calibration | None
+    evaluation: _Evaluation | None
+    recovery: NotRequired[_Recovery]
+
+
+def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The checkpoint's `state_reduction.json`, or None for a dense one.
+
+    Raises:
+        PruningError: it is of another format, or not what `lowkey-prune` writes.
+    """
+    record, file = checkpoint.reduction, checkpoint.path / REDUCTION
+    if record is None:
+        return None
+    if record.get("format") != FORMAT:
+        raise PruningError(f"{file} has format {record.get('format')!r}; this version reads {FORMAT}")
+    try:
+        d_k = msgspec.convert(record, _Record)["source"]["d_k"]
+    except msgspec.ValidationError as e:
+        raise PruningError(f"{file} is not what lowkey-prune writes: {e}") from e
+    if len(d_k) != len(checkpoint.spec.layers) or min(d_k) < 1:
+        raise PruningError(
+            f"{file}: source.d_k={d_k} must be {len(checkpoint.spec.layers)} positive numbers, one a layer"
+        )
+    return record
+
+
 @dataclass(frozen=True)
 class Provenance:
     """How a selection came about."""
@@ -37,21 +119,25 @@ class Provenance:
     """None where all layers were given the same width."""
 
 
-def check_output(checkpoint: Checkpoint, out: Path, *, overwrite: bool) -> None:
+def check_output(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str = REDUCTION) -> None:
     """Refuse an output that exists, before any work is done.
 
+    Args:
+        sources: what is going to be read.
+        ours: the file by which an earlier result of the same command is known.
+
     Raises:
-        PruningError: `out` exists and `overwrite` is off, or it is no reduced checkpoint, or it is the source.
+        PruningError: `out` exists and `overwrite` is off, or it is no such result, or it is a source.
     """
     if not out.exists():
         return
-    if checkpoint.path.resolve().is_relative_to(out.resolve()):
-        raise PruningError(f"out={str(out)!r} is the source checkpoint or holds it; choose another output")
+    if any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
+        raise PruningError(f"out={str(out)!r} is a checkpoint to read or holds one; choose another output")
     if not overwrite:
         raise PruningError(f"out={str(out)!r} already exists; choose another output or pass --overwrite")
-    if not (out / REDUCTION).exists():
+    if not (out / ours).exists():
         raise PruningError(
-            f"out={str(out)!r} holds no {REDUCTION}, so --overwrite does not replace it; "
+            f"out={str(out)!r} holds no {ours}, so --overwrite does not replace it; "
             "remove it yourself or choose another output"
         )
 
@@ -76,7 +162,7 @@ def reduce_checkpoint(
     Raises:
         PruningError, CheckpointError: the output is refused, or the result does not load and run.
     """
-    check_output(checkpoint, out, overwrite=overwrite)
+    check_output([checkpoint], out, overwrite=overwrite)
     with new_directory(out, overwrite=overwrite) as directory:
         spec = write_reduced(checkpoint, selection.cuts, directory)
         check_runs(directory, spec)

@@ -10,12 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from modeling.checkpoint import REDUCTION, Checkpoint
+from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
-from pruning.errors import PruningError
 from pruning.evaluation.record import Entry, Evaluation
 from pruning.evaluation.states import PerHead
-from pruning.reduction import FORMAT
+from pruning.reduction import record_of
 
 
 def width(d_k: Sequence[int]) -> str:
@@ -32,22 +31,18 @@ def tree(checkpoint: Checkpoint) -> Tree:
     """Shapes of a checkpoint; for a reduced one before => after, and where it came from.
 
     Raises:
-        PruningError: `state_reduction.json` is of another format.
+        PruningError: `state_reduction.json` is of another format or broken.
     """
     spec = checkpoint.spec
     root = Tree(
         f"[bold]{escape(checkpoint.source)}[/]  {spec.family}, {len(spec.layers)} layers", highlight=False
     )
-    record = checkpoint.reduction
+    record = record_of(checkpoint)
     if record is None:
         root.add(f"d_k {width(spec.d_k)}")
         root.add(f"state per request {spec.state_bytes():,} bytes")
         root.add(_heads(spec))
         return root
-    if record.get("format") != FORMAT:
-        raise PruningError(
-            f"{checkpoint.path / REDUCTION} has format {record.get('format')!r}; this version reads {FORMAT}"
-        )
     source = record["source"]
     root.add(f"d_k {width(source['d_k'])} => [bold]{width(spec.d_k)}[/]")
     before, after = source["state_bytes"], spec.state_bytes()
@@ -74,12 +69,12 @@ def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
     Neighbouring layers that are alike share a line.
 
     Raises:
+        PruningError: as `tree`.
         CheckpointError: the weights can't be read.
     """
     after = checkpoint.spec
-    before = after
-    if checkpoint.reduction is not None:
-        before = after.with_d_k(tuple(checkpoint.reduction["source"]["d_k"]))
+    record = record_of(checkpoint)
+    before = after if record is None else after.with_d_k(tuple(record["source"]["d_k"]))
     states = root.add("state per request and layer")
     lines = [
         [

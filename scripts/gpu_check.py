@@ -4,30 +4,52 @@
 
 Sections, each on its own, so that the failure of one loses none of the others:
 
-    kernels    decode kernel and prefill rule against float64, random shapes
+    warm       compiles what the others need, in processes beside each other
+    kernels    decode kernel, prompt convolution and prefill rule against float64, random shapes
     parity     whole models against stock fla: greedy text in float32, logits in bfloat16
+    engine     the server's engine: text by recorded steps, launched steps and a CPU; tokens per second
+    server     lowkey-serve, dense and reduced on the card, 256 streams: tokens per second, the API process's CPU
     bandwidth  bytes per second of the decode kernel beside a copy on the same device
     decode     tokens per second of 1.3 B shapes, d_k 128 and 64, prompt 512, 128 new tokens, bfloat16
     peer       the same shapes by fla and transformers' generate
     capacity   the most requests that fit
+    tuning     other tiles and numbers of warps for the decode kernel
 
-Ends within its time box, prints one table and writes JSON after every row. Exit status 1 if anything was wrong, 2 if
-there is no GPU. `--device cpu --small` runs tiny shapes through Triton's interpreter, to test the script.
+Each has a part of the time box. What a section leaves goes to those after it; one that would need more says what it
+skips, and one that hangs is cut off. A table is printed, and JSON written after every row. Exit status 1 if anything
+was wrong, 2 if there is no GPU. `--device cpu --small` runs tiny shapes through Triton's interpreter, as a test.
 """
 
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-SECTIONS = ("kernels", "parity", "bandwidth", "decode", "peer", "capacity")
+SECONDS = {
+    "warm": 40,
+    "kernels": 30,
+    "parity": 60,
+    "engine": 60,
+    "server": 60,
+    "bandwidth": 20,
+    "decode": 80,
+    "peer": 70,
+    "capacity": 20,
+    "tuning": 30,
+}
+"""Parts of the time box, in the order in which they run: what was never seen on a GPU before what was."""
+BOX_S = float(sum(SECONDS.values()))
+GRACE_S = 10.0
+"""After its end a section is cut off, wherever it is."""
 
 
 def arguments() -> argparse.Namespace:
@@ -35,10 +57,11 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--only", nargs="+", choices=SECONDS, default=list(SECONDS))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes (to test the script on a CPU)")
-    parser.add_argument("--seconds", type=float, default=480, help="time box (default: 480)")
+    parser.add_argument("--seconds", type=float, default=BOX_S, help=f"time box (default: {BOX_S:.0f})")
+    parser.add_argument("--warm", nargs=2, type=int, metavar=("N", "OF"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -51,8 +74,10 @@ def main() -> int:
     import torch
     import triton
     from gpu_common import Run, SkippedError
-    from gpu_kernels import check_bandwidth, check_rule, check_step
+    from gpu_engine import check_engine_speed, check_engine_text, check_server
+    from gpu_kernels import check_bandwidth, check_inputs, check_rule, check_step, check_tuning
     from gpu_models import check_capacity, check_decode, check_parity, check_peer
+    from gpu_warm import check_warm, run_share
     from rich.console import Console
     from rich.table import Table
 
@@ -61,14 +86,22 @@ def main() -> int:
         console.print("gpu_check: torch finds no CUDA device here; nothing was checked")
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
+    if args.warm:
+        with tempfile.TemporaryDirectory() as folder:
+            return run_share(Run(args.device, args.small, time.monotonic() + 3600, Path(folder)), *args.warm)
     checks = {
-        "kernels": (check_step, check_rule),
+        "warm": (check_warm,),
+        "kernels": (check_step, check_inputs, check_rule),
         "parity": (check_parity,),
+        "engine": (check_engine_text, check_engine_speed),
+        "server": (check_server,),
         "bandwidth": (check_bandwidth,),
         "decode": (check_decode,),
         "peer": (check_peer,),
         "capacity": (check_capacity,),
+        "tuning": (check_tuning,),
     }
+    sections = [name for name in SECONDS if name in args.only]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args.device, args.small, began + args.seconds, Path(folder))
@@ -79,6 +112,16 @@ def main() -> int:
             "python": sys.version.split()[0],
         }
 
+        def cut_off_at(when: float) -> None:
+            if not run.small:
+                signal.setitimer(signal.ITIMER_REAL, max(when - time.monotonic(), 0.1))
+
+        def cut_off(number: int, frame: FrameType | None) -> None:
+            run.is_cut_off = True
+            raise SkippedError("cut off: its time was over")
+
+        signal.signal(signal.SIGALRM, cut_off)
+
         def save() -> None:
             run.report["failures"] = run.failures
             temporary = args.out.with_name(f".{args.out.name}")
@@ -86,22 +129,32 @@ def main() -> int:
             temporary.rename(args.out)
 
         table = Table("case", "", "result", title=f"{run.report['device']}, torch {torch.__version__}")
-        for section in args.only:
+        save()
+        for number, section in enumerate(sections):
+            later = sum(SECONDS[name] for name in sections[number + 1 :]) * args.seconds / BOX_S
+            run.section_end = max(run.deadline - later, time.monotonic())
             for check in checks[section]:
                 started = time.monotonic()
                 rows: list[list[str]] = []
                 try:
+                    run.is_cut_off = False
+                    cut_off_at(run.section_end + GRACE_S)
                     for row in check(run):
                         rows.append(row)
                         console.print("  " + "  ".join(row))
                         save()
-                except SkippedError as e:
-                    rows.append([check.__name__, "skipped", str(e)])
-                    run.report.setdefault("skipped", {})[check.__name__] = str(e)
-                except Exception:  # the other sections are worth having whatever went wrong in this one
-                    console.print(traceback.format_exc())
-                    run.failures.append(check.__name__)
-                    rows.append([check.__name__, "FAIL", "see the traceback"])
+                except Exception as e:  # the other sections are worth having whatever went wrong in this one
+                    # Where it was cut off somebody may have wrapped the error: Triton does.
+                    if isinstance(e, SkippedError) or run.is_cut_off:
+                        why = str(e) if isinstance(e, SkippedError) else "cut off: its time was over"
+                        rows.append([check.__name__, "skipped", why])
+                        run.report.setdefault("skipped", {})[check.__name__] = why
+                    else:
+                        console.print(traceback.format_exc())
+                        run.failures.append(check.__name__)
+                        rows.append([check.__name__, "FAIL", "see the traceback"])
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
                 took = time.monotonic() - started
                 run.report.setdefault("section_seconds", {})[check.__name__] = took
                 console.print(f"{check.__name__}: {took:.0f} s")

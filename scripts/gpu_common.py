@@ -1,6 +1,7 @@
-"""What the sections of gpu_check share: shapes, random models, clocks."""
+"""What the sections of gpu_check share: shapes, random models, clocks, the time that is left."""
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from modeling.backends import TORCH, Backend, by_layer, triton_backend
@@ -34,7 +36,12 @@ class Run:
     device: str
     small: bool
     deadline: float
+    """time.monotonic() at which the time box ends."""
     folder: Path
+    section_end: float = math.inf
+    """time.monotonic() at which this section must leave the rest to the later ones."""
+    is_cut_off: bool = False
+    """It did not, and was interrupted."""
     report: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
@@ -47,13 +54,18 @@ class Run:
         """fla's chunk kernels need a GPU; Triton's interpreter runs the decode step anywhere."""
         if self.cuda:
             return triton_backend()
+        from modeling.ops.triton_prefill import triton_inputs
         from modeling.ops.triton_step import triton_block, triton_step
 
-        return Backend("triton, interpreted", TORCH.rule, by_layer(triton_step, triton_block))
+        return Backend(
+            "triton, interpreted", TORCH.rule, by_layer(triton_step, triton_block), inputs=triton_inputs
+        )
 
     def need(self, seconds: float) -> None:
-        if time.monotonic() + seconds > self.deadline:
-            raise SkippedError(f"skipped: {seconds:.0f} s needed, the time box ends before")
+        """Raises SkippedError unless so much is left."""
+        left = min(self.deadline, self.section_end) - time.monotonic()
+        if seconds > left and not self.small:
+            raise SkippedError(f"skipped: {seconds:.0f} s needed, {max(left, 0):.0f} s left")
 
     def check(self, good: bool, what: str) -> str:
         if not good:
@@ -102,11 +114,11 @@ def config(
     return common | {"head_dim": value(lambda n: n), "expand_v": value(lambda n: expand_v_for(n, d_v))}
 
 
-def large_config(run: Run, family: str, d_k: int) -> dict[str, Any]:
+def large_config(run: Run, family: str, d_k: int, layers: int = 24) -> dict[str, Any]:
     """DeltaNet-1.3B's shape, for both families; Gated DeltaNet has an output gate and decay on top of it."""
     if run.small:
-        return config(family, hidden=64, layers=2, heads=2, d_k=d_k // 8, d_v=16, vocab=257)
-    return config(family, hidden=2048, layers=24, heads=16, d_k=d_k, d_v=128, vocab=32000)
+        return config(family, hidden=64, layers=min(layers, 2), heads=2, d_k=d_k // 8, d_v=16, vocab=257)
+    return config(family, hidden=2048, layers=layers, heads=16, d_k=d_k, d_v=128, vocab=32000)
 
 
 @torch.no_grad()
@@ -139,8 +151,29 @@ def make_checkpoint(path: Path, settings: dict[str, Any]) -> Checkpoint:
     path.mkdir()
     family = family_of(settings)
     model = randomise(Model(family.spec(settings)))
+    return write_checkpoint(path, settings, model)
+
+
+def write_checkpoint(path: Path, settings: dict[str, Any], model: Model) -> Checkpoint:
+    """With a tokenizer of one word for each token, so that the server can show every one of them."""
+    path.mkdir(exist_ok=True)
     write_json(path / "config.json", settings)
-    write_safetensors(path, export_tensors(model, family))
+    write_safetensors(path, export_tensors(model, family_of(settings)))
+    words = {f"t{i}": i for i in range(model.spec.vocab_size)}
+    Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(path / "tokenizer.json"))
+    return Checkpoint(path)
+
+
+def large_checkpoint(run: Run, family: str, d_k: int) -> Checkpoint:
+    """Of `large_config`, bfloat16; written once."""
+    path = run.folder / f"{family}-{d_k}"
+    if path.exists():
+        return Checkpoint(path)
+    settings = large_config(run, family, d_k)
+    model = random_model(family_of(settings).spec(settings), run, torch.bfloat16)
+    partial = run.folder / f"{path.name}.partial"
+    write_checkpoint(partial, settings, model.cpu())
+    partial.rename(path)  # this section may be cut off, and another one goes on from here
     return Checkpoint(path)
 
 
@@ -153,8 +186,7 @@ def prefill(model: Model, prompts: Tensor, pool: StatePool, slots: Tensor, *, ch
         prompts.split(max(chunk // length, 1)), slots.split(max(chunk // length, 1)), strict=True
     ):
         offsets = list(range(0, ids.numel() + 1, length))
-        hidden, state = model(ids.flatten(), offsets)
-        pool.scatter(at, state)
+        hidden = model.prefill(ids.flatten(), offsets, pool, at)
         logits.append(model.logits(hidden[torch.tensor(offsets[1:], device=hidden.device) - 1]))
     return torch.cat(logits)
 
@@ -170,7 +202,7 @@ def generate(
     graphs = DecodeGraphs(model, pool, [batch + 1], batch, recorder(run))
     logits = [prefill(model, prompts, pool, slots)]
     for _ in range(new_tokens - 1):
-        logits.append(graphs(logits[-1].argmax(-1), slots).clone())
+        logits.append(model.logits(graphs(logits[-1].argmax(-1), slots)))
     return torch.stack([x.argmax(-1) for x in logits], 1), torch.stack(logits, 1).float()
 
 

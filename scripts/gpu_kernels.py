@@ -1,15 +1,20 @@
-"""Kernels: right on random shapes, and how close to the memory they run."""
+"""Kernels: right on random shapes, how close to the memory they run, and which way of launching them is the fastest."""
 
+import itertools
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from gpu_common import Run, error, median_seconds
+import triton
+from gpu_common import Run, SkippedError, error, median_seconds
 from torch import Tensor
 
 from modeling.layers import Mixer
 from modeling.ops import reference_gated_delta_rule
+from modeling.ops import triton_step as step_module
+from modeling.ops.triton_prefill import triton_inputs
 from modeling.ops.triton_step import triton_step
 from modeling.spec import MixerSpec
 
@@ -19,6 +24,10 @@ RULE_TOLERANCE = 1e-2
 """fla's kernels on bfloat16 inputs, against float64 on the same inputs."""
 BANDWIDTH_GOAL = 1.25
 """A step's time over its bytes at the measured copy rate."""
+VARIANTS = ((16384, 4), (16384, 8), (8192, 4), (8192, 2), (4096, 4), (4096, 2))
+"""Elements of state that a program holds, and its warps. The first is what the back end does at d_k 128. A smaller tile
+takes fewer registers, so that more programs run at once, which hides more latency at small batches and narrow states;
+but it makes a program go over its columns more often."""
 
 
 def make_mixer(spec: MixerSpec, device: str, dtype: torch.dtype) -> Mixer:
@@ -34,7 +43,7 @@ def shapes(small: bool) -> Iterator[tuple[MixerSpec, torch.dtype, torch.dtype]]:
     """Every d_k of interest once, everything else drawn."""
     draw = random.Random(0)
     narrow, wide = torch.bfloat16, torch.float32
-    for i, d_k in enumerate((5, 16, 24) if small else (16, 32, 48, 64, 77, 96, 128, 192, 256, 128)):
+    for i, d_k in enumerate((5, 16, 24) if small else (16, 48, 64, 77, 96, 128, 256)):
         heads, groups = draw.choice((1, 2, 4)), draw.choice((1, 2))
         yield (
             MixerSpec(
@@ -65,83 +74,132 @@ def step_inputs(
 
 
 @torch.inference_mode()
+def compare_step(run: Run, spec: MixerSpec, dtype: torch.dtype, state_dtype: torch.dtype) -> dict[str, float]:
+    """Three steps of the decode kernel on random slots against Mixer.step in float64: relative errors of o and of the
+    states, and 0 if the histories are exact and the other slots untouched."""
+    torch.manual_seed(spec.d_k)
+    batch, slots = (2, 4) if run.small else (17, 40)
+    mixer = make_mixer(spec, run.device, dtype)
+    exact = exact_mixer(mixer)
+    _, recurrent, conv = step_inputs(spec, batch, slots, run.device, dtype, state_dtype)
+    at = torch.randperm(slots, device=run.device)[:batch]
+    others = torch.ones(slots, dtype=torch.bool, device=run.device).index_fill(0, at, False)
+    before = recurrent[others], conv[others]
+    errors = {"o": 0.0, "state": 0.0, "history": 0.0, "others": 0.0}
+    for _ in range(3):
+        projected = torch.randn(batch, sum(spec.in_proj_sizes), device=run.device, dtype=dtype)
+        wide_recurrent, wide_conv = recurrent.double(), conv.double()
+        expected = exact.step(projected.double(), wide_recurrent, wide_conv, at)
+        o = triton_step(mixer, projected, recurrent, conv, at)
+        errors["o"] = max(errors["o"], error(o, expected))
+        errors["state"] = max(errors["state"], error(recurrent, wide_recurrent))
+        errors["history"] += float(not torch.equal(conv.double(), wide_conv))
+    untouched = torch.equal(recurrent[others], before[0]) and torch.equal(conv[others], before[1])
+    return errors | {"others": float(not untouched)}
+
+
+def exact_mixer(mixer: Mixer) -> Mixer:
+    exact = Mixer(mixer.spec, 8, 0).to(mixer.conv.weight.device).double()
+    exact.load_state_dict({name: p.double() for name, p in mixer.state_dict().items()})
+    return exact.requires_grad_(False)
+
+
 def check_step(run: Run) -> Iterator[list[str]]:
-    """Three steps of the decode kernel on random slots against Mixer.step in float64; other slots untouched."""
-    good_so_far, worst = True, 0.0
+    """The decode kernel on random shapes."""
+    bad, worst = 0, 0.0
     for spec, dtype, state_dtype in shapes(run.small):
         run.need(5)
-        torch.manual_seed(spec.d_k)
-        batch, slots = (2, 4) if run.small else (17, 40)
-        mixer = make_mixer(spec, run.device, dtype)
-        exact = Mixer(spec, 8, 0).to(run.device).double()
-        exact.load_state_dict({name: p.double() for name, p in mixer.state_dict().items()})
-        _, recurrent, conv = step_inputs(spec, batch, slots, run.device, dtype, state_dtype)
-        at = torch.randperm(slots, device=run.device)[:batch]
-        others = torch.ones(slots, dtype=torch.bool, device=run.device).index_fill(0, at, False)
-        before = recurrent[others], conv[others]
-        errors: dict[str, float] = {"o": 0.0, "state": 0.0}
-        moved = True
-        for _ in range(3):
-            projected = torch.randn(batch, sum(spec.in_proj_sizes), device=run.device, dtype=dtype)
-            wide_recurrent, wide_conv = recurrent.double(), conv.double()
-            expected = exact.step(projected.double(), wide_recurrent, wide_conv, at)
-            o = triton_step(mixer, projected, recurrent, conv, at)
-            errors["o"] = max(errors["o"], error(o, expected))
-            errors["state"] = max(errors["state"], error(recurrent, wide_recurrent))
-            moved &= torch.equal(conv.double(), wide_conv)
-        untouched = torch.equal(recurrent[others], before[0]) and torch.equal(conv[others], before[1])
         name = (
             f"step d_k {spec.d_k} d_v {spec.d_v} heads {spec.num_k_heads}/{spec.num_v_heads} "
             f"{'gated' if spec.has_decay else 'delta'} {str(dtype)[6:]} state {str(state_dtype)[6:]}"
         )
-        good = (
-            errors["o"] < KERNEL_TOLERANCE[dtype]
-            and errors["state"] < KERNEL_TOLERANCE[state_dtype]
-            and moved
-            and untouched
-        )
-        run.report.setdefault("kernels", {})[name] = errors | {"conv": moved, "others untouched": untouched}
+        errors = compare_step(run, spec, dtype, state_dtype)
+        run.report.setdefault("kernels", {})[name] = errors
         worst = max(worst, errors["o"] / KERNEL_TOLERANCE[dtype])
-        good_so_far &= good
-        if not good:
+        good = errors["o"] < KERNEL_TOLERANCE[dtype] and errors["state"] < KERNEL_TOLERANCE[state_dtype]
+        if not good or errors["history"] or errors["others"]:
+            bad += 1
             yield [name, run.check(False, name), str(errors)]
-    yield ["decode step, all shapes", "ok" if good_so_far else "FAIL", f"worst {worst:.2f} of tolerance"]
+    yield ["decode step, all shapes", "FAIL" if bad else "ok", f"worst {worst:.2f} of tolerance"]
 
 
 @torch.inference_mode()
-def check_rule(run: Run) -> Iterator[list[str]]:
-    """The prefill rule on packed, ragged sequences with initial states against the float64 token loop."""
+def compare_inputs(run: Run, spec: MixerSpec, dtype: torch.dtype) -> dict[str, float]:
+    """The prompt's convolution on packed, ragged sequences with a history, against the plain one in float64."""
+    torch.manual_seed(spec.d_k)
+    lengths = [1, 3, 66] if run.small else [1, 2, 64, 130, 600]
+    offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    mixer = make_mixer(spec, run.device, dtype)
+    projected = torch.randn(offsets[-1], sum(spec.in_proj_sizes), device=run.device, dtype=dtype)
+    qkv = projected[:, : spec.conv_channels]
+    history = torch.randn(
+        len(lengths), spec.conv_channels, spec.conv_kernel - 1, device=run.device, dtype=dtype
+    )
+    expected = exact_mixer(mixer).inputs(qkv.double(), offsets, history.double())
+    made = triton_inputs(mixer, qkv, offsets, history)
+    errors = {name: error(a, b) for name, a, b in zip("qkv", made, expected, strict=False)}
+    return errors | {"history": float(not torch.equal(made[3].double(), expected[3]))}
+
+
+def check_inputs(run: Run) -> Iterator[list[str]]:
+    """The convolution kernel of prompts on random shapes."""
+    bad, worst = 0, 0.0
+    for spec, dtype, _ in itertools.islice(shapes(run.small), 0, None, 2):
+        run.need(3)
+        errors = compare_inputs(run, spec, dtype)
+        run.report.setdefault("kernels", {})[f"prompt convolution d_k {spec.d_k} {str(dtype)[6:]}"] = errors
+        share = max(errors[x] for x in "qkv") / KERNEL_TOLERANCE[dtype]
+        worst = max(worst, share)
+        if share >= 1 or errors["history"]:
+            bad += 1
+            name = f"prompt convolution d_k {spec.d_k}"
+            yield [name, run.check(False, name), str(errors)]
+    yield ["prompt convolution, all shapes", "FAIL" if bad else "ok", f"worst {worst:.2f} of tolerance"]
+
+
+def rule_shapes(run: Run) -> Iterator[tuple[bool, int, int, int, int]]:
+    """Gated or not, key heads, value heads to each, d_k, d_v."""
+    for gated in (True, False):
+        for shape in [(1, 2, 8, 8)] if run.small else [(2, 2, 128, 128), (2, 1, 48, 128)]:
+            yield (gated, *shape)
+
+
+@torch.inference_mode()
+def compare_rule(run: Run, gated: bool, heads: int, groups: int, d_k: int, d_v: int) -> tuple[float, float]:
+    """The prefill rule on packed, ragged sequences with initial states against the float64 token loop: relative errors
+    of o and of the final states."""
     lengths = [1, 64, 130, 70] if not run.small else [1, 5]
     offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    for gated in (True, False):
-        for heads, groups, d_k, d_v in [(1, 2, 8, 8)] if run.small else [(2, 2, 128, 128), (2, 1, 48, 128)]:
-            run.need(20)
-            torch.manual_seed(d_k)
-            n = offsets[-1]
-            narrow = torch.bfloat16 if run.cuda else torch.float32
-            q, k = (
-                torch.nn.functional.normalize(torch.randn(n, heads, d_k, device=run.device), dim=-1).to(
-                    narrow
-                )
-                for _ in range(2)
-            )
-            v = torch.randn(n, heads * groups, d_v, device=run.device).to(narrow)
-            g = -3 * torch.rand(n, heads * groups, device=run.device) ** 4 if gated else None
-            beta = torch.rand(n, heads * groups, device=run.device)
-            initial = torch.randn(len(lengths), heads * groups, d_k, d_v, device=run.device)
-            exact = reference_gated_delta_rule(
-                *(None if x is None else x.double().cpu() for x in (q, k, v, g, beta)),  # type: ignore[arg-type]
-                scale=d_k**-0.5,
-                cu_seqlens=offsets,
-                initial_state=initial.double().cpu(),
-            )
-            ours = run.backend.rule(
-                q, k, v, g, beta, scale=d_k**-0.5, cu_seqlens=offsets, initial_state=initial
-            )
-            o, state = (error(a.cpu(), b) for a, b in zip(ours, exact, strict=True))
-            name = f"prefill rule d_k {d_k} d_v {d_v} {'gated' if gated else 'delta'}"
-            run.report.setdefault("kernels", {})[name] = {"o": o, "state": state}
-            yield [name, run.check(max(o, state) < RULE_TOLERANCE, name), f"o {o:.1e} state {state:.1e}"]
+    torch.manual_seed(d_k)
+    n = offsets[-1]
+    narrow = torch.bfloat16 if run.cuda else torch.float32
+    q, k = (
+        torch.nn.functional.normalize(torch.randn(n, heads, d_k, device=run.device), dim=-1).to(narrow)
+        for _ in range(2)
+    )
+    v = torch.randn(n, heads * groups, d_v, device=run.device).to(narrow)
+    g = -3 * torch.rand(n, heads * groups, device=run.device) ** 4 if gated else None
+    beta = torch.rand(n, heads * groups, device=run.device)
+    initial = torch.randn(len(lengths), heads * groups, d_k, d_v, device=run.device)
+    exact = reference_gated_delta_rule(
+        *(None if x is None else x.double().cpu() for x in (q, k, v, g, beta)),  # type: ignore[arg-type]
+        scale=d_k**-0.5,
+        cu_seqlens=offsets,
+        initial_state=initial.double().cpu(),
+    )
+    ours = run.backend.rule(q, k, v, g, beta, scale=d_k**-0.5, cu_seqlens=offsets, initial_state=initial)
+    o, state = (error(a.cpu(), b) for a, b in zip(ours, exact, strict=True))
+    return o, state
+
+
+def check_rule(run: Run) -> Iterator[list[str]]:
+    """The prefill rule."""
+    for gated, heads, groups, d_k, d_v in rule_shapes(run):
+        run.need(10)
+        o, state = compare_rule(run, gated, heads, groups, d_k, d_v)
+        name = f"prefill rule d_k {d_k} d_v {d_v} {'gated' if gated else 'delta'}"
+        run.report.setdefault("kernels", {})[name] = {"o": o, "state": state}
+        yield [name, run.check(max(o, state) < RULE_TOLERANCE, name), f"o {o:.1e} state {state:.1e}"]
 
 
 def copy_rate(run: Run) -> float:
@@ -178,12 +236,14 @@ def large_mixer(run: Run, d_k: int) -> MixerSpec:
 
 
 @torch.inference_mode()
-def time_step(run: Run, d_k: int, batch: int, state_dtype: torch.dtype) -> dict[str, float]:
+def time_step(
+    run: Run, d_k: int, batch: int, state_dtype: torch.dtype, layers: int | None = None
+) -> dict[str, float]:
     """One decode step of one layer, over as many layers' pools as it takes for the cache to hold none of them."""
     spec = large_mixer(run, d_k)
     mixer = make_mixer(spec, run.device, torch.bfloat16)
     moved = step_bytes(spec, batch, state_dtype.itemsize, 2)
-    layers = 2 if run.small else max(3, 600_000_000 // moved)
+    layers = layers or (2 if run.small else max(3, 600_000_000 // moved))
     inputs = [step_inputs(spec, batch, batch, run.device, torch.bfloat16, state_dtype) for _ in range(layers)]
     slots = torch.randperm(batch, device=run.device)
 
@@ -205,6 +265,49 @@ def time_step(run: Run, d_k: int, batch: int, state_dtype: torch.dtype) -> dict[
     return {"microseconds": taken * 1e6, "bytes": moved, "bytes_per_second": moved / taken}
 
 
+@contextmanager
+def launched_as(tile: int, warps: int) -> Iterator[None]:
+    """The decode kernel with another tile and number of warps."""
+    names = ("TILE", "ELEMENTS_PER_WARP", "MAX_WARPS")
+    before = [getattr(step_module, name) for name in names]
+    try:
+        for name, value in zip(names, (tile, 1, warps), strict=True):
+            setattr(step_module, name, value)
+        yield
+    finally:
+        for name, value in zip(names, before, strict=True):
+            setattr(step_module, name, value)
+
+
+def variants(run: Run, d_k: int) -> list[tuple[int, int]]:
+    """Those of `VARIANTS` that differ: a program holds no more than the whole state of a head."""
+    spec = large_mixer(run, d_k)
+    most = triton.next_power_of_2(spec.d_k) * triton.next_power_of_2(spec.d_v)
+    found = list(dict.fromkeys((min(tile, most), warps) for tile, warps in VARIANTS))
+    return found[:2] if run.small else found
+
+
+def check_tuning(run: Run) -> Iterator[list[str]]:
+    """Which tile and how many warps, for each kind of state; the back end's own choice is what `bandwidth` shows."""
+    rate = run.report.get("bandwidth", {}).get("copy_bytes_per_second")
+    if rate is None:
+        raise SkippedError("skipped: no copy was measured")
+    results = run.report.setdefault("tuning", {})
+    kinds = list(itertools.product((torch.bfloat16, torch.float32), (64, 128)))
+    for state_dtype, d_k in kinds[:1] if run.small else kinds:
+        for batch in (2,) if run.small else (64, 128):
+            ratios: dict[str, float] = {}
+            for tile, warps in variants(run, d_k):
+                run.need(2)
+                with launched_as(tile, warps):
+                    figures = time_step(run, d_k, batch, state_dtype)
+                ratios[f"{tile}/{warps}"] = rate / figures["bytes_per_second"]
+                results[f"d_k {d_k} B {batch} state {str(state_dtype)[6:]}"] = ratios
+            best = min(ratios, key=ratios.__getitem__)
+            told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            yield [f"tile/warps d_k {d_k} B {batch} state {str(state_dtype)[6:]}", f"best {best}", told]
+
+
 def check_bandwidth(run: Run) -> Iterator[list[str]]:
     rate = copy_rate(run)
     results: dict[str, Any] = {"copy_bytes_per_second": rate}
@@ -212,7 +315,7 @@ def check_bandwidth(run: Run) -> Iterator[list[str]]:
     yield ["copy", "", f"{rate / 1e9:.0f} GB/s"]
     for state_dtype in (torch.float32, torch.bfloat16):
         for d_k in (128, 64):
-            for batch in (1, 2) if run.small else (64, 128, 256, 512):
+            for batch in (2,) if run.small else (64, 128, 256, 512):
                 run.need(3)
                 figures = time_step(run, d_k, batch, state_dtype)
                 ratio = rate / figures["bytes_per_second"]

@@ -60,6 +60,9 @@ class Request:
 class Pair:
     """Two variants on one prompt. What a source can't tell is None."""
 
+    tokens: int
+    """A hash of the prompt's tokens and the baseline's completion. What two pairs of the same tokens say of quality is
+    one piece of evidence; their timings are two."""
     kl: float
     """Mean over the tokens of the baseline's completion, in nats."""
     top1_agreement: float
@@ -72,7 +75,8 @@ class Pair:
     """Variant - baseline."""
 
 
-PAIR_FIELDS = ("kl", "top1_agreement", "prompt_nll_difference", "speed_ratio", "ttft_difference_s")
+QUALITY_FIELDS = ("kl", "top1_agreement", "prompt_nll_difference")
+PAIR_FIELDS = (*QUALITY_FIELDS, "speed_ratio", "ttft_difference_s")
 
 
 @dataclass
@@ -109,8 +113,9 @@ class ABWindow:
         traffic.gaps.add(now, [(gap,) for gap in request.gaps_s])
 
     def add_pair(self, variant: str, baseline: str, source: Source, pair: Pair) -> None:
-        ring = self._pairs.setdefault((variant, baseline, source), Ring(PAIRS_KEPT, len(PAIR_FIELDS)))
-        ring.add(time.time(), [tuple(_or_nan(getattr(pair, name)) for name in PAIR_FIELDS)])
+        ring = self._pairs.setdefault((variant, baseline, source), Ring(PAIRS_KEPT, len(PAIR_FIELDS) + 1))
+        values = (_or_nan(getattr(pair, name)) for name in PAIR_FIELDS)
+        ring.add(time.time(), [(*values, float(pair.tokens % 2**53))])
 
     def traffic(self, variant: str, window_s: float) -> dict[str, Any]:
         """Of one variant in the last `window_s` seconds. Percentiles are over requests, of `itl_s` over gaps."""
@@ -184,6 +189,10 @@ def _estimate_ratio(values: Rows) -> dict[str, Any] | None:
 
 def _differences(variant: str, baseline: str, sources: dict[Source, Rows]) -> dict[str, Any]:
     rows = np.concatenate(list(sources.values()))
+    _, first = np.unique(rows[:, -1], return_index=True)
+    repeated = np.ones(len(rows), bool)
+    repeated[first] = False
+    rows[repeated, : len(QUALITY_FIELDS)] = np.nan
     figures = {
         name: (_estimate_ratio if name == "speed_ratio" else _estimate)(rows[:, i])
         for i, name in enumerate(PAIR_FIELDS)
@@ -193,13 +202,13 @@ def _differences(variant: str, baseline: str, sources: dict[Source, Rows]) -> di
         "baseline": baseline,
         "pairs": {source: len(found) for source, found in sources.items()},
         **figures,
-        "verdict": _verdict(variant, baseline, len(rows), figures),
+        "verdict": _verdict(variant, baseline, len(first), figures),
     }
 
 
 def _verdict(variant: str, baseline: str, pairs: int, figures: dict[str, dict[str, Any] | None]) -> str:
     if pairs < MIN_PAIRS:
-        return f"too little data: {pairs} pairs of {variant} and {baseline}, at least {MIN_PAIRS} are needed"
+        return f"too little data: {pairs} different pairs of {variant} and {baseline}, at least {MIN_PAIRS} are needed"
     words = [_quality(baseline, variant, figures["prompt_nll_difference"])]
     kl, agreement, speed = (figures[name] for name in ("kl", "top1_agreement", "speed_ratio"))
     if kl is not None and agreement is not None:

@@ -1,6 +1,7 @@
 """`lowkey-serve`: serve dense and reduced variants of a model side by side."""
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -94,6 +95,9 @@ class Server(uvicorn.Server):
         if not self._announced and all(variant.client.up for variant in variants):
             self._announced = True
             logger.info("ready: %s", ", ".join(variant.name for variant in variants))
+            # What is there now stays. To look through it for garbage again and again would hold up all streams.
+            gc.collect()
+            gc.freeze()
         if self._state.leaving and time.monotonic() >= self._drain_at:
             self._state.draining = True
         if self._state.draining and not self.should_exit:
@@ -173,7 +177,10 @@ def serve(
         int | None, typer.Option(help="Requests that may wait in each variant. [default: 256]")
     ] = None,
     prefill_tokens: Annotated[
-        int | None, typer.Option(help="Most prompt tokens in one step, a multiple of 64. [default: 512]")
+        int | None,
+        typer.Option(
+            help="Most prompt tokens in one step, a multiple of 64. [default: 128 on a CPU, 512 on a GPU]"
+        ),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each engine process. [default: 1]")
@@ -212,7 +219,10 @@ def serve(
         # Settings that were left alone are shown too. Of keys there is only the hash.
         typer.echo(json.dumps(settings.model_dump(mode="json", by_alias=True), indent=2))
         return
-    run(settings, lambda: load_settings(config, **given))
+    try:
+        run(settings, lambda: load_settings(config, **given))
+    except ConfigurationError as e:
+        raise typer.BadParameter(str(e)) from e
 
 
 def run(settings: Settings, reload: Callable[[], Settings]) -> None:
@@ -220,6 +230,9 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
 
     Args:
         reload: reads the settings again, at SIGHUP.
+
+    Raises:
+        ConfigurationError: `state_dir` can't be written to.
     """
     configure(settings.log_level, settings.log_format)
     fastapi_app = create_app(settings, on_fatal=lambda variant: server.fail(variant))

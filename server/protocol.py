@@ -1,16 +1,22 @@
-"""HTTP/1.1 as uvicorn speaks it, with the limit that it lacks: on the time that a request's headers may take."""
+"""HTTP/1.1 as uvicorn speaks it, with the limits that it lacks: on the time and the size of a request's headers."""
 
 import asyncio
 from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+MAX_HEADER_BYTES = 2**16
+"""Of headers, or trailers, that have not ended; those that end within one read may be longer."""
+
 
 class HttpProtocol(HttpToolsProtocol):
-    """Closes connections that begin no request, or don't finish its headers: each holds a file descriptor."""
+    """Closes connections that begin no request, or don't finish its headers: each holds a file descriptor, and
+    headers lie in memory before anyone asks for a key."""
 
     header_timeout_s: ClassVar[float]
     _header_timer: asyncio.TimerHandle | None = None
+    _header_bytes = 0
+    """Received since the last headers were complete, or the last piece of a body came."""
 
     @classmethod
     def with_header_timeout(cls, seconds: float) -> "type[HttpProtocol]":
@@ -20,11 +26,22 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._expect_headers()
 
+    def data_received(self, data: bytes) -> None:
+        self._header_bytes += len(data)
+        super().data_received(data)
+        if self._header_bytes > MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"The headers are over {MAX_HEADER_BYTES} bytes.")
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._expect_headers()
 
+    def on_body(self, body: bytes) -> None:
+        self._header_bytes = 0
+        super().on_body(body)
+
     def on_headers_complete(self) -> None:
+        self._header_bytes = 0
         self._stop_timer()
         super().on_headers_complete()
 

@@ -222,7 +222,7 @@ def home_of(body: bytes) -> tuple[str, str]:
     """
     try:
         asked = msgspec.json.decode(body, type=_Asked)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):  # the last two come as they are
         return "", ""
     model = asked.model if isinstance(asked.model, str) else ""
     beginning = b""

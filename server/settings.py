@@ -209,11 +209,12 @@ class Settings(BaseSettings):
     max_queue: int = Field(
         256, ge=0, description="Requests that may wait in each variant before 503 queue_full."
     )
-    prefill_tokens: int = Field(
-        512,
+    prefill_tokens: int | None = Field(
+        None,
         ge=64,
         multiple_of=64,
-        description="Most prompt tokens in one step, so that a long prompt delays nobody long.",
+        description="Most prompt tokens in one step, so that a long prompt delays nobody long; by default 128 on a CPU "
+        "and 512 on a GPU.",
     )
     hang_s: float = Field(
         120.0,

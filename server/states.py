@@ -188,7 +188,7 @@ class StateStore:
         self._directory = directory
         self._ttl_s = ttl_s
         self.budget_bytes = budget_bytes
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # a state tells of its prompt
 
     def new_file(self) -> Path:
         """Where to write a state before it is `keep`t."""

@@ -4,7 +4,7 @@ This is not Grafana: queries, legends and layout are the dashboard's, the drawin
 
     python deploy/grafana/draw.py http://127.0.0.1:9090 dashboard.png --minutes 10     # needs plotly and Chromium
 
-Prints one JSON object: panel -> for each of its queries, the label sets that had a finite value in that time.
+Prints one JSON object: row and panel -> for each of its queries, the label sets that had a finite value in that time.
 """
 
 import argparse
@@ -30,29 +30,35 @@ FORMATS = {"s": {"ticksuffix": " s"}, "percentunit": {"tickformat": ".0%"}, "byt
 STEP_S = 5
 
 
-def ask(
-    prometheus: str, expr: str, minutes: float, interval: str
-) -> list[tuple[dict[str, str], list[list[Any]]]]:
-    """Labels and (time, value) pairs of each series, variables replaced as Grafana does with "All" chosen."""
-    for variable, value in (("$job", ".*"), ("$variant", ".*"), ("$__range", f"{math.ceil(60 * minutes)}s")):
-        expr = expr.replace(variable, value)
-    now = time.time()
-    response = httpx.get(
-        f"{prometheus}/api/v1/query_range",
-        params={
-            "query": expr.replace("$__rate_interval", interval),
-            "start": now - 60 * minutes,
-            "end": now,
-            "step": STEP_S,
-        },
-        timeout=30,
-        trust_env=False,
-    )
-    answer = response.json()
-    if answer["status"] != "success":
-        raise SystemExit(f"error: {expr}: {answer['error']}")
-    found = [(s["metric"], [[t, float(v)] for t, v in s["values"]]) for s in answer["data"]["result"]]
-    return [(labels, values) for labels, values in found if any(math.isfinite(v) for _, v in values)]
+Series = list[tuple[dict[str, str], list[list[Any]]]]
+"""Labels, and pairs of time and value."""
+
+
+class Prometheus:
+    """Questions about the last `minutes`, with Grafana's variables replaced as it does when "All" is chosen."""
+
+    def __init__(self, url: str, minutes: float, interval: str) -> None:
+        self._http = httpx.Client(base_url=f"{url}/api/v1", timeout=30, trust_env=False)
+        self._seconds = 60 * minutes
+        self._variables = {"$__rate_interval": interval, "$__range": f"{math.ceil(self._seconds)}s"}
+        for name in ("job", "variant"):
+            values = self._get(f"/label/{name}/values", **{"match[]": "lowkey_variant_info"})
+            self._variables[f"${name}"] = "|".join(values)
+
+    def _get(self, path: str, **parameters: Any) -> Any:
+        answer = self._http.get(path, params=parameters).json()
+        if answer["status"] != "success":
+            raise SystemExit(f"error: {parameters}: {answer['error']}")
+        return answer["data"]
+
+    def ask(self, expr: str) -> Series:
+        """The series that had a finite value."""
+        for variable, value in self._variables.items():
+            expr = expr.replace(variable, value)
+        now = time.time()
+        data = self._get("/query_range", query=expr, start=now - self._seconds, end=now, step=STEP_S)
+        found = [(s["metric"], [[t, float(v)] for t, v in s["values"]]) for s in data["result"]]
+        return [(labels, values) for labels, values in found if any(math.isfinite(v) for _, v in values)]
 
 
 def legend(template: str, labels: dict[str, str]) -> str:
@@ -80,8 +86,8 @@ class Picture:
 
     def text(self, text: str, x: float, y: float, size: int) -> None:
         self.figure.add_annotation(
-            text=text, x=x, y=y, xref="paper", yref="paper", xanchor="left", yanchor="top", showarrow=False,
-            font={"size": size},
+            text=text, x=x, y=y, xref="paper", yref="paper", xanchor="left", align="left", yanchor="top",
+            showarrow=False, font={"size": size},
         )  # fmt: skip
 
     def stat(self, grid: dict[str, int], series: list[tuple[str, float]], unit: str) -> None:
@@ -92,7 +98,7 @@ class Picture:
             self.figure.add_trace(
                 go.Indicator(
                     value=value,
-                    title={"text": name, "font": {"size": 11}},
+                    title={"text": name.replace(" against ", "<br>against "), "font": {"size": 11}},
                     number={
                         "font": {"size": 24, "color": COLOURS[i % len(COLOURS)]},
                         "suffix": suffix,
@@ -116,16 +122,18 @@ class Picture:
             self.figure.add_scatter(
                 x=times, y=[v for _, v in values], mode="lines", line=line, name=name, **axes
             )
-        names = " ".join(
-            f'<span style="color:{COLOURS[i % len(COLOURS)]}">{name}</span> '
-            for i, (name, _) in enumerate(series)
+        seen = [(i, name) for i, (name, values) in enumerate(series) if any(v for _, v in values)]
+        names = [f'<span style="color:{COLOURS[i % len(COLOURS)]}">{name}</span>' for i, name in seen]
+        lines = [" &nbsp;".join(names[i : i + 5]) for i in range(0, len(names), 5)]
+        self.text("<br>".join(lines) or "all zero", x[0] + 0.008, y[0] + 0.019, 10)
+        across = {"domain": [x[0] + 0.035, x[1] - 0.01], "anchor": f"y{number}"}
+        along = {"domain": [y[0] + 0.035, y[1] - 0.022], "anchor": f"x{number}", "rangemode": "tozero"}
+        self.figure.update_layout(
+            {
+                f"xaxis{number}": across | {"type": "date", "tickformat": "%H:%M:%S", "nticks": 6},
+                f"yaxis{number}": along | FORMATS.get(unit, {}),
+            }
         )
-        self.text(names or "no data", x[0] + 0.008, y[0] + 0.015, 10)
-        self.figure.update_layout({
-            f"xaxis{number}": {"domain": [x[0] + 0.035, x[1] - 0.01], "anchor": f"y{number}", "type": "date"},
-            f"yaxis{number}": {"domain": [y[0] + 0.035, y[1] - 0.022], "anchor": f"x{number}", "rangemode": "tozero"}
-            | FORMATS.get(unit, {}),
-        })  # fmt: skip
 
 
 def main() -> None:
@@ -138,8 +146,10 @@ def main() -> None:
     parser.add_argument("--interval", default="1m", help="what $__rate_interval stands for")
     options = parser.parse_args()
     panels = json.loads(DASHBOARD.read_text())["panels"]
+    prometheus = Prometheus(options.prometheus, options.minutes, options.interval)
     picture = Picture(max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels))
     found: dict[str, list[list[dict[str, str]]]] = {}
+    row = ""
     for number, panel in enumerate(panels, 2):
         grid = panel["gridPos"]
         x, y = picture.place(grid)
@@ -147,12 +157,11 @@ def main() -> None:
             f"<b>{panel['title']}</b>", x[0] + 0.004, y[1] - 0.004, 15 if panel["type"] == "row" else 13
         )
         if panel["type"] == "row":
+            row = panel["title"]
             continue
         unit = panel["fieldConfig"]["defaults"]["unit"]
-        answers = [
-            ask(options.prometheus, t["expr"], options.minutes, options.interval) for t in panel["targets"]
-        ]
-        found[panel["title"]] = [[labels for labels, _ in answer] for answer in answers]
+        answers = [prometheus.ask(target["expr"]) for target in panel["targets"]]
+        found[f"{row}: {panel['title']}"] = [[labels for labels, _ in answer] for answer in answers]
         series = [
             (legend(target["legendFormat"], labels), values)
             for target, answer in zip(panel["targets"], answers, strict=True)

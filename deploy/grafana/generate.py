@@ -1,6 +1,6 @@
 """Write the Grafana dashboard: dense and reduced side by side.
 
-python deploy/grafana/generate.py deploy/grafana/lowkey.json     # needs `pip install grafana-foundation-sdk`
+.cache/deploy-venv/bin/python deploy/grafana/generate.py deploy/grafana/lowkey.json     # after make deploy-check
 """
 
 import sys
@@ -227,7 +227,10 @@ def build() -> Dashboard:
                 "reqps",
                 "Before they ran.",
                 (
-                    f"sum by (variant, reason) ({rate('lowkey_requests_rejected_total')})",
+                    # Rate limits are of keys and have no variant, which "All" leaves out unless it is asked for.
+                    f"sum by (variant, reason) ({rate('lowkey_requests_rejected_total')})".replace(
+                        '"$variant"', '"$variant|"'
+                    ),
                     "{{variant}} {{reason}}",
                 ),
             ),

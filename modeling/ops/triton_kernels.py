@@ -168,8 +168,8 @@ def mixer_step(
 @triton.jit(do_not_specialize=["tokens"])
 def convolve_packed(
     x,  # [tokens, channels], rows `q | k | v`
-    before,  # [sequences, channels, taps - 1], or None for zeros
-    after,  # likewise
+    before,  # [sequences, taps - 1, channels], or None for zeros
+    after,  # [sequences, channels, taps - 1]
     out,  # q and k [tokens, num_k_heads, d_k] and v [tokens, num_v_heads, d_v], one after the other
     weight,  # [channels, taps]
     bias,
@@ -199,8 +199,7 @@ def convolve_packed(
     width = tl.where(is_v, d_v, d_k)
     channel = tl.where(is_v, 2 * key_dim + v_head * d_v, part * d_k) + tl.arange(0, block)
     mask = tl.arange(0, block) < width
-    history = (sequence * (2 * key_dim + value_dim) + channel) * (taps - 1)
-
+    channels = 2 * key_dim + value_dim
     t = begin + first + tl.arange(0, chunk)
     y = tl.zeros([chunk, block], tl.float32)
     for j in tl.static_range(taps):
@@ -211,13 +210,16 @@ def convolve_packed(
             mask=inside[:, None] & mask[None, :],
             other=0.0,
         ).to(tl.float32)
-        if before is not None:
-            outside = (source < begin) & (t < end)
-            at = source - begin + (taps - 1)
-            old = tl.load(
-                before + history[None, :] + at[:, None], mask=outside[:, None] & mask[None, :], other=0.0
-            )
-            value += old.to(tl.float32)
+        if before is not None:  # noqa: SIM102 (known when compiled, unlike the next)
+            if first == 0:
+                outside = (source < begin) & (t < end)
+                row = sequence * (taps - 1) + source - begin + (taps - 1)
+                old = tl.load(
+                    before + row[:, None] * channels + channel[None, :],
+                    mask=outside[:, None] & mask[None, :],
+                    other=0.0,
+                )
+                value += old.to(tl.float32)
         y += value * tl.load(weight + channel * taps + j, mask=mask, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         y += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[None, :]
@@ -226,22 +228,22 @@ def convolve_packed(
     y *= tl.where(is_v, 1.0, norm)[:, None]
 
     is_k = (part >= num_k_heads) & (part < 2 * num_k_heads)
-    row = tl.where(is_v, value_dim, key_dim)
+    stride = tl.where(is_v, value_dim, key_dim)
     total = tl.cast(tokens, tl.int64)
     start = tl.where(is_v, 2 * total * key_dim, tl.where(is_k, total * key_dim, 0))
     head = tl.where(is_v, v_head * d_v, tl.where(is_k, part - num_k_heads, part) * d_k)
-    target = out + start + t[:, None] * row + head + tl.arange(0, block)[None, :]
+    target = out + start + t[:, None] * stride + head + tl.arange(0, block)[None, :]
     tl.store(target, y.to(out.dtype.element_ty), mask=(t < end)[:, None] & mask[None, :])
 
     if begin + first + chunk >= end:
         for j in tl.static_range(taps - 1):
-            source = end - (taps - 1) + j
-            value = tl.load(x + source * row_stride + channel, mask=mask & (source >= begin), other=0.0)
+            place = end - (taps - 1) + j
+            recent = tl.load(x + place * row_stride + channel, mask=mask & (place >= begin), other=0.0)
             if before is not None:
-                at = source - begin + (taps - 1)
-                old = tl.load(before + history + at, mask=mask & (source < begin), other=0.0)
-                value = tl.where(source >= begin, value, old.to(value.dtype))
-            tl.store(after + history + j, value, mask=mask)
+                kept = sequence * (taps - 1) + place - begin + (taps - 1)
+                earlier = tl.load(before + kept * channels + channel, mask=mask & (place < begin), other=0.0)
+                recent = tl.where(place >= begin, recent, earlier.to(recent.dtype))
+            tl.store(after + (sequence * channels + channel) * (taps - 1) + j, recent, mask=mask)
 
 
 @triton.jit

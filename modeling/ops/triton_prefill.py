@@ -33,7 +33,7 @@ def triton_inputs(
     out = qkv.new_empty(tokens * channels)
     convolve_packed[(len(packed.chunks), 2 * s.num_k_heads + s.num_v_heads)](
         qkv,
-        state,
+        None if state is None else state.transpose(1, 2).contiguous(),  # a row of channels is one wide load
         after,
         out,
         mixer.conv.weight,

@@ -96,6 +96,10 @@ def calibrate(
         raise PruningError(f"shards={shards} is for --ray; for one of several machines give --shard i/n")
     if shard != "1/1" and ray is not None:
         raise PruningError(f"shard={shard!r} is one machine's share; with --ray give --shards")
+    if ray is not None and ":" in device:
+        raise PruningError(
+            f"device={device!r}: with --ray a shard runs on the GPU that Ray gives it; give cuda"
+        )
     needed = {name for method in methods or () for name in criterion_named(method).statistics}
     refuse_existing(out, overwrite)
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
@@ -143,7 +147,9 @@ def calibrate_on_ray(
         err_console.print(f"{job.shards} shards, {at_once} at once", highlight=False)
         passes = 2 if set(needed) & set(GRADIENTS) else 1
         with tokens_bar(err_console, "calibrating", passes * windows.numel()) as advance:
-            return collect_on_ray(job, windows, origin, advance, at_once)
+            statistics = collect_on_ray(job, windows, origin, advance, at_once)
+    statistics.check_source(checkpoint)
+    return statistics
 
 
 def tell(plan: Iterable[str], *, dry_run: bool) -> None:

@@ -108,7 +108,7 @@ def prune(
             f"stats={str(stats)!r} exists and is used as it is; drop the options of its text, "
             "or name a new file to calibrate again"
         )
-    check_output(checkpoint, out, overwrite=overwrite)
+    check_output([checkpoint], out, overwrite=overwrite)
     where = device_named(device)
 
     reused = stats is not None and stats.exists()
@@ -149,20 +149,24 @@ def prune(
     with err_console.status(f"selecting channels ({method})"):
         selection = select(checkpoint, criterion, widths, statistics=statistics, seed=seed)
 
+    writing = err_console.status("writing the reduced checkpoint and running it once")
+
     def measure(reduced: Model) -> dict[str, object]:
+        writing.stop()  # a terminal has room for one bar
         held_out = bundled_text("heldout")
         dense = perplexity_of(checkpoint, checkpoint.load(device=device), held_out, DEFAULT_TOKENS, "dense")
         after = perplexity_of(checkpoint, reduced.to(device), held_out, DEFAULT_TOKENS, "reduced")
         return evaluation_json(held_out, [("dense", dense), ("reduced", after)])
 
-    reduce_checkpoint(
-        checkpoint,
-        selection,
-        Provenance(method, seed, statistics, budget),
-        out,
-        overwrite=overwrite,
-        evaluate=measure if evaluate else None,
-    )
+    with writing:
+        reduce_checkpoint(
+            checkpoint,
+            selection,
+            Provenance(method, seed, statistics, budget),
+            out,
+            overwrite=overwrite,
+            evaluate=measure if evaluate else None,
+        )
     out_console.print(views.tree(open_checkpoint(out)))
 
 

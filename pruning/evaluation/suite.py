@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from modeling.backends import TORCH, choose
 from modeling.checkpoint import Checkpoint
 from modeling.model import Model
 from pruning.calibration import WINDOW, Encoder, Text
@@ -141,10 +142,14 @@ def _measure(
 
 
 def _speeds(models: Sequence[Model], name: str, bar: Bar) -> list[list[Speed]]:
-    """Per model, its speed at each batch size; the first is the baseline."""
+    """Per model, its speed at each batch size on the back end that would serve it; the first is the baseline."""
+    for model in models:
+        model.backend = choose(model)
     with bar(f"speed of {name}", len(BATCHES)) as advance:
         by_batch = []
         for batch in BATCHES:
             by_batch.append(decode_speed(models, batch))
             advance(1)
+    for model in models:
+        model.backend = TORCH  # the baseline's predictions are read again
     return [list(speeds) for speeds in zip(*by_batch, strict=True)]

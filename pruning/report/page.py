@@ -1,6 +1,7 @@
 """The HTML around the figures. One file: plotly's script and all data are inside, and nothing is fetched."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from html import escape
 from importlib import resources
@@ -68,17 +69,18 @@ def document(title: str, body: str, drawn: Sequence[Figure]) -> str:
     for figure in data:
         figure["layout"].pop("template", None)  # the page has its own, for light and dark
     files = resources.files("pruning.report")
-    # The data is in a script element: no "<" may end it early.
-    return (
-        files.joinpath("page.html")
-        .read_text("utf-8")
-        .replace("%TITLE%", escape(title))
-        .replace("%STYLE%", files.joinpath("page.css").read_text("utf-8"))
-        .replace("%BODY%", body)
-        .replace("%FIGURES%", json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
-        .replace("%SCRIPT%", files.joinpath("page.js").read_text("utf-8"))
-        .replace("%PLOTLY%", get_plotlyjs())
-    )
+    parts = {
+        "TITLE": escape(title),
+        "STYLE": files.joinpath("page.css").read_text("utf-8"),
+        "BODY": body,
+        # The data is in a script element: no "<" may end it early.
+        "FIGURES": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),
+        "SCRIPT": files.joinpath("page.js").read_text("utf-8"),
+        "PLOTLY": get_plotlyjs(),
+    }
+    # In one pass: a title or a checkpoint called %SCRIPT% stays text.
+    template = files.joinpath("page.html").read_text("utf-8")
+    return re.sub("%([A-Z]+)%", lambda found: parts[found[1]], template)
 
 
 def _section(figure: Figure) -> str:

@@ -1,5 +1,6 @@
 """The FastAPI application: routes, middleware, and the life of the engines behind it."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -49,9 +50,11 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         state.variants.start()
+        sweeper = asyncio.create_task(state.states.sweep())
         try:
             yield
         finally:
+            sweeper.cancel()
             await shadow.close()
             await state.variants.close()
 

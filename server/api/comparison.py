@@ -25,7 +25,7 @@ class Comparison:
         variants: the baseline first.
         prompt_ids: by variant name.
         arrived: time.monotonic() of the HTTP request.
-        priority: of its work in the engines; lower runs first.
+        priority: of its completions in the engines; lower runs first.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Comparison:
                 self._variants,
                 base.prompt_ids,
                 base.token_ids,
-                priority=self._priority,
+                priority=min(self._priority, 0),  # other comparisons wait for this one to be over
             )
         return self._answer(base, scores)
 

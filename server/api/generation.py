@@ -17,7 +17,8 @@ from server.text import Detokenizer, StopMatcher
 from server.variants import Variant
 
 
-def _logit_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
+def checked_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
+    """Token id -> bias. 400 for an id that the model lacks. The variant has loaded."""
     bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
     vocab = variant.info.vocab_size
     if bias and max(bias) >= vocab:
@@ -121,7 +122,7 @@ class Generation:
                 presence_penalty=fields.presence_penalty or 0.0,
                 frequency_penalty=fields.frequency_penalty or 0.0,
                 repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
-                logit_bias=_logit_bias(fields, variant),
+                logit_bias=checked_bias(fields, variant),
             ),
             stop_token_ids=sorted(stop_ids),
             min_tokens=fields.min_tokens or 0,

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from server.api.errors import APIError, unavailable
 from server.engine.client import StateError
 from server.engine.messages import Ready, SaveState
-from server.settings import Settings
+from server.settings import ConfigurationError, Settings
 from server.states import (
     Fingerprint,
     Header,
@@ -22,20 +23,22 @@ from server.variants import Variant
 
 logger = logging.getLogger("lowkey.states")
 
+SWEEP_S = 60.0
+"""How long a state may lie in the directory after it has expired."""
+
 
 class SavedStates:
     """The store, and what the states of each variant look like. Only where a directory is configured.
 
     What a variant's file must hold, name by name and shape by shape, is what its own engine writes: the first time
     that it is needed, the engine saves the state of one token.
+
+    Raises:
+        ConfigurationError: nothing can be written there.
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._store = (
-            None
-            if settings.state_dir is None
-            else StateStore(settings.state_dir, settings.state_ttl_s, settings.state_budget_bytes)
-        )
+        self._store = None if settings.state_dir is None else _open_store(settings, settings.state_dir)
         self._fingerprints: dict[str, tuple[Ready, Fingerprint]] = {}
         self._layouts: dict[str, tuple[Ready, dict[str, Any]]] = {}
 
@@ -45,6 +48,15 @@ class SavedStates:
         if self._store is None:
             raise APIError(404, "saved states are off: the server's configuration names no state_dir")
         return self._store
+
+    async def sweep(self) -> None:
+        """Remove what has expired, also where nobody saves anything. Goes on until it is cancelled."""
+        while self._store is not None:
+            try:
+                await asyncio.to_thread(self._store.sweep)
+            except OSError as e:
+                logger.warning("expired states can't be removed: %s", e)
+            await asyncio.sleep(SWEEP_S)
 
     async def fingerprint(self, variant: Variant) -> Fingerprint:
         """The variant's; worked out once for each load."""
@@ -92,6 +104,16 @@ class SavedStates:
             path.unlink(missing_ok=True)
         self._layouts[variant.name] = ready, tensors
         return tensors
+
+
+def _open_store(settings: Settings, directory: Path) -> StateStore:
+    """Raises ConfigurationError unless files can be made there."""
+    try:
+        store = StateStore(directory, settings.state_ttl_s, settings.state_budget_bytes)
+        with tempfile.TemporaryFile(dir=directory):
+            return store
+    except OSError as e:
+        raise ConfigurationError(f"state_dir: no file can be made in {directory}: {e.strerror}") from e
 
 
 def _header_of(path: Path) -> Header:

@@ -25,6 +25,8 @@ FLOAT_BYTES = 4
 class Scores:
     """One variant on a prompt and the baseline's completion of it."""
 
+    tokens: int
+    """A hash of both."""
     prompt_nll: float | None
     """Mean negative log-likelihood of the prompt's tokens after the first, in nats; None where there are none."""
     kl: list[float]
@@ -50,6 +52,7 @@ def pair_of(base: Scores, other: Scores, **timings: float | None) -> Pair:
     """For the A/B figures. `timings` as in Pair."""
     nlls = base.prompt_nll, other.prompt_nll
     return Pair(
+        tokens=other.tokens,
         kl=other.mean_kl,
         top1_agreement=other.top1_agreement,
         prompt_nll_difference=None if nlls[0] is None or nlls[1] is None else nlls[1] - nlls[0],
@@ -110,6 +113,7 @@ async def _one(variant: Variant, message: Score, prompt: int) -> Scores:
     if not all(map(math.isfinite, [*scored.logprobs, *scored.kl])):
         raise BrokenOutputError(f"variant {variant.name!r} gave NaN or Inf for these tokens")
     return Scores(
+        tokens=hash(tuple(message.token_ids)),
         prompt_nll=-sum(scored.logprobs[:prompt]) / prompt if prompt else None,
         kl=scored.kl,
         agree=scored.agree,

@@ -43,11 +43,7 @@ class Forward:
             cu_seqlens.append(cu_seqlens[-1] + len(piece))
         ids = upload(torch.tensor([i for piece in pieces for i in piece]), self.device)
         at = upload(torch.tensor(slots), self.device)
-        if self.device.type == "cpu":
-            hidden, state = self.model(ids, cu_seqlens, self.pool.gather(at))
-            self.pool.scatter(at, state)
-        else:
-            hidden = self.model.prefill(ids, cu_seqlens, self.pool, at)
+        hidden = self.model.prefill(ids, cu_seqlens, self.pool, at)
         return list(hidden.split([len(piece) for piece in pieces]))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -137,25 +137,33 @@ def _advice(config: EngineConfig, plan: MemoryPlan) -> str:
 
 @torch.inference_mode()
 def measure(
-    model: Model, pool: StatePool, device: Device, weights: int, prefill_tokens: int, sizes: Sequence[int]
+    config: EngineConfig,
+    model: Model,
+    pool: StatePool,
+    device: Device,
+    weights: int,
+    prefill_tokens: int,
+    sizes: Sequence[int],
 ) -> Needs:
     """What the largest steps need, found by running them on the null slot of a small pool.
 
     Also has all kernels compiled and tuned that requests would wait for.
 
     Args:
+        prefill_tokens: the most prompt tokens of a step.
         sizes: batch sizes that will be recorded; none: nothing is.
     """
     if device.name == "cpu":
         return Needs(weights)
     forward = Forward(model, pool)
-    at, null = forward.device, pool.null_slot
-    rows = min(device.logit_rows, prefill_tokens)
+    at, null, tokens = forward.device, pool.null_slot, prefill_tokens
+    sequences = min(tokens, config.max_requests or tokens)
+    rows = min(device.logit_rows, tokens)
 
     def prefill() -> None:
-        one, many = [[0] * prefill_tokens], [[0]] * prefill_tokens
-        hidden = forward.prefill(one, [null])[0]
-        forward.prefill(many, [null] * prefill_tokens)
+        """A step of one prompt, one of as many as there may be, and a sample with all filters."""
+        hidden = forward.prefill([[0] * tokens], [null])[0]
+        forward.prefill([[0] * (tokens // sequences)] * sequences, [null] * sequences)
         ones = torch.ones(rows, dtype=torch.float64, device=at)
         every = torch.arange(rows, device=at)
         filters = Filters(every, every * 0 + 1, ones * 0.5, ones * 0.1)

@@ -32,8 +32,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     batch_invariant: bool = False
     """Logits are the same bits whatever else runs; slower."""
-    prefill_tokens: int
-    """Most prompt tokens in one step, a multiple of 64."""
+    prefill_tokens: int | None = None
+    """Most prompt tokens in one step, a multiple of 64; None: as many as suit the device."""
     threads: int
     input_address: str
     output_address: str

@@ -1,5 +1,6 @@
 """Entry point of an engine process: load the model, then exchange messages and step until the parent goes away."""
 
+import gc
 import logging
 import signal
 import sys
@@ -68,6 +69,11 @@ def open_device(config: EngineConfig) -> Device:
     return HOST if name == "cpu" else Cuda(name)
 
 
+def pick_prefill_tokens(config: EngineConfig, device: str) -> int:
+    """By default few on a CPU, where 128 tokens of a prompt take longer than a decode step of 32 requests."""
+    return config.prefill_tokens or (128 if device == "cpu" else 512)
+
+
 def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, Ready]:
     """Load the checkpoint and make an engine of it.
 
@@ -91,11 +97,12 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     check_weights(config, device, weights_of(checkpoint, dtype))
     model = checkpoint.load(dtype=dtype, device=device.torch_device)
     model.backend = choose(model)
-    pool, plan, graphs = _plan(config, device, model, dtype)
+    prefill_tokens = pick_prefill_tokens(config, device.name)
+    pool, plan, graphs = _plan(config, device, model, dtype, prefill_tokens)
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
     engine = Engine(
-        Scheduler(cache, config.prefill_tokens, max_running),
+        Scheduler(cache, prefill_tokens, max_running),
         Runner(model, pool, batch_invariant=config.batch_invariant, device=device, graphs=graphs),
         depth=device.depth,
     )
@@ -134,7 +141,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
 
 
 def _plan(
-    config: EngineConfig, device: Device, model: Model, dtype: torch.dtype
+    config: EngineConfig, device: Device, model: Model, dtype: torch.dtype, prefill_tokens: int
 ) -> tuple[StatePool, MemoryPlan, DecodeGraphs | None]:
     """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
     state_dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
@@ -147,7 +154,7 @@ def _plan(
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
     recorder = None if config.batch_invariant else device.recorder()
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
-    needs = measure(model, pool(1), device, weights, config.prefill_tokens, sizes)
+    needs = measure(config, model, pool(1), device, weights, prefill_tokens, sizes)
     bytes_per_slot = model.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
     plan = plan_memory(config, device, needs, bytes_per_slot)
     logger.info("%s: %s", config.variant, plan)
@@ -176,6 +183,8 @@ def serve(config: EngineConfig) -> None:
     except (CheckpointError, ConfigError, DoesNotFitError, torch.OutOfMemoryError) as e:
         logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
         sys.exit(CANNOT_LOAD)
+    gc.collect()  # what is there now stays: it need not be looked through again, which takes longer than a step
+    gc.freeze()
     send(ready)
     sent = time.monotonic()
     poller = zmq.Poller()

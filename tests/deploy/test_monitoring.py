@@ -41,10 +41,25 @@ def test_the_recording_rules_that_alerts_read_exist():
     assert used and used <= defined
 
 
+def test_every_alert_has_its_place_on_the_page_that_says_what_to_do():
+    alerts = (PROMETHEUS / "alerts.yaml").read_text()
+    names = re.findall(r"- alert: (\w+)", alerts)
+    assert re.findall(r"runbook: (\S+)", alerts) == [f"docs/operations.md#{name.lower()}" for name in names]
+    headings = re.findall(r"^### (\w+)\n\S", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(names)
+
+
 def test_every_panel_asks_something_of_the_chosen_variants():
     panels = json.loads((ROOT / "deploy" / "grafana" / "lowkey.json").read_text())["panels"]
     queries = [t["expr"] for panel in panels if panel["type"] != "row" for t in panel["targets"]]
-    assert len(queries) > 20 and all('variant=~"$variant"' in q for q in queries)
+    assert len(queries) > 20 and all(re.search(r'variant=~"\$variant\|?"', q) for q in queries)
+
+
+@pytest.mark.slow
+def test_the_dashboard_is_what_its_generator_writes(tools, tmp_path):
+    grafana, made = ROOT / "deploy" / "grafana", tmp_path / "lowkey.json"
+    subprocess.run([tools / "python", grafana / "generate.py", made], check=True, timeout=120)
+    assert made.read_text() == (grafana / "lowkey.json").read_text()
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool (apt install prometheus)")

@@ -154,10 +154,11 @@ def test_every_query_of_the_dashboard_finds_every_variant(scraped, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     panels = json.loads((DEPLOY / "grafana" / "lowkey.json").read_text())["panels"]
-    assert len(found) == len({p["title"] for p in panels if p["type"] != "row"}) > 15
+    assert len(found) == sum(p["type"] != "row" for p in panels) > 15
     for title, queries in found.items():
         for labels in queries:
             compared = {each["baseline"] for each in labels if "baseline" in each}
-            assert {each["variant"] for each in labels} == ({"reduced"} if compared else VARIANTS), title
+            variants = {each["variant"] for each in labels if each.get("variant")}
+            assert variants == ({"reduced"} if compared else VARIANTS), title
             assert compared <= {"dense"}
     assert picture.stat().st_size > 50_000

@@ -346,6 +346,37 @@ def test_a_record_of_another_format_is_refused(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": None}, "Expected `object`"),
+        ({"method": ["[red]"]}, r"Expected `str`.*method"),
+        ({"seed": "[/]"}, r"Expected `int`.*seed"),
+        ({"source": {"name": "x", "sha256": "0" * 64, "d_k": ["[red]"], "state_bytes": 1}}, r"source\.d_k"),
+        ({"source": {"name": "x", "sha256": "0" * 64, "d_k": [32], "state_bytes": 1}}, "3 positive numbers"),
+        ({"calibration": {"tokens": 1, "origins": [{}]}}, "calibration.origins"),
+        ({"evaluation": {}}, "evaluation"),
+        ({"recovery": {"tokens": 1}}, "recovery"),
+    ],
+)
+def test_a_record_that_is_broken_is_refused_by_field(run, tmp_path, changes, message):
+    path = write_checkpoint(tmp_path / "c", GATED)
+    source = {"name": "x", "sha256": "0" * 64, "d_k": [32, 32, 32], "state_bytes": 1}
+    record = {
+        "format": 1,
+        "source": source,
+        "method": "l1",
+        "seed": 0,
+        "calibration": None,
+        "evaluation": None,
+    }
+    (path / REDUCTION).write_text(json.dumps(record))
+    run("inspect", path)
+    (path / REDUCTION).write_text(json.dumps(record | changes))
+    refused = run("inspect", path, code=2)
+    assert "state_reduction.json" in refused and re.search(message, refused)
+
+
+@pytest.mark.parametrize(
     "command", [(), ("calibrate",), ("merge",), ("prune",), ("evaluate",), ("inspect",), ("report",)]
 )
 def test_every_help_has_an_example(run, command):

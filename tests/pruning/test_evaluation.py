@@ -4,6 +4,8 @@ import copy
 import json
 import math
 from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,12 +14,13 @@ from checkpoints import GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
 from recaller import write_recaller
 
+from modeling.backends import TORCH
 from modeling.checkpoint import open_checkpoint
 from modeling.ops import reference_gated_delta_rule
 from pruning.calibration import Encoder, Text
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
-from pruning.evaluation import compare, evaluation_windows, perplexity
+from pruning.evaluation import compare, evaluation_windows, perplexity, suite
 from pruning.evaluation.recall import recall, recall_prompts
 from pruning.evaluation.record import read_evaluation
 from pruning.evaluation.speed import decode_speed
@@ -288,6 +291,21 @@ def test_speeds_are_medians_of_rounds_that_take_turns(model, other):
     assert (first.tokens_per_second, second.tokens_per_second) == (6.0, 12.0)
     assert (first.ratio, second.ratio, second.ratio_quartiles) == (1.0, 2.0, (2.0, 2.0))
     assert order[8:] == [0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.5, 0.5] * 2
+
+
+def test_speed_is_measured_on_what_would_serve_and_nothing_else_is(checkpoint, monkeypatch):
+    loaded, serving = [], replace(TORCH, name="serving")
+    monkeypatch.setattr(suite, "choose", lambda model: loaded.append(model) or serving)
+    monkeypatch.setattr(suite, "decode_speed", partial(decode_speed, rounds=2, round_seconds=0.001))
+    compared, compare = [], suite.compare
+    monkeypatch.setattr(
+        suite, "compare", lambda *models, **k: compared.append(models[1].backend) or compare(*models, **k)
+    )
+    settings = Settings(TEXT, parts=("perplexity", "speed"), tokens=64, window=32)
+    found = evaluate_checkpoints([checkpoint] * 3, settings, lambda *_: nullcontext(no_progress))
+    assert {speed.back_end for entry in found.checkpoints for speed in entry.speed} == {"serving"}
+    assert all(backend is TORCH for backend in compared) and len(compared) == 2
+    assert len({id(model) for model in loaded}) == 3
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ def test_without_ray_the_error_names_the_extra(run, dense, monkeypatch, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_shards_of_other_kinds_are_not_mixed_up(run, dense):
+def test_options_that_do_not_go_with_a_cluster_are_refused(run, dense):
+    assert "give cuda" in run(dense, "out", *JSON, "--ray", "auto", "--device", "cuda:1", code=2).output
     assert "--shard i/n" in run(dense, "out", *JSON, "--shards", 2, code=2).output
     assert "give --shards" in run(dense, "out", *JSON, "--ray", "auto", "--shard", "1/2", code=2).output
 

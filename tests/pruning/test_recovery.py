@@ -106,9 +106,17 @@ def test_the_output_is_the_reduced_checkpoint_trained(recover, folder, tmp_path,
     assert "recovered on 640 tokens" in invoke(folder, "inspect", tmp_path / "out")
 
 
-def test_the_control_is_the_dense_checkpoint_on_the_same_tokens(recover, folder, tmp_path):
+def test_the_control_is_the_dense_checkpoint_on_the_same_tokens(recover, folder, tmp_path, monkeypatch):
+    read, train = [], recovery.train
+
+    def spy(model, teacher, batches, *args, **kwargs):
+        read.append(torch.stack([batches[i] for i in range(5)]))
+        return train(model, teacher, batches, *args, **kwargs)
+
+    monkeypatch.setattr(recovery, "train", spy)
     recover("dense", "uniform", "recovered")
     recover("dense", "uniform", "control", "--control")
+    assert read[0].equal(read[1]), "the same windows in the same order"
     control, dense = open_checkpoint(tmp_path / "control"), open_checkpoint(folder / "dense")
     assert control.spec == dense.spec
     assert control.reduction is None

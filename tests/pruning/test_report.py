@@ -171,10 +171,12 @@ def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
 
 
 def test_names_from_files_stay_text(made, tmp_path):
-    run("report", tmp_path / "r.html", made / "table.json")
+    title = "%SCRIPT% %FIGURES% %TITLE%"
+    run("report", tmp_path / "r.html", made / "table.json", "--title", title)
     html = (tmp_path / "r.html").read_text()
     found = Page(html)
     assert EVIL in found.text
+    assert title in found.text
     assert "img" not in [tag for tag, _ in found.tags]
     labels = [trace["name"] for trace in found.data[0]["data"]]
     assert labels == ["l1", "&lt;img src=http://x.example/&gt;&amp;&lt;/script&gt;", "l1, per layer"]

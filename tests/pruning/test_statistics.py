@@ -84,6 +84,19 @@ def test_rows_are_normalised_with_the_model_s_eps(checkpoint):
         assert float(gram.sum()) == pytest.approx(0.5 * m.num_k_heads)
 
 
+def test_both_passes_start_every_document_from_an_empty_state(checkpoint):
+    windows = torch.randint(1, 257, (2, 40), generator=torch.Generator().manual_seed(5))
+    windows[:, [0, 20]] = checkpoint.spec.eos_token_ids[0]
+    model, seen = checkpoint.load(), []
+    apart = collect(model, windows.view(4, 20), ORIGIN, checkpoint.sha256)
+    forward = model.forward
+    model.forward = lambda ids, offsets, *a, **k: seen.append(list(offsets)) or forward(ids, offsets, *a, **k)
+    packed = collect(model, windows, ORIGIN, checkpoint.sha256, needed=GRADIENTS)
+    assert seen == [[0, 20, 40, 60, 80], [0, 20, 40], [0, 20, 40]]
+    for a, b in zip(packed.layers, apart.layers, strict=True):
+        assert all(relative(a[name], b[name]) < 1e-6 for name in FORWARD)
+
+
 def test_merged_shards_are_one_pass(checkpoint):
     windows = torch.randint(1, 257, (4 * BATCH + 3, 40), generator=torch.Generator().manual_seed(3))
     origin = replace(ORIGIN, windows=len(windows), tokens_sha256=tokens_sha256(windows))
@@ -162,7 +175,7 @@ def test_a_layer_whose_tap_never_fires_fails(checkpoint, windows):
     model = checkpoint.load()
     mixer = model.layers[2].mixer
     forward = mixer.forward
-    mixer.forward = lambda x, cu, r, c, rule, tap: forward(x, cu, r, c, rule, None)
+    mixer.forward = lambda x, cu, r, c, rule, tap, inputs: forward(x, cu, r, c, rule, None, inputs)
     with pytest.raises(PruningError, match="layer 2: the tap saw 0 of 160 tokens"):
         collect(model, windows, ORIGIN, checkpoint.sha256)
 

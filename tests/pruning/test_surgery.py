@@ -277,7 +277,7 @@ def test_output_is_replaced_only_when_asked_and_only_if_it_is_ours(tmp_path):
     with pytest.raises(PruningError, match=r"holds no state_reduction\.json"):
         reduce(checkpoint, keep, tmp_path / "mine", overwrite=True)
     for holder in (tmp_path / "dense", tmp_path):
-        with pytest.raises(PruningError, match="is the source checkpoint or holds it"):
+        with pytest.raises(PruningError, match="is a checkpoint to read or holds one"):
             reduce(checkpoint, keep, holder, overwrite=True)
     assert (tmp_path / "mine/thesis.txt").exists()
 

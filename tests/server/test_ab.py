@@ -1,5 +1,7 @@
 """The A/B figures against numpy and scipy on the same numbers."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -78,10 +80,14 @@ def test_the_bootstrap_agrees_with_scipy_and_covers_the_mean():
     assert stats.binomtest(hits, 60, 0.94).pvalue > 1e-4
 
 
+TOKENS = itertools.count(1000)
+
+
 def fill(window, n, *, source="shadow", shift=0.02, speed=None):
     rng = np.random.default_rng(0)
     for _ in range(n):
         pair = Pair(
+            tokens=next(TOKENS),
             kl=float(rng.uniform(0.01, 0.05)),
             top1_agreement=0.9,
             prompt_nll_difference=float(rng.normal(shift, 0.01)),
@@ -100,7 +106,7 @@ def test_too_little_data_is_said(clock):
     assert window.pairs(60) == []
     fill(window, ab.MIN_PAIRS - 1)
     (pair,) = window.pairs(60)
-    assert pair["verdict"].startswith("too little data: 29 pairs of reduced and dense, at least 30")
+    assert pair["verdict"].startswith("too little data: 29 different pairs of reduced and dense, at least 30")
     assert pair["kl"]["low"] is None and pair["kl"]["pairs"] == 29 and pair["speed_ratio"] is None
     clock(2000)
     assert window.pairs(60) == []
@@ -132,7 +138,9 @@ def test_equal_speeds_have_a_ratio_of_one_whichever_is_divided_by_the_other():
     rng = np.random.default_rng(5)
     for a, b in np.exp(rng.normal(0, 0.5, (400, 2))):
         for names, ratio in ((("b", "a"), b / a), (("a", "b"), a / b)):
-            pair = Pair(kl=0.1, top1_agreement=1.0, prompt_nll_difference=0.0, speed_ratio=float(ratio))
+            pair = Pair(
+                tokens=1, kl=0.1, top1_agreement=1.0, prompt_nll_difference=0.0, speed_ratio=float(ratio)
+            )
             window.add_pair(*names, "compare", pair)
     one, other = (pair["speed_ratio"] for pair in window.pairs(60))
     assert one["mean"] * other["mean"] == pytest.approx(1)
@@ -142,6 +150,26 @@ def test_equal_speeds_have_a_ratio_of_one_whichever_is_divided_by_the_other():
 
 def test_pairs_without_prompt_perplexity():
     window = ABWindow(samples=100)
-    for _ in range(40):
-        window.add_pair("b", "a", "shadow", Pair(kl=0.1, top1_agreement=1.0, prompt_nll_difference=None))
+    for i in range(40):
+        pair = Pair(tokens=i, kl=0.1, top1_agreement=1.0, prompt_nll_difference=None)
+        window.add_pair("b", "a", "shadow", pair)
     assert "too little data on the likelihood" in verdict(window) and "KL 0.1" in verdict(window)
+
+
+def test_the_same_tokens_again_are_no_further_evidence_of_quality():
+    window = ABWindow(samples=100)
+    rng = np.random.default_rng(2)
+    for tokens in range(-20, 20):
+        kl, ratio = float(rng.uniform(0, 1)), float(rng.uniform(1, 2))
+        for source, speed in (("compare", None), ("compare", ratio), ("shadow", None)):
+            pair = Pair(tokens=tokens, kl=kl, top1_agreement=0.5, prompt_nll_difference=kl, speed_ratio=speed)
+            window.add_pair("reduced", "dense", source, pair)
+    (pairs,) = window.pairs(60)
+    assert pairs["pairs"] == {"compare": 80, "shadow": 40}
+    assert [pairs[name]["pairs"] for name in ab.QUALITY_FIELDS] == [40] * 3
+    assert pairs["speed_ratio"]["pairs"] == 40 and "too little data:" not in pairs["verdict"]
+    few = ABWindow(samples=100)
+    for i in range(40):
+        pair = Pair(tokens=i % 20, kl=0.1, top1_agreement=1.0, prompt_nll_difference=0.1)
+        few.add_pair("reduced", "dense", "compare", pair)
+    assert "too little data: 20 different pairs" in verdict(few)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 from checkpoints import byte_tokenizer
+from prometheus_client.metrics import MetricWrapperBase
 from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 
 from server.ab import ABWindow
@@ -238,7 +239,17 @@ def test_a_comparison_has_a_priority_that_is_capped_as_well(api, script, asked, 
     body = {"prompt": "Hi", "max_tokens": 2, "priority": asked, "parallel": parallel}
     assert api.post("/v1/compare", json=body).status_code == 200
     completion, score = script.seen
-    assert (completion.priority, score.priority) == (given, given) and isinstance(score, Score)
+    assert completion.priority == given
+    assert isinstance(score, Score) and score.priority == 0, (
+        "it holds the memory that other comparisons wait for"
+    )
+
+
+def test_a_bias_of_a_token_that_there_is_not_is_a_400_in_a_stream_too(api):
+    for stream in (False, True):
+        body = {"prompt": "Hi", "max_tokens": 2, "logit_bias": {str(VOCAB): 1}, "stream": stream}
+        answer = api.post("/v1/compare", json=body)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "logit_bias", answer.text
 
 
 def test_the_order_of_timed_comparisons_alternates_also_as_the_page_runs_them(api, script):
@@ -335,3 +346,17 @@ def test_continuous_usage_is_exact_for_several_choices(api):
     counts = [c["usage"]["completion_tokens"] for c in chunks]
     assert counts == sorted(counts) and counts[-1] == 16
     assert all(c["usage"]["prompt_tokens"] == 2 for c in chunks)
+
+
+def test_a_token_looks_up_no_series(api, script, monkeypatch):
+    """Looking one up by its labels takes longer than all else that is measured of a token."""
+    looked_up = []
+    labels = MetricWrapperBase.labels
+    monkeypatch.setattr(MetricWrapperBase, "labels", lambda *a, **k: looked_up.append(a) or labels(*a, **k))
+    counts = []
+    for length in (2, 30):
+        looked_up.clear()
+        script.queue.append(ids("x" * length))
+        assert len(events(api, max_tokens=length)) == length + 1
+        counts.append(len(looked_up))
+    assert counts[0] == counts[1]

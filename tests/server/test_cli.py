@@ -1,10 +1,15 @@
 """`lowkey-serve`: arguments, environment, and errors that say what would be right."""
 
+import asyncio
+import gc
+from types import SimpleNamespace
+
 import pytest
+import uvicorn
 from typer.testing import CliRunner
 
 from server import cli
-from server.settings import Settings
+from server.settings import ConfigurationError, Settings
 
 
 @pytest.fixture
@@ -70,3 +75,35 @@ def test_help_has_examples(run):
 
 def test_every_setting_is_documented():
     assert all(field.description for field in Settings.model_fields.values())
+
+
+@pytest.fixture
+def frozen():
+    """How many objects the garbage collector leaves alone, over those before."""
+    before = gc.get_freeze_count()
+    yield lambda: gc.get_freeze_count() - before
+    gc.unfreeze()
+
+
+def test_what_is_there_once_all_models_are_up_is_no_garbage(frozen):
+    variants = [SimpleNamespace(name=name, admitted=0, client=SimpleNamespace(up=True)) for name in "ab"]
+    variants[1].client.up = False
+    state = SimpleNamespace(variants=variants, leaving=False, draining=False)
+    server = cli.Server(uvicorn.Config(lambda: None), state, reload=Settings)
+    asyncio.run(server.on_tick(1))
+    assert frozen() == 0
+    variants[1].client.up = True
+    asyncio.run(server.on_tick(1))
+    after = frozen()
+    assert after > 1000
+    asyncio.run(server.on_tick(1))
+    assert frozen() == after
+
+
+def test_what_turns_out_bad_at_the_start_exits_with_2_too(monkeypatch):
+    def refuse(*_):
+        raise ConfigurationError("state_dir: no file can be made in it")
+
+    monkeypatch.setattr(cli, "run", refuse)
+    result = CliRunner().invoke(cli.app, ["dense=org/name"])
+    assert result.exit_code == 2 and "state_dir" in result.output

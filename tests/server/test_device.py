@@ -203,7 +203,7 @@ def fail_when(monkeypatch, target, name, condition):
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_out_of_memory_in_a_prompt_is_that_requests_error_and_no_one_elses(bench, monkeypatch, depth):
-    setup = Setup(bench, slots=4, depth=depth, prefix_cache=True)
+    setup = Setup(bench, slots=8, depth=depth, prefix_cache=True)
     calls = fail_when(
         monkeypatch,
         setup.runner._forward,
@@ -229,7 +229,9 @@ def test_out_of_memory_in_a_prompt_is_that_requests_error_and_no_one_elses(bench
     # Once there is memory again the same prompt is served, and from no state that the failure left behind.
     monkeypatch.undo()
     again = generate(prompt(200, seed=1), 5)
-    bench.check_tokens(again, tokens_of(run(setup.engine, {0: [again]}))[again.request_id])
+    outputs = run(setup.engine, {0: [again]})
+    bench.check_tokens(again, tokens_of(outputs)[again.request_id])
+    assert next(t for o in outputs for t in o.tokens).cached_tokens == 0
 
 
 def test_choices_that_share_the_prompt_fail_with_it(bench, monkeypatch):

@@ -161,6 +161,7 @@ def client_of(tmp_path):
     client = EngineClient(
         engine_config("x"),
         tmp_path,
+        hang_s=30.0,
         on_ready=lambda _: None,
         on_step=lambda _: None,
         on_occupancy=lambda _: None,

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import gc
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,13 +14,13 @@ import psutil
 import pytest
 from checkpoints import GATED, write_checkpoint
 from engine_process import START_S, Harness, engine_config, until
-from engines import Bench, generate, prompt, sampling, score
+from engines import Bench, generate, prompt, run, sampling, score
 
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
 from server.engine.client import EngineUnavailableError, StateError
 from server.engine.messages import SaveState
-from server.engine.process import build
+from server.engine.process import build, pick_prefill_tokens, serve
 
 CONFIG = {**GATED, "max_position_embeddings": 65536}
 
@@ -238,6 +240,15 @@ def test_closing_fails_what_is_pending_and_leaves_no_process(bench, tmp_path):
     assert harness.downs == 1, "closing is no failure"
 
 
+def test_prompts_are_fed_as_suits_the_device(bench):
+    assert pick_prefill_tokens(engine_config("x", prefill_tokens=None), "cpu") == 128
+    assert pick_prefill_tokens(engine_config("x", prefill_tokens=None), "cuda:1") == 512
+    assert pick_prefill_tokens(engine_config("x", prefill_tokens=192), "cuda") == 192
+    engine, _ = build(engine_config(bench.checkpoint.path, prefill_tokens=None))
+    outputs = run(engine, {0: [generate(prompt(1000), 1)]})
+    assert len(outputs) == 8 and {output.phase for output in outputs} == {"prefill"}
+
+
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
 def test_half_the_state_fits_twice(tmp_path, state_dtype):
     free = []
@@ -323,3 +334,19 @@ def test_the_api_process_imports_no_torch():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=START_S)
+
+
+def test_what_is_there_once_a_model_has_loaded_is_no_garbage(bench, tmp_path, monkeypatch):
+    config = engine_config(
+        bench.checkpoint.path, input_address=f"ipc://{tmp_path}/in", output_address=f"ipc://{tmp_path}/out"
+    )
+    read, write = os.pipe()
+    os.close(write)  # the parent is gone already
+    before = gc.get_freeze_count()
+    with open(read) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        serve(config)
+    try:
+        assert gc.get_freeze_count() > before + 1000
+    finally:
+        gc.unfreeze()

@@ -118,6 +118,8 @@ def test_a_conversation_keeps_its_home_and_another_one_with_the_same_system_prom
     ("body", "model"),
     [
         (b"", ""),
+        (b'{"prompt": "\xff"}', ""),
+        (b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", ""),
         (b"{", ""),
         (b"[1]", ""),
         (b'{"model": 3}', ""),

@@ -2,11 +2,12 @@
 
 import asyncio
 import gc
+import json
 from contextlib import aclosing
 
 import pytest
 
-from server.api.streaming import EventStream, merged, together
+from server.api.streaming import EventStream, merged, sse, together
 
 
 class Source:
@@ -93,13 +94,26 @@ def test_together_cancels_the_others():
     asyncio.run(work())
 
 
+def test_an_event_is_compact_and_keeps_its_order():
+    assert sse({"b": 1, "a": [None, True, 0.5], "text": 'a "b"\n'}) == (
+        b'data: {"b":1,"a":[null,true,0.5],"text":"a \\"b\\"\\n"}\n\n'
+    )
+
+
+@pytest.mark.parametrize("text", ["é", "😀", "\x00\x0b\x0c\x1c", "a\x85b\u2028c\u2029d", "\u2027\u202a"])
+def test_an_event_is_one_line_however_lines_are_told_apart(text):
+    line, *rest = sse({"text": text}).decode().splitlines()
+    assert rest == [""]
+    assert json.loads(line.removeprefix("data: ")) == {"text": text}
+
+
 def test_a_reader_who_leaves_while_an_event_waits_ends_the_stream_at_once():
     said = []
 
     async def events():
         try:
             while True:
-                yield "data: x\n\n"
+                yield b"data: x\n\n"
         finally:
             said.append("closed")
 

@@ -5,18 +5,28 @@
 #include "layer.h"
 
 // Convolution over the last inputs and x, SiLU; `past` moves on. All of n neighbouring channels.
-template <int KERNEL, class C>
-static inline void convolve(const float *x, C *past, const float *weight, const float *bias, int kernel,
-                            int64_t channels, int n, float *y) {
-    const int history = (KERNEL ? KERNEL : kernel) - 1;
+template <class C>
+static inline void convolve(const float *x, C *past, const float *weight, const float *bias, int kernel, int64_t channels,
+                            int n, float *y) {
+    const int history = kernel - 1;
+    if (kernel == 4) {
+        const float *w0 = weight, *w1 = w0 + channels, *w2 = w1 + channels, *w3 = w2 + channels;
 #pragma omp simd
-    for (int i = 0; i < n; i++) {
-        float sum = x[i] * weight[history * channels + i] + (bias ? bias[i] : 0.0f);
-        for (int j = 0; j < history; j++) sum += read(past + i * history + j) * weight[j * channels + i];
-        for (int j = 0; j + 1 < history; j++) past[i * history + j] = past[i * history + j + 1];
-        if (history) write(past + i * history + history - 1, x[i]);
-        y[i] = silu(sum);
-    }
+        for (int i = 0; i < n; i++) {
+            // All three read, then all three written: this is what the compiler makes whole vectors of.
+            const float p0 = read(past + 3 * i), p1 = read(past + 3 * i + 1), p2 = read(past + 3 * i + 2), p3 = x[i];
+            write(past + 3 * i, p1), write(past + 3 * i + 1, p2), write(past + 3 * i + 2, p3);
+            y[i] = (bias ? bias[i] : 0.0f) + p0 * w0[i] + p1 * w1[i] + p2 * w2[i] + p3 * w3[i];
+        }
+    } else
+        for (int i = 0; i < n; i++) {
+            float sum = (bias ? bias[i] : 0.0f) + x[i] * weight[history * channels + i];
+            for (int j = 0; j < history; j++) sum += read(past + i * history + j) * weight[j * channels + i];
+            for (int j = 0; j + 1 < history; j++) past[i * history + j] = past[i * history + j + 1];
+            if (history) write(past + i * history + history - 1, x[i]);
+            y[i] = sum;
+        }
+    for (int i = 0; i < n; i++) y[i] = silu(y[i]);
 }
 
 // COLUMNS vectors of columns of one head's state: S = decay S + k d^T with d = beta (v - decay S^T k), o = S^T q.
@@ -68,9 +78,8 @@ static void mix_head(const Layer &l, const float *in, S *state, C *past, int hea
     const int d_k = l.d_k, d_v = l.d_v;
     float *q = scratch, *k = q + d_k, *v = k + d_k;
     auto conv = [&](int64_t from, int n, float *y) {
-        auto run = l.conv_kernel == 4 ? convolve<4, C> : convolve<0, C>;
-        run(in + from, past + from * l.history(), l.conv_weight + from, l.conv_bias ? l.conv_bias + from : nullptr,
-            l.conv_kernel, l.channels(), n, y);
+        convolve(in + from, past + from * l.history(), l.conv_weight + from,
+                 l.conv_bias ? l.conv_bias + from : nullptr, l.conv_kernel, l.channels(), n, y);
     };
     conv((int64_t)head * d_k, d_k, q);
     conv(l.keys() + (int64_t)head * d_k, d_k, k);

@@ -1,0 +1,354 @@
+"""The server's engine on the card, and the server over HTTP."""
+
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_common import FAMILIES, EagerRecorder, Run, config, large_checkpoint, make_checkpoint
+from gpu_models import free, parity_size, same_text
+
+from modeling.backends import TORCH
+from modeling.checkpoint import Checkpoint
+from modeling.graphs import Recorder
+from modeling.state import StatePool
+from server.engine.device import Cuda, Device, Host
+from server.engine.engine import Engine
+from server.engine.messages import EngineConfig, Generate, Ready, Sampling
+from server.engine.process import build
+
+STREAMS = 256
+CLIENTS = 4
+"""Processes of the load: one alone would be what limits the server."""
+
+
+class RecordingHost(Host):
+    """A CPU whose steps are recorded and overlap, to test this script."""
+
+    depth = 1
+
+    def recorder(self) -> Recorder | None:
+        return EagerRecorder()
+
+
+class EagerCuda(Cuda):
+    """A GPU whose steps are launched kernel by kernel."""
+
+    def recorder(self) -> Recorder | None:
+        return None
+
+
+def device_of(run: Run, *, graphs: bool = True) -> Device:
+    if run.cuda:
+        return Cuda(run.device) if graphs else EagerCuda(run.device)
+    return RecordingHost() if graphs else Host()
+
+
+def make_engine(
+    run: Run,
+    checkpoint: Checkpoint,
+    dtype: str,
+    *,
+    requests: int,
+    graphs: bool = True,
+    state_memory: int | None = None,
+) -> tuple[Engine, Ready]:
+    engine_config = EngineConfig(
+        variant="check",
+        source=str(checkpoint.path),
+        device=run.device,
+        dtype=dtype,  # type: ignore[arg-type]
+        max_requests=requests,
+        state_memory=state_memory,
+        prefill_tokens=64 if run.small else 4096,
+        prefix_cache=False,
+        threads=1,
+        input_address="",
+        output_address="",
+    )
+    return build(engine_config, device_of(run, graphs=graphs))
+
+
+def request(number: int, ids: list[int], new_tokens: int) -> Generate:
+    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
+    return Generate(
+        request_id=str(number), token_ids=ids, max_tokens=new_tokens, sampling=greedy, stop_token_ids=[]
+    )
+
+
+def random_prompts(lengths: list[int], vocab: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
+
+
+def texts(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of each prompt; they join one after the other, so that batches of many sizes run."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    waiting = [request(i, ids, new_tokens) for i, ids in enumerate(prompts)]
+    while waiting or not engine.idle:
+        if waiting:
+            engine.handle(waiting.pop(0))
+        output = engine.step()
+        for token in output.tokens if output else ():
+            tokens[int(token.request_id)].append(token.token_id)
+    return tokens
+
+
+@torch.inference_mode()
+def reference(checkpoint: Checkpoint, ids: list[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens `[n]` and their logits `[n, vocab]` by plain torch on the CPU, in float32."""
+    model = checkpoint.load()
+    model.backend = TORCH
+    pool, slot = StatePool(model.spec, 1), torch.zeros(1, dtype=torch.long)
+    hidden, state = model(torch.tensor(ids), [0, len(ids)])
+    pool.scatter(slot, state)
+    logits = [model.logits(hidden[-1:])[0]]
+    for _ in range(tokens - 1):
+        logits.append(model.logits(model.decode(logits[-1].argmax()[None], pool, slot))[0])
+    rows = torch.stack(logits)
+    return rows.argmax(-1), rows
+
+
+@contextmanager
+def waits_counted(run: Run, engine: Engine) -> Iterator[dict[str, int]]:
+    """How many calls that wait for the device there are in launches of decode steps, and of steps with prompts."""
+    launch = engine._runner.launch
+    counts = {"decode": 0, "prompt": 0}
+
+    def counted(batch: Any) -> Any:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return launch(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+                waits = sum("called a synchronizing" in str(w.message) for w in seen)
+                counts["prompt" if batch.prefills else "decode"] += waits
+
+    if run.cuda:
+        engine._runner.launch = counted  # type: ignore[method-assign]
+    try:
+        yield counts
+    finally:
+        engine._runner.launch = launch  # type: ignore[method-assign]
+
+
+def check_engine_text(run: Run) -> Iterator[list[str]]:
+    """Both ways of launching, and the CPU, give the same text; launches of decode steps wait for nothing."""
+    new = 6 if run.small else 24
+    lengths = [1, 9, 30] if run.small else [1, 63, 64, 65, 150, 7, 200, 31]
+    for family in FAMILIES[:1] if run.small else FAMILIES:
+        run.need(10)
+        width = parity_size(run)["d_v"]
+        checkpoint = make_checkpoint(
+            run.folder / f"engine-{family}", config(family, d_k=width, **parity_size(run))
+        )
+        prompts = random_prompts(lengths, checkpoint.spec.vocab_size)
+        result: dict[str, Any] = {}
+        run.report.setdefault("engine", {})[f"text {family}"] = result
+        for name, graphs in (("graphs", True), ("eager", False)):
+            engine, _ = make_engine(
+                run, checkpoint, "float32", requests=len(prompts), graphs=graphs, state_memory=2**28
+            )
+            texts(engine, prompts, new)  # compiled and tuned, the next time counts
+            with waits_counted(run, engine) as waits:
+                made = texts(engine, prompts, new)
+            result[f"waits {name}"] = waits
+            same = [
+                same_text(tokens[None], logits[None], torch.tensor([text]))
+                for text, (tokens, logits) in zip(
+                    made, (reference(checkpoint, ids, new) for ids in prompts), strict=True
+                )
+            ]
+            result[name] = sorted(set(same))
+            good = all(s.startswith("equal") for s in same) and not waits["decode"]
+            what = f"engine {family} {name}"
+            details = f"text against the CPU: {', '.join(result[name])}; waits in launches: {waits}"
+            yield [what, run.check(good, what), details]
+            del engine
+            free(run)
+
+
+def full_speed(engine: Engine, batch: int, vocab: int, new_tokens: int) -> float:
+    """Tokens per second while all of `batch` requests decode."""
+    for i, ids in enumerate(random_prompts([16] * batch, vocab)):
+        engine.handle(request(i, ids, new_tokens))
+    times: list[float] = []
+    while not engine.idle:
+        output = engine.step()
+        if output is not None and output.phase == "decode" and output.batch_size == batch:
+            times.append(time.perf_counter())
+    return batch * (len(times) - 1) / (times[-1] - times[0])
+
+
+def check_engine_speed(run: Run) -> Iterator[list[str]]:
+    """Tokens per second of the engine alone, beside those of the graphs alone."""
+    batches = (1, 2) if run.small else (1, 32, 128, STREAMS, 512)
+    results = run.report.setdefault("engine", {})
+    for d_k in (128, 64):
+        run.need(20)
+        free(run)
+        checkpoint = large_checkpoint(run, FAMILIES[0], d_k)
+        free(run)
+        dtype = "float32" if run.small else "bfloat16"
+        engine, ready = make_engine(run, checkpoint, dtype, requests=batches[-1])
+        results[f"memory d_k {d_k}"] = ready.memory | {"slots": ready.slots, "load_s": ready.load_s}
+        yield [
+            f"engine d_k {d_k}",
+            "",
+            f"{ready.slots} slots, loaded in {ready.load_s:.1f} s, {ready.memory}",
+        ]
+        for batch in batches:
+            run.need(4)
+            new = 8 if run.small else 100
+            full_speed(engine, batch, ready.vocab_size, 8)
+            speed = full_speed(engine, batch, ready.vocab_size, new)
+            results[f"d_k {d_k} B {batch}"] = speed
+            told = f"{speed:.0f} tok/s"
+            alone = run.report.get("decode", {}).get(f"{FAMILIES[0]} d_k {d_k} B {batch}")
+            if alone:
+                told += f", {speed / alone['tokens_per_second']:.2f} of the graphs alone"
+            yield [f"engine d_k {d_k} B {batch}", "", told]
+        del engine
+        gc.collect()
+    free(run)
+
+
+class Server:
+    """A `lowkey-serve` process."""
+
+    def __init__(self, run: Run, checkpoints: dict[str, Checkpoint], streams: int) -> None:
+        self.log = run.folder / "server.log"
+        arguments = [f"{name}={checkpoint.path}" for name, checkpoint in checkpoints.items()]
+        arguments += ["--port", "0", "--device", run.device, "--max-requests", str(streams)]
+        arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
+        arguments += ["--prefill-tokens", "64" if run.small else "2048"]
+        root = Path(__file__).parents[1]
+        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", "from server.cli import app; app()", *arguments],
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"PYTHONPATH": path},
+            )
+        self.url = ""
+
+    def wait_ready(self, run: Run) -> None:
+        while True:
+            text = self.log.read_text()
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server did not start:\n{text[-4000:]}")
+            if not run.small:
+                run.need(10)
+            found = re.search(r"running on (http://\S+)", text)
+            if found:
+                self.url = found[1]
+                try:
+                    # Every variant: /ready alone is content with one.
+                    models = json.load(urllib.request.urlopen(f"{self.url}/v1/models", timeout=5))["data"]
+                    if all(m["lowkey"]["status"] == "up" for m in models):
+                        return
+                except (OSError, urllib.error.URLError):
+                    pass
+            time.sleep(0.2)
+
+    def cpu_seconds(self) -> float:
+        """Of the API process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def stop(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+def load(
+    run: Run, server: Server, variant: str, vocab: int, streams: int, new_tokens: int
+) -> dict[str, float]:
+    """`streams` clients of two requests each, over several processes; tokens per second from first to last."""
+    clients = 1 if run.small else CLIENTS
+    script = str(Path(__file__).with_name("gpu_client.py"))
+    before = server.cpu_seconds()
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                script,
+                server.url,
+                variant,
+                str(streams // clients),
+                str(vocab),
+                str(new_tokens),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(clients)
+    ]
+    outputs = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError(f"a client failed; the server's log ends:\n{server.log.read_text()[-2000:]}")
+    results = [json.loads(output) for output in outputs]
+    tokens = sum(r["tokens"] for r in results)
+    seconds = max(r["ended"] for r in results) - min(r["began"] for r in results)
+    api = server.cpu_seconds() - before
+    return {
+        "streams": streams,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "api_cpu_seconds": api,
+        "api_us_per_token": 1e6 * api / tokens,
+        "client_cpu_seconds": sum(r["cpu"] for r in results),
+        "errors": sum(r["errors"] for r in results),
+    }
+
+
+def check_server(run: Run) -> Iterator[list[str]]:
+    """Dense and reduced on one card, 256 streams on each in turn."""
+    free(run)
+    run.need(40)
+    streams, new = (2, 8) if run.small else (STREAMS, 128)
+    checkpoints = {
+        name: large_checkpoint(run, FAMILIES[0], d_k) for name, d_k in (("dense", 128), ("reduced", 64))
+    }
+    free(run)
+    vocab = checkpoints["dense"].spec.vocab_size
+    server = Server(run, checkpoints, streams)
+    try:
+        server.wait_ready(run)
+        for name, d_k in (("dense", 128), ("reduced", 64)):
+            load(run, server, name, vocab, streams, 4)
+            run.need(8)
+            figures = load(run, server, name, vocab, streams, new)
+            run.report.setdefault("server", {})[name] = figures
+            told = (
+                f"{figures['tokens_per_second']:.0f} tok/s over {streams} streams, API process "
+                f"{figures['api_cpu_seconds']:.1f} s of {figures['seconds']:.1f} s "
+                f"({figures['api_us_per_token']:.0f} us a token)"
+            )
+            bare = run.report.get("engine", {}).get(f"d_k {d_k} B {streams}")
+            if bare:
+                figures["over_engine"] = figures["tokens_per_second"] / bare
+                told += f", {figures['over_engine']:.2f} of the bare engine"
+            yield [f"server {name}", run.check(figures["errors"] == 0, f"server {name}"), told]
+    finally:
+        run.report.setdefault("server", {})["log"] = server.log.read_text()[-4000:]
+        server.stop()

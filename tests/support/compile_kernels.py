@@ -1,0 +1,98 @@
+"""Compile our Triton kernels for an H100 on a machine without a GPU, as a script of its own: the interpreter that the
+tests use runs much that the compiler refuses (a variable that changes its type within an `if`, for one).
+
+Each kernel is compiled as the back end would launch it: the launch is caught, and the kernel's signature made of the
+arguments.
+"""
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from modeling.layers import Block
+from modeling.ops import triton_prefill, triton_step
+from modeling.spec import LayerSpec, MixerSpec, MLPSpec, NormSpec
+
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+H100 = GPUTarget("cuda", 90, 32)
+
+
+class Caught:
+    """In the place of a kernel."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, num_warps=4, **constants):
+        names = self.kernel.arg_names
+        values = dict(zip(names, args, strict=False)) | constants
+        assert list(values) == names, "the launch and the kernel disagree about their arguments"
+        fixed = {p.name for p in self.kernel.params if p.is_constexpr}
+        free = {p.name for p in self.kernel.params if p.do_not_specialize}
+        signature, constexprs, attributes = {}, {}, {}
+        for i, (name, value) in enumerate(values.items()):
+            if name in fixed or value is None or (isinstance(value, int) and value == 1 and name not in free):
+                signature[name], constexprs[i,] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[i,] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0 and name not in free:
+                    attributes[i,] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
+        compiled = triton.compile(source, target=H100, options={"num_warps": num_warps})
+        print(self.kernel.__name__, len(compiled.asm["cubin"]))
+
+
+def main() -> None:
+    for module, names in (
+        (triton_prefill, ["convolve_packed"]),
+        (triton_step, ["mixer_step", "rms_norm", "swiglu"]),
+    ):
+        for name in names:
+            setattr(module, name, Caught(getattr(module, name)))
+    for gated, d_k, bias in ((True, 16, True), (False, 12, False)):
+        spec = MixerSpec(
+            num_k_heads=2,
+            num_v_heads=4 if gated else 2,
+            d_k=d_k,
+            d_v=16,
+            conv_kernel=4,
+            conv_bias=bias,
+            has_decay=gated,
+            has_beta=True,
+            beta_scale=1.0,
+            gate="silu" if gated else "none",
+            norm_eps=1e-6,
+        )
+        norm = NormSpec(eps=1e-6)
+        block = Block(LayerSpec(mixer=spec, mlp=MLPSpec(intermediate_size=64), norm=norm), 32, 0)
+        block.requires_grad_(False)
+        for p in block.parameters():
+            if p.ndim == 2:
+                p.data = p.data.bfloat16()
+        projected = torch.zeros(70, sum(spec.in_proj_sizes), dtype=torch.bfloat16)
+        state = torch.zeros(2, spec.conv_channels, 3, dtype=torch.bfloat16)
+        for before in (None, state):
+            triton_prefill.triton_inputs(block.mixer, projected[:, : spec.conv_channels], [0, 3, 70], before)
+        recurrent = torch.zeros(
+            3, spec.num_v_heads, d_k, 16, dtype=torch.bfloat16 if gated else torch.float32
+        )
+        conv = torch.zeros(3, spec.conv_channels, 3, dtype=torch.bfloat16)
+        x = torch.zeros(2, 32, dtype=torch.bfloat16)
+        triton_step.triton_block(block, x, recurrent, conv, torch.arange(2), triton_step.triton_step)
+
+
+if __name__ == "__main__":
+    main()
