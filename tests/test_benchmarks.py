@@ -41,7 +41,7 @@ def test_no_request_fails_while_servers_are_restarted_one_after_the_other(tmp_pa
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr

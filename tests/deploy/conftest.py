@@ -24,7 +24,7 @@ def check(tools):
 
     def run(*arguments, given):
         done = subprocess.run(
-            [tools / "python", TOOLS, *arguments], input=given, capture_output=True, text=True, timeout=120
+            [tools / "python", TOOLS, *arguments], input=given, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

@@ -111,7 +111,7 @@ def test_the_server_takes_what_the_chart_gives_it(rendered, tmp_path):
         env={**os.environ, **values},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     settings = json.loads(done.stdout)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import DEADLINE_S, LiveServer, poll, write_variants
+from live_server import CONTEXT, DEADLINE_S, ENDLESS, LiveServer, poll, write_variants
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -19,7 +19,7 @@ VARIANTS = {"dense", "reduced"}
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(
         shutil.which("prometheus") is None, reason="needs prometheus (apt install prometheus)"
     ),
@@ -95,7 +95,7 @@ def traffic(server):
     for name in sorted(VARIANTS):
         for _ in range(3):
             server.events(model=name, prompt=prompt, max_tokens=12)
-        too_long = {"model": name, "prompt": [1] * 20000, "max_tokens": 1}
+        too_long = {"model": name, "prompt": [1] * (CONTEXT + 1), "max_tokens": 1}
         assert server.http.post("/v1/completions", json=too_long).status_code == 400
     answer = server.http.post("/v1/compare", json={"prompt": "Once upon", "max_tokens": 8})
     assert answer.status_code == 200, answer.text
@@ -107,7 +107,7 @@ def scraped(server, prometheus):
     traffic(server)
     poll(lambda: len(query(prometheus, "lowkey_engine_up == 1")) == 2, "the first scrape")
     for name in sorted(VARIANTS):
-        body = {"model": name, "prompt": "Once", "max_tokens": 5000, "ignore_eos": True, "stream": True}
+        body = {"model": name, "prompt": "Once", "max_tokens": ENDLESS, "ignore_eos": True, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as response:
             pieces = response.iter_bytes()
             next(pieces)

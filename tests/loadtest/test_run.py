@@ -1,7 +1,7 @@
 """The search for the highest rate, and what is sent, without a server."""
 
 import asyncio
-import time
+import math
 
 import pytest
 
@@ -38,7 +38,7 @@ def search(monkeypatch, keeps, **options):
             WORKLOAD,
             Objectives(0.5, 0.05),
             **limits,
-            until=time.monotonic() + 60,
+            until=math.inf,
             on_probe=lambda _: None,
         )
     )

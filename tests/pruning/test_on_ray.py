@@ -1,17 +1,14 @@
 """`lowkey-prune calibrate --ray`: what it refuses, and a cluster of two nodes on this machine."""
 
 import json
-import os
-import signal
 import sys
 import threading
 import time
 
-import psutil
 import pytest
 import torch
 from checkpoints import GATED, random_tensors, write_checkpoint
-from ray_nodes import two_nodes
+from ray_nodes import processes, two_nodes
 from typer.testing import CliRunner
 
 from pruning.cli import app
@@ -72,7 +69,6 @@ def assert_same(path, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_cluster_gets_what_one_process_gets(run, dense, cluster):
     options = (*JSON, *TOKENS, "--method", "loss-aware")
     run(dense, "whole", *options)
@@ -83,18 +79,16 @@ def test_a_cluster_gets_what_one_process_gets(run, dense, cluster):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_shard_whose_process_is_killed_is_run_again(run, dense, cluster):
     run(dense, "whole", *JSON, *TOKENS)
     killed, over = [], threading.Event()
 
     def kill_one():
         while not killed and not over.is_set():
-            for process in psutil.process_iter(["cmdline"]):
-                if "ray::run_shard" in " ".join(process.info["cmdline"] or []):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
+            for process in processes("ray::run_shard"):
+                process.kill()
+                killed.append(process.pid)
+                return
             time.sleep(0.005)
 
     killer = threading.Thread(target=kill_one)
@@ -109,7 +103,6 @@ def test_a_shard_whose_process_is_killed_is_run_again(run, dense, cluster):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_shard_that_fails_is_named_and_nothing_is_written(run, cluster, tmp_path):
     tensors = random_tensors(GATED)
     tensors["model.layers.1.attn.k_proj.weight"][0, 0] = float("nan")
@@ -120,7 +113,6 @@ def test_a_shard_that_fails_is_named_and_nothing_is_written(run, cluster, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_shard_that_fits_no_node_is_refused_and_does_not_wait(cluster):
     import ray
 

@@ -10,18 +10,17 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
 import yaml
-from live_server import DEADLINE_S, poll
+from live_server import DEADLINE_S, ENDLESS, poll
 from prometheus_client.parser import text_string_to_metric_families
-from ray_nodes import two_nodes
+from ray_nodes import processes, two_nodes
 
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore:Using extra keyword arguments:DeprecationWarning"),  # Ray's own
 ]
 STREAMS = 20
@@ -29,11 +28,7 @@ STREAMS = 20
 
 def replicas():
     """Processes of the replicas."""
-    return [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if "ray::ServeReplica:lowkey:Lowkey" in " ".join(p.info["cmdline"] or [])
-    ]
+    return processes("ray::ServeReplica:lowkey:Lowkey")
 
 
 class Service:
@@ -66,9 +61,10 @@ class Service:
         poll(there, "two replicas are up")
 
     def wait_idle(self):
-        poll(
-            lambda: sum(self.by_replica("lowkey_state_slots", state="used").values()) == 0, "no slot is used"
-        )
+        poll(lambda: self.used_slots() == 0, "no slot is used")
+
+    def used_slots(self):
+        return sum(self.by_replica("lowkey_state_slots", state="used").values())
 
 
 def deployed(config, port):
@@ -106,7 +102,7 @@ def service(checkpoints, tmp_path_factory):
         serve.start(document.proxy_location, document.http_options.model_dump())
         _get_global_client().deploy_apps(document)  # what `serve deploy` has the dashboard do
         service = Service(f"http://127.0.0.1:{port}")
-        poll(lambda: service.http.get("/ready").status_code == 200, "the application answers", 300)
+        poll(lambda: service.http.get("/ready").status_code == 200, "the application answers", 2 * DEADLINE_S)
         service.wait_replicas()
         yield service
         service.http.close()
@@ -154,13 +150,16 @@ def test_a_client_that_leaves_frees_its_slot(service, stream):
         return sum(service.by_replica("lowkey_requests_total", finish_reason="abort").values())
 
     before = aborted()
-    body = {"model": "dense", "prompt": "x", "max_tokens": 16000, "ignore_eos": True, "stream": stream}
-    if stream:
-        with service.http.stream("POST", "/v1/completions", json=body) as response:
-            next(response.iter_lines())
-    else:
-        with pytest.raises(httpx.ReadTimeout):
-            service.http.post("/v1/completions", json=body, timeout=2)
+    body = {"model": "dense", "prompt": "x", "max_tokens": ENDLESS, "ignore_eos": True, "stream": stream}
+
+    async def ask_and_leave():
+        async with httpx.AsyncClient(base_url=service.url, timeout=DEADLINE_S) as client:
+            asked = asyncio.create_task(client.post("/v1/completions", json=body))
+            await asyncio.to_thread(poll, lambda: service.used_slots() == 1, "it runs")
+            asked.cancel()
+            await asyncio.wait([asked])
+
+    asyncio.run(ask_and_leave())
     poll(lambda: aborted() == before + 1, "the request was aborted")
     service.wait_idle()
 
@@ -200,14 +199,17 @@ def test_a_killed_replica_costs_streams_an_error_event_and_retried_requests_noth
         begun = [asyncio.Event() for _ in range(STREAMS)]
         leave = asyncio.Event()
         reads = [
-            asyncio.create_task(read_stream(service, f"{n} is", begun[n], max_tokens=16000, leave=leave))
+            asyncio.create_task(read_stream(service, f"{n} is", begun[n], max_tokens=ENDLESS, leave=leave))
             for n in range(STREAMS)
         ]
         await asyncio.gather(*(b.wait() for b in begun))
         replicas()[0].kill()
         await asyncio.wait(reads, return_when=asyncio.FIRST_COMPLETED, timeout=DEADLINE_S)
         await asyncio.to_thread(
-            poll, lambda: service.by_replica("lowkey_engine_up").keys() - before, "a new replica", 300
+            poll,
+            lambda: service.by_replica("lowkey_engine_up").keys() - before,
+            "a new replica",
+            2 * DEADLINE_S,
         )
         leave.set()
         return await asyncio.gather(*reads)
@@ -235,12 +237,8 @@ def test_requests_end_before_a_replica_does(service):
     from ray import serve
 
     def engines():
-        return [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if "server.engine.process" in " ".join(p.info["cmdline"] or [])
-            and p.environ().get("RAY_TMPDIR", "") == os.environ["RAY_TMPDIR"]
-        ]
+        found = processes("server.engine.process")  # those of other tests' servers, too
+        return [p for p in found if p.environ().get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]]
 
     async def live():
         begun = asyncio.Event()

@@ -170,7 +170,7 @@ def disk(monkeypatch):
     ready = threading.Event()
 
     def slow(*arguments):
-        assert ready.wait(60), "the writer held up those who were to let it go on"
+        assert ready.wait(600), "the writer held up those who were to let it go on"
         save_state(*arguments)
 
     monkeypatch.setattr(cache, "save_state", slow)

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -15,6 +15,16 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_memory_monitor_refresh_ms": "0",  # other processes of the machine are not Ray's to judge
 }
+
+
+def processes(command: str) -> list[psutil.Process]:
+    """Those below this one that have the text in their command line: other clusters of the machine are not ours."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if command in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 @contextmanager
