@@ -94,7 +94,7 @@ class Picture:
         x, y = self.place(grid)
         for i, (name, value) in enumerate(series):
             width = (x[1] - x[0]) / len(series)
-            suffix = "B" if unit == "bytes" else ""
+            suffix, form = ("B", ".3s") if unit == "bytes" else ("", ".3~g")
             self.figure.add_trace(
                 go.Indicator(
                     value=value,
@@ -102,7 +102,7 @@ class Picture:
                     number={
                         "font": {"size": 24, "color": COLOURS[i % len(COLOURS)]},
                         "suffix": suffix,
-                        "valueformat": ".3s",
+                        "valueformat": form,
                     },
                     domain={
                         "x": [x[0] + i * width, x[0] + (i + 1) * width],
