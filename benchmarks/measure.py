@@ -23,6 +23,7 @@ import transformers
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
 from modeling.model import Model
+from modeling.pages import zeros
 
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 200
 
@@ -63,15 +64,14 @@ def spread(s: dict[str, float], form: str = ".2f") -> str:
 
 
 def read_memory() -> Callable[[], object]:
-    """Reads 256 MiB, far more than caches hold."""
-    block = torch.rand(1 << 26)
+    """Reads 256 MiB in large pages, far more than caches hold."""
+    block = zeros([1 << 26], torch.float32).uniform_()
     return block.sum
 
 
 def copy_memory() -> Callable[[], object]:
     """Reads 128 MiB and writes 128 MiB."""
-    source = torch.rand(1 << 25)
-    target = torch.empty_like(source)
+    source, target = (zeros([1 << 25], torch.float32).uniform_() for _ in range(2))
     return lambda: target.copy_(source)
 
 
