@@ -1,17 +1,14 @@
 """`lowkey-prune calibrate --ray`: what it refuses, and a cluster of two nodes on this machine."""
 
 import json
-import os
-import signal
 import sys
 import threading
 import time
 
-import psutil
 import pytest
 import torch
 from checkpoints import GATED, random_tensors, write_checkpoint
-from ray_nodes import two_nodes
+from ray_nodes import two_nodes, workers
 from typer.testing import CliRunner
 
 from pruning.cli import app
@@ -90,11 +87,9 @@ def test_a_shard_whose_process_is_killed_is_run_again(run, dense, cluster):
 
     def kill_one():
         while not killed and not over.is_set():
-            for process in psutil.process_iter(["cmdline"]):
-                if "ray::run_shard" in " ".join(process.info["cmdline"] or []):
-                    os.kill(process.pid, signal.SIGKILL)
-                    killed.append(process.pid)
-                    return
+            for process in workers("ray::run_shard")[:1]:
+                process.kill()
+                killed.append(process.pid)
             time.sleep(0.005)
 
     killer = threading.Thread(target=kill_one)

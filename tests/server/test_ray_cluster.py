@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +9,11 @@ from pathlib import Path
 
 import httpx
 import openai
-import psutil
 import pytest
 import yaml
 from live_server import DEADLINE_S, poll
 from prometheus_client.parser import text_string_to_metric_families
-from ray_nodes import two_nodes
+from ray_nodes import two_nodes, workers
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,11 +27,7 @@ STREAMS = 20
 
 def replicas():
     """Processes of the replicas."""
-    return [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if "ray::ServeReplica:lowkey:Lowkey" in " ".join(p.info["cmdline"] or [])
-    ]
+    return workers("ray::ServeReplica:lowkey:Lowkey")
 
 
 class Service:
@@ -234,23 +228,17 @@ def test_a_killed_replica_costs_streams_an_error_event_and_retried_requests_noth
 def test_requests_end_before_a_replica_does(service):
     from ray import serve
 
-    def engines():
-        return [
-            p
-            for p in psutil.process_iter(["cmdline"])
-            if "server.engine.process" in " ".join(p.info["cmdline"] or [])
-            and p.environ().get("RAY_TMPDIR", "") == os.environ["RAY_TMPDIR"]
-        ]
+    engines = [child for replica in replicas() for child in replica.children(recursive=True)]
+    assert len([p for p in engines if "server.engine.process" in p.cmdline()]) == 4
 
     async def live():
         begun = asyncio.Event()
         read = asyncio.create_task(read_stream(service, "0 is", begun, max_tokens=1000))
         await begun.wait()
-        assert len(engines()) == 4
         await asyncio.to_thread(serve.delete, "lowkey")
         return await read
 
     events = asyncio.run(live())
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
-    poll(lambda: not engines(), "the engines are gone")
+    poll(lambda: not any(p.is_running() for p in engines), "the engines are gone")

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import psutil
@@ -42,3 +42,15 @@ def two_nodes(cpus: int, **environment: str) -> Iterator[Any]:
         shutil.rmtree(directory, ignore_errors=True)
         os.environ.clear()
         os.environ.update(before)
+
+
+def workers(title: str) -> list[psutil.Process]:
+    """Processes of this cluster that run what Ray calls `title`, and of no other cluster on this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        if title in " ".join(process.info["cmdline"] or []):
+            with suppress(psutil.NoSuchProcess):
+                raylet = process.parent()
+                if raylet is not None and os.environ["RAY_TMPDIR"] in " ".join(raylet.cmdline()):
+                    found.append(process)
+    return found
