@@ -148,7 +148,9 @@ def main() -> None:
     parser.add_argument(
         "--rate", type=float, help="requests a second; default: 80 %% of the highest that is held"
     )
-    parser.add_argument("--probe", type=float, default=60.0, help="seconds of each probe: short ones miss a slow queue")
+    parser.add_argument(
+        "--probe", type=float, default=60.0, help="seconds of each probe: short ones miss a slow queue"
+    )
     parser.add_argument("--model", type=Path, default=MODEL)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
