@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_a_minute_of_soak_leaves_everything_as_it_was(tmp_path):
+def run(script, *options, json_file):
+    """What a benchmark prints, and what it writes."""
     result = subprocess.run(
-        [sys.executable, "benchmarks/soak.py", "--minutes", "1", "--json", str(tmp_path / "soak.json")],
+        [sys.executable, f"benchmarks/{script}", *map(str, options), "--json", str(json_file)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -21,30 +21,19 @@ def test_a_minute_of_soak_leaves_everything_as_it_was(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "all as it should be" in result.stdout
-    figures = json.loads((tmp_path / "soak.json").read_text())
+    return result.stdout, json.loads(json_file.read_text())
+
+
+@pytest.mark.slow
+def test_a_minute_of_soak_leaves_everything_as_it_was(tmp_path):
+    output, figures = run("soak.py", "--minutes", 1, json_file=tmp_path / "soak.json")
+    assert "all as it should be" in output
     assert figures["outcomes"]["200"] > 10 and figures["outcomes"]["left"] > 0
 
 
 @pytest.mark.slow
 def test_no_request_fails_while_servers_are_restarted_one_after_the_other(tmp_path):
     """The delay is many times the proxy's lag, so that a busy machine does not decide."""
-    result = subprocess.run(
-        [
-            sys.executable,
-            "benchmarks/rolling.py",
-            "--drain-delay",
-            "20",
-            "--json",
-            str(tmp_path / "rolling.json"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=800,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    figures = json.loads((tmp_path / "rolling.json").read_text())
+    _, figures = run("rolling.py", "--drain-delay", 20, json_file=tmp_path / "rolling.json")
     assert figures["failed"] == {} and figures["while_restarting"] > 10
     assert len(figures["connections"]) >= 3, "clients came to the new servers"

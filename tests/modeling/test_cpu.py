@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from specs import mixer_spec
 from torch import nn
 
 from modeling.backends import TORCH, choose
@@ -19,7 +20,7 @@ from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
 from modeling.ops import UnavailableError
 from modeling.ops.cpu import build
-from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
+from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec
 from modeling.state import StatePool
 from pruning.calibration import Encoder, bundled_text
 from pruning.evaluation import evaluation_windows
@@ -28,23 +29,8 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
 def spec_of(hidden=24, intermediate=20, vocab=37, tied=False, layers=1, **mixer):
-    mixer = (
-        dict(
-            num_k_heads=2,
-            num_v_heads=2,
-            d_k=8,
-            d_v=8,
-            conv_kernel=4,
-            conv_bias=False,
-            has_decay=True,
-            has_beta=True,
-            beta_scale=1.0,
-            gate="silu",
-            norm_eps=1e-5,
-        )
-        | mixer
-    )
-    layer = LayerSpec(MixerSpec(**mixer), MLPSpec(intermediate), NormSpec(1e-6))
+    mixer = dict(num_k_heads=2, num_v_heads=2, d_k=8, d_v=8) | mixer
+    layer = LayerSpec(mixer_spec(**mixer), MLPSpec(intermediate), NormSpec(1e-6))
     return ModelSpec("test", vocab, hidden, (layer,) * layers, NormSpec(1e-6), tied, 64, ())
 
 

@@ -5,28 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import GATED, write_checkpoint
+from specs import mixer_spec
 
 from modeling.backends import TORCH
 from modeling.checkpoint import open_checkpoint
 from modeling.layers import Mixer
 from modeling.ops.packing import CHUNK, packing
 from modeling.ops.triton_prefill import triton_inputs
-from modeling.spec import MixerSpec
 from modeling.state import StatePool
 
-BASE = {
-    "num_k_heads": 1,
-    "num_v_heads": 1,
-    "d_k": 16,
-    "d_v": 16,
-    "conv_kernel": 4,
-    "conv_bias": False,
-    "has_decay": True,
-    "has_beta": True,
-    "beta_scale": 1.0,
-    "gate": "silu",
-    "norm_eps": 1e-5,
-}
 SPECS = {
     "plain": {},
     "value-groups": {"num_k_heads": 2, "num_v_heads": 4, "d_v": 8},
@@ -48,7 +35,7 @@ def offsets_of(lengths: list[int]) -> list[int]:
 
 
 def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> Mixer:
-    mixer = Mixer(MixerSpec(**{**BASE, **changes}), 8, 0)
+    mixer = Mixer(mixer_spec(**changes), 8, 0)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in mixer.parameters():

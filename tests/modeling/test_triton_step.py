@@ -5,28 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
+from specs import mixer_spec
 
 from modeling.backends import TORCH, by_layer
 from modeling.checkpoint import open_checkpoint
 from modeling.layers import Mixer
 from modeling.ops import triton_step as module
 from modeling.ops.triton_step import triton_block, triton_step
-from modeling.spec import MixerSpec
 from modeling.state import StatePool
 
-BASE = {
-    "num_k_heads": 1,
-    "num_v_heads": 1,
-    "d_k": 16,
-    "d_v": 16,
-    "conv_kernel": 4,
-    "conv_bias": False,
-    "has_decay": True,
-    "has_beta": True,
-    "beta_scale": 1.0,
-    "gate": "silu",
-    "norm_eps": 1e-5,
-}
 SPECS = {
     "gated": {},
     "gated-value-groups": {"num_k_heads": 2, "num_v_heads": 4, "d_v": 8},
@@ -46,7 +33,7 @@ HIDDEN = 8
 
 def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> Mixer:
     """Weights of the given dtype; what a checkpoint keeps in float32 stays so."""
-    spec = MixerSpec(**{**BASE, **changes})
+    spec = mixer_spec(**changes)
     mixer = Mixer(spec, HIDDEN, 0)
     torch.manual_seed(0)
     with torch.no_grad():

@@ -18,11 +18,6 @@ from pruning.statistics import load_statistics
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("dense") / "dense", GATED)
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(" ".join(f"{i * i}" for i in range(2000)))

@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
-from checkpoints import GATED, write_checkpoint
 from typer.testing import CliRunner
 
 from modeling.checkpoint import REDUCTION
 from pruning.cli import app
 from pruning.statistics import load_statistics
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("dense") / "dense", GATED)
 
 
 @pytest.fixture

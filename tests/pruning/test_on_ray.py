@@ -20,11 +20,6 @@ JSON = ("--text", "data.jsonl", "--field", "body", "--window-length", 64)
 TOKENS = ("--tokens", 40 * 64)
 
 
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp("dense") / "dense", GATED)
-
-
 @pytest.fixture
 def run(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -11,12 +11,13 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from specs import mixer_spec
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling.layers import Block
 from modeling.ops import triton_prefill, triton_step
-from modeling.spec import LayerSpec, MixerSpec, MLPSpec, NormSpec
+from modeling.spec import LayerSpec, MLPSpec, NormSpec
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
 H100 = GPUTarget("cuda", 90, 32)
@@ -63,16 +64,12 @@ def main() -> None:
         for name in names:
             setattr(module, name, Caught(getattr(module, name)))
     for gated, d_k, bias in ((True, 16, True), (False, 12, False)):
-        spec = MixerSpec(
+        spec = mixer_spec(
             num_k_heads=2,
             num_v_heads=4 if gated else 2,
             d_k=d_k,
-            d_v=16,
-            conv_kernel=4,
             conv_bias=bias,
             has_decay=gated,
-            has_beta=True,
-            beta_scale=1.0,
             gate="silu" if gated else "none",
             norm_eps=1e-6,
         )
