@@ -11,7 +11,6 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     be swapped out, and waits for the device first.
     """
     if device.type == "cuda" and host.numel():
-        return host.pin_memory().to(
-            device, non_blocking=True
-        )  # torch keeps the pinned block until it is copied
+        # torch keeps the pinned block until it is copied.
+        return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)

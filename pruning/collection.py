@@ -16,7 +16,7 @@ from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.calibration import BATCH, Origin, cu_seqlens
 from pruning.errors import PruningError
-from pruning.gradients import GRADIENTS, add_gradients
+from pruning.gradients import add_gradients, need_gradients
 from pruning.progress import Advance, no_progress
 from pruning.statistics import (
     GRAMS,
@@ -86,6 +86,11 @@ class Collector:
                 )
 
 
+def tokens_to_run(windows: Tensor, needed: Collection[StatisticName]) -> int:
+    """What `collect` tells `advance` of in all: gradients take every token a second time."""
+    return windows.numel() * (2 if need_gradients(needed) else 1)
+
+
 def collect(
     model: Model,
     windows: Tensor,
@@ -136,7 +141,7 @@ def collect(
             collector.check_tokens(done["forward"] * windows.shape[1])
             advance(rows.numel())
             save_now_and_then()
-    if set(names) & set(GRADIENTS):
+    if need_gradients(names):
         for tokens in add_gradients(model, windows[done["backward"] :], running.layers):
             done["backward"] += 1
             advance(tokens)

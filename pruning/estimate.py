@@ -22,7 +22,7 @@ from modeling.spec import ModelSpec
 from pruning.calibration import BATCH
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
-from pruning.gradients import GRADIENTS, add_gradients
+from pruning.gradients import add_gradients, need_gradients
 from pruning.statistics import StatisticName, shapes
 from pruning.views import change, width
 
@@ -71,8 +71,7 @@ def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
 
 def calibration_bytes(spec: ModelSpec, names: Collection[StatisticName], length: int) -> tuple[int, int, int]:
     """What calibration holds beside `PROCESS_BYTES`: weights in float32, activations, statistics."""
-    gradients = bool(set(names) & set(GRADIENTS))
-    active = activation_bytes(spec, length, gradients=gradients)
+    active = activation_bytes(spec, length, gradients=need_gradients(names))
     return 4 * parameter_count(spec), active, statistics_bytes(spec, names)
 
 
@@ -81,8 +80,7 @@ def calibration_lines(
 ) -> Iterator[str]:
     """Passes, memory and time of collecting `names` on `windows` `[count, length]`."""
     count, length = windows.shape
-    gradients = bool(set(names) & set(GRADIENTS))
-    passes = "forward, then forward and backward" if gradients else "forward"
+    passes = "forward, then forward and backward" if need_gradients(names) else "forward"
     yield f"calibration: {windows.numel():,} tokens, {count} windows of {length}; {passes}"
     weights, active, held = calibration_bytes(spec, names, length)
     yield (
@@ -107,7 +105,7 @@ def window_seconds(
         for p in model.parameters():
             p.fill_(0.01)
         total += count * _seconds(partial(_run, model, windows, names), device)
-    if set(names) & set(GRADIENTS):
+    if need_gradients(names):
         total += _seconds(partial(_head, spec, length, device), device)
     return total
 
@@ -116,7 +114,7 @@ def _run(model: Model, windows: Tensor, names: Collection[StatisticName]) -> Non
     layers = zeros(model.spec, names)
     with torch.no_grad():
         model(windows.flatten(), [0, windows.numel()], tap=Collector(layers).tap if names else None)
-    if set(names) & set(GRADIENTS):
+    if need_gradients(names):
         for _ in add_gradients(model, windows, layers):
             pass
 

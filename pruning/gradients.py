@@ -8,7 +8,7 @@ are kept, both sums over windows, in float64:
   F_c = sum over windows of (dL/dz_qc + dL/dz_kc)^2.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -26,6 +26,11 @@ GradientName = Literal["q_gradient", "k_gradient", "gate_fisher"]
 `[num_k_heads, d_k]`."""
 
 GRADIENTS: tuple[GradientName, ...] = get_args(GradientName)
+
+
+def need_gradients(names: Collection[str]) -> bool:
+    """Whether statistics of these names take a backward pass."""
+    return not {*GRADIENTS}.isdisjoint(names)
 
 
 def add_gradients(model: Model, windows: Tensor, sums: Sequence[Mapping[Any, Tensor]]) -> Iterator[int]:

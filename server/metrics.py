@@ -219,9 +219,8 @@ class VariantMetrics:
             ready.device,
             ready.backend,
         )
-        metrics.info.remove_by_labels(
-            {"variant": name}
-        )  # a checkpoint may have been replaced before a restart
+        # A checkpoint may have been replaced before a restart.
+        metrics.info.remove_by_labels({"variant": name})
         metrics.info.labels(*labels).set(1)
         self.on_occupancy(ready, Occupancy(running=0, waiting=0, used_slots=0))
 

@@ -24,13 +24,12 @@ from server.api.app import create_app
 from server.api.errors import APIError, unavailable
 from server.api.health import why_not_ready
 from server.api.streaming import DONE, sse
+from server.engine.messages import DEFAULT_SLOTS
 from server.logs import configure
 from server.settings import ConfigurationError, Settings, VariantSettings, load_settings
 
 logger = logging.getLogger("lowkey.ray")
 
-RUNNING = 64
-"""Requests that one variant of a replica is sent at once, unless `max_requests` says otherwise: its slots."""
 FRONT_REQUESTS = 8192
 """Requests that one front passes on at once. Ray's default is 5."""
 STREAM_INTERVAL_S = 0.05
@@ -410,7 +409,7 @@ def build(args: Args) -> Any:
         name: serve.deployment(
             Replica,
             name=name,
-            max_ongoing_requests=(own.max_requests or RUNNING) * len(own.variants),
+            max_ongoing_requests=(own.max_requests or DEFAULT_SLOTS) * len(own.variants),
             max_queued_requests=own.max_queue,
             graceful_shutdown_timeout_s=own.drain_s,
             max_constructor_retry_count=3,

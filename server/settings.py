@@ -27,8 +27,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-VariantName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-"""Becomes a metric label and part of a file name."""
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What a variant, an alias or a key may be called: it becomes a metric label and part of a file name."""
+VariantName = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 KeyName = VariantName
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 DType = Literal["auto", "float32", "bfloat16"]

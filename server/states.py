@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from server.settings import NAME
+
 FORMAT = "lowkey-state-1"
 MAX_HEADER_BYTES = 2**20
 """Far more than the names and shapes of any model's layers take."""
@@ -27,8 +29,6 @@ _PARTIAL = re.compile(r"\.{1,2}[0-9a-f]{32}\.part(\.[0-9a-f]{8})?")
 """Ours, and the name under which an engine writes it."""
 _ID = re.compile(r"state-[0-9a-f]{32}")
 _COUNT = re.compile(r"[1-9][0-9]{0,9}")
-_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-"""As the settings take it: what a file says of itself is told to clients."""
 
 
 class StateFileError(Exception):
@@ -122,7 +122,7 @@ def parse_header(text: bytes) -> Header:
     for count in ("tokens", "created"):
         if not _COUNT.fullmatch(metadata.get(count, "")):
             raise StateFileError(f"is no saved state: its metadata has no number {count!r}")
-    if not _VARIANT.fullmatch(metadata.get("variant", "")):
+    if not re.fullmatch(NAME, metadata.get("variant", "")):  # it is told to clients
         raise StateFileError("is no saved state: its metadata names no variant")
     end = 0
     try:

@@ -1,6 +1,6 @@
 """`lowkey-prune calibrate`: text -> statistics file."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ from torch import Tensor
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning.calibration import BATCH, Origin, take_shard
-from pruning.collection import collect
+from pruning.collection import collect, tokens_to_run
 from pruning.commands.console import err_console, out_console
 from pruning.criteria import criterion_named
 from pruning.errors import PruningError
@@ -24,7 +24,6 @@ from pruning.estimate import (
     shape_lines,
     statistics_bytes,
 )
-from pruning.gradients import GRADIENTS
 from pruning.on_ray import Job, collect_on_ray, connected, room
 from pruning.options import (
     CalibrationText,
@@ -132,12 +131,11 @@ def calibrate_on_ray(
     checkpoint: Checkpoint,
     windows: Tensor,
     origin: Origin,
-    names: Sequence[StatisticName],
+    needed: tuple[StatisticName, ...],
     device: torch.device,
 ) -> Statistics:
     """Collect statistics in shards on the Ray cluster at `address`."""
     batches = -(-len(windows) // BATCH)
-    needed = tuple(names)
     memory = PROCESS_BYTES + sum(calibration_bytes(checkpoint.spec, needed, windows.shape[1]))
     source = str(checkpoint.path.absolute()) if Path(checkpoint.source).is_dir() else checkpoint.source
     job = Job(source, str(device), needed, shards or 1, torch.get_num_threads(), memory)
@@ -145,8 +143,7 @@ def calibrate_on_ray(
         at_once = room(job)
         job = replace(job, shards=shards or min(at_once, batches))
         err_console.print(f"{job.shards} shards, {at_once} at once", highlight=False)
-        passes = 2 if set(needed) & set(GRADIENTS) else 1
-        with tokens_bar(err_console, "calibrating", passes * windows.numel()) as advance:
+        with tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance:
             statistics = collect_on_ray(job, windows, origin, advance, at_once)
     statistics.check_source(checkpoint)
     return statistics
@@ -182,9 +179,8 @@ def run_calibration(
     partial = out.with_name(f"{out.name}.partial")
     if overwrite:
         partial.unlink(missing_ok=True)
-    passes = 2 if set(needed) & set(GRADIENTS) else 1
     try:
-        with tokens_bar(err_console, "calibrating", passes * windows.numel()) as advance:
+        with tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance:
             statistics = collect(
                 model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=partial
             )

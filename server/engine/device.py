@@ -137,9 +137,8 @@ class _CudaDownload:
     """Copies to pinned memory, and an event behind them."""
 
     def __init__(self) -> None:
-        self._event = torch.cuda.Event(
-            blocking=True
-        )  # a thread that waits sleeps: the next step is queued already
+        # A thread that waits sleeps: the next step is queued already.
+        self._event = torch.cuda.Event(blocking=True)
 
     def add(self, tensor: Tensor) -> Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -11,13 +11,10 @@ from modeling.model import Model
 from modeling.state import StatePool
 from server.engine.device import Device
 from server.engine.forward import Forward
-from server.engine.messages import EngineConfig
+from server.engine.messages import DEFAULT_SLOTS, EngineConfig
 from server.engine.sampler import Filters, draw
 
 logger = logging.getLogger("lowkey.engine")
-
-DEFAULT_SLOTS = 64
-"""On a CPU."""
 
 RESERVED = 2**30
 """Of a GPU, for what torch does not count: the CUDA context, kernels, libraries, fragments."""

@@ -7,6 +7,9 @@ import msgspec
 CANNOT_LOAD = 78
 """Exit code of an engine whose checkpoint is no good (EX_CONFIG): starting it again would not help."""
 
+DEFAULT_SLOTS = 64
+"""State slots of an engine on a CPU that was not told how many."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 Phase = Literal["prefill", "decode", "mixed"]

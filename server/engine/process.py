@@ -94,11 +94,12 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         raise CheckpointError(f"{tokenizer}: the server tokenises with it, but it can't be read: {e}") from e
     device = device or open_device(config)
     dtype = pick_dtype(config, device.name)
-    check_weights(config, device, weights_of(checkpoint, dtype))
+    weights = weights_of(checkpoint, dtype)
+    check_weights(config, device, weights)
     model = checkpoint.load(dtype=dtype, device=device.torch_device)
     model.backend = choose(model)
     prefill_tokens = pick_prefill_tokens(config, device.name)
-    pool, plan, graphs = _plan(config, device, model, dtype, prefill_tokens)
+    pool, plan, graphs = _plan(config, device, model, dtype, weights, prefill_tokens)
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
     engine = Engine(
@@ -141,7 +142,12 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
 
 
 def _plan(
-    config: EngineConfig, device: Device, model: Model, dtype: torch.dtype, prefill_tokens: int
+    config: EngineConfig,
+    device: Device,
+    model: Model,
+    dtype: torch.dtype,
+    weights: int,
+    prefill_tokens: int,
 ) -> tuple[StatePool, MemoryPlan, DecodeGraphs | None]:
     """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
     state_dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
@@ -151,7 +157,6 @@ def _plan(
             model.spec, slots, device=device.torch_device, state_dtype=state_dtype, conv_dtype=dtype
         )
 
-    weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
     recorder = None if config.batch_invariant else device.recorder()
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
     needs = measure(config, model, pool(1), device, weights, prefill_tokens, sizes)

@@ -90,9 +90,8 @@ def _against_reference(message: Score, start: int, logprobs: Tensor) -> tuple[Te
         return none
     at = start + skip - reference.from_position
     if reference.mode == "write":
-        rows[at : at + len(logprobs)] = (
-            logprobs.cpu()
-        )  # waits for the device: too large to keep until the collect
+        # Waits for the device: too large to keep until the collect.
+        rows[at : at + len(logprobs)] = logprobs.cpu()
         return none
     theirs = upload(rows[at : at + len(logprobs)], logprobs.device)
     kl = (theirs.exp() * (theirs - logprobs)).sum(-1).clamp_min(0)  # rounding may make it -1e-9
