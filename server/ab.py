@@ -21,6 +21,8 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 PAIRS_KEPT = 2000
 GAPS_PER_REQUEST = 10
+MIN_SPEED_TOKENS = 16
+"""Tokens of a request whose own speed counts in the percentiles: that of a shorter one is mostly noise."""
 
 
 class Ring:
@@ -50,7 +52,8 @@ class Request:
     """One request of the variant's traffic that has ended. What it didn't reach is None."""
 
     completion_tokens: int
-    tokens_per_second: float | None
+    decode_s: float | None
+    """Seconds from the first token to the last, as the engine made them."""
     ttft_s: float | None
     gaps_s: list[float]
     failed: bool
@@ -105,7 +108,7 @@ class ABWindow:
         now = time.time()
         row = (
             float(request.completion_tokens),
-            _or_nan(request.tokens_per_second),
+            _or_nan(request.decode_s),
             _or_nan(request.ttft_s),
             float(request.failed),
         )
@@ -118,7 +121,7 @@ class ABWindow:
         ring.add(time.time(), [(*values, float(pair.tokens % 2**53))])
 
     def traffic(self, variant: str, window_s: float) -> dict[str, Any]:
-        """Of one variant in the last `window_s` seconds. Percentiles are over requests, of `itl_s` over gaps."""
+        """What one variant did in the last `window_s` seconds. Percentiles are over requests, of `itl_s` over gaps."""
         start = time.time() - window_s
         traffic = self._traffic.get(variant)
         if traffic is None:
@@ -130,7 +133,7 @@ class ABWindow:
             "requests": len(requests),
             "errors": int(requests[:, 3].sum()),
             "completion_tokens": int(requests[:, 0].sum()),
-            "tokens_per_second": _percentiles(requests[:, 1]),
+            "tokens_per_second": _speeds(requests[:, 0], requests[:, 1]),
             "ttft_s": _percentiles(requests[:, 2]),
             "itl_s": _percentiles(gaps[:, 0]),
             "complete": complete,
@@ -152,12 +155,33 @@ def _or_nan(value: float | None) -> float:
     return float("nan") if value is None else float(value)
 
 
+_PERCENTILES = {"p50": 50, "p95": 95, "p99": 99}
+
+
 def _percentiles(values: Rows) -> dict[str, float] | None:
     values = values[np.isfinite(values)]
     if not len(values):
         return None
-    p50, p95, p99 = np.percentile(values, [50, 95, 99])
-    return {"mean": float(values.mean()), "p50": float(p50), "p95": float(p95), "p99": float(p99)}
+    return {"mean": float(values.mean()), **_quantiles(values)}
+
+
+def _quantiles(values: Rows) -> dict[str, float]:
+    return {name: float(np.percentile(values, percent)) for name, percent in _PERCENTILES.items()}
+
+
+def _speeds(tokens: Rows, decode_s: Rows) -> dict[str, float | None] | None:
+    """Tokens per second of requests: the mean is all tokens after the first ones over all the time that they took, so
+    that a short request weighs little; percentiles are over requests of at least `MIN_SPEED_TOKENS`, null if there are
+    none."""
+    timed = decode_s > 0  # NaN is not
+    tokens, decode_s = tokens[timed], decode_s[timed]
+    if not len(tokens):
+        return None
+    speeds = ((tokens - 1) / decode_s)[tokens >= MIN_SPEED_TOKENS]
+    return {
+        "mean": float((tokens - 1).sum() / decode_s.sum()),
+        **(_quantiles(speeds) if len(speeds) else dict.fromkeys(_PERCENTILES)),
+    }
 
 
 def bootstrap_mean(values: Rows, seed: int = 0) -> tuple[float, float]:

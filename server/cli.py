@@ -101,7 +101,7 @@ class Server(uvicorn.Server):
         if self._state.leaving and time.monotonic() >= self._drain_at:
             self._state.draining = True
         if self._state.draining and not self.should_exit:
-            await self._drain(sum(variant.admitted for variant in variants))
+            await self._drain(sum(variant.answers for variant in variants))
         return await super().on_tick(counter)
 
     async def _drain(self, running: int) -> None:
@@ -240,7 +240,7 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         fastapi_app,
         host=settings.host,
         port=settings.port,
-        http=HttpProtocol.with_header_timeout(settings.header_timeout_s),
+        http=HttpProtocol.with_timeouts(settings.header_timeout_s, settings.write_timeout_s),
         log_config=None,
         access_log=False,
         timeout_keep_alive=75,

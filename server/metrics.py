@@ -91,6 +91,9 @@ class Metrics:
             "lowkey_prefix_cache_hits_total", "Prompt tokens found in the prefix cache.", engine
         )
         self.running = gauge("lowkey_requests_running", "Requests that hold a state slot.", engine)
+        self.paused = gauge(
+            "lowkey_requests_paused", "Running requests that wait for a client who is slow to read.", engine
+        )
         self.waiting = gauge("lowkey_requests_waiting", "Requests that wait for a state slot.", engine)
         self.request_state_bytes = histogram(
             "lowkey_request_state_bytes", "State memory of each request that ended.", STATE_BYTES
@@ -107,7 +110,9 @@ class Metrics:
             "lowkey_time_to_first_token_seconds", "From the HTTP request to its first token.", SECONDS
         )
         self.itl = histogram(
-            "lowkey_inter_token_latency_seconds", "Between two tokens of a request.", ITL_SECONDS
+            "lowkey_inter_token_latency_seconds",
+            "Between two tokens of a request, as the engine made them.",
+            ITL_SECONDS,
         )
         self.queue = histogram("lowkey_request_queue_seconds", "From arrival to the first step.", SECONDS)
         self.prefill = histogram(
@@ -189,6 +194,7 @@ class VariantMetrics:
         self._prefix_queries = metrics.prefix_queries.labels(*engine)
         self._prefix_hits = metrics.prefix_hits.labels(*engine)
         self._running = metrics.running.labels(*engine)
+        self._paused = metrics.paused.labels(*engine)
         self._waiting = metrics.waiting.labels(*engine)
         self._state_slots = {use: metrics.state_slots.labels(*engine, use) for use in SLOT_USES}
         self._state_pool_bytes = {use: metrics.state_pool_bytes.labels(*engine, use) for use in SLOT_USES}
@@ -236,6 +242,7 @@ class VariantMetrics:
     def on_occupancy(self, ready: Ready, occupancy: Occupancy) -> None:
         """Who is in the engine."""
         self._running.set(occupancy.running)
+        self._paused.set(occupancy.paused)
         self._waiting.set(occupancy.waiting)
         used, cached = occupancy.used_slots, occupancy.cached_slots
         for use, slots in (("used", used), ("cached", cached), ("free", ready.slots - used - cached)):

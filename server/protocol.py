@@ -1,9 +1,12 @@
-"""HTTP/1.1 as uvicorn speaks it, with the limits that it lacks: on the time and the size of a request's headers."""
+"""HTTP/1.1 as uvicorn speaks it, with the limits that it lacks: on the time and the size of a request's headers, and on
+the time for which an answer waits for its reader."""
 
 import asyncio
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.unread import CountingTransport, UnreadWatch
 
 MAX_HEADER_BYTES = 2**16
 """Of headers, or trailers, that have not ended; those that end within one read may be longer."""
@@ -11,19 +14,23 @@ MAX_HEADER_BYTES = 2**16
 
 class HttpProtocol(HttpToolsProtocol):
     """Closes connections that begin no request, or don't finish its headers: each holds a file descriptor, and
-    headers lie in memory before anyone asks for a key."""
+    headers lie in memory before anyone asks for a key. Closes those whose client does not take its answer, too."""
 
     header_timeout_s: ClassVar[float]
+    write_timeout_s: ClassVar[float]
+    _unread: UnreadWatch | None = None
     _header_timer: asyncio.TimerHandle | None = None
     _header_bytes = 0
     """Received since the last headers were complete, or the last piece of a body came."""
 
     @classmethod
-    def with_header_timeout(cls, seconds: float) -> "type[HttpProtocol]":
-        return type("HttpProtocol", (cls,), {"header_timeout_s": seconds})
+    def with_timeouts(cls, header_s: float, write_s: float) -> "type[HttpProtocol]":
+        return type("HttpProtocol", (cls,), {"header_timeout_s": header_s, "write_timeout_s": write_s})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        counting = CountingTransport(transport)
+        super().connection_made(cast(asyncio.Transport, counting))
+        self._unread = UnreadWatch(counting, self.write_timeout_s)
         self._expect_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -47,6 +54,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        if self._unread is not None:
+            self._unread.stop()
         super().connection_lost(exc)
 
     def _expect_headers(self) -> None:

@@ -245,6 +245,18 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         30.0, gt=0, description="How long the rest of a request may take; then 408."
     )
+    write_timeout_s: float = Field(
+        30.0,
+        gt=0,
+        description="A client that takes nothing (less than 16 KiB) of an answer that waits for it for so long loses "
+        "its connection, and its requests end.",
+    )
+    stream_buffer_bytes: int = Field(
+        4 * 2**20,
+        ge=2**16,
+        description="Most memory of a stream's tokens that its client has not taken yet; beyond that its requests are "
+        "decoded no further until it has.",
+    )
     request_timeout_s: float = Field(
         1800.0, gt=0, description="How long a request may take in all; then 504, or a stream's error event."
     )

@@ -40,7 +40,9 @@ class Variant:
         self.metrics = metrics
         self.created = int(time.time())
         self.admitted = 0
-        """Requests that were let in and have not been answered in full."""
+        """Requests that were let in and that the engine is not done with."""
+        self.answers = 0
+        """Answers that have not ended: of a stream, for as long as the client has not been sent all of it."""
         self.waiting = 0
         """Requests in the engine's queue, as it last said."""
         self._tokenizer: Tokenizer | None = None

@@ -44,7 +44,7 @@ def record(generation: Generation, window: ab.ABWindow) -> None:
         return
     request = ab.Request(
         completion_tokens=len(generation.token_ids),
-        tokens_per_second=generation.tokens_per_second,
+        decode_s=generation.decode_s,
         ttft_s=generation.ttft_s,
         gaps_s=generation.gaps_s,
         failed=generation.finish_reason == "error",

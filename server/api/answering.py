@@ -8,8 +8,9 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
-from server.api.choices import Choices, Chunk
+from server.api.choices import Choices
 from server.api.errors import from_engine
+from server.api.generation import Chunk
 from server.api.schemas import ChoiceFields, StreamOptions
 from server.api.serving import unless_disconnected
 from server.api.streaming import DONE, EventStream, sse

@@ -48,8 +48,12 @@ class Lowkey(BaseModel):
     d_k: int | list[int]
     queue_s: float | None
     ttft_s: float | None = Field(description="From the arrival of the HTTP request to the first token.")
-    decode_s: float | None = Field(description="From the first token to the last.")
-    tokens_per_second: float | None = Field(description="(tokens - 1) / decode_s; null for one token.")
+    decode_s: float | None = Field(
+        description="From the first token to the last, by the times at which the engine made them."
+    )
+    tokens_per_second: float | None = Field(
+        description="(tokens - 1) / decode_s; null for fewer than 8 tokens after the first."
+    )
     cached_tokens: int
     finish_reason: str | None = Field(description="Null where several choices differ.")
 

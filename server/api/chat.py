@@ -13,8 +13,9 @@ from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, ChatCompletion
 from server.api.auth import capped_priority
-from server.api.choices import Choices, Chunk
+from server.api.choices import Choices
 from server.api.errors import APIError
+from server.api.generation import Chunk
 from server.api.prompts import encode_prompt
 from server.api.schemas import ChatRequest, Message
 from server.api.serving import admitted, find_variant, server_state, sticky_identity
@@ -55,7 +56,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     state = server_state(request)
     variant = find_variant(state, body.model, "model", sticky_identity(request, body.user))
     with ExitStack() as stack:
-        stack.enter_context(admitted(state, variant, body.choices_each))
+        places = stack.enter_context(admitted(state, variant, body.choices_each))
         text = await conversation(variant, body.messages)
         # The template has written the special tokens that it wants.
         least = body.given_limit or 1
@@ -63,7 +64,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         limit = body.given_limit or variant.info.context_length - len(ids)
         choices = Choices(
             state,
-            variant,
+            places,
             body.model_copy(update={"max_tokens": limit}),
             [ids],
             endpoint="chat",

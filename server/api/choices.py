@@ -4,27 +4,16 @@ import math
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from server.api.generation import Entry, Generation, Saved, usage
+from server.api.generation import MIN_TIMED_TOKENS, Chunk, Entry, Generation, Saved, usage
 from server.api.schemas import ChoiceFields
-from server.api.serving import ServerState
+from server.api.serving import Places, ServerState
 from server.api.streaming import merged, together
 from server.engine.client import BrokenOutputError
 from server.engine.messages import Score
 from server.text import Detokenizer
-from server.variants import Variant
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Text that a choice goes on by, and the tokens since the last chunk if log-probabilities were asked for."""
-
-    text: str
-    entries: list[Entry]
-
 
 NOTHING = Chunk("", [])
 
@@ -33,6 +22,7 @@ class Choices:
     """Choice p * n + i is the i-th of prompt p.
 
     Args:
+        places: in the variant's queue, one for each choice, that are left when the engine is done with each.
         prompts: token ids that `encode_prompt` has checked.
         echo: what to give back before each prompt's choices: the text of each prompt, or None to give nothing.
     """
@@ -40,7 +30,7 @@ class Choices:
     def __init__(
         self,
         state: ServerState,
-        variant: Variant,
+        places: Places,
         fields: ChoiceFields,
         prompts: list[list[int]],
         *,
@@ -50,13 +40,15 @@ class Choices:
         saved: Saved | None = None,
         echo: list[str] | None = None,
     ) -> None:
-        self.variant = variant
+        self.variant = variant = places.variant
         self.each = fields.choices_each
         self._fields = fields
         self._priority = priority
         self._prompts = prompts
         self._echo = echo
         self._echoed: list[Chunk] = []
+        # While a stream is read, a choice has a token or two in waiting; a whole answer takes each as it comes.
+        most_unread = state.settings.stream_buffer_bytes / (len(prompts) * self.each)
         self.generations = [
             Generation(
                 state,
@@ -68,6 +60,8 @@ class Choices:
                 choice=choice,
                 priority=priority,
                 saved=saved,
+                most_unread=most_unread,
+                on_sampled=places.leave,
             )
             for ids in prompts
             for choice in range(self.each)
@@ -80,11 +74,11 @@ class Choices:
             EngineError: the engine went away, or the model's output is broken.
         """
         await self._read_prompts()
-        await together([generation.run() for generation in self.generations])
+        chunks = await together([generation.run() for generation in self.generations])
         echoed = [self._before(index) for index in range(len(self.generations))]
         return [
-            Chunk(before.text + g.text, before.entries + self._shifted(g.entries, before))
-            for before, g in zip(echoed, self.generations, strict=True)
+            Chunk(before.text + chunk.text, before.entries + self._shifted(chunk.entries, before))
+            for before, chunk in zip(echoed, chunks, strict=True)
         ]
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk, str | None]]:
@@ -99,13 +93,15 @@ class Choices:
         generation, before = self.generations[index], self._before(index)
         if self._echo is not None:
             yield before, None
-        sent = 0
-        async with aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                new = generation.entries[sent:]
-                sent += len(new)
-                yield Chunk(piece, self._shifted(new, before)), None
-        yield Chunk("", self._shifted(generation.entries[sent:], before)), generation.finish_reason
+        rest = NOTHING
+        async with aclosing(generation.chunks()) as chunks:
+            async for chunk in chunks:
+                shifted = Chunk(chunk.text, self._shifted(chunk.entries, before))
+                if chunk.text:
+                    yield shifted, None
+                else:
+                    rest = shifted
+        yield rest, generation.finish_reason
 
     def _before(self, index: int) -> Chunk:
         return NOTHING if self._echo is None else self._echoed[index // self.each]
@@ -172,7 +168,10 @@ class Choices:
             return blocks[0]
         times = [g.times for g in self.generations if g.times is not None]
         decode_s = None if not times else max(last for _, last in times) - min(first for first, _ in times)
-        tokens = sum(len(g.token_ids) for g in self.generations)
+        lengths = [len(g.token_ids) for g in self.generations]
+        speed = None
+        if decode_s and max(lengths) > MIN_TIMED_TOKENS:
+            speed = (sum(lengths) - 1) / decode_s
         reasons = {block["finish_reason"] for block in blocks}
         return {
             **blocks[0],
@@ -180,7 +179,7 @@ class Choices:
             "queue_s": min((b["queue_s"] for b in blocks if b["queue_s"] is not None), default=None),
             "ttft_s": min((b["ttft_s"] for b in blocks if b["ttft_s"] is not None), default=None),
             "decode_s": decode_s,
-            "tokens_per_second": (tokens - 1) / decode_s if decode_s else None,
+            "tokens_per_second": speed,
             "cached_tokens": self.usage["prompt_tokens_details"]["cached_tokens"],
             "finish_reason": reasons.pop() if len(reasons) == 1 else None,
         }

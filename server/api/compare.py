@@ -1,6 +1,5 @@
 """POST /v1/compare: one prompt through two or more variants, side by side."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 
@@ -8,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.auth import capped_priority
-from server.api.comparison import Comparison, Event
+from server.api.comparison import Comparison
 from server.api.errors import APIError, from_engine
 from server.api.generation import checked_bias
 from server.api.schemas import CompareRequest
@@ -40,7 +39,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
         if body.stream:
             return EventStream(_stream(comparison), on_end=stack.pop_all().close)
         try:
-            return JSONResponse(await unless_disconnected(request, comparison.run(lambda event: None)))
+            return JSONResponse(await unless_disconnected(request, comparison.run()))
         except EngineError as e:
             raise from_engine(e) from e
 
@@ -84,24 +83,12 @@ def _check_comparable(state: ServerState, body: CompareRequest, variants: list[V
 
 async def _stream(comparison: Comparison) -> AsyncGenerator[bytes]:
     """Events of the variants as they come, then the whole answer, [DONE]."""
-    events: asyncio.Queue[Event | None] = asyncio.Queue()
-
-    async def work() -> Event:
-        try:
-            return await comparison.run(events.put_nowait)
-        finally:
-            events.put_nowait(None)
-
-    task = asyncio.create_task(work())
     try:
-        while (event := await events.get()) is not None:
-            yield sse(event)
-        yield sse(await task)
+        async with contextlib.aclosing(comparison.events()) as events:
+            async for event in events:
+                yield sse(event)
     except EngineError as e:
         yield sse(from_engine(e).body())
     except APIError as e:
         yield sse(e.body())
-    finally:
-        task.cancel()
-        await asyncio.wait([task])
     yield DONE

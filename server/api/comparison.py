@@ -3,7 +3,7 @@
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from server.api.generation import Generation
@@ -11,7 +11,7 @@ from server.api.prompts import encode_prompt
 from server.api.schemas import CompareRequest
 from server.api.scoring import Scores, pair_of, score
 from server.api.serving import ServerState
-from server.api.streaming import together
+from server.api.streaming import merged
 from server.text import Detokenizer
 from server.variants import Variant
 
@@ -19,7 +19,7 @@ Event = dict[str, Any]
 
 
 class Comparison:
-    """Make it with `create`, then `run` it once.
+    """Make it with `create`, then take its `events` or `run` it, once.
 
     Args:
         variants: the baseline first.
@@ -68,22 +68,34 @@ class Comparison:
         }
         return cls(state, body, variants, prompt_ids, arrived, priority)
 
-    async def run(self, emit: Callable[[Event], None]) -> Event:
-        """The whole answer. `emit` is told of each piece of text and each end before.
+    async def run(self) -> Event:
+        """The whole answer. Raises as `events` does."""
+        async with contextlib.aclosing(self.events()) as events:
+            async for event in events:
+                last = event
+        return last
+
+    async def events(self) -> AsyncGenerator[Event]:
+        """Each piece of text and each end of a completion as they come, then the whole answer.
 
         Raises:
             APIError: 503, there is no room for the log-probabilities.
             EngineError: an engine went away, or its output is broken.
         """
         if self._parallel:
-            await together([self._generate(v, self._arrived, emit) for v in self._variants])
+            together = merged([self._generate(v, self._arrived) for v in self._variants])
+            async with contextlib.aclosing(together) as tagged:
+                async for _, event in tagged:
+                    yield event
         else:
             self._state.timed_comparisons += 1
             # Whoever goes first finds cold caches.
             order = self._variants[:: -1 if self._state.timed_comparisons % 2 == 0 else 1]
             for variant in order:
                 begins = self._arrived if variant is order[0] else time.monotonic()
-                await self._generate(variant, begins, emit)
+                async with contextlib.aclosing(self._generate(variant, begins)) as events:
+                    async for event in events:
+                        yield event
         base = self._generations[self._variants[0].name]
         async with self._state.scoring:
             scores = await score(
@@ -93,9 +105,9 @@ class Comparison:
                 base.token_ids,
                 priority=min(self._priority, 0),  # other comparisons wait for this one to be over
             )
-        return self._answer(base, scores)
+        yield self._answer(base, scores)
 
-    async def _generate(self, variant: Variant, begins: float, emit: Callable[[Event], None]) -> None:
+    async def _generate(self, variant: Variant, begins: float) -> AsyncGenerator[Event]:
         ids = self._prompt_ids[variant.name]
         generation = Generation(
             self._state,
@@ -105,12 +117,13 @@ class Comparison:
             endpoint="compare",
             arrived=begins,
             priority=self._priority,
+            most_unread=self._state.settings.stream_buffer_bytes / len(self._variants),
         )
         self._generations[variant.name] = generation
-        async with contextlib.aclosing(generation.pieces()) as pieces:
-            async for piece in pieces:
-                emit(self._event("compare.chunk", generation, text=piece))
-        emit(self._event("compare.end", generation, finish_reason=generation.finish_reason))
+        async with contextlib.aclosing(generation.chunks()) as chunks:
+            async for chunk in chunks:
+                yield self._event("compare.chunk", generation, text=chunk.text)
+        yield self._event("compare.end", generation, finish_reason=generation.finish_reason)
 
     def _event(self, kind: str, generation: Generation, **fields: Any) -> Event:
         return {

@@ -12,14 +12,13 @@ from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, Completion
 from server.api.auth import capped_priority
-from server.api.choices import Choices, Chunk
-from server.api.generation import Saved
+from server.api.choices import Choices
+from server.api.generation import Chunk, Saved
 from server.api.prompts import encode_prompt
 from server.api.schemas import CompletionRequest
-from server.api.serving import ServerState, admitted, find_variant, server_state, sticky_identity
+from server.api.serving import Places, ServerState, admitted, find_variant, server_state, sticky_identity
 from server.api.states import saved_state
 from server.api.streaming import together
-from server.variants import Variant
 
 router = APIRouter()
 
@@ -30,9 +29,9 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     state = server_state(request)
     variant = find_variant(state, body.model, "model", sticky_identity(request, body.user))
     with ExitStack() as stack:
-        stack.enter_context(admitted(state, variant, len(body.prompts) * body.choices_each))
+        places = stack.enter_context(admitted(state, variant, len(body.prompts) * body.choices_each))
         saved = await saved_state(request, variant, body.state_id)
-        choices = await _choices(state, variant, body, saved, request)
+        choices = await _choices(state, places, body, saved, request)
         head = {
             "id": f"cmpl-{secrets.token_hex(12)}",
             "object": "text_completion",
@@ -53,8 +52,9 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
 
 async def _choices(
-    state: ServerState, variant: Variant, body: CompletionRequest, saved: Saved | None, request: Request
+    state: ServerState, places: Places, body: CompletionRequest, saved: Saved | None, request: Request
 ) -> Choices:
+    variant = places.variant
     before = 0 if saved is None else saved.tokens
     prompts = await together(
         [encode_prompt(state, variant, p, body.token_limit, before=before) for p in body.prompts]
@@ -68,7 +68,7 @@ async def _choices(
         ]
     return Choices(
         state,
-        variant,
+        places,
         body,
         prompts,
         endpoint="completions",

@@ -1,9 +1,10 @@
 """One completion under way: from a validated request to text, with its timings and metrics."""
 
 import contextlib
+import math
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from server.engine.client import EngineError
 from server.engine.messages import FinishReason, Generate, Sampling, Token, TopLogprobs
 from server.text import Detokenizer, StopMatcher
 from server.variants import Variant
+
+MIN_TIMED_TOKENS = 8
+"""Tokens after the first that a speed needs: fewer are over in a few steps, and say more of chance than of speed."""
 
 
 def checked_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
@@ -51,6 +55,14 @@ class Entry:
     top: TopLogprobs
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Text that a choice goes on by, and the tokens since the last chunk if log-probabilities were asked for."""
+
+    text: str
+    entries: list[Entry]
+
+
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
     """OpenAI's usage."""
     return {
@@ -62,9 +74,14 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 
 class Generation:
-    """A completion by one variant of a prompt that `encode_prompt` has checked. Iterate `pieces`, then read the rest.
+    """A completion by one variant of a prompt that `encode_prompt` has checked. Iterate `chunks`, then read the rest.
 
-    Times are time.monotonic() in this process, so that they are what the client sees.
+    The time to the first token counts from the HTTP request, in this process. All speeds are of the times at which the
+    engine made the tokens: when they come through here depends on what else this process does.
+
+    Args:
+        most_unread: bytes of tokens that may wait for the reader of `chunks` before the engine pauses.
+        on_sampled: called once, when the engine is done with the request; or never, if `chunks` is never begun.
     """
 
     def __init__(
@@ -79,12 +96,12 @@ class Generation:
         choice: int = 0,
         priority: int = 0,
         saved: Saved | None = None,
+        most_unread: float = math.inf,
+        on_sampled: Callable[[], None] = lambda: None,
     ) -> None:
         self.prompt_ids = prompt_ids
         self.token_ids: list[int] = []
         self.text = ""
-        self.entries: list[Entry] = []
-        """Of each token, if the request asks for log-probabilities."""
         self.cached_tokens = 0
         """Tokens of the prompt that were not computed: those of a saved state or a cached prefix."""
         self.finish_reason: FinishReason | None = None
@@ -92,10 +109,15 @@ class Generation:
         self.endpoint = endpoint
         self.choice = choice
         self.gaps_s: list[float] = []
-        """Between the tokens."""
+        """Seconds between the tokens, as the engine made them."""
+        self.ttft_s: float | None = None
+        """Seconds from the arrival of the HTTP request to the first token; None before that."""
         self._on_finish = state.on_finish
+        self._most_unread = most_unread
+        self._on_sampled = on_sampled
         self._arrived = arrived
         self._first: float | None = None
+        """When the engine made the first token, and the last one so far (`Token.at`)."""
         self._last: float | None = None
         self._queue_s: float | None = None
         self._saved_tokens = 0 if saved is None else saved.tokens
@@ -131,8 +153,10 @@ class Generation:
             state_path=None if saved is None else str(saved.path),
         )
 
-    async def pieces(self) -> AsyncGenerator[str]:
-        """The text as it comes, in pieces that are never empty. Leaving early aborts the request.
+    async def chunks(self) -> AsyncGenerator[Chunk]:
+        """The text as it comes: of one token at a time, or of all that have come while the reader was busy. Tokens
+        without text (bytes of a character, what may begin a stop string) wait for the next text; what is left at the
+        end may be a chunk without text. Leaving early aborts the request.
 
         Raises:
             EngineError: the engine went away, or the model's output is broken.
@@ -141,12 +165,17 @@ class Generation:
             if self._message.max_tokens == 0:  # the prompt alone was asked for
                 self.finish_reason = "length"
                 return
-            async with contextlib.aclosing(self.variant.client.generate(self._message)) as tokens:
-                async for token in tokens:
-                    piece = self._take(token)
-                    if piece:
-                        self.text += piece
-                        yield piece
+            entries: list[Entry] = []
+            steps = self.variant.client.generate(
+                self._message, most_unread=self._most_unread, on_sampled=self._on_sampled
+            )
+            async with contextlib.aclosing(steps) as steps:
+                async for tokens in steps:
+                    text = self._take(tokens, entries)
+                    self.text += text
+                    if text or (entries and self.finish_reason is not None):
+                        yield Chunk(text, entries)
+                        entries = []
                     if self.finish_reason is not None:
                         return
         except EngineError:
@@ -156,19 +185,30 @@ class Generation:
             self.finish_reason = self.finish_reason or "abort"
             self._record(self.finish_reason)
 
-    async def run(self) -> None:
-        """All of it at once."""
-        async with contextlib.aclosing(self.pieces()) as pieces:
-            async for _ in pieces:
-                pass
+    async def run(self) -> Chunk:
+        """All of it at once. Raises as `chunks` does."""
+        entries: list[Entry] = []
+        async with contextlib.aclosing(self.chunks()) as chunks:
+            async for chunk in chunks:
+                entries += chunk.entries
+        return Chunk(self.text, entries)
 
-    def _take(self, token: Token) -> str:
-        """Account for a token; the text that it lets out."""
-        self._measure(token)
+    def _take(self, tokens: list[Token], entries: list[Entry]) -> str:
+        """Account for tokens, up to the one that completes a stop string; the text that they let out. Adds what the
+        model thought of each to `entries`, if log-probabilities were asked for."""
+        pieces: list[str] = []
+        for token in tokens:
+            self._measure(token)
+            if token.logprob is not None:
+                entries.append(Entry(token.token_id, self._decoded, token.logprob, token.top or []))
+            pieces.append(self._text_of(token))
+            if self.finish_reason is not None:
+                break
+        return "".join(pieces)
+
+    def _text_of(self, token: Token) -> str:
         self.token_ids.append(token.token_id)
         self.finish_reason = token.finish_reason
-        if token.logprob is not None:
-            self.entries.append(Entry(token.token_id, self._decoded, token.logprob, token.top or []))
         # The token that ends a request by its id is counted, but it is not text.
         text = "" if token.finish_reason == "stop" else self._detokenizer.add(token.token_id)
         if token.finish_reason is not None:
@@ -184,31 +224,32 @@ class Generation:
         return piece
 
     def _measure(self, token: Token) -> None:
-        now, metrics = time.monotonic(), self.variant.metrics
+        metrics = self.variant.metrics
         if self._last is None:
-            self._first = now
+            self._first = token.at
+            self.ttft_s = time.monotonic() - self._arrived
             self.cached_tokens = self._saved_tokens + token.cached_tokens
             metrics.prompt_tokens.inc(self.prompt_tokens)
             metrics.cached_prompt_tokens.inc(token.cached_tokens)
             self._queue_s = token.queue_s
-            metrics.ttft.observe(now - self._arrived)
+            metrics.ttft.observe(self.ttft_s)
             if token.queue_s is not None and token.prefill_s is not None:
                 metrics.queue.observe(token.queue_s)
                 metrics.prefill.observe(token.prefill_s)
         else:
-            gap = now - self._last
+            gap = token.at - self._last
             self.gaps_s.append(gap)
             metrics.itl.observe(gap)
-        self._last = now
+        self._last = token.at
         metrics.generation_tokens.inc()
 
     def _record(self, reason: FinishReason) -> None:
         metrics = self.variant.metrics
         metrics.on_end(self.endpoint, reason)
         metrics.request_seconds.observe(time.monotonic() - self._arrived)
-        if self._first is not None and self._last is not None:
+        if self.decode_s is not None:
             metrics.request_state_bytes.observe(self.variant.info.state_bytes_per_request)
-            metrics.decode.observe(self._last - self._first)
+            metrics.decode.observe(self.decode_s)
         speed = self.tokens_per_second
         if speed is not None:
             metrics.request_tokens_per_second.observe(speed)
@@ -221,21 +262,22 @@ class Generation:
         return self._message.state_path is not None
 
     @property
-    def ttft_s(self) -> float | None:
-        """From the arrival to the first token; None before that."""
-        return None if self._first is None else self._first - self._arrived
-
-    @property
     def times(self) -> tuple[float, float] | None:
-        """time.monotonic() of the first and the last token; None before the first."""
+        """When the engine made the first and the last token (`Token.at`); None before the first."""
         return None if self._first is None or self._last is None else (self._first, self._last)
 
     @property
+    def decode_s(self) -> float | None:
+        """Seconds from the first token to the last; None before the first."""
+        return None if self.times is None else self.times[1] - self.times[0]
+
+    @property
     def tokens_per_second(self) -> float | None:
-        """(tokens - 1) / (time of the last - time of the first); None for fewer than two."""
-        if self._first is None or self._last is None or self._last <= self._first:
+        """(tokens - 1) / decode_s; None for fewer than `MIN_TIMED_TOKENS` after the first."""
+        after_first = len(self.token_ids) - 1
+        if after_first < MIN_TIMED_TOKENS or not self.decode_s:
             return None
-        return (len(self.token_ids) - 1) / (self._last - self._first)
+        return after_first / self.decode_s
 
     @property
     def prompt_tokens(self) -> int:
@@ -257,7 +299,7 @@ class Generation:
             "d_k": self.variant.d_k,
             "queue_s": self._queue_s,
             "ttft_s": self.ttft_s,
-            "decode_s": None if self._first is None or self._last is None else self._last - self._first,
+            "decode_s": self.decode_s,
             "tokens_per_second": self.tokens_per_second,
             "cached_tokens": self.cached_tokens,
             "finish_reason": self.finish_reason,

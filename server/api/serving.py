@@ -92,15 +92,37 @@ def sticky_identity(request: Request, user: str | None) -> str | None:
     return None
 
 
+class Places:
+    """Places in a variant's queue, for the requests to its engine that one answer takes."""
+
+    def __init__(self, variant: Variant, count: int) -> None:
+        self.variant = variant
+        self._held = count
+        variant.admitted += count
+        variant.answers += 1
+
+    def leave(self) -> None:
+        """The engine is done with one of the requests. Its tokens may still be on their way to the client."""
+        if self._held:
+            self._held -= 1
+            self.variant.admitted -= 1
+
+    def end(self) -> None:
+        """The answer has ended."""
+        self.variant.admitted -= self._held
+        self._held = 0
+        self.variant.answers -= 1
+
+
 @contextlib.contextmanager
-def admitted(state: ServerState, variant: Variant, places: int = 1) -> Iterator[None]:
-    """Places in the variant's queue, from here to the end of the answer. 503 if there are none now."""
+def admitted(state: ServerState, variant: Variant, places: int = 1) -> Iterator[Places]:
+    """Places in the variant's queue, from here to the end of the answer at the latest. 503 if there are none now."""
     _check_admission(state, variant, places)
-    variant.admitted += places
+    held = Places(variant, places)
     try:
-        yield
+        yield held
     finally:
-        variant.admitted -= places
+        held.end()
 
 
 def _check_admission(state: ServerState, variant: Variant, places: int) -> None:

@@ -48,35 +48,36 @@ class EventStream(StreamingResponse):
 
 
 async def merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
-    """The items of all sources as they come, each with its source's index. When one fails, or the reader leaves, all
-    are closed."""
+    """The items of all sources as they come, each with its source's index. A source waits until its last item has been
+    taken. When one fails, or the reader leaves, all are closed."""
     if len(sources) == 1:
         async with contextlib.aclosing(sources[0]) as source:
             async for item in source:
                 yield 0, item
         return
-    queue: asyncio.Queue[tuple[int, T] | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, T] | Exception | None] = asyncio.Queue(maxsize=1)
 
     async def pump(index: int, source: AsyncGenerator[T]) -> None:
+        end: Exception | None = None
         try:
             async with contextlib.aclosing(source):
                 async for item in source:
-                    queue.put_nowait((index, item))
-        finally:
-            queue.put_nowait(None)
+                    await queue.put((index, item))
+        except Exception as e:
+            end = e
+        await queue.put(end)
 
     tasks = [asyncio.create_task(pump(index, source)) for index, source in enumerate(sources)]
     try:
         running = len(tasks)
         while running:
             entry = await queue.get()
-            if entry is not None:
+            if isinstance(entry, Exception):
+                raise entry
+            if entry is None:
+                running -= 1
+            else:
                 yield entry
-                continue
-            running -= 1
-            for task in tasks:
-                if task.done():
-                    task.result()
     finally:
         await _end(tasks)
 

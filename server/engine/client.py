@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from server.engine.messages import (
     Generate,
     Input,
     Occupancy,
+    Pause,
     Ready,
+    Resume,
     SaveState,
     Score,
     Scored,
@@ -40,6 +43,10 @@ logger = logging.getLogger("lowkey.supervisor")
 
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
+
+TOKEN_BYTES = 300
+ALTERNATIVE_BYTES = 120
+"""Bytes of memory that a token that waits for its reader takes here, and each alternative that is reported with it."""
 
 Answer = Token | Scored | StateSaved | Failed
 
@@ -64,26 +71,84 @@ class OutOfMemoryError(EngineUnavailableError):
     """The engine's device had no memory for the request. It goes on with the others."""
 
 
-class _Exchange:
-    """The answers to one request, as they come."""
+def _size_of(token: Token) -> int:
+    return TOKEN_BYTES + ALTERNATIVE_BYTES * len(token.top or ())
 
-    def __init__(self, variant: str) -> None:
+
+class _Exchange:
+    """The answers to one request, as they come.
+
+    Args:
+        most_unread: bytes of tokens that may wait for the reader before the engine is told to pause the request.
+        tell: sends a message to the engine, if it is there.
+        on_finish: called once, when nothing more is to come, whether or not anybody has read what came.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        variant: str,
+        most_unread: float,
+        tell: Callable[[Input], None],
+        on_finish: Callable[[], None],
+    ) -> None:
         self.finished = False
         """No more is to come."""
+        self._id = request_id
         self._variant = variant
-        self._answers: asyncio.Queue[Answer | None] = asyncio.Queue()
+        self._most_unread = most_unread
+        self._tell = tell
+        self._on_finish = on_finish
+        self._answers: deque[Answer | None] = deque()
+        self._arrived = asyncio.Event()
+        self._waiting_bytes = 0
+        """Size of the tokens in `_answers`."""
+        self._taken_bytes = 0
+        """Size of the tokens that the reader has taken and is still busy with."""
+        self._paused = False
 
     def put(self, answer: Answer | None) -> None:
         """None: the engine is gone."""
-        self._answers.put_nowait(answer)
+        self._answers.append(answer)
+        self._arrived.set()
+        if not isinstance(answer, Token) or answer.finish_reason is not None:
+            self.finish()
+            return
+        self._waiting_bytes += _size_of(answer)
+        if self._waiting_bytes + self._taken_bytes > self._most_unread and not self._paused:
+            self._paused = True
+            self._tell(Pause(request_id=self._id))
+
+    def finish(self) -> None:
+        """No more is to come, or wanted."""
+        if not self.finished:
+            self.finished = True
+            self._on_finish()
+
+    async def tokens(self) -> list[Token]:
+        """All tokens that have come since the last call, at least one. A call says that the reader is done with those
+        before. Raises as `answer` does."""
+        self._taken_bytes = 0
+        if self._paused and not self.finished and self._waiting_bytes <= self._most_unread / 2:
+            self._paused = False
+            self._tell(Resume(request_id=self._id))
+        first = await self.answer()
+        assert isinstance(first, Token)
+        tokens = [first]
+        while self._answers and isinstance(token := self._answers[0], Token):
+            tokens.append(token)
+            self._answers.popleft()
+        self._taken_bytes, self._waiting_bytes = self._waiting_bytes, 0
+        return tokens
 
     async def answer(self) -> Token | Scored | StateSaved:
         """The next one. Raises EngineUnavailableError, OutOfMemoryError among them, and StateError."""
-        answer = await self._answers.get()
+        while not self._answers:
+            self._arrived.clear()
+            await self._arrived.wait()
+        answer = self._answers.popleft()
         if answer is None:
-            self.finished = True
             raise EngineUnavailableError(f"variant {self._variant!r} went down while it served this request")
-        self.finished = not isinstance(answer, Token) or answer.finish_reason is not None
         if isinstance(answer, Failed):
             raise (StateError if answer.reason == "state" else OutOfMemoryError)(answer.error)
         return answer
@@ -143,8 +208,21 @@ class EngineClient:
                 await self._task
         self._context.destroy(linger=0)
 
-    async def generate(self, message: Generate) -> AsyncGenerator[Token]:
-        """The request's tokens as they come. Leaving the iterator early aborts the request.
+    async def generate(
+        self,
+        message: Generate,
+        *,
+        most_unread: float = math.inf,
+        on_sampled: Callable[[], None] = lambda: None,
+    ) -> AsyncGenerator[list[Token]]:
+        """The request's tokens as they come: each time all that have come since. Leaving the iterator early aborts the
+        request.
+
+        Args:
+            most_unread: bytes of tokens that may wait to be taken from here. Beyond that the engine pauses the request
+                until they have been.
+            on_sampled: called once, when the engine is done with the request, whether or not its tokens have been
+                taken.
 
         Raises:
             EngineUnavailableError: before or between tokens.
@@ -152,15 +230,19 @@ class EngineClient:
             OutOfMemoryError: likewise.
             StateError: the saved state to go on from is no good.
         """
-        with self._exchange(message) as exchange:
-            while not exchange.finished:
-                token = await exchange.answer()
-                assert isinstance(token, Token)
-                if token.finish_reason == "error":
+        with self._exchange(message, most_unread, on_sampled) as exchange:
+            while True:
+                tokens = await exchange.tokens()
+                reason = tokens[-1].finish_reason
+                if reason == "error":
+                    if len(tokens) > 1:
+                        yield tokens[:-1]
                     raise BrokenOutputError(
                         f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
                     )
-                yield token
+                yield tokens
+                if reason is not None:
+                    return
 
     async def score(self, message: Score) -> Scored:
         """Log-probabilities of given tokens. Raises EngineUnavailableError, OutOfMemoryError among them."""
@@ -183,18 +265,29 @@ class EngineClient:
                 raise StateError(saved.error)
 
     @contextlib.contextmanager
-    def _exchange(self, message: Generate | Score | SaveState) -> Iterator[_Exchange]:
+    def _exchange(
+        self,
+        message: Generate | Score | SaveState,
+        most_unread: float = math.inf,
+        on_finish: Callable[[], None] = lambda: None,
+    ) -> Iterator[_Exchange]:
         """Send a request; it is aborted when this is left before its last answer."""
-        exchange = _Exchange(self.config.variant)
-        self._requests[message.request_id] = exchange
+        request_id = message.request_id
+        exchange = _Exchange(request_id, self.config.variant, most_unread, self._tell, on_finish)
+        self._requests[request_id] = exchange
         try:
             self._send(message)
             yield exchange
         finally:
-            del self._requests[message.request_id]
+            del self._requests[request_id]
             if not exchange.finished:
-                with contextlib.suppress(EngineUnavailableError):
-                    self._send(Abort(request_id=message.request_id))
+                self._tell(Abort(request_id=request_id))
+                exchange.finish()
+
+    def _tell(self, message: Input) -> None:
+        """Send a message that an engine that has gone away need not hear."""
+        with contextlib.suppress(EngineUnavailableError):
+            self._send(message)
 
     def _send(self, message: Input) -> None:
         """Never blocks: the socket has no high-water mark, and without an engine behind it the answer is an error."""

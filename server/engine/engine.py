@@ -11,6 +11,8 @@ from server.engine.messages import (
     FinishReason,
     Input,
     Occupancy,
+    Pause,
+    Resume,
     SaveState,
     Score,
     Scored,
@@ -60,8 +62,13 @@ class Engine:
 
     @property
     def blocked(self) -> bool:
-        """The last step found nothing to do but to wait for a file to be written."""
+        """The last step found nothing to do until a file has been written or a message comes."""
         return self._blocked
+
+    @property
+    def writing(self) -> bool:
+        """A file is being written."""
+        return self._writer.busy
 
     @property
     def occupancy(self) -> Occupancy:
@@ -69,6 +76,7 @@ class Engine:
         return Occupancy(
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
+            paused=self._scheduler.paused,
             used_slots=self._scheduler.used_slots,
             cached_slots=self._scheduler.cached_slots,
         )
@@ -78,6 +86,10 @@ class Engine:
         match message:
             case Abort():
                 self._scheduler.abort(message.request_id)
+            case Pause():
+                self._scheduler.pause(message.request_id)
+            case Resume():
+                self._scheduler.resume(message.request_id)
             case _:
                 self._scheduler.add(Request(message, arrived=time.monotonic()))
 
@@ -103,7 +115,7 @@ class Engine:
             output = self._collect(self._launched.popleft())
         elif self._scheduler.failed or self._writer.due:
             output = self._output([], [], Batch([], []), 0.0)
-        self._blocked = output is None and not self._launched and self._writer.busy
+        self._blocked = batch is None and output is None and not self._launched
         if self.idle:
             self._check()
         return output
@@ -167,10 +179,11 @@ class Engine:
         if reason is not None:
             self._scheduler.finish(request, reason)
         if request.accepted > 1 or request.started is None:
-            return Token(request.id, new.token, reason, logprob=new.logprob, top=new.top)
+            return Token(request.id, new.token, now, reason, logprob=new.logprob, top=new.top)
         return Token(
             request.id,
             new.token,
+            now,
             reason,
             queue_s=request.started - request.arrived,
             prefill_s=now - request.started,

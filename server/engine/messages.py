@@ -121,7 +121,20 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     request_id: str
 
 
-Input = Generate | Score | SaveState | Abort
+class Pause(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Decode no further tokens of a request until it is resumed: its reader is behind. It keeps its state slot, and
+    tokens of steps that have been launched still come."""
+
+    request_id: str
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The reader of a paused request has caught up: decode it again."""
+
+    request_id: str
+
+
+Input = Generate | Score | SaveState | Abort | Pause | Resume
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -160,6 +173,9 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
 
     request_id: str
     token_id: int
+    at: float
+    """time.monotonic() in the engine's process when the step that sampled it was collected. All speeds are made of
+    these times: when a token reaches anybody else depends on how busy they are."""
     finish_reason: FinishReason | None = None
     queue_s: float | None = None
     prefill_s: float | None = None
@@ -206,6 +222,8 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     running: int
     waiting: int
+    paused: int = 0
+    """How many of the running requests decode nothing because their reader is behind."""
     used_slots: int
     cached_slots: int = 0
     """Slots that hold prefixes and may be taken when a request needs one."""

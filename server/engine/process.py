@@ -196,7 +196,9 @@ def serve(config: EngineConfig) -> None:
     poller.register(inputs, zmq.POLLIN)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     while True:
-        wait_s = HEARTBEAT_S if engine.idle else FILE_POLL_S if engine.blocked else 0.0
+        wait_s = 0.0
+        if engine.idle or engine.blocked:
+            wait_s = FILE_POLL_S if engine.writing else HEARTBEAT_S
         events = dict(poller.poll(int(wait_s * 1000)))
         if sys.stdin.fileno() in events:
             return

@@ -67,6 +67,11 @@ class Request:
         return self.prefilled == self.prompt_length
 
     @property
+    def decodable(self) -> bool:
+        """Whether a decode step can sample its next token."""
+        return self.finish_reason is None and self.prefill_done and 0 < self.sampled < self.max_tokens
+
+    @property
     def slot(self) -> int:
         if self.allocation is None:
             raise RuntimeError(f"request {self.id} has no allocation")

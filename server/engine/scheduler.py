@@ -79,7 +79,9 @@ class Scheduler:
         self._leaders: dict[tuple[bytes, str | None], Request] = {}
         """Of `_prefilling`, by prompt: who else has the same prompt waits for it."""
         self._decoding: list[Request] = []
-        """With at least one more token to sample by a decode."""
+        """With at least one more token to sample by a decode, and a reader who keeps up."""
+        self._paused: set[str] = set()
+        """Ids of requests whose reader is behind: nothing is decoded for them."""
         self.cache_queries = 0
         """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
         self.cache_hits = 0
@@ -93,6 +95,10 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         return len(self._waiting)
+
+    @property
+    def paused(self) -> int:
+        return len(self._paused)
 
     @property
     def used_slots(self) -> int:
@@ -124,9 +130,25 @@ class Scheduler:
             return
         if request.allocation is None:
             self._waiting.remove(request)
-            del self._requests[request_id]
+            self._forget(request)
         else:
             self.finish(request, "abort")
+
+    def pause(self, request_id: str) -> None:
+        """Decode nothing more of a request until `resume`. An id that is not here is no error, as in `abort`."""
+        request = self._requests.get(request_id)
+        if request is not None:
+            self._paused.add(request_id)
+            if request in self._decoding:
+                self._decoding.remove(request)
+
+    def resume(self, request_id: str) -> None:
+        """Go on with a paused request. An id that is not here is no error, as in `abort`."""
+        if request_id in self._paused:
+            self._paused.remove(request_id)
+            request = self._requests[request_id]
+            if request.decodable:
+                self._decoding.append(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """No more steps for this request; its slot is freed once no launched step uses it."""
@@ -162,7 +184,7 @@ class Scheduler:
                 self._prefilling.remove(chunk.request)
                 for sampling in (chunk.request, *chunk.forks):
                     sampling.sampled += isinstance(sampling.message, Generate)
-                    if sampling.sampled < sampling.max_tokens:
+                    if sampling.decodable and sampling.id not in self._paused:
                         self._decoding.append(sampling)
         for request in batch.requests:
             request.steps_in_flight += 1
@@ -295,4 +317,8 @@ class Scheduler:
             return
         self._cache.free(request.allocation)
         request.allocation = None
+        self._forget(request)
+
+    def _forget(self, request: Request) -> None:
         del self._requests[request.id]
+        self._paused.discard(request.id)

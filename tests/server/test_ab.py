@@ -22,10 +22,8 @@ def clock(monkeypatch):
     return at
 
 
-def request(tokens=10, speed=100.0, ttft=0.1, gaps=(), failed=False):
-    return Request(
-        completion_tokens=tokens, tokens_per_second=speed, ttft_s=ttft, gaps_s=list(gaps), failed=failed
-    )
+def request(tokens=20, decode=0.2, ttft=0.1, gaps=(), failed=False):
+    return Request(completion_tokens=tokens, decode_s=decode, ttft_s=ttft, gaps_s=list(gaps), failed=failed)
 
 
 def test_a_ring_keeps_the_last_rows_and_knows_what_it_gave_up():
@@ -46,17 +44,41 @@ def test_traffic_of_a_window(clock):
     clock(200)
     speeds, ttfts, gaps = rng.uniform(10, 500, 57), rng.uniform(0, 1, 57), rng.uniform(0, 0.1, (57, 9))
     for speed, ttft, own in zip(speeds, ttfts, gaps, strict=True):
-        window.add_request("dense", request(speed=speed, ttft=ttft, gaps=own))
-    window.add_request("dense", request(tokens=0, speed=None, ttft=None, failed=True))
+        window.add_request("dense", request(decode=19 / speed, ttft=ttft, gaps=own))
+    window.add_request("dense", request(tokens=0, decode=None, ttft=None, failed=True))
     clock(250)
     seen = window.traffic("dense", 60)
-    assert (seen["requests"], seen["errors"], seen["completion_tokens"]) == (58, 1, 570)
-    for name, values in (("tokens_per_second", speeds), ("ttft_s", ttfts), ("itl_s", gaps.ravel())):
+    assert (seen["requests"], seen["errors"], seen["completion_tokens"]) == (58, 1, 1140)
+    for name, values, mean in (
+        ("tokens_per_second", speeds, stats.hmean(speeds)),  # all tokens over all of their time
+        ("ttft_s", ttfts, ttfts.mean()),
+        ("itl_s", gaps.ravel(), gaps.mean()),
+    ):
         expected = dict(zip(("p50", "p95", "p99"), np.percentile(values, [50, 95, 99]), strict=True))
-        assert seen[name] == pytest.approx({"mean": values.mean(), **expected})
+        assert seen[name] == pytest.approx({"mean": mean, **expected})
     assert seen["complete"] and window.traffic("dense", 200)["requests"] == 59
     nothing = window.traffic("reduced", 60)
     assert nothing["requests"] == 0 and nothing["ttft_s"] is None and nothing["complete"]
+
+
+def test_short_requests_weigh_little_in_the_speed_and_have_no_part_in_its_percentiles(clock):
+    window = ABWindow(samples=1000)
+    for _ in range(10):
+        window.add_request(
+            "dense", request(tokens=2, decode=0.00005)
+        )  # two tokens in one burst: 20,000 tokens/s
+    assert window.traffic("dense", 60)["tokens_per_second"] == {
+        "mean": pytest.approx(20_000),
+        "p50": None,
+        "p95": None,
+        "p99": None,
+    }
+    for decode in (0.9, 1.0, 1.1):
+        window.add_request("dense", request(tokens=101, decode=decode))
+    window.add_request("dense", request(tokens=1, decode=0.0))
+    speeds = window.traffic("dense", 60)["tokens_per_second"]
+    assert speeds["mean"] == pytest.approx(310 / 3.0005)
+    assert speeds["p50"] == pytest.approx(100) and speeds["p95"] < 112
 
 
 def test_a_window_that_is_longer_than_the_memory_says_so(clock):

@@ -128,7 +128,7 @@ def test_a_stream_has_the_pieces_of_each_variant_then_the_whole_answer(server, p
         assert [event["object"] for event in own] == ["compare.chunk"] * (len(own) - 1) + ["compare.end"]
         assert "".join(event["text"] for event in own[:-1]) == one["text"]
         counts = [event["usage"]["completion_tokens"] for event in own]
-        assert counts == sorted(counts) and counts[-1] == 40 and counts[0] < 5
+        assert counts == sorted(counts) and counts[-1] == 40
         assert own[-1]["lowkey"] == one["lowkey"] and own[-1]["finish_reason"] == "length"
         assert own[0]["lowkey"]["ttft_s"] > 0
     if not parallel:

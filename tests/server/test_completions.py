@@ -27,9 +27,10 @@ def test_events_are_framed_exactly(server, text):
     events = server.events(max_tokens=120, **SEEDED)
     assert events[-1] == "[DONE]"
     chunks = [json.loads(e) for e in events[:-1]]
-    # One chunk for each token, then the one with the reason.
-    assert [c["choices"][0]["text"] for c in chunks] == [*text, ""]
-    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * 120 + ["length"]
+    # One chunk for each token, or for all that came while the server or the reader was busy; then the reason.
+    texts = [c["choices"][0]["text"] for c in chunks]
+    assert "".join(texts) == text and all(texts[:-1]) and texts[-1] == ""
+    assert [c["choices"][0]["finish_reason"] for c in chunks] == [None] * (len(chunks) - 1) + ["length"]
     assert all(set(c) == {"id", "object", "created", "model", "choices"} for c in chunks[:-1])
     assert set(chunks[-1]) == {"id", "object", "created", "model", "choices", "lowkey"}
     assert chunks[-1]["lowkey"]["tokens_per_second"] > 0

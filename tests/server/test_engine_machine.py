@@ -18,7 +18,7 @@ from modeling.families import family_of
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine, IntegrityError
-from server.engine.messages import Abort, Generate, SaveState
+from server.engine.messages import Abort, Generate, Pause, Resume, SaveState
 from server.engine.scheduler import Scheduler
 from server.engine.state_writer import StateWriter
 
@@ -129,6 +129,20 @@ class EngineMachine(RuleBasedStateMachine):
                 self.aborted.add(request_id)
             self.engine.handle(Abort(request_id=request_id))
 
+    @rule(pick=st.integers(0, 10**6))
+    def pause(self, pick):
+        if self.added:
+            self.engine.handle(Pause(request_id=sorted(self.added)[pick % len(self.added)]))
+
+    @rule(pick=st.integers(0, 10**6))
+    def resume(self, pick):
+        if self.added:
+            self.engine.handle(Resume(request_id=sorted(self.added)[pick % len(self.added)]))
+
+    def resume_all(self):
+        for request_id in self.added:
+            self.engine.handle(Resume(request_id=request_id))
+
     @rule()
     def write_a_file(self):
         if self.disk.work:
@@ -139,6 +153,7 @@ class EngineMachine(RuleBasedStateMachine):
         """The process dies of it, its requests end with an error in the client, and another is started."""
         if self.engine.idle:
             return
+        self.resume_all()
         self.runner.fail = where
         for _ in range(50):
             try:
@@ -147,7 +162,7 @@ class EngineMachine(RuleBasedStateMachine):
                 break
             if output is not None:
                 self.check(output)  # a step that only refused, or told of a file
-            if self.engine.blocked:
+            if self.engine.blocked and self.engine.writing:
                 self.disk.run_one()
             if self.engine.idle:
                 break
@@ -161,6 +176,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule()
     def step(self):
         ready = list(self.scheduler._decoding)
+        assert not {request.id for request in ready} & self.scheduler._paused
         before = list(self.runner.launched)
         waiting = list(self.scheduler._waiting)
         output = self.engine.step()
@@ -230,13 +246,14 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self):
         if not hasattr(self, "engine"):
             return
+        self.resume_all()
         for _ in range(500):
             if self.engine.idle:
                 break
             self.step()
-            if self.engine.blocked:
+            if self.engine.blocked and self.engine.writing:
                 self.disk.run_one()
-        assert self.engine.idle
+        assert self.engine.idle and self.engine.occupancy.paused == 0
         assert self.scheduler.used_slots == 0 and not self.scheduler._requests
         assert not self.scheduler._leaders and not self.scheduler._prefilling and not self.scheduler._decoding
         assert set(self.ended) | self.aborted == set(self.added)

@@ -19,6 +19,7 @@ SERIES = {
     "lowkey_prefix_cache_queries": "counter",
     "lowkey_prefix_cache_hits": "counter",
     "lowkey_requests_running": "gauge",
+    "lowkey_requests_paused": "gauge",
     "lowkey_requests_waiting": "gauge",
     "lowkey_request_state_bytes": "histogram",
     "lowkey_state_bytes_per_request": "gauge",

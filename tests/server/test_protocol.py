@@ -50,7 +50,7 @@ def feed(*parts):
     async def work():
         config = uvicorn.Config(app, log_config=None)
         config.load()
-        protocol = HttpProtocol.with_header_timeout(60)(config, ServerState(), {})
+        protocol = HttpProtocol.with_timeouts(60, 60)(config, ServerState(), {})
         transport = Transport()
         protocol.connection_made(transport)
         taken = 0

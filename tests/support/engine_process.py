@@ -100,4 +100,4 @@ class Harness:
         self._runner.close()
 
     async def tokens(self, message: Generate) -> list[Token]:
-        return [token async for token in self.client.generate(message)]
+        return [token async for tokens in self.client.generate(message) for token in tokens]

@@ -117,8 +117,8 @@ def run(
             engine.handle(message)
         if step >= last and engine.idle:
             return outputs
-        while (output := engine.step()) is None and engine.blocked:
-            time.sleep(0.001)  # a file is being written
+        while (output := engine.step()) is None and engine.blocked and engine.writing:
+            time.sleep(0.001)
         if output is not None:
             outputs.append(output)
     raise AssertionError(f"not idle after {limit} steps")

@@ -1,7 +1,7 @@
 """The API over engines that are a table of bigrams in this process: what an engine says is known in advance."""
 
 import contextlib
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ from server.settings import Settings
 
 VOCAB = 257
 CONTEXT = 512
+FIRST_AT = 1000.0
+"""When engines make the first token of each request, by their own clock."""
+STEP_S = 0.25
+"""Seconds between their tokens."""
 D_K = {"dense": 32, "reduced": 16}
 
 
@@ -35,6 +39,8 @@ class Script:
         self.fail_after: int | None = None
         self.seen: list[Any] = []
         self.cached_tokens = 0
+        self.together = 1
+        """Tokens that come at once."""
 
     def top(self, last: int, count: int) -> list[tuple[int, float]]:
         order = np.argsort(-self.logprobs[last], kind="stable")[:count]
@@ -82,12 +88,15 @@ class ScriptedClient:
     async def close(self) -> None:
         self.up = False
 
-    async def generate(self, message: Generate) -> AsyncGenerator[Token]:
+    async def generate(
+        self, message: Generate, *, most_unread: float, on_sampled: Callable[[], None]
+    ) -> AsyncGenerator[list[Token]]:
         script, how = self.script, message.sampling
         script.seen.append(message)
         scripted = script.queue.pop(0) if script.queue else None
         last = message.token_ids[-1]
         finished = False
+        waiting: list[Token] = []
         try:
             for position in range(message.max_tokens):
                 if script.fail_after == position:
@@ -105,20 +114,26 @@ class ScriptedClient:
                 if reason is None and position == message.max_tokens - 1:
                     reason = "length"
                 wanted = message.logprobs
-                yield Token(
+                made = Token(
                     message.request_id,
                     token,
+                    FIRST_AT + position * STEP_S,
                     reason,
                     *((0.001, 0.002, script.cached_tokens) if position == 0 else (None, None, 0)),
                     logprob=None if wanted is None else float(logprobs[token]),
                     top=None if wanted is None else script.top(last, wanted),
                 )
+                waiting.append(made)
+                if len(waiting) == script.together or reason is not None:
+                    yield waiting
+                    waiting = []
                 last = token
                 if reason is not None:
                     finished = True
                     return
         finally:
             self.aborted += not finished
+            on_sampled()
 
     async def score(self, message: Score) -> Scored:
         self.script.seen.append(message)
