@@ -145,7 +145,7 @@ async function run(event) {
     showSpeeds(answer, timings);
     past.unshift(shown);
     listPast();
-    say(input.timed ? "Done, timed once." : "Done; speeds are not comparable without a timed run.");
+    say(input.timed ? "Done." : "Done; speeds are not comparable without a timed run.");
   } catch (error) {
     cards.forEach((card) => card.fail());
     if (error.name === "AbortError") say("Stopped.");
