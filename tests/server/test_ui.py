@@ -276,6 +276,12 @@ def test_a_repeat_can_be_stopped_and_keeps_what_it_has(open_page, lab):
     expect(page.locator("#repeat-note")).to_have_text("Stopped after 2 of 5 repeats.")
     expect(basis).to_have_text("timed runs: 3 of at least 5")
     page.unroute("**/v1/compare")
+    page.route("**/v1/compare", lambda route: route.abort())
+    press(page, "Repeat 5 times")
+    expect(page.get_by_role("alert")).to_contain_text("can't be reached")
+    expect(page.locator("#repeat-note")).to_have_text("Stopped after 0 of 5 repeats.")
+    expect(basis).to_have_text("timed runs: 3 of at least 5")
+    page.unroute("**/v1/compare")
     with suspended(lab.engines()["reduced"]):
         press(page, "Repeat 5 times")
         expect(page.locator("#repeat-note")).to_contain_text("Repeat 1 of 5")
