@@ -4,19 +4,20 @@ python benchmarks/load_docs.py .cache/loadtest docs     # as `make loadtest-docs
 """
 
 import argparse
-import datetime as dt
-import json
-import os
 import re
+import tempfile
 from pathlib import Path
 
-from measure import machine
-
-from loadtest.report import WIDTH
 from pruning.report.png import screenshot
 
-HEIGHTS = {"run": 720, "sweep": 440}
-"""Of the pages' figures, in pixels."""
+WIDTH = 1000
+HEIGHTS = {"run": 724, "sweep": 364}
+"""What the plots of each test take on a page of that width, in pixels."""
+ONLY_PLOTS = """<style>
+h1, p, section:not(.plots) { display: none; }
+main { max-width: none !important; padding: 8px !important; }
+.plots { margin: 0 !important; }
+</style></head>"""
 
 
 def put(text: str, name: str, block: str) -> str:
@@ -33,15 +34,21 @@ def put(text: str, name: str, block: str) -> str:
     return changed
 
 
-def describe(results: Path) -> str:
-    """What the test ran against, and on what."""
-    models = json.loads((results / "run" / "loadtest.json").read_text())["models"]
-    served = ", ".join(f"{m['id']} ({m['lowkey']['state_bytes']:,} state bytes)" for m in models)
-    facts = machine()
-    return (
-        f"{dt.datetime.now(dt.UTC):%Y-%m-%d}, {facts['cpu']}, {os.cpu_count()} CPUs, client and server "
-        f"on the same ones, load average {facts['load'][2]:.1f} over the last 15 minutes. Variants: {served}."
-    )
+def draw(page: Path, picture: Path, height: int) -> None:
+    """A picture of a report's plots, without its tables."""
+    with tempfile.TemporaryDirectory() as scratch:
+        plots = Path(scratch) / "plots.html"
+        plots.write_text(page.read_text("utf-8").replace("</head>", ONLY_PLOTS, 1), "utf-8")
+        screenshot(plots, picture, WIDTH, height)
+
+
+def write(results: Path, docs: Path) -> None:
+    page = docs / "loadtest.md"
+    text = page.read_text("utf-8")
+    for name, height in HEIGHTS.items():
+        draw(results / name / "loadtest.html", docs / "images" / f"loadtest-{name}.png", height)
+        text = put(text, name, (results / name / "loadtest.md").read_text("utf-8"))
+    page.write_text(text, "utf-8")
 
 
 def main() -> None:
@@ -51,14 +58,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("docs", type=Path)
     options = parser.parse_args()
-    results, docs = options.results.resolve(), options.docs.resolve()
-    page = docs / "loadtest.md"
-    text = put(page.read_text("utf-8"), "machine", describe(results) + "\n")
-    for name, height in HEIGHTS.items():
-        picture = docs / "images" / f"loadtest-{name}.png"
-        screenshot(results / name / "loadtest.html", picture, WIDTH + 16, height + 16)
-        text = put(text, name, (results / name / "loadtest.md").read_text("utf-8"))
-    page.write_text(text, "utf-8")
+    write(options.results.resolve(), options.docs.resolve())
 
 
 if __name__ == "__main__":

@@ -13,16 +13,18 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from loadtest.client import Result
+from loadtest.facts import circumstances, without_password
 from loadtest.figures import Objectives
 from loadtest.run import Load, Probe, Target, paired, sweep
 from loadtest.workload import Lengths, Workload, WorkloadError, read_trace
 
 try:
-    from loadtest import report
+    from loadtest import plots, report
 except ModuleNotFoundError as e:  # before any load, not after it
     raise SystemExit(f"error: {e}; pip install 'lowkey[loadtest]'") from e
 
@@ -30,7 +32,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 console = Console(stderr=True)
 
 MAX_REQUESTS = 100_000
-"""Of a test, warm-up aside."""
+"""The most requests of a test, warm-up aside."""
 
 OUT = typer.Option(help="Directory for loadtest.json, loadtest.md and loadtest.html.")
 
@@ -105,11 +107,12 @@ class Common:
             return f"trace {self.trace.name}"
         return f"prompts of {self.prompt_tokens} tokens, {self.output_tokens} new"
 
-    def target(self) -> tuple[Target, list[dict[str, Any]]]:
-        """Where to send, and what the server says of the variants. Raises typer.BadParameter."""
-        check_target(self.url, self.allow_remote)
-        names, models = find_variants(self.url, self.variants, self.api_key)
-        return Target(self.url, names, self.api_key, self.timeout, self.temperature), models
+    def target(self) -> tuple[Target, dict[str, Any]]:
+        """Where to send, and when and where that is for the report. Raises typer.BadParameter."""
+        local = check_target(self.url, self.allow_remote)
+        names, models, version = find_variants(self.url, self.variants, self.api_key)
+        target = Target(self.url, names, self.api_key, self.timeout, self.temperature)
+        return target, circumstances(self.url, version, models, local=local)
 
     def workload(self) -> Workload:
         """What to send. Raises typer.BadParameter."""
@@ -124,7 +127,8 @@ class Common:
         """For the JSON; no key."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "api_key"}
         plain = {name: str(v) if isinstance(v, Lengths) else v for name, v in values.items()}
-        return plain | {"trace": str(self.trace) if self.trace else None}
+        trace = str(self.trace) if self.trace else None
+        return plain | {"trace": trace, "url": without_password(self.url)}
 
 
 def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -146,8 +150,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return register
 
 
-def check_target(url: str, allow_remote: bool) -> None:
-    """Raises typer.BadParameter unless the host is a loopback address or `allow_remote`."""
+def check_target(url: str, allow_remote: bool) -> bool:
+    """Whether the host is a loopback address. Raises typer.BadParameter unless it is, or `allow_remote`."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as e:
@@ -162,35 +166,39 @@ def check_target(url: str, allow_remote: bool) -> None:
         raise typer.BadParameter(
             f"--url: {parsed.host} is not this machine; --allow-remote if you may load it"
         )
+    return local
 
 
-def find_variants(url: str, wanted: str, key: str) -> tuple[tuple[str, ...], list[dict[str, Any]]]:
-    """Names to test, and what the server says of them. Raises typer.BadParameter."""
+def find_variants(url: str, wanted: str, key: str) -> tuple[tuple[str, ...], list[dict[str, Any]], str]:
+    """Names to test, what the server says of them, and its version. Raises typer.BadParameter."""
     try:
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        response = httpx.get(f"{url}/v1/models", headers=headers, timeout=60, trust_env=False)
-        response.raise_for_status()
-        models = [m for m in response.json()["data"] if "alias" not in m["lowkey"]]
-    except (httpx.HTTPError, ValueError, KeyError) as e:
+        with httpx.Client(base_url=url, headers=headers, timeout=60, trust_env=False) as client:
+            listed, said = (client.get(path).raise_for_status().json() for path in ("/v1/models", "/version"))
+        models = [m for m in listed["data"] if "alias" not in m["lowkey"]]
+        version = str(said["version"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as e:
         raise typer.BadParameter(f"--url {url}: {e}; is the server up? `make demo` starts one") from e
     known = [m["id"] for m in models]
     names = tuple(dict.fromkeys(filter(None, wanted.split(",")))) or tuple(known)
     if missing := [n for n in names if n not in known]:
         raise typer.BadParameter(f"--variants: no {missing}; the server has {known}")
-    return names, [m for m in models if m["id"] in names]
+    return names, [m for m in models if m["id"] in names], version
 
 
 def _show(rows: list[list[str]]) -> None:
-    table = Table(*(rows[0]))
+    table = Table(*map(escape, rows[0]))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows[1:]:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(width=max(80, console.width)).print(table)
 
 
-def _finish(out: Path, data: dict[str, Any], rows: list[list[str]], figure: Any, title: str) -> None:
-    report.write(out, data, f"{title}.\n\n{report.markdown(rows)}", figure, title)
+def _finish(
+    out: Path, data: dict[str, Any], rows: list[list[str]], drawn: list[plots.Plot], title: str, caption: str
+) -> None:
+    report.write(out, data, rows, drawn, title, caption)
     _show(rows)
     typer.echo(f"{title}\n{out}/loadtest.html, .json, .md")
 
@@ -212,7 +220,7 @@ def run(
     """Rounds of the same requests to each variant, one variant at a time."""
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("--rate is an open loop, --concurrency a closed one: give one of them")
-    target, models = common.target()
+    target, seen = common.target()
     if rounds * requests * len(target.variants) > MAX_REQUESTS:
         raise typer.BadParameter(f"--rounds x --requests x variants is over {MAX_REQUESTS}")
     workload = common.workload()
@@ -237,10 +245,10 @@ def run(
     done = len({s.round for s in slices})
     how = f"{rate:g} requests/s, Poisson" if rate is not None else f"{load.concurrency} clients, closed loop"
     title = f"{how}; {common.lengths}; {done} rounds of {requests}"
-    options = {**common.record(), **asdict(load), "rounds": done, "requests": requests}
-    data = {"options": options, "models": models, **described, "requests": report.requests_of(slices)}
-    rows = report.table(described)
-    _finish(out, data, rows, report.plot_paired(slices, target.variants, common.objectives), title)
+    options = {**common.record(), **asdict(load), "rounds": done, "requests": requests, "warm_up": warm_up}
+    data = {**seen, "options": options, **described, "requests": report.requests_of(slices)}
+    drawn = plots.paired(slices, target.variants, common.objectives)
+    _finish(out, data, report.table(described), drawn, title, report.PAIRED)
 
 
 @command("sweep")
@@ -261,7 +269,7 @@ def sweep_command(
     out: Annotated[Path, OUT] = Path("out/loadtest-sweep"),
 ) -> None:
     """The highest rate that each variant holds within the objectives: bisection, variants in turns."""
-    target, models = common.target()
+    target, seen = common.target()
     workload, objectives = common.workload(), common.objectives
 
     def on_probe(p: Probe) -> None:
@@ -278,14 +286,23 @@ def sweep_command(
         )  # fmt: skip
     except ConnectionError as e:
         raise typer.BadParameter(str(e)) from e
+    probing = {
+        "start": start,
+        "seconds": seconds,
+        "attain": attain,
+        "precision": precision,
+        "steps": steps,
+        "max_requests": max_requests,
+    }
     title = (
         f"{attain:.0%} of requests within TTFT {objectives.ttft_s:g} s and mean ITL {1e3 * objectives.itl_s:g} ms; "
         f"{common.lengths}"
     )
     data = {
-        "options": {**common.record(), "attain": attain, "seconds": seconds, "precision": precision},
-        "models": models,
+        **seen,
+        "options": {**common.record(), **probing},
         "searches": {name: {"holds": s.low, "does_not_hold": s.high} for name, s in searches.items()},
         "probes": [{"variant": p.variant, "rate": p.rate, "held": p.held, "share": p.share} for p in probes],
     }
-    _finish(out, data, report.sweep_table(searches), report.plot_sweep(probes, objectives, attain), title)
+    drawn = plots.sweep(probes, objectives, attain)
+    _finish(out, data, report.sweep_table(searches), drawn, title, report.SWEPT)

@@ -1,5 +1,6 @@
 """Figures of a paired test: per variant, and as ratios with bootstrap intervals over rounds."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,8 @@ from loadtest.client import Result
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 RESAMPLES = 1000
+MIN_ROUNDS = 5
+"""Fewer rounds make no interval: those that are drawn are too much alike."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ FIGURES: dict[str, Callable[[Observed], float]] = {
 
 @dataclass(frozen=True)
 class Ratio:
-    """Variant over baseline, with a 95 % interval."""
+    """Variant over baseline, with a 95 % interval; NaN for its ends with fewer than `MIN_ROUNDS` rounds."""
 
     value: float
     low: float
@@ -120,7 +123,7 @@ def ratios(
     """Every figure of `variant` over `baseline`'s.
 
     Rounds are drawn with replacement, both variants' slices of a round together: within a round the machine's
-    noise is shared, between rounds it is not. With fewer than about five rounds the interval is only a hint.
+    noise is shared, between rounds it is not.
     """
     rounds = sorted({s.round for s in slices})
     by_round = {
@@ -136,8 +139,10 @@ def ratios(
             )
         return quotients
 
-    draw = np.random.default_rng(seed)
     values = all_figures(range(len(rounds)))
+    if len(rounds) < MIN_ROUNDS:
+        return {name: Ratio(float(values[i]), math.nan, math.nan) for i, name in enumerate(FIGURES)}
+    draw = np.random.default_rng(seed)
     drawn = np.array(
         [all_figures(draw.integers(len(rounds), size=len(rounds)).tolist()) for _ in range(RESAMPLES)]
     )

@@ -1,18 +1,20 @@
-"""What is left of a test: JSON with every request, tables in Markdown, and a page of plots that needs no network."""
+"""What is left of a test: JSON with every request, tables in Markdown, and a page that needs no network."""
 
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from loadtest.figures import FIGURES, Objectives, Ratio, Slice, observe, ratios
-from loadtest.run import Probe, Search
+from loadtest.facts import sentence
+from loadtest.figures import FIGURES, MIN_ROUNDS, Objectives, Ratio, Slice, observe, ratios
+from loadtest.page import page
+from loadtest.plots import Plot
+from loadtest.run import Search
 
 LABELS = {
     "tokens_per_second": "tokens/s",
@@ -28,12 +30,16 @@ LABELS = {
     "total_p99_s": "end to end p99, ms",
     "state_bytes": "state bytes per request",
 }
-COLOURS = ("#4c78a8", "#e45756", "#54a24b", "#b279a2", "#f58518", "#72b7b2")
-WIDTH = 1100
-"""Of a page's figure, in pixels."""
-
-POINTS = 400
-"""Of a curve."""
+PAIRED = (
+    "Tokens and latencies are those of requests without an error; latencies count from when a request was due. "
+    "Ratios are to the first variant, in brackets their 95 % intervals from drawing rounds with replacement; with "
+    f"fewer than {MIN_ROUNDS} rounds there is none."
+)
+SWEPT = (
+    "The highest rate that kept the objectives and the lowest that did not; the limit is between them. Ratios are to "
+    "the first variant, in brackets what they can be at the ends of both ranges: no statistical interval."
+)
+"""How to read the tables."""
 
 
 def clean(value: Any) -> Any:
@@ -92,6 +98,14 @@ def _cell(name: str, value: float) -> str:
     return f"{1e3 * value:.1f}" if name.endswith("_s") else f"{value:.2f}"
 
 
+def _ratio(ratio: Ratio) -> str:
+    if not math.isfinite(ratio.value):
+        return "-"
+    if not math.isfinite(ratio.low):
+        return f"{ratio.value:.2f} (too few rounds)"
+    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+
+
 def table(described: dict[str, Any]) -> list[list[str]]:
     """Header and rows: each figure of each variant, then the ratios with their intervals."""
     variants, quotients = described["variants"], described["ratios"]
@@ -100,101 +114,60 @@ def table(described: dict[str, Any]) -> list[list[str]]:
         rows.append([label, *(str(v[name]) for v in variants.values()), *("" for _ in quotients)])
     for name, label in LABELS.items():
         cells = [_cell(name, v[name]) for v in variants.values()]
-        for of in quotients.values():
-            ratio = Ratio(**of[name])
-            good = math.isfinite(ratio.value)
-            cells.append(f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if good else "-")
-        rows.append([label, *cells])
+        rows.append([label, *cells, *(_ratio(Ratio(**of[name])) for of in quotients.values())])
     return rows
 
 
 def sweep_table(searches: dict[str, Search]) -> list[list[str]]:
-    """Header and rows: what each variant holds, and the ratio to the first."""
+    """Header and rows: between which rates each variant's limit is, and between which values its ratio to the first."""
     first = next(iter(searches.values()))
     rows = [["", "holds, requests/s", "does not hold", "ratio"]]
     for variant, search in searches.items():
         high = "-" if search.high is None else f"{search.high:.2f}"
-        ratio = f"{search.low / first.low:.2f}" if first.low else "-"
-        rows.append([variant, f"{search.low:.2f}", high, ratio])
+        rows.append([variant, f"{search.low:.2f}", high, _limits(search, first)])
     return rows
 
 
+def _limits(search: Search, first: Search) -> str:
+    if search is first:
+        return "1.00"
+    if not first.low or first.high is None or search.high is None:
+        return "-"  # an open end: it could be anything
+    low, high = search.low / first.high, search.high / first.low
+    return f"{search.low / first.low:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _plain(text: str) -> str:
+    """Text of the server's on one line of Markdown, whatever it holds."""
+    return " ".join(escape(text, quote=False).replace("|", "\\|").split())
+
+
 def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines = ["| " + " | ".join(map(_plain, row)) + " |" for row in rows]
     return "\n".join([lines[0], "| --- |" + " ---: |" * (len(rows[0]) - 1), *lines[1:]]) + "\n"
 
 
-def _curve(values: Sequence[float]) -> tuple[list[float], list[float]]:
-    """An empirical distribution, in ms and as a share."""
-    at = np.linspace(0, 1, min(len(values), POINTS))
-    return (1e3 * np.quantile(values, at)).tolist(), at.tolist()
+def write(
+    directory: Path,
+    data: dict[str, Any],
+    rows: list[list[str]],
+    plots: Sequence[Plot],
+    title: str,
+    caption: str,
+) -> None:
+    """`loadtest.json`, `loadtest.md` and `loadtest.html` (with plotly in it), each whole or not at all.
 
-
-def plot_paired(slices: Sequence[Slice], variants: Sequence[str], objectives: Objectives) -> go.Figure:
-    """Distributions of latencies, and tokens/s round by round."""
-    titles = ("Time to first token", "Inter-token latency", "End to end", "Tokens per second by round")
-    figure = make_subplots(rows=2, cols=2, subplot_titles=titles, vertical_spacing=0.16)
-    for variant, colour in zip(variants, COLOURS, strict=False):
-        mine = [s for s in slices if s.variant == variant]
-        seen = observe(mine, objectives)
-        line = {"name": variant, "legendgroup": variant, "line": {"color": colour}}
-        for place, values in enumerate((seen.ttft, seen.itl, seen.total)):
-            if values:
-                x, y = _curve(values)
-                trace = go.Scatter(x=x, y=y, mode="lines", showlegend=place == 0, **line)
-                figure.add_trace(trace, row=place // 2 + 1, col=place % 2 + 1)
-        speed = [observe([s], objectives) for s in mine]
-        figure.add_trace(
-            go.Scatter(
-                x=[s.round + 1 for s in mine],
-                y=[s.tokens / s.seconds for s in speed],
-                mode="lines+markers",
-                showlegend=False,
-                **line,
-            ),
-            row=2,
-            col=2,
-        )
-    for row, col in ((1, 1), (1, 2), (2, 1)):
-        figure.update_xaxes(title="ms", type="log", dtick="D2", row=row, col=col)
-        figure.update_yaxes(title="share of requests" if col == 1 else "share of gaps", row=row, col=col)
-    figure.update_xaxes(title="round", dtick=1, row=2, col=2)
-    figure.update_yaxes(rangemode="tozero", row=2, col=2)
-    return figure.update_layout(height=720)
-
-
-def plot_sweep(probes: Sequence[Probe], objectives: Objectives, attain: float) -> go.Figure:
-    """What became of each rate that was tried."""
-    titles = ("Requests within the objectives", "Time to first token, p95")
-    figure = make_subplots(rows=1, cols=2, subplot_titles=titles)
-    for variant, colour in zip(dict.fromkeys(p.variant for p in probes), COLOURS, strict=False):
-        mine = sorted((p for p in probes if p.variant == variant), key=lambda p: p.rate)
-        style: dict[str, Any] = {
-            "x": [p.rate for p in mine],
-            "mode": "lines+markers",
-            "name": variant,
-            "line": {"color": colour},
-            "marker": {"symbol": ["circle" if p.held else "x" for p in mine], "size": 9},
-        }
-        figure.add_trace(go.Scatter(y=[p.share for p in mine], **style), row=1, col=1)
-        tails = [1e3 * FIGURES["ttft_p95_s"](observe([p.slice], objectives)) for p in mine]
-        figure.add_trace(go.Scatter(y=tails, showlegend=False, **style), row=1, col=2)
-    figure.add_hline(y=attain, line_dash="dot", row=1, col=1)
-    figure.add_hline(y=1e3 * objectives.ttft_s, line_dash="dot", row=1, col=2)
-    figure.update_xaxes(title="requests/s")
-    figure.update_yaxes(title="share", row=1, col=1)
-    figure.update_yaxes(title="ms", type="log", dtick="D2", row=1, col=2)
-    return figure.update_layout(height=440)
-
-
-def write(directory: Path, data: dict[str, Any], tables: str, figure: go.Figure, title: str) -> None:
-    """`loadtest.json`, `loadtest.md` and `loadtest.html` (with plotly in it), each whole or not at all."""
+    Args:
+        data: the JSON: `facts.circumstances`, the options and the figures.
+        rows: header and rows of the table of figures.
+        title: the test in words.
+        caption: how to read the table.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    figure.update_layout(title=title, template="plotly_white", width=WIDTH)
     texts = {
         "loadtest.json": json.dumps(clean(data), allow_nan=False),
-        "loadtest.md": tables,
-        "loadtest.html": figure.to_html(config={"displayModeBar": False}),
+        "loadtest.md": f"{title}.\n\n{_plain(sentence(data))}\n\n{markdown(rows)}",
+        "loadtest.html": page(title, caption, data, rows, plots),
     }
     for name, text in texts.items():
         temporary = directory / f".{name}"

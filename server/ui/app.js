@@ -1,6 +1,8 @@
-// The compare page: runs a comparison side by side, then timed one after the other, and shows what came of it.
+// The compare page: runs a comparison side by side, then timed one after the other, as often as wanted, and shows what
+// came of it.
 
 import { ApiError, compare, models as fetchModels, setKey } from "./api.js";
+import { REPEATS, timingOf } from "./timing.js";
 import { Card, divergenceOf, el, fleet, historyRows, offsetOf, verdict } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
@@ -11,6 +13,9 @@ let variants = [];
 let cards = [];
 let running = null;
 let frame = 0;
+// The run on show: {body, answer, points by card, timings}. Each timed run of the same prompt and settings adds one.
+let shown = null;
+const past = []; // such runs, the last one first
 
 // ---- key ----
 
@@ -111,10 +116,12 @@ function readForm() {
   return { body, timed: data.has("timed") };
 }
 
-function setRunning(controller) {
+// While something runs, the button that `stop` names ends it.
+function setRunning(controller, stop = "stop") {
   running = controller;
   $("run").disabled = Boolean(controller);
-  $("stop").hidden = !controller;
+  $("repeat").hidden = Boolean(controller);
+  for (const id of ["stop", "stop-repeat"]) $(id).hidden = !controller || id !== stop;
   $("answers").setAttribute("aria-busy", String(Boolean(controller)));
 }
 
@@ -132,9 +139,13 @@ async function run(event) {
   deal(input.body.variants);
   try {
     const answer = await withKey(() => perform(input, running.signal));
+    const timings = input.timed ? [timingOf(answer)] : [];
+    shown = { body: input.body, answer, points: cards.map((card) => [...card.points]), timings };
     settle(answer);
-    remember(answer, input.body.prompt);
-    say(input.timed ? "Done; speeds are from the timed run." : "Done; speeds are not comparable without a timed run.");
+    showSpeeds(answer, timings);
+    past.unshift(shown);
+    listPast();
+    say(input.timed ? "Done." : "Done; speeds are not comparable without a timed run.");
   } catch (error) {
     cards.forEach((card) => card.fail());
     if (error.name === "AbortError") say("Stopped.");
@@ -157,6 +168,7 @@ async function perform({ body, timed }, signal) {
   });
   if (!timed) return answer;
   settle(answer);
+  showSpeeds(answer, []);
   return compare({ ...body, parallel: false }, signal, (event) => {
     say(`Timing ${event.variant} alone ...`);
     byName[event.variant].retime(event);
@@ -164,9 +176,49 @@ async function perform({ body, timed }, signal) {
   });
 }
 
+// Times the run on show again; what was timed before a stop or an error counts.
+async function repeat() {
+  const { body, answer, timings } = shown;
+  complain(null);
+  setRunning(new AbortController(), "stop-repeat");
+  $("stop-repeat").focus();
+  let done = 0;
+  try {
+    for (; done < REPEATS; done += 1) {
+      const place = `Repeat ${done + 1} of ${REPEATS}`;
+      note(`${place} ...`);
+      const again = await withKey(() =>
+        compare({ ...body, parallel: false }, running.signal, (event) => note(`${place}: timing ${event.variant} ...`)),
+      );
+      timings.push(timingOf(again));
+      showSpeeds(answer, timings);
+      listPast();
+    }
+  } catch (error) {
+    if (error.name !== "AbortError") complain(error);
+  } finally {
+    const focused = document.activeElement === $("stop-repeat");
+    setRunning(null);
+    if (focused) $("repeat").focus();
+    note(done < REPEATS ? `Stopped after ${done} of ${REPEATS} repeats.` : repeatHint(timings));
+    refresh(false);
+  }
+}
+
+function note(text) {
+  if ($("repeat-note").textContent !== text) $("repeat-note").textContent = text;
+}
+
+function repeatHint(timings) {
+  const times = timings.length === 1 ? "once" : `${timings.length} times`;
+  const so = timings.length ? `Timed ${times}, one variant after the other.` : "Not timed yet.";
+  return `${so} Speed varies from run to run: a repeat times this prompt with these settings ${REPEATS} more times.`;
+}
+
 function deal(names) {
   cancelAnimationFrame(frame);
   frame = 0;
+  shown = null;
   cards = names.map((name, i) => new Card(name, variants.indexOf(name) < 0 ? i : variants.indexOf(name), i === 0));
   $("answers").replaceChildren(...cards.map((card) => card.node));
   $("verdict").hidden = true;
@@ -208,40 +260,49 @@ function settle(answer) {
     const at = i ? result.against_baseline.first_divergence : first;
     cards[i].finish(result, base, offsetOf(result.tokens, at, result.text));
   });
+}
+
+function showSpeeds(answer, timings) {
+  cards.forEach((card) => card.time(timings));
   drawCharts();
-  $("verdict").replaceChildren(...verdict(answer));
+  $("strips").replaceChildren(...verdict(answer, timings));
+  note(repeatHint(timings));
   $("verdict").hidden = false;
 }
 
 // ---- history ----
 
-function remember(answer, prompt) {
-  const points = cards.map((card) => [...card.points]);
-  const show = () => {
-    if (running) return;
-    complain(null);
-    deal(answer.results.map((result) => result.variant));
-    answer.results.forEach((result, i) => {
-      cards[i].points = points[i];
-    });
-    settle(answer);
-    say("A run from the history.");
-    $("answers").scrollIntoView({ behavior: "smooth", block: "nearest" });
-  };
+function listPast() {
   $("history").hidden = false;
-  $("history-rows").prepend(...historyRows(answer, prompt, show));
+  $("history-rows").replaceChildren(...past.flatMap((each) => historyRows(each, () => showAgain(each))));
+}
+
+function showAgain(entry) {
+  if (running) return;
+  complain(null);
+  deal(entry.answer.results.map((result) => result.variant));
+  entry.points.forEach((points, i) => {
+    cards[i].points = points;
+  });
+  shown = entry;
+  settle(entry.answer);
+  showSpeeds(entry.answer, entry.timings);
+  say("A run from the history.");
+  $("answers").scrollIntoView({ behavior: "smooth", block: "nearest" });
 }
 
 // ---- start ----
 
 form.addEventListener("submit", run);
-$("stop").addEventListener("click", () => running?.abort());
+$("repeat").addEventListener("click", repeat);
+for (const id of ["stop", "stop-repeat"]) $(id).addEventListener("click", () => running?.abort());
 $("key-button").addEventListener("click", async () => {
   if (await askForKey(KEPT)) refresh(true);
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
 });
+$("repeat").textContent = `Repeat ${REPEATS} times`;
 $("prompt").value = "import os\n\ndef find(path, name):\n";
 addEventListener("resize", () => cards.length && drawCharts());
 refresh(true);

@@ -2,6 +2,7 @@
 
 import { drawBar, drawHeat, drawProgress, HEAT_EDGES, moveCursor, svg } from "./charts.js";
 import * as format from "./format.js";
+import { meansOf, speedRatio } from "./timing.js";
 
 export function el(name, attributes = {}, ...children) {
   const node = document.createElement(name);
@@ -45,6 +46,7 @@ export class Card {
     this.ttft = figure("First token", "", this.wait);
     this.state = figure("State", "", this.memory);
     this.note = el("span", { class: "note" }, "waiting");
+    this.basis = el("p", { class: "basis" });
     this.body = el("div", { class: "text", tabindex: "0", role: "region", "aria-label": `Answer of ${variant}` });
     this.below = el("div", { class: "below" });
     this.node = el(
@@ -58,6 +60,7 @@ export class Card {
         this.note,
       ),
       el("div", { class: "figures" }, this.speed.node, this.ttft.node, this.state.node),
+      this.basis,
       this.body,
       this.below,
     );
@@ -70,6 +73,7 @@ export class Card {
     this.ended = event.object === "compare.end";
     this.note.textContent = this.ended ? ending(event) : tokens(event);
     this.figures(event.lowkey);
+    this.basis.textContent = SIDE_BY_SIDE;
   }
 
   // The figures of a later, timed run of the same prompt; the text stays.
@@ -79,6 +83,7 @@ export class Card {
     this.points.push([(event.lowkey.ttft_s ?? 0) + (event.lowkey.decode_s ?? 0), event.usage.completion_tokens]);
     this.note.textContent = event.object === "compare.end" ? ending(event) : `timing: ${tokens(event)}`;
     this.figures(event.lowkey);
+    this.basis.textContent = basisOf(1);
   }
 
   figures(lowkey) {
@@ -114,6 +119,17 @@ export class Card {
     this.body.querySelector(".caret")?.remove();
   }
 
+  // Speed and first token over all timed runs; without any they stay those of the run side by side.
+  time(timings) {
+    this.basis.textContent = basisOf(timings.length);
+    if (!timings.length) return;
+    const { speed, ttftS } = meansOf(timings, this.variant);
+    this.ttftS = ttftS;
+    this.ttft.set(format.seconds(ttftS));
+    this.speed.set(format.speed(speed));
+    if (speed == null) this.basis.textContent += "; the answer is too short to time";
+  }
+
   // The final word: texts by token, KL per token.
   finish(result, base, at) {
     this.text = result.text;
@@ -126,6 +142,14 @@ export class Card {
     const difference = result.against_baseline;
     this.below.replaceChildren(...(difference ? heatStrip(result.variant, base, difference, this.body.clientWidth) : []));
   }
+}
+
+const SIDE_BY_SIDE = "Speed and first token: side by side, where variants slow each other";
+
+// What the speed and the first token of a card are of.
+function basisOf(timedRuns) {
+  if (!timedRuns) return SIDE_BY_SIDE;
+  return `Speed and first token: ${timedRuns === 1 ? "one timed run" : `means of ${timedRuns} timed runs`}`;
 }
 
 function tokens(event) {
@@ -194,17 +218,21 @@ function heatStrip(variant, base, difference, pixels) {
 }
 
 // The figures of each variant against the baseline, in one row each.
-export function verdict(answer) {
+export function verdict(answer, timings) {
   const [base, ...others] = answer.results;
   return others.map((result, i) => {
     const d = result.against_baseline;
     const item = (label, value, hint) => el("div", { class: "figure", title: hint }, el("span", { class: "label" }, label), el("span", { class: "value" }, value));
+    const speed = speedRatio(timings, result.variant);
+    const ratio = item("Tokens/s", speed.value, "geometric mean of the timed runs' ratios and its 95 % interval: a t interval of their logarithms");
+    ratio.classList.toggle("unknown", !speed.known);
+    ratio.append(el("span", { class: "unit" }, speed.basis));
     return el(
       "div",
       { class: `panel strip v${(i + 1) % 6}` },
       el("h2", {}, result.variant, el("small", {}, ` against ${base.variant}`)),
       item("State", format.ratio(d.state_bytes_ratio), `${format.bytes(result.lowkey.state_bytes)} of ${format.bytes(base.lowkey.state_bytes)} per request`),
-      item("Tokens/s", format.ratio(d.tokens_per_second_ratio), "from the timed run, one after the other"),
+      ratio,
       item("Mean KL", format.small(d.mean_kl), "nats per token, on the baseline's answer"),
       item("Same top token", format.percent(d.top1_agreement), "on the baseline's answer"),
       item("Answers part at", d.first_divergence == null ? "never" : `token ${d.first_divergence + 1}`, "the first generated token that differs"),
@@ -213,12 +241,13 @@ export function verdict(answer) {
   });
 }
 
-export function historyRows(answer, prompt, show) {
+export function historyRows({ answer, body, timings }, show) {
   const [, ...others] = answer.results;
   return others.map((result, i) => {
     const d = result.against_baseline;
     const cell = (text) => el("td", { class: "num" }, text);
-    const button = el("button", { type: "button", class: "link" }, prompt.trim().slice(0, 60) || "(blank)");
+    const speed = speedRatio(timings, result.variant);
+    const button = el("button", { type: "button", class: "link" }, body.prompt.trim().slice(0, 60) || "(blank)");
     button.addEventListener("click", show);
     return el(
       "tr",
@@ -227,7 +256,7 @@ export function historyRows(answer, prompt, show) {
       el("td", {}, result.variant),
       cell(format.small(d.mean_kl)),
       cell(format.percent(d.top1_agreement)),
-      cell(format.ratio(d.tokens_per_second_ratio)),
+      cell(speed.known ? `${speed.value} ${speed.basis}` : speed.value),
       cell(format.ratio(d.state_bytes_ratio)),
     );
   });

@@ -1,11 +1,16 @@
 """The compare page in a real Chromium: what a person types, sees, and can reach with a keyboard."""
 
+import json
 import re
 import shutil
 
 import httpx
+import numpy as np
 import pytest
-from live_server import CONTEXT, DEADLINE_S, ENDLESS, LiveServer, poll
+from live_server import CONTEXT, DEADLINE_S, ENDLESS, LiveServer, poll, suspended
+from scipy import stats
+
+from server import ab
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'"
@@ -91,6 +96,43 @@ def card(page, variant):
     return page.locator(f".card[data-variant={variant}]")
 
 
+def press(page, name):
+    page.get_by_role("button", name=name, exact=True).click()
+
+
+def speed_ratio(page):
+    """The ratio or why there is none, and what it rests on."""
+    figure = page.locator(".strip .figure").nth(1)
+    return figure.locator(".value"), figure.locator(".unit")
+
+
+def answer_with(page, ratios, speeds=(100.0, 100.0)):
+    """Timed comparisons come back with these speed ratios, one after the other; the bodies that were sent."""
+    sent, left = [], list(ratios)
+
+    def handle(route):
+        body = route.request.post_data_json
+        sent.append(body)
+        *events, last, done, end = route.fetch(timeout=PATIENCE_MS).text().split("\n\n")
+        answer = json.loads(last.removeprefix("data: "))
+        if not body["parallel"]:
+            answer["results"][1]["against_baseline"]["tokens_per_second_ratio"] = left.pop(0)
+            for result, speed in zip(answer["results"], speeds, strict=True):
+                result["lowkey"]["tokens_per_second"] = speed
+        text = "\n\n".join([*events, f"data: {json.dumps(answer)}", done, end])
+        route.fulfill(body=text, content_type="text/event-stream")
+
+    page.route("**/v1/compare", handle)
+    return sent
+
+
+def interval(ratios):
+    """Geometric mean and 95 % t interval, by scipy."""
+    logs = np.log(ratios)
+    low, high = stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs))
+    return np.exp([logs.mean(), low, high])
+
+
 def test_the_page_is_served_safely_and_may_be_kept(lab):
     page = httpx.get(lab.url, timeout=DEADLINE_S)
     policy = page.headers["content-security-policy"]
@@ -148,10 +190,125 @@ def test_a_run_shows_both_answers_and_their_figures(open_page, lab):
     assert card(page, "reduced").locator(".heat rect[data-i]").count() == 40
     assert card(page, "reduced").locator(".disagrees").count() == difference["agree"].count(False)
     figures = page.locator(".strip .value").all_inner_texts()
-    assert float(figures[1].rstrip("\u00d7")) > 0, "from the timed run"
+    assert figures[1] == "not enough data", "one timed run"
     assert float(figures[2]) == pytest.approx(difference["mean_kl"], abs=0.002)
     assert figures[4] == f"token {difference['first_divergence'] + 1}"
     expect(page.get_by_role("row")).to_have_count(2)
+
+
+RATIOS = [0.78, 0.87, 1.14, 0.84, 1.00, 1.34, 0.95, 1.02, 0.9, 1.1, 0.99]
+"""Speed ratios of one prompt, as one run after the other gives them on a busy machine."""
+
+
+@pytest.mark.parametrize("runs", [5, 6, 11, 61])
+def test_the_interval_is_students_over_logarithms(open_page, runs):
+    page = open_page()
+    ratios = np.resize(RATIOS, runs).tolist()
+    script = page.locator("script[src]").get_attribute("src").replace("app.js", "timing.js")
+    estimate = "async ([file, ratios]) => (await import(`/${file}`)).estimate(ratios)"
+    found = page.evaluate(estimate, [script, ratios])
+    # The quantile is that of an expansion: a thousandth of it is below what the page shows.
+    assert [found["mean"], found["low"], found["high"]] == pytest.approx(interval(ratios), rel=1e-3)
+    assert found["mean"] == pytest.approx(ab._estimate_ratio(np.array(ratios))["mean"], rel=1e-12)
+    few = page.evaluate(estimate, [script, ratios[:4]])
+    assert few["low"] is None and few["high"] is None and few["runs"] == 4
+
+
+def test_speed_has_an_interval_once_it_was_timed_often_enough(open_page):
+    page = open_page()
+    sent = answer_with(page, RATIOS)
+    value, basis = speed_ratio(page)
+    fill(page)
+    start(page)
+    expect(page.locator("#status")).to_have_text(DONE)
+    expect(value).to_have_text("not enough data")
+    expect(basis).to_have_text("timed runs: 1 of at least 5")
+    expect(page.locator("#history-rows")).to_contain_text("not enough data")
+    expect(card(page, "dense").locator(".basis")).to_contain_text("one timed run")
+    for repeats, runs in enumerate((6, 11), 1):
+        press(page, "Repeat 5 times")
+        expect(basis).to_contain_text(f"{runs} runs")
+        mean, low, high = interval(RATIOS[:runs])
+        expect(value).to_have_text(f"{mean:.2f}\u00d7")
+        expect(basis).to_have_text(f"[{low:.2f}, {high:.2f}], {runs} runs")
+        expect(page.locator("#history-rows")).to_contain_text(basis.inner_text())
+        expect(card(page, "dense").locator(".basis")).to_contain_text(f"{runs} timed runs")
+        assert len(sent) == 2 + 5 * repeats and all(body == sent[1] for body in sent[2:])
+
+
+def test_another_prompt_starts_anew_and_the_old_run_can_be_gone_on_with(open_page):
+    page = open_page()
+    answer_with(page, RATIOS)
+    value, basis = speed_ratio(page)
+    fill(page)
+    start(page)
+    expect(page.locator("#status")).to_have_text(DONE)
+    press(page, "Repeat 5 times")
+    expect(basis).to_contain_text("6 runs")
+    fill(page, prompt="Another")
+    start(page)
+    expect(page.get_by_role("row")).to_have_count(3)
+    expect(value).to_have_text("not enough data")
+    expect(basis).to_have_text("timed runs: 1 of at least 5")
+    page.locator("#history-rows button").last.click()
+    expect(basis).to_contain_text("6 runs")
+
+
+def test_a_repeat_can_be_stopped_and_keeps_what_it_has(open_page, lab):
+    page = open_page()
+    _, basis = speed_ratio(page)
+    fill(page)
+    start(page)
+    expect(page.locator("#status")).to_have_text(DONE)
+    text = card(page, "reduced").locator(".text").inner_text()
+    sent = []
+
+    def hold_the_third(route):
+        sent.append(route.request.post_data_json)
+        if len(sent) < 3:
+            route.continue_()
+
+    page.route("**/v1/compare", hold_the_third)
+    press(page, "Repeat 5 times")
+    expect(page.locator("#repeat-note")).to_contain_text("Repeat 3 of 5")
+    expect(page.get_by_role("button", name="Run")).to_be_disabled()
+    press(page, "Stop")
+    expect(page.locator("#repeat-note")).to_have_text("Stopped after 2 of 5 repeats.")
+    expect(basis).to_have_text("timed runs: 3 of at least 5")
+    page.unroute("**/v1/compare")
+    page.route("**/v1/compare", lambda route: route.abort())
+    press(page, "Repeat 5 times")
+    expect(page.get_by_role("alert")).to_contain_text("can't be reached")
+    expect(page.locator("#repeat-note")).to_have_text("Stopped after 0 of 5 repeats.")
+    expect(basis).to_have_text("timed runs: 3 of at least 5")
+    page.unroute("**/v1/compare")
+    with suspended(lab.engines()["reduced"]):
+        press(page, "Repeat 5 times")
+        expect(page.locator("#repeat-note")).to_contain_text("Repeat 1 of 5")
+        press(page, "Stop")
+        expect(page.locator("#repeat-note")).to_have_text("Stopped after 0 of 5 repeats.")
+    assert len(sent) == 3
+    assert card(page, "reduced").locator(".text").inner_text() == text
+    lab.wait_idle("dense")
+    lab.wait_idle("reduced")
+    press(page, "Repeat 5 times")
+    expect(basis).to_contain_text("8 runs")
+
+
+def test_answers_too_short_to_time_say_so(open_page):
+    page = open_page()
+    answer_with(page, [None] * 6, speeds=(None, None))
+    value, _ = speed_ratio(page)
+    fill(page, max_tokens=5)
+    start(page)
+    expect(page.locator("#repeat-note")).to_contain_text("Timed once")
+    press(page, "Repeat 5 times")
+    expect(page.locator("#repeat-note")).to_contain_text("Timed 6 times")
+    expect(value).to_have_text("too short to time")
+    expect(page.locator("#history-rows")).to_contain_text("too short to time")
+    for variant in ("dense", "reduced"):
+        expect(card(page, variant).locator(".figures .value").first).to_have_text("\u2013")
+        expect(card(page, variant).locator(".basis")).to_contain_text("too short to time")
 
 
 def test_both_streams_are_seen_while_they_come_and_can_be_stopped(open_page, lab):
@@ -196,7 +353,7 @@ def test_all_is_reached_with_the_keyboard(open_page):
     assert seen == ["variant", "variant", "baseline", "max_tokens", "temperature", "run"]
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_have_text(DONE)
-    expect(page.locator(".strip .value").nth(1)).to_have_text("\u2013")  # not timed
+    expect(speed_ratio(page)[1]).to_have_text("timed runs: 0 of at least 5")
     heat = page.locator(".heat")
     heat.focus()
     page.keyboard.press("End")
@@ -216,6 +373,9 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(open_page, scheme):
     fill(page, prompt="x" * 300, max_tokens=30)
     start(page)
     expect(page.locator("#status")).to_have_text(DONE)
+    assert page.evaluate("() => document.documentElement.scrollWidth") == 360
+    press(page, "Repeat 5 times")
+    expect(speed_ratio(page)[1]).to_contain_text("6 runs")
     assert page.evaluate("() => document.documentElement.scrollWidth") == 360
     background = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     light = sum(map(int, re.findall(r"\d+", background))) > 3 * 128
