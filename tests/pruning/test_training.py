@@ -1,5 +1,6 @@
 """The training loop of recovery."""
 
+import contextlib
 import math
 import subprocess
 import sys
@@ -38,8 +39,13 @@ def run(model, teacher, s, saved, **options):
     return train(model, teacher, batches, HELDOUT, s, saved=saved, fingerprint={"run": 1}, **options)
 
 
+# In bfloat16 the same sums in another order differ by a few of its steps of 0.4 %, and by how many depends on the
+# processor's products; in float32 the formulas themselves are held together.
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.05)])
 @pytest.mark.parametrize("config", [GATED, DELTA], ids=["gated", "tied"])
-def test_the_gradient_is_that_of_the_loss_as_it_is_written(load, config, monkeypatch):
+def test_the_gradient_is_that_of_the_loss_as_it_is_written(load, config, precision, tolerance, monkeypatch):
+    if precision == "float32":
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     model, teacher = load(config), load(config, seed=1)
     s = settings(ce_weight=0.7, kl_weight=0.4, temperature=3.0, accumulate=2)
     rows = TOKENS[:132].view(4, 33)
@@ -62,8 +68,7 @@ def test_the_gradient_is_that_of_the_loss_as_it_is_written(load, config, monkeyp
 
     torch.testing.assert_close(reported, torch.stack([ce, kl]).detach(), rtol=1e-4, atol=1e-5)
     for name, parameter in parameters.items():
-        # bfloat16 gradients, added up in another order.
-        assert (found[name] - parameter.grad).norm() <= 0.02 * parameter.grad.norm(), name
+        assert (found[name] - parameter.grad).norm() <= tolerance * parameter.grad.norm(), name
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():
