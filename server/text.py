@@ -53,17 +53,21 @@ class StopMatcher:
     """Finds the stop string that is complete first in text that comes in pieces, however it is cut.
 
     Of two that are complete at the same character the longer one counts. Only what might begin one is held back.
+
+    Args:
+        keep: whether the stop string is part of the text.
     """
 
-    def __init__(self, stops: list[str]) -> None:
+    def __init__(self, stops: list[str], *, keep: bool = False) -> None:
         self._stops = stops
+        self._keep = keep
         self._begun = [0] * len(stops)
         """Characters that each one has begun with, at the end of what is held back."""
         self._held = ""
         self.matched = False
 
     def add(self, text: str) -> str:
-        """Text that is safe to show. Once a stop string is complete, what stood before it, and `matched` is set."""
+        """Text that is safe to show. Once a stop string is complete, what is left of the text, and `matched` is set."""
         if not self._stops:
             return text
         starts = [len(self._held) - begun for begun in self._begun]
@@ -73,7 +77,8 @@ class StopMatcher:
         found = [(at + len(stop), at) for at, stop in places if at >= 0]
         if found:
             self.matched, self._held = True, ""
-            return text[: min(found)[1]]
+            end, at = min(found)
+            return text[: end if self._keep else at]
         self._begun = [
             self._overlap(text[start:], stop) for stop, start in zip(self._stops, starts, strict=True)
         ]

@@ -98,7 +98,7 @@ class Variant:
             source = template_of(self.tokenizer_config)
             if source is not None:
                 self.chat_template = ChatTemplate(source, special_tokens_of(self.tokenizer_config))
-        except (ValueError, TemplateRefusedError) as e:  # completions need neither
+        except (ValueError, RecursionError, TemplateRefusedError) as e:  # completions need neither
             logger.warning("%s: no chat: %s", self.name, e)
 
 

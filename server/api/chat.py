@@ -1,6 +1,5 @@
 """POST /v1/chat/completions."""
 
-import asyncio
 import secrets
 import time
 from contextlib import ExitStack
@@ -14,40 +13,13 @@ from server.api.answering import answer
 from server.api.answers import STREAMED, ChatCompletion
 from server.api.auth import capped_priority
 from server.api.choices import Choices
-from server.api.errors import APIError
+from server.api.conversation import conversation
 from server.api.generation import Chunk
 from server.api.prompts import encode_prompt
-from server.api.schemas import ChatRequest, Message
+from server.api.schemas import ChatRequest
 from server.api.serving import admitted, find_variant, server_state, sticky_identity
-from server.chat_template import TemplateRefusedError
-from server.variants import Variant
 
 router = APIRouter()
-
-
-async def conversation(
-    variant: Variant, messages: list[Message], *, add_generation_prompt: bool = True
-) -> str:
-    """The text of messages by the model's chat template. 400 if it has none, or refuses them."""
-    template = variant.chat_template
-    if template is None:
-        raise APIError(
-            400,
-            f"messages: model {variant.name!r} has no chat template; use /v1/completions",
-            param="messages",
-        )
-    plain = [_plain(message) for message in messages]
-    try:
-        return await asyncio.to_thread(template.render, plain, add_generation_prompt=add_generation_prompt)
-    except TemplateRefusedError as e:
-        raise APIError(400, f"messages: {str(e)[:1000]}", param="messages") from e
-
-
-def _plain(message: Message) -> dict[str, Any]:
-    fields = message.model_dump()
-    if isinstance(message.content, list):  # templates of text models take text
-        fields["content"] = "\n".join(part.text for part in message.content)
-    return fields
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
@@ -57,10 +29,16 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     variant = find_variant(state, body.model, "model", sticky_identity(request, body.user))
     with ExitStack() as stack:
         places = stack.enter_context(admitted(state, variant, body.choices_each))
-        text = await conversation(variant, body.messages)
-        # The template has written the special tokens that it wants.
-        least = body.given_limit or 1
-        ids = await encode_prompt(state, variant, text, least, param="messages", special=False)
+        text = await conversation(variant, body.messages, body)
+        ids = await encode_prompt(
+            state,
+            variant,
+            text,
+            body.given_limit or 1,
+            param="messages",
+            special=bool(body.add_special_tokens),  # by default the template has written those that it wants
+            last=body.truncate_prompt_tokens,
+        )
         limit = body.given_limit or variant.info.context_length - len(ids)
         choices = Choices(
             state,

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from server.api.auth import capped_priority
 from server.api.comparison import Comparison
 from server.api.errors import APIError, from_engine
-from server.api.generation import checked_bias
+from server.api.generation import checked_allowed, checked_bias
 from server.api.schemas import CompareRequest
 from server.api.scoring import same_vocabulary, score_bytes
 from server.api.serving import ServerState, admitted, named_variant, server_state, unless_disconnected
@@ -61,8 +61,8 @@ def _chosen(state: ServerState, body: CompareRequest) -> list[Variant]:
 
 
 def _check_comparable(state: ServerState, body: CompareRequest, variants: list[Variant]) -> None:
-    """400 unless all have one tokenizer and each token of `logit_bias`, and the log-probabilities fit. They have
-    loaded."""
+    """400 unless all have one tokenizer and each token that the request names, and the log-probabilities fit. They
+    have loaded."""
     baseline, *others = variants
     for variant in others:
         if not same_vocabulary(baseline, variant):
@@ -72,6 +72,7 @@ def _check_comparable(state: ServerState, body: CompareRequest, variants: list[V
                 param="variants",
             )
     checked_bias(body, baseline)
+    checked_allowed(body, baseline)
     if score_bytes(body.token_limit, baseline) > state.settings.compare_bytes:
         most = state.settings.compare_bytes // score_bytes(1, baseline)
         raise APIError(

@@ -63,9 +63,19 @@ class Comparison:
     ) -> "Comparison":
         """Tokenises. Raises APIError 400 if the prompt is no good."""
         prompt_ids = {
-            variant.name: await encode_prompt(state, variant, body.prompt, body.token_limit)
+            variant.name: await encode_prompt(
+                state,
+                variant,
+                body.prompt,
+                body.token_limit,
+                special=body.add_special_tokens is not False,
+                last=body.truncate_prompt_tokens,
+            )
             for variant in variants
         }
+        # Cut to what fits, they may differ: contexts do.
+        least = min(map(len, prompt_ids.values()))
+        prompt_ids = {name: ids[-least:] for name, ids in prompt_ids.items()}
         return cls(state, body, variants, prompt_ids, arrived, priority)
 
     async def run(self) -> Event:

@@ -57,13 +57,27 @@ async def _choices(
     variant = places.variant
     before = 0 if saved is None else saved.tokens
     prompts = await together(
-        [encode_prompt(state, variant, p, body.token_limit, before=before) for p in body.prompts]
+        [
+            encode_prompt(
+                state,
+                variant,
+                prompt,
+                body.token_limit,
+                before=before,
+                special=body.add_special_tokens is not False,
+                last=body.truncate_prompt_tokens,
+            )
+            for prompt in body.prompts
+        ]
     )
     echo: list[str] | None = None
     if body.echo:
         skip = body.skip_special_tokens is not False
+        whole = body.truncate_prompt_tokens is None
         echo = [
-            given if isinstance(given, str) else variant.tokenizer.decode(ids, skip_special_tokens=skip)
+            given
+            if isinstance(given, str) and whole
+            else variant.tokenizer.decode(ids, skip_special_tokens=skip)
             for given, ids in zip(body.prompts, prompts, strict=True)
         ]
     return Choices(

@@ -34,6 +34,26 @@ def checked_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
     return bias
 
 
+def checked_allowed(fields: SamplingFields, variant: Variant) -> list[int]:
+    """The only ids that may be generated; empty for all. 400 for one that the model lacks, or if `min_tokens` leaves
+    none of them. The variant has loaded."""
+    allowed = fields.allowed_token_ids or []
+    vocab = variant.info.vocab_size
+    if allowed and max(allowed) >= vocab:
+        message = f"allowed_token_ids: token id {max(allowed)} is not below the vocabulary size {vocab}"
+        raise APIError(400, message, param="allowed_token_ids")
+    if allowed and fields.min_tokens and set(allowed) <= stop_ids(fields, variant):
+        message = "allowed_token_ids: each of them ends the completion, which min_tokens forbids"
+        raise APIError(400, message, param="allowed_token_ids")
+    return allowed
+
+
+def stop_ids(fields: SamplingFields, variant: Variant) -> set[int]:
+    """The tokens that end a completion. The variant has loaded."""
+    own = [] if fields.ignore_eos else variant.info.eos_token_ids
+    return {*(fields.stop_token_ids or []), *own}
+
+
 @dataclass(frozen=True)
 class Saved:
     """A saved state that a prompt goes on from."""
@@ -124,12 +144,10 @@ class Generation:
         self._decoded = 0
         """Characters so far, those that are held back for a stop string included."""
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
-        self._matcher = StopMatcher(stops)
+        self._keep_stop = bool(fields.include_stop_str_in_output)
+        self._matcher = StopMatcher(stops, keep=self._keep_stop)
         skip = fields.skip_special_tokens is not False
         self._detokenizer = Detokenizer(variant.tokenizer, skip_special_tokens=skip)
-        stop_ids = set(fields.stop_token_ids or [])
-        if not fields.ignore_eos:
-            stop_ids |= set(variant.info.eos_token_ids)
         self._message = Generate(
             request_id=secrets.token_hex(8),
             token_ids=self.prompt_ids,
@@ -145,8 +163,9 @@ class Generation:
                 frequency_penalty=fields.frequency_penalty or 0.0,
                 repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
                 logit_bias=checked_bias(fields, variant),
+                allowed_token_ids=checked_allowed(fields, variant),
             ),
-            stop_token_ids=sorted(stop_ids),
+            stop_token_ids=sorted(stop_ids(fields, variant)),
             min_tokens=fields.min_tokens or 0,
             logprobs=fields.alternatives,
             priority=priority,
@@ -209,8 +228,9 @@ class Generation:
     def _text_of(self, token: Token) -> str:
         self.token_ids.append(token.token_id)
         self.finish_reason = token.finish_reason
-        # The token that ends a request by its id is counted, but it is not text.
-        text = "" if token.finish_reason == "stop" else self._detokenizer.add(token.token_id)
+        # The token that ends a request by its id is counted, but it is not text unless that is asked for.
+        shown = token.finish_reason != "stop" or self._keep_stop
+        text = self._detokenizer.add(token.token_id) if shown else ""
         if token.finish_reason is not None:
             text += self._detokenizer.flush()
         self._decoded += len(text)

@@ -23,6 +23,7 @@ async def encode_prompt(
     before: int = 0,
     param: str = "prompt",
     special: bool = True,
+    last: int | None = None,
 ) -> list[int]:
     """Token ids of the prompt. 400 if it is empty, has ids that the model lacks, or leaves no room.
 
@@ -30,15 +31,21 @@ async def encode_prompt(
         before: tokens that a saved state stands for.
         param: the field that the prompt comes from.
         special: whether the tokenizer adds its special tokens to a text.
+        last: keep only so many tokens of the prompt's end; -1: as many as leave room for max_tokens.
     """
+    limit = variant.info.context_length
+    if last == -1:
+        last = max(limit - before - max_tokens, 1)
     if isinstance(prompt, str):
         # No need to tokenise what can't fit.
         least = len(prompt) // variant.longest_token
-        if least > variant.info.context_length:
+        if least > limit and last is None:
             raise _too_long(state, variant, f"the prompt has at least {least}", param)
         ids = await tokenize(variant, prompt, special=special)
     else:
         ids = prompt
+    if last is not None:
+        ids = ids[-last:]
     vocab = variant.info.vocab_size
     if ids and max(ids) >= vocab:  # of a text too: a tokenizer may know more tokens than the model
         raise APIError(
@@ -46,7 +53,7 @@ async def encode_prompt(
         )
     if not ids:
         raise APIError(400, f"{param}: is empty; at least one token is needed", param=param)
-    limit, length = variant.info.context_length, before + len(ids)
+    length = before + len(ids)
     if length + max_tokens > limit:
         at_fault = "max_tokens" if length < limit else param
         counts = f"the prompt has {length} and max_tokens is {max_tokens}, {length + max_tokens} together"

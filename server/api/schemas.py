@@ -1,6 +1,6 @@
 """What requests may say. Unknown fields are ignored; a known field with a bad value is an error that names it."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -10,10 +10,12 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
-    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
+
+from server.api import refused
+from server.chat_template import RESERVED
 
 MAX_PROMPTS = 1024
 """Most prompts in one request; the queue of a variant may hold fewer."""
@@ -21,17 +23,6 @@ MAX_CHOICES = 128
 """Most choices for one prompt."""
 MAX_LOGPROBS = 20
 """Most alternatives reported at a position."""
-
-
-def _only(*no_ops: Any) -> BeforeValidator:
-    """A field that we don't run: accepted where its value changes nothing."""
-
-    def check(value: Any, info: ValidationInfo) -> Any:
-        if any(type(value) is type(no_op) and value == no_op for no_op in no_ops):
-            return value
-        raise _refuse(info.field_name or "", "is not supported")
-
-    return BeforeValidator(check)
 
 
 def _refuse(field: str, text: str) -> PydanticCustomError:
@@ -86,8 +77,26 @@ class Fields(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class SamplingFields(Fields):
+class CheckedFields(Fields):
+    """Fields beside which others are known, and refused where their value changes something."""
+
+    no_ops: ClassVar[refused.NoOps] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_unsupported(cls, data: Any) -> Any:
+        found = refused.unsupported(data, cls.no_ops) if isinstance(data, dict) else []
+        if found:
+            raise _refuse(
+                found[0], "; ".join(["is not supported", *(f"{x} is not supported" for x in found[1:10])])
+            )
+        return data
+
+
+class SamplingFields(CheckedFields):
     """How text is generated; the same in every endpoint that generates."""
+
+    no_ops = refused.GENERATION
 
     max_tokens: int | None = Field(16, ge=0, le=2**31, description="Most tokens to generate.")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0 is greedy.")
@@ -99,6 +108,9 @@ class SamplingFields(Fields):
         None, description="Text that ends the completion; not part of it."
     )
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = Field(
+        False, description="Keep what ended the completion, a stop text or token, in the text."
+    )
     ignore_eos: bool | None = Field(False, description="Go on after an end-of-text token.")
     min_tokens: int | None = Field(
         0, ge=0, le=2**31, description="Neither a stop token nor a stop string ends it before."
@@ -114,16 +126,24 @@ class SamplingFields(Fields):
     logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=1024)] | None = Field(
         None, description="Token id -> added to its logit."
     )
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=1024)] | None = Field(
+        None, description="Only these tokens may be generated."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="As the tokenizer does by itself; default true for a prompt, false for messages."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None,
+        ge=-1,
+        le=2**31,
+        description="Leave of the prompt its last so many tokens; -1: as many as fit beside max_tokens.",
+    )
     priority: int | None = Field(
         0,
         ge=-(2**31),
         lt=2**31,
         description="Lower runs first; no lower than the key's configuration allows (0).",
     )
-
-    suffix: Annotated[Any, _only(None)] = None
-    tools: Annotated[Any, _only(None, [])] = None
-    response_format: Annotated[Any, _only(None, {"type": "text"})] = None
 
     @property
     def token_limit(self) -> int:
@@ -151,6 +171,8 @@ class SamplingFields(Fields):
             raise _refuse(
                 "min_tokens", f"must not be above max_tokens {self.given_limit}, got {self.min_tokens}"
             )
+        if self.truncate_prompt_tokens == 0:
+            raise _refuse("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
         return self
 
 
@@ -241,8 +263,36 @@ class Message(Fields):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
-class ChatRequest(ChoiceFields):
+class TemplateFields(Fields):
+    """How messages become a prompt."""
+
+    add_generation_prompt: bool | None = Field(
+        True, description="Begin the answer after the last message; only for messages."
+    )
+    continue_final_message: bool | None = Field(
+        False,
+        description="Leave the last message open, to be gone on with; needs add_generation_prompt: false.",
+    )
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="Variables of the chat template, by name."
+    )
+
+    @model_validator(mode="after")
+    def _check_template(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt is not False:
+            raise _refuse(
+                "continue_final_message", "needs add_generation_prompt: false, which is true by default"
+            )
+        taken = sorted(RESERVED & (self.chat_template_kwargs or {}).keys())
+        if taken:
+            raise _refuse("chat_template_kwargs", f"may not set {', '.join(taken)}")
+        return self
+
+
+class ChatRequest(ChoiceFields, TemplateFields):
     """POST /v1/chat/completions."""
+
+    no_ops = refused.CHAT
 
     messages: Messages
     max_tokens: int | None = Field(
@@ -253,11 +303,6 @@ class ChatRequest(ChoiceFields):
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_LOGPROBS, description="Alternatives at each token; needs logprobs."
     )
-    tool_choice: Annotated[Any, _only(None, "none", "auto")] = None
-    functions: Annotated[Any, _only(None, [])] = None
-    function_call: Annotated[Any, _only(None, "none", "auto")] = None
-    modalities: Annotated[Any, _only(None, ["text"])] = None
-    audio: Annotated[Any, _only(None)] = None
 
     @property
     def given_limit(self) -> int | None:
@@ -283,6 +328,8 @@ class ChatRequest(ChoiceFields):
 class CompareRequest(SamplingFields):
     """POST /v1/compare."""
 
+    no_ops = refused.COMPARE
+
     prompt: Prompt = Field(description="Text, or token ids of the model's own tokenizer.")
     variants: Annotated[list[Name], Field(min_length=2, max_length=16, fail_fast=True)] | None = Field(
         None, description="Which variants; all of them if not given."
@@ -294,15 +341,12 @@ class CompareRequest(SamplingFields):
         False, description="Decode at the same time: faster, but the speeds are then not comparable."
     )
     stream: bool | None = Field(False, description="Events of each variant as they come, then the answer.")
-    n: Annotated[Any, _only(None, 1)] = None
-    best_of: Annotated[Any, _only(None, 1)] = None
-    echo: Annotated[Any, _only(None, False)] = None
-    logprobs: Annotated[Any, _only(None, False)] = None
-    state_id: Annotated[Any, _only(None)] = None
 
 
-class TokenizeRequest(Fields):
+class TokenizeRequest(CheckedFields, TemplateFields):
     """POST /tokenize: a prompt, or messages through the chat template."""
+
+    no_ops = refused.RENDERING
 
     model: str | None = Field(None, max_length=256, description="The first variant if not given.")
     prompt: Text | None = None
@@ -310,17 +354,15 @@ class TokenizeRequest(Fields):
     add_special_tokens: bool | None = Field(
         None, description="As the tokenizer does by itself; default true for a prompt, false for messages."
     )
-    add_generation_prompt: bool | None = Field(True, description="With messages: begin the answer.")
     return_token_strs: bool | None = Field(False, description="The vocabulary's entry of each token too.")
-    continue_final_message: Annotated[Any, _only(None, False)] = None
-    chat_template: Annotated[Any, _only(None)] = None
-    chat_template_kwargs: Annotated[Any, _only(None, {})] = None
-    tools: Annotated[Any, _only(None, [])] = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise _refuse("prompt", "or messages: exactly one of them is needed")
+        for field in ("continue_final_message", "chat_template_kwargs"):
+            if self.messages is None and getattr(self, field):
+                raise _refuse(field, "needs messages, not a prompt")
         return self
 
 

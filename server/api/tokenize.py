@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.api.answers import Detokenized, Tokenized
-from server.api.chat import conversation
+from server.api.conversation import conversation
 from server.api.errors import APIError, unavailable
 from server.api.prompts import tokenize
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
@@ -31,8 +31,7 @@ async def create_tokens(body: TokenizeRequest, request: Request) -> dict[str, An
     variant = _variant(request, body.model)
     special = body.add_special_tokens
     if body.messages is not None:
-        generation = body.add_generation_prompt is not False
-        text = await conversation(variant, body.messages, add_generation_prompt=generation)
+        text = await conversation(variant, body.messages, body)
         ids = await tokenize(variant, text, special=bool(special))
     else:
         ids = await tokenize(variant, body.prompt or "", special=special is not False)

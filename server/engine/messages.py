@@ -62,6 +62,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """Divides positive and multiplies negative logits of tokens in the prompt or generated."""
     logit_bias: dict[int, float] = {}
     """Token id -> added to its logit."""
+    allowed_token_ids: list[int] = []
+    """The only tokens that may be drawn; empty for all."""
 
 
 class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):

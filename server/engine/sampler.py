@@ -152,7 +152,8 @@ def _filters(sampling: Sampling) -> bool:
 def _adjusts(message: Generate) -> bool:
     s = message.sampling
     penalties = s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
-    return penalties or bool(s.logit_bias) or (message.min_tokens > 0 and bool(message.stop_token_ids))
+    biases = bool(s.logit_bias) or bool(s.allowed_token_ids)
+    return penalties or biases or (message.min_tokens > 0 and bool(message.stop_token_ids))
 
 
 class TokenTables:
@@ -172,6 +173,7 @@ class TokenTables:
         self.stops = self._empty(torch.bool)
         """Whether it ends the request."""
         self.bias = self._empty(torch.float32)
+        """What is added to its logit; -inf where it may not be drawn."""
 
     def _empty(self, dtype: torch.dtype, rows: int = 0) -> Tensor:
         return torch.zeros(rows, self._vocab, dtype=dtype, device=self._device)
@@ -195,9 +197,12 @@ class TokenTables:
         # Ids that the model does not have can't be drawn anyway.
         stops = [t for t in message.stop_token_ids if 0 <= t < self._vocab]
         self.stops[row, _integers(stops, self._device)] = True
+        if message.sampling.allowed_token_ids:
+            self.bias[row].fill_(float("-inf"))
+            self.bias[row, _integers(message.sampling.allowed_token_ids, self._device)] = 0
         bias = {t: x for t, x in message.sampling.logit_bias.items() if 0 <= t < self._vocab}
         values = torch.tensor(list(bias.values()), dtype=torch.float32)
-        self.bias[row, _integers(list(bias), self._device)] = upload(values, self._device)
+        self.bias[row, _integers(list(bias), self._device)] += upload(values, self._device)
 
     def _grow(self) -> None:
         rows = len(self.counts)

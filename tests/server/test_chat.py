@@ -1,6 +1,7 @@
 """Chat: the checkpoint's template in a sandbox, and OpenAI's shape around what the model says."""
 
 import json
+from pathlib import Path
 
 import jinja2
 import pytest
@@ -276,3 +277,30 @@ def test_where_templates_and_special_tokens_are_read_from(tmp_path):
     assert special_tokens_of(read) == {"bos_token": "<s>", "eos_token": "</s>"}
     (tmp_path / "chat_template.jinja").write_text("from the file")
     assert template_of(read_tokenizer_config(tmp_path)) == "from the file"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        '"text"',
+        "[" * 40_000,
+        "{",
+        '{"chat_template": "{% for %}"}',
+        json.dumps({"chat_template": "{% for i in [1] %}" * 30 + "{% endfor %}" * 30}),
+        '{"chat_template": [{"name": [], "template": "x"}, {"name": {}}, 5, {"template": "x"}]}',
+        '{"chat_template": {"default": "x"}}',
+    ],
+    ids=lambda x: x[:40],
+)
+def test_a_bad_configuration_costs_the_chat_only(api, config, tmp_path):
+    variant = api.app.state.lowkey.variants.get("reduced")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).write_bytes((Path(variant.source) / file).read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    try:
+        variant.load_tokenizer(tmp_path)
+        refused(post(api, model="reduced"), "messages", "no chat template")
+    finally:
+        variant.load_tokenizer(Path(variant.source))
+    chat(api, model="reduced")

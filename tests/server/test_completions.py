@@ -221,3 +221,40 @@ def test_one_token_has_no_speed(server):
 def test_the_whole_context_can_be_used(server):
     body = server.complete(prompt="a" * (CONTEXT - 2), max_tokens=2)
     assert body["usage"]["total_tokens"] == CONTEXT
+
+
+@pytest.mark.parametrize("temperature", [0, 2])
+def test_only_allowed_tokens_are_generated(server, temperature):
+    allowed = TOKENIZER.encode("xyz").ids
+    fields = {
+        "max_tokens": 40,
+        "temperature": temperature,
+        "seed": 3,
+        "logprobs": 0,
+        "repetition_penalty": 1.5,
+    }
+    for more in ({}, {"n": 3}, {"logit_bias": {"5": 100}}, {"min_tokens": 40}):
+        for choice in server.complete(**fields, **more, allowed_token_ids=[*allowed, 0])["choices"]:
+            assert set(choice["text"]) <= set("xyz") and choice["finish_reason"] in ("stop", "length")
+    one = server.complete(**fields, allowed_token_ids=[E_ID])["choices"][0]
+    assert one["text"] == "e" * 40
+    # They are the model's own, of whatever it would have said.
+    assert max(one["logprobs"]["token_logprobs"]) < 0
+
+
+def test_a_stop_text_is_kept_on_request(server, text):
+    end = text[50:53]
+    at = text.index(end) + len(end)
+    fields = {**SEEDED, "max_tokens": 120, "stop": [end], "include_stop_str_in_output": True}
+    assert server.complete(**fields)["choices"][0]["text"] == text[:at]
+    chunks = [json.loads(event) for event in server.events(**fields)[:-1]]
+    assert "".join(c["choices"][0]["text"] for c in chunks) == text[:at]
+
+
+def test_a_truncated_prompt_is_the_end_of_it(server):
+    ids = TOKENIZER.encode("a long beginning, and then: Hi").ids
+    whole = server.complete(prompt=ids[-8:], max_tokens=20, temperature=0)
+    cut = server.complete(prompt=ids, truncate_prompt_tokens=8, max_tokens=20, temperature=0)
+    assert cut["choices"] == whole["choices"] and cut["usage"]["prompt_tokens"] == 8
+    full = server.complete(prompt=[5] * CONTEXT, truncate_prompt_tokens=-1, max_tokens=7)
+    assert full["usage"]["prompt_tokens"] == CONTEXT - 7

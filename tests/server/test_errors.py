@@ -174,7 +174,7 @@ def test_missing_fields_are_named(server):
 
 
 def test_an_unknown_field_is_ignored(server):
-    assert post(server, guided_json={"a": 1}, extra=None, best_friend=5).status_code == 200
+    assert post(server, guide={"a": 1}, extra=None, best_friend=5).status_code == 200
 
 
 def test_at_most_ten_errors_are_listed_and_echoes_are_cut(server):

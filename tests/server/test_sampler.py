@@ -254,6 +254,8 @@ def adjusted(logits, how, generated, prompt, stops=(), min_tokens=0):
     result = []
     for token, x in enumerate(logits):
         x += how.logit_bias.get(token, 0.0)
+        if how.allowed_token_ids and token not in how.allowed_token_ids:
+            x = -math.inf
         if token in stops and len(generated) < min_tokens:
             x = -math.inf
         if token in prompt or token in generated:
@@ -272,13 +274,27 @@ ADJUSTMENTS = [
     {"repetition_penalty": 0.5},
     {"logit_bias": {3: 5.0, 7: -100.0}},
     {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.3, "logit_bias": {0: 2.0}},
+    {"allowed_token_ids": [2, 7, 11], "frequency_penalty": 0.7},
+    {"allowed_token_ids": [5, 3, 3, 8], "presence_penalty": 1.0, "logit_bias": {3: -2.0, 4: 100.0}},
     {},
 ]
 
 
+def test_draws_are_among_the_allowed_tokens():
+    allowed = [1, 4, 6]
+    tokens = draws(torch.zeros(9), 3000, allowed_token_ids=allowed, logit_bias={4: math.log(2), 5: 100.0})
+    counts = np.bincount(tokens, minlength=9)
+    assert counts.sum() == counts[allowed].sum()
+    assert chisquare(counts[allowed], [750, 1500, 750]).pvalue > 0.001
+    narrow = draws(
+        torch.arange(9.0), 200, allowed_token_ids=allowed, top_k=2, temperature=100.0, top_p=0.9, min_p=0.1
+    )
+    assert set(narrow.tolist()) == {4, 6}
+
+
 def test_adjusted_greedy_tokens_are_the_definitions_beside_other_rows():
     vocab, steps, prompt, stops = 13, 30, [2, 3, 3, 12], [5, 9]
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(2)
     base = torch.randn(len(ADJUSTMENTS), vocab, generator=generator) * 2
     hows = [row(temperature=0.0, **fields) for fields in ADJUSTMENTS]
     rows = Rows(hows, vocab)
