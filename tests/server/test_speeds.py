@@ -11,7 +11,6 @@ LENGTHS = [1, 2, 8, 9, 20]
 
 @pytest.fixture
 def api(tmp_path, monkeypatch):
-    SCRIPTS.clear()
     with scripted_api(tmp_path, monkeypatch) as client:
         yield client
 
@@ -83,12 +82,13 @@ def events(api, **fields):
 
 
 @pytest.mark.parametrize("together", [2, 7, 100])
-def test_tokens_that_wait_share_an_event_and_nothing_else_changes(api, together):
+def test_tokens_that_wait_share_an_event_and_nothing_else_changes(api, monkeypatch, together):
     fields = {"logprobs": 2, "n": 2, "stream_options": {"continuous_usage_stats": True}}
     text = "".join(event["choices"][0]["text"] for event in events(api))
     for stop in (None, text[10:12]):
         told = []
-        for SCRIPTS["dense"].together in (1, together):
+        for count in (1, together):
+            monkeypatch.setattr(SCRIPTS["dense"], "together", count)
             chunks = events(api, **fields, stop=stop)
             by_choice = [[e["choices"][0] for e in chunks if e["choices"][0]["index"] == i] for i in range(2)]
             told.append(
