@@ -26,10 +26,9 @@ class Objectives:
     def met(self, result: Result) -> bool:
         if result.error is not None or not result.token_times:
             return False
-        gaps = result.itl_s
         return (
             result.ttft_s <= self.ttft_s
-            and (not gaps or sum(gaps) / len(gaps) <= self.itl_s)
+            and result.mean_itl_s <= self.itl_s
             and (self.total_s is None or result.ended - result.sent <= self.total_s)
         )
 

@@ -66,3 +66,10 @@ def test_figures():
 def test_quantiles():
     assert [quantile([3, 1, 2, 4], q) for q in (0, 0.25, 0.5, 0.75, 0.99, 1)] == [1, 1, 2, 3, 4, 4]
     assert math.isnan(quantile([], 0.5))
+
+
+def test_the_mean_gap_counts_tokens_and_not_pieces_of_text():
+    assert Result(0.0, token_times=[1.0, 1.5, 2.5], tokens=3).mean_itl_s == 0.75
+    assert Result(0.0, token_times=[1.0, 2.5], tokens=4).mean_itl_s == 0.5  # three tokens came together
+    assert Result(0.0, token_times=[1.0, 1.5, 2.5]).mean_itl_s == 0.75  # of a server that counts nothing
+    assert Result(0.0, token_times=[1.0], tokens=3).mean_itl_s == 0.0
