@@ -5,7 +5,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, cast
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEADER_BYTES = 2**16
 """Of headers, or trailers, that have not ended; those that end within one read may be longer."""
@@ -117,7 +117,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _answered_early(self) -> bool:
         """Whether the request that is being read has been answered."""
-        return self._reading == "body" and self.cycle is not None and self.cycle.response_complete
+        cycle: RequestResponseCycle | None = self.cycle
+        return self._reading == "body" and cycle is not None and cycle.response_complete
 
     def _close(self) -> None:
         """What an answer that is the connection's last calls when it has been written."""

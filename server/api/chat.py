@@ -13,6 +13,7 @@ from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, ChatCompletion
 from server.api.auth import capped_priority
+from server.api.bodies import JSONRoute
 from server.api.choices import Choices, Chunk
 from server.api.errors import APIError
 from server.api.prompts import encode_prompt
@@ -21,7 +22,7 @@ from server.api.serving import admitted, find_variant, server_state, sticky_iden
 from server.chat_template import TemplateRefusedError
 from server.variants import Variant
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 async def conversation(

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from server.api.auth import capped_priority
+from server.api.bodies import JSONRoute
 from server.api.comparison import Comparison, Event
 from server.api.errors import APIError, from_engine
 from server.api.generation import checked_bias
@@ -18,7 +19,7 @@ from server.api.streaming import DONE, EventStream, sse
 from server.engine.client import EngineError
 from server.variants import Variant
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @router.post("/v1/compare")

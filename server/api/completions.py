@@ -12,6 +12,7 @@ from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, Completion
 from server.api.auth import capped_priority
+from server.api.bodies import JSONRoute
 from server.api.choices import Choices, Chunk
 from server.api.generation import Saved
 from server.api.prompts import encode_prompt
@@ -21,7 +22,7 @@ from server.api.states import saved_state
 from server.api.streaming import together
 from server.variants import Variant
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.api.answers import Detokenized, Tokenized
+from server.api.bodies import JSONRoute
 from server.api.chat import conversation
 from server.api.errors import APIError, unavailable
 from server.api.prompts import tokenize
@@ -13,7 +14,7 @@ from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.api.serving import find_variant, server_state
 from server.variants import Variant
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 def _variant(request: Request, model: str | None) -> Variant:
