@@ -14,7 +14,7 @@ from server.api.answering import answer
 from server.api.answers import STREAMED, ChatCompletion
 from server.api.auth import capped_priority
 from server.api.bodies import JSONRoute
-from server.api.choices import Choices, Chunk
+from server.api.choices import Choices, Chunk, per_choice
 from server.api.errors import APIError
 from server.api.prompts import encode_prompt
 from server.api.schemas import ChatRequest, Message
@@ -62,6 +62,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         least = body.given_limit or 1
         ids = await encode_prompt(state, variant, text, least, param="messages", special=False)
         limit = body.given_limit or variant.info.context_length - len(ids)
+        if body.given_limit is None and body.logprobs:
+            limit = min(limit, per_choice(state.settings, body))
         choices = Choices(
             state,
             variant,

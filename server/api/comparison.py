@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from server.api.aside import aside
 from server.api.generation import Generation
 from server.api.prompts import encode_prompt
 from server.api.schemas import CompareRequest
@@ -93,7 +94,7 @@ class Comparison:
                 base.token_ids,
                 priority=min(self._priority, 0),  # other comparisons wait for this one to be over
             )
-        return self._answer(base, scores)
+        return self._answer(base, scores, await aside(self._token_texts))
 
     async def _generate(self, variant: Variant, begins: float, emit: Callable[[Event], None]) -> None:
         ids = self._prompt_ids[variant.name]
@@ -122,7 +123,11 @@ class Comparison:
             "lowkey": generation.lowkey,
         }
 
-    def _answer(self, base: Generation, scores: dict[str, Scores]) -> Event:
+    def _token_texts(self) -> dict[str, list[str]]:
+        skip = self._body.skip_special_tokens is not False
+        return {name: _token_texts(generation, skip) for name, generation in self._generations.items()}
+
+    def _answer(self, base: Generation, scores: dict[str, Scores], texts: dict[str, list[str]]) -> Event:
         results = []
         for variant in self._variants:
             generation, own = self._generations[variant.name], scores[variant.name]
@@ -134,7 +139,7 @@ class Comparison:
                 {
                     "variant": variant.name,
                     "text": generation.text,
-                    "tokens": _token_texts(generation, self._body.skip_special_tokens is not False),
+                    "tokens": texts[variant.name],
                     "finish_reason": generation.finish_reason,
                     "usage": generation.usage,
                     "lowkey": generation.lowkey,

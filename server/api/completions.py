@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+import asyncio
 import secrets
 import time
 from contextlib import ExitStack
@@ -62,10 +63,12 @@ async def _choices(
     )
     echo: list[str] | None = None
     if body.echo:
-        skip = body.skip_special_tokens is not False
+        decoded = await asyncio.to_thread(
+            variant.tokenizer.decode_batch, prompts, skip_special_tokens=body.skip_special_tokens is not False
+        )
         echo = [
-            given if isinstance(given, str) else variant.tokenizer.decode(ids, skip_special_tokens=skip)
-            for given, ids in zip(body.prompts, prompts, strict=True)
+            given if isinstance(given, str) else text
+            for given, text in zip(body.prompts, decoded, strict=True)
         ]
     return Choices(
         state,

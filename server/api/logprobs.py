@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from server.api.encoding import json_list
 from server.api.generation import Entry
 from server.text import TokenTexts
 
@@ -13,10 +14,10 @@ def legacy(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
     """As completions have them: parallel lists. The token itself is among its alternatives, however few were asked
     for; of two tokens of one text the likelier one stands there."""
     return {
-        "tokens": [texts.text(e.token_id) for e in entries],
-        "token_logprobs": [None if e.logprob is None else max(e.logprob, LEAST) for e in entries],
-        "top_logprobs": [_alternatives(texts, e) for e in entries],
-        "text_offset": [e.offset for e in entries],
+        "tokens": json_list(entries, lambda e: texts.text(e.token_id)),
+        "token_logprobs": json_list(entries, lambda e: None if e.logprob is None else max(e.logprob, LEAST)),
+        "top_logprobs": json_list(entries, lambda e: _alternatives(texts, e)),
+        "text_offset": json_list(entries, lambda e: e.offset),
     }
 
 
@@ -40,10 +41,7 @@ def chat(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
             "bytes": list(texts.bytes(token_id)),
         }
 
-    return {
-        "content": [
-            {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in e.top]}
-            for e in entries
-        ],
-        "refusal": None,
-    }
+    def table(e: Entry) -> dict[str, Any]:
+        return {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in e.top]}
+
+    return {"content": json_list(entries, table), "refusal": None}

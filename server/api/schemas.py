@@ -207,6 +207,12 @@ class ChoiceFields(SamplingFields):
             raise _refuse("best_of", "is not supported")
         return self
 
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _refuse("stream_options", "needs stream: true")
+        return self
+
 
 class CompletionRequest(ChoiceFields):
     """POST /v1/completions."""

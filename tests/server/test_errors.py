@@ -123,6 +123,8 @@ BAD = [
     ("stream", 1),
     ("stream_options", []),
     ("stream_options", {"include_usage": "yes"}),
+    ("stream_options", {"include_usage": True}),  # without stream: true
+    ("stream_options", {}),
     ("user", 5),
     ("model", None),
     ("model", 5),
