@@ -113,10 +113,10 @@ def test_a_long_text_is_encoded_a_little_at_a_time(encoded):
     assert max(encoded) < 2**20
 
 
-@given(
-    st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=5),
-    st.text(st.characters(exclude_categories=["Cs"])),
-)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(st.lists(TEXTS, max_size=5), TEXTS)
 def test_answers_in_pieces_are_json(texts, text):
     body = json_response({"list": json_list(texts, lambda x: x), "text": json_text(text), "none": None}).body
     assert json.loads(body) == {"list": texts, "text": text, "none": None}
