@@ -1,5 +1,6 @@
 """All choices of one request: several prompts, several choices for each, the prompt's own tokens before them."""
 
+import asyncio
 import math
 import secrets
 from collections.abc import AsyncGenerator
@@ -31,7 +32,7 @@ class Chunk:
 
 NOTHING = Chunk("", [])
 
-PART_ENTRIES = 500
+PART_ENTRIES = 100
 """Tokens with log-probabilities in one event of a stream, at most."""
 
 
@@ -144,6 +145,7 @@ class Choices:
         if self._echo is not None:
             for part in _parts(before):
                 yield part, None
+                await asyncio.sleep(0)  # a reader that is fast enough would take all of them at once
         sent = 0
         async with aclosing(generation.pieces()) as pieces:
             async for piece in pieces:
@@ -187,7 +189,7 @@ class Choices:
     def _listed(self, ids: list[int], scored: Scored | None) -> list[Entry]:
         """A prompt's tokens. Raises BrokenOutputError."""
         logprobs = [] if scored is None else scored.logprobs
-        tops = [[] for _ in logprobs] if scored is None or not scored.top else scored.top
+        tops = [None for _ in logprobs] if scored is None or not scored.top else scored.top
         if not all(map(math.isfinite, logprobs)):
             raise BrokenOutputError(f"variant {self.variant.name!r} gave NaN or Inf for this prompt")
         skip = self._fields.skip_special_tokens is not False
@@ -198,7 +200,7 @@ class Choices:
         return [
             Entry(token_id, at, logprob, top)
             for token_id, (at, _), logprob, top in zip(
-                ids, pairwise(offsets), [None, *logprobs], [[], *tops], strict=True
+                ids, pairwise(offsets), [None, *logprobs], [None, *tops], strict=True
             )
         ]
 

@@ -8,11 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from server.api.errors import APIError
 from server.api.schemas import SamplingFields
 from server.api.serving import ServerState
 from server.engine.client import EngineError
-from server.engine.messages import FinishReason, Generate, Sampling, Token, TopLogprobs
+from server.engine.messages import (
+    FinishReason,
+    Generate,
+    PackedTop,
+    Sampling,
+    Token,
+    TopLogprobs,
+    pack_top,
+)
 from server.text import Detokenizer, StopMatcher
 from server.variants import Variant
 
@@ -39,8 +49,7 @@ class Saved:
     """How many tokens it stands for."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """A token and what the model thought of it."""
 
     token_id: int
@@ -48,7 +57,12 @@ class Entry:
     """Where its text begins, in characters of all text up to here."""
     logprob: float | None
     """Natural; None for the first token of a prompt."""
-    top: TopLogprobs
+    top: PackedTop | None = None
+    """Alternatives; None: there are none."""
+
+
+def _packed(top: TopLogprobs | None) -> PackedTop | None:
+    return pack_top(top) if top else None
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
@@ -168,7 +182,7 @@ class Generation:
         self.token_ids.append(token.token_id)
         self.finish_reason = token.finish_reason
         if token.logprob is not None:
-            self.entries.append(Entry(token.token_id, self._decoded, token.logprob, token.top or []))
+            self.entries.append(Entry(token.token_id, self._decoded, token.logprob, _packed(token.top)))
         # The token that ends a request by its id is counted, but it is not text.
         text = "" if token.finish_reason == "stop" else self._detokenizer.add(token.token_id)
         if token.finish_reason is not None:

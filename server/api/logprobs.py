@@ -4,6 +4,7 @@ from typing import Any
 
 from server.api.encoding import json_list
 from server.api.generation import Entry
+from server.engine.messages import TopLogprobs, unpack_top
 from server.text import TokenTexts
 
 LEAST = -9999.0
@@ -21,11 +22,15 @@ def legacy(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
     }
 
 
+def _top(entry: Entry) -> TopLogprobs:
+    return [] if entry.top is None else unpack_top(entry.top)
+
+
 def _alternatives(texts: TokenTexts, entry: Entry) -> dict[str, float] | None:
     if entry.logprob is None:
         return None
     found: dict[str, float] = {}
-    for token_id, logprob in [*entry.top, (entry.token_id, entry.logprob)]:
+    for token_id, logprob in [*_top(entry), (entry.token_id, entry.logprob)]:
         text = texts.text(token_id)
         found[text] = max(found.get(text, LEAST), logprob)
     return found
@@ -42,6 +47,6 @@ def chat(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
         }
 
     def table(e: Entry) -> dict[str, Any]:
-        return {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in e.top]}
+        return {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in _top(e)]}
 
     return {"content": json_list(entries, table), "refusal": None}

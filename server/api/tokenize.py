@@ -19,7 +19,7 @@ from server.variants import Variant
 
 router = APIRouter(route_class=JSONRoute)
 
-MAX_TEXT_BYTES = 2**20
+MAX_TEXT_BYTES = 2**19
 """Longest text that is tokenised by itself. The tokenizer hands over all ids in one call, which holds up all others."""
 MAX_IDS = 2**19
 """Most token ids that are put into text by themselves, likewise."""

@@ -61,13 +61,13 @@ def test_long_echoes_come_in_several_events_that_are_the_whole(server):
     whole = server.complete(**fields)["choices"]
     events = [json.loads(event) for event in server.events(**fields)[:-1]]
     listed = [choice for event in events for choice in event["choices"]]
-    assert max(len(choice["logprobs"]["tokens"]) for choice in listed) == 500
+    assert max(len(choice["logprobs"]["tokens"]) for choice in listed) == 100
     for choice in whole:
         parts = [part for part in listed if part["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
         for name, values in choice["logprobs"].items():
             assert [value for part in parts for value in part["logprobs"][name]] == values, name
-        assert len(parts) >= (4 if choice["index"] < 2 else 2)
+        assert len(parts) >= (13 if choice["index"] < 2 else 2)
 
 
 def test_tokens_of_long_texts(server):
@@ -76,14 +76,14 @@ def test_tokens_of_long_texts(server):
     assert answer["count"] == len(answer["tokens"]) == len(answer["token_strs"]) == len(text.encode())
     assert post(server, "/detokenize", tokens=answer["tokens"]).json() == {"prompt": text}
     for path, fields, param in (
-        ("/tokenize", {"prompt": "é" * (2**19 + 1)}, "prompt"),
-        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 2**20}]}, "messages"),
+        ("/tokenize", {"prompt": "é" * (2**18 + 1)}, "prompt"),
+        ("/tokenize", {"messages": [{"role": "user", "content": "x" * 2**19}]}, "messages"),
         ("/detokenize", {"tokens": [1] * (2**19 + 1)}, "tokens"),
     ):
         response = post(server, path, **fields)
         error = response.json()["error"]
         assert response.status_code == 400 and error["param"] == param, error
-        assert str(2**19 if param == "tokens" else 2**20) in error["message"]
+        assert str(2**19) in error["message"]
 
 
 @pytest.fixture
