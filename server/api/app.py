@@ -96,7 +96,8 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["authorization", "content-type", "x-request-id", settings.sticky.header],
+            # Whatever is asked for: SDKs send headers of their own, with each release other ones.
+            allow_headers=["*"],
             expose_headers=[
                 "x-request-id",
                 "retry-after",

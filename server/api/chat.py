@@ -12,14 +12,15 @@ from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, ChatCompletion
 from server.api.auth import capped_priority
-from server.api.choices import Choices
+from server.api.bodies import JSONRoute
+from server.api.choices import Choices, per_choice
 from server.api.conversation import conversation
 from server.api.generation import Chunk
 from server.api.prompts import encode_prompt
 from server.api.schemas import ChatRequest
 from server.api.serving import admitted, find_variant, server_state, sticky_identity
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
@@ -40,6 +41,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             last=body.truncate_prompt_tokens,
         )
         limit = body.given_limit or variant.info.context_length - len(ids)
+        if body.given_limit is None and body.logprobs:
+            limit = min(limit, per_choice(state.settings, body))
         choices = Choices(
             state,
             places,

@@ -1,5 +1,6 @@
 """All choices of one request: several prompts, several choices for each, the prompt's own tokens before them."""
 
+import asyncio
 import math
 import secrets
 from collections.abc import AsyncGenerator
@@ -7,15 +8,51 @@ from contextlib import aclosing
 from itertools import pairwise
 from typing import Any
 
+from server.api.aside import aside
+from server.api.errors import APIError
 from server.api.generation import MIN_TIMED_TOKENS, Chunk, Entry, Generation, Saved, usage
 from server.api.schemas import ChoiceFields
 from server.api.serving import Places, ServerState
 from server.api.streaming import merged, together
 from server.engine.client import BrokenOutputError
-from server.engine.messages import Score
+from server.engine.messages import Score, Scored
+from server.settings import Settings
 from server.text import Detokenizer
 
 NOTHING = Chunk("", [])
+
+PART_ENTRIES = 100
+"""Tokens with log-probabilities in one event of a stream, at most."""
+
+
+def _parts(chunk: Chunk) -> list[Chunk]:
+    """The same in chunks of few entries: to encode one holds up all streams. The offsets count from its begin."""
+    parts = [chunk.entries[at : at + PART_ENTRIES] for at in range(0, len(chunk.entries), PART_ENTRIES)]
+    cuts = [0, *(part[0].offset for part in parts[1:]), len(chunk.text)]
+    return [Chunk(chunk.text[a:b], part) for (a, b), part in zip(pairwise(cuts), parts or [[]], strict=True)]
+
+
+def per_choice(settings: Settings, fields: ChoiceFields, prompts: int = 1) -> int:
+    """How many tokens each choice may have, so that an answer with log-probabilities of all keeps to
+    `max_answer_entries`."""
+    each = 1 + (fields.alternatives or 0)
+    return settings.max_answer_entries // (prompts * fields.choices_each * each)
+
+
+def _check_size(settings: Settings, fields: ChoiceFields, prompts: list[list[int]], *, echo: bool) -> None:
+    """400 for an answer of more entries than `max_answer_entries`."""
+    alternatives = fields.alternatives
+    listed = 0 if alternatives is None else fields.token_limit * len(prompts)
+    tokens = fields.choices_each * (listed + (sum(map(len, prompts)) if echo else 0))
+    each = 1 + (alternatives or 0)
+    if tokens * each > settings.max_answer_entries:
+        param = "n" if alternatives is None else "logprobs"
+        raise APIError(
+            400,
+            f"{param}: {tokens} tokens in all, with {each} entries for each, are {tokens * each} entries; one answer "
+            f"may have {settings.max_answer_entries} (max_answer_entries)",
+            param=param,
+        )
 
 
 class Choices:
@@ -25,6 +62,9 @@ class Choices:
         places: in the variant's queue, one for each choice, that are left when the engine is done with each.
         prompts: token ids that `encode_prompt` has checked.
         echo: what to give back before each prompt's choices: the text of each prompt, or None to give nothing.
+
+    Raises:
+        APIError: 400, the answer may come to more than `max_answer_entries`.
     """
 
     def __init__(
@@ -40,6 +80,7 @@ class Choices:
         saved: Saved | None = None,
         echo: list[str] | None = None,
     ) -> None:
+        _check_size(state.settings, fields, prompts, echo=echo is not None)
         self.variant = variant = places.variant
         self.each = fields.choices_each
         self._fields = fields
@@ -75,11 +116,15 @@ class Choices:
         """
         await self._read_prompts()
         chunks = await together([generation.run() for generation in self.generations])
-        echoed = [self._before(index) for index in range(len(self.generations))]
-        return [
-            Chunk(before.text + chunk.text, before.entries + self._shifted(chunk.entries, before))
-            for before, chunk in zip(echoed, chunks, strict=True)
-        ]
+
+        def joined() -> list[Chunk]:
+            echoed = [self._before(index) for index in range(len(self.generations))]
+            return [
+                Chunk(before.text + chunk.text, before.entries + self._shifted(chunk.entries, before))
+                for before, chunk in zip(echoed, chunks, strict=True)
+            ]
+
+        return joined() if self._fields.alternatives is None else await aside(joined)
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk, str | None]]:
         """(choice, what is new, finish reason) as they come; the reason with the last chunk of each, whose text is
@@ -92,7 +137,9 @@ class Choices:
     async def _one(self, index: int) -> AsyncGenerator[tuple[Chunk, str | None]]:
         generation, before = self.generations[index], self._before(index)
         if self._echo is not None:
-            yield before, None
+            for part in _parts(before):
+                yield part, None
+                await asyncio.sleep(0)  # a reader that is fast enough would take all of them at once
         rest = NOTHING
         async with aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:
@@ -123,8 +170,7 @@ class Choices:
         self._echoed = [Chunk(text, entries) for text, entries in zip(self._echo, scored, strict=True)]
 
     async def _entries(self, ids: list[int]) -> list[Entry]:
-        logprobs: list[float] = []
-        tops: list[list[tuple[int, float]]] = []
+        scored: Scored | None = None
         if len(ids) > 1:
             message = Score(
                 request_id=secrets.token_hex(8),
@@ -134,7 +180,12 @@ class Choices:
                 priority=self._priority,
             )
             scored = await self.variant.client.score(message)
-            logprobs, tops = scored.logprobs, scored.top or [[] for _ in scored.logprobs]
+        return await aside(self._listed, ids, scored)
+
+    def _listed(self, ids: list[int], scored: Scored | None) -> list[Entry]:
+        """A prompt's tokens. Raises BrokenOutputError."""
+        logprobs = [] if scored is None else scored.logprobs
+        tops = [None for _ in logprobs] if scored is None or not scored.top else scored.top
         if not all(map(math.isfinite, logprobs)):
             raise BrokenOutputError(f"variant {self.variant.name!r} gave NaN or Inf for this prompt")
         skip = self._fields.skip_special_tokens is not False
@@ -145,7 +196,7 @@ class Choices:
         return [
             Entry(token_id, at, logprob, top)
             for token_id, (at, _), logprob, top in zip(
-                ids, pairwise(offsets), [None, *logprobs], [[], *tops], strict=True
+                ids, pairwise(offsets), [None, *logprobs], [None, *tops], strict=True
             )
         ]
 

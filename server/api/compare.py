@@ -4,10 +4,12 @@ import contextlib
 from collections.abc import AsyncGenerator
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from server.api.auth import capped_priority
+from server.api.bodies import JSONRoute
 from server.api.comparison import Comparison
+from server.api.encoding import json_response
 from server.api.errors import APIError, from_engine
 from server.api.generation import checked_allowed, checked_bias
 from server.api.schemas import CompareRequest
@@ -17,7 +19,7 @@ from server.api.streaming import DONE, EventStream, sse
 from server.engine.client import EngineError
 from server.variants import Variant
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @router.post("/v1/compare")
@@ -39,7 +41,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
         if body.stream:
             return EventStream(_stream(comparison), on_end=stack.pop_all().close)
         try:
-            return JSONResponse(await unless_disconnected(request, comparison.run()))
+            return json_response(await unless_disconnected(request, comparison.run()))
         except EngineError as e:
             raise from_engine(e) from e
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from server.api.aside import aside
 from server.api.generation import Generation
 from server.api.prompts import encode_prompt
 from server.api.schemas import CompareRequest
@@ -115,7 +116,7 @@ class Comparison:
                 base.token_ids,
                 priority=min(self._priority, 0),  # other comparisons wait for this one to be over
             )
-        yield self._answer(base, scores)
+        yield self._answer(base, scores, await aside(self._token_texts))
 
     async def _generate(self, variant: Variant, begins: float) -> AsyncGenerator[Event]:
         ids = self._prompt_ids[variant.name]
@@ -145,7 +146,11 @@ class Comparison:
             "lowkey": generation.lowkey,
         }
 
-    def _answer(self, base: Generation, scores: dict[str, Scores]) -> Event:
+    def _token_texts(self) -> dict[str, list[str]]:
+        skip = self._body.skip_special_tokens is not False
+        return {name: _token_texts(generation, skip) for name, generation in self._generations.items()}
+
+    def _answer(self, base: Generation, scores: dict[str, Scores], texts: dict[str, list[str]]) -> Event:
         results = []
         for variant in self._variants:
             generation, own = self._generations[variant.name], scores[variant.name]
@@ -157,7 +162,7 @@ class Comparison:
                 {
                     "variant": variant.name,
                     "text": generation.text,
-                    "tokens": _token_texts(generation, self._body.skip_special_tokens is not False),
+                    "tokens": texts[variant.name],
                     "finish_reason": generation.finish_reason,
                     "usage": generation.usage,
                     "lowkey": generation.lowkey,

@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+import asyncio
 import secrets
 import time
 from contextlib import ExitStack
@@ -12,6 +13,7 @@ from server.api import logprobs
 from server.api.answering import answer
 from server.api.answers import STREAMED, Completion
 from server.api.auth import capped_priority
+from server.api.bodies import JSONRoute
 from server.api.choices import Choices
 from server.api.generation import Chunk, Saved
 from server.api.prompts import encode_prompt
@@ -20,7 +22,7 @@ from server.api.serving import Places, ServerState, admitted, find_variant, serv
 from server.api.states import saved_state
 from server.api.streaming import together
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
 
 
 @router.post("/v1/completions", response_model=Completion, responses=STREAMED)
@@ -72,13 +74,13 @@ async def _choices(
     )
     echo: list[str] | None = None
     if body.echo:
-        skip = body.skip_special_tokens is not False
+        decoded = await asyncio.to_thread(
+            variant.tokenizer.decode_batch, prompts, skip_special_tokens=body.skip_special_tokens is not False
+        )
         whole = body.truncate_prompt_tokens is None
         echo = [
-            given
-            if isinstance(given, str) and whole
-            else variant.tokenizer.decode(ids, skip_special_tokens=skip)
-            for given, ids in zip(body.prompts, prompts, strict=True)
+            given if isinstance(given, str) and whole else text
+            for given, text in zip(body.prompts, decoded, strict=True)
         ]
     return Choices(
         state,

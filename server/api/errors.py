@@ -1,6 +1,6 @@
 """Errors in OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`, code = HTTP status."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -70,29 +70,51 @@ def unavailable(message: str) -> APIError:
 def _location(error: dict[str, Any]) -> tuple[str | int, ...]:
     """Of the field at fault, without the place that FastAPI found it in."""
     location: tuple[str | int, ...] = error["loc"]
-    return location[1:] if location[0] in ("body", "query", "path") else location
+    return location[1:] if location[:1] in (("query",), ("path",)) else location
 
 
 def _one(error: dict[str, Any]) -> str:
-    where = ".".join(map(str, _location(error)))
-    if not where and isinstance(error.get("input"), bytes):
-        return "the body must be JSON, sent with content-type: application/json"
-    where = where or "body"
+    where = ".".join(map(str, _location(error))) or "body"
     message = error["msg"]
-    if error["type"] in ("missing", "json_invalid", "refused"):
-        return f"{where}: {message}" if error["type"] == "missing" else message
-    echo = repr(error.get("input"))
-    if len(echo) > MAX_ECHO:
-        echo = echo[:MAX_ECHO] + "..."
-    return f"{where}: {message}, got {echo}"
+    if error["type"] == "refused":
+        return str(message)
+    if error["type"] in ("missing", "too_long"):
+        return f"{where}: {message}"
+    return f"{where}: {message}, got {_echo(error.get('input'))}"
+
+
+def _echo(value: Any) -> str:
+    """The beginning of the value's `repr`, without making all of it."""
+    text = ""
+    for piece in _pieces_of(value):
+        text += piece
+        if len(text) > MAX_ECHO:
+            return text[:MAX_ECHO] + "..."
+    return text
+
+
+def _pieces_of(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield repr(value[: MAX_ECHO + 1])
+    elif isinstance(value, list | dict):
+        yield "[" if isinstance(value, list) else "{"
+        for number, key in enumerate(value):
+            yield ", " if number else ""
+            if isinstance(value, dict):
+                yield from _pieces_of(key)
+                yield ": "
+                key = value[key]
+            yield from _pieces_of(key)
+        yield "]" if isinstance(value, list) else "}"
+    else:
+        yield repr(value)
 
 
 def from_validation(errors: list[dict[str, Any]]) -> APIError:
-    """The first ten of pydantic's errors as one 400."""
+    """The first ten of pydantic's errors as one 400. There is at least one."""
     listed = [_one(error) for error in errors[:MAX_LISTED]]
     if len(errors) > MAX_LISTED:
         listed.append(f"and {len(errors) - MAX_LISTED} more")
-    # Of unreadable JSON the location is an offset into it, which is no field.
     location = _location(errors[0])
     first = location[0] if location else errors[0].get("ctx", {}).get("field")
     param = first if isinstance(first, str) else None

@@ -9,11 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from server.api.errors import APIError
 from server.api.schemas import SamplingFields
 from server.api.serving import ServerState
 from server.engine.client import EngineError
-from server.engine.messages import FinishReason, Generate, Sampling, Token, TopLogprobs
+from server.engine.messages import (
+    FinishReason,
+    Generate,
+    PackedTop,
+    Sampling,
+    Token,
+    TopLogprobs,
+    pack_top,
+)
 from server.text import Detokenizer, StopMatcher
 from server.variants import Variant
 
@@ -63,8 +73,7 @@ class Saved:
     """How many tokens it stands for."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """A token and what the model thought of it."""
 
     token_id: int
@@ -72,7 +81,12 @@ class Entry:
     """Where its text begins, in characters of all text up to here."""
     logprob: float | None
     """Natural; None for the first token of a prompt."""
-    top: TopLogprobs
+    top: PackedTop | None = None
+    """Alternatives; None: there are none."""
+
+
+def _packed(top: TopLogprobs | None) -> PackedTop | None:
+    return pack_top(top) if top else None
 
 
 @dataclass(frozen=True)
@@ -219,7 +233,7 @@ class Generation:
         for token in tokens:
             self._measure(token)
             if token.logprob is not None:
-                entries.append(Entry(token.token_id, self._decoded, token.logprob, token.top or []))
+                entries.append(Entry(token.token_id, self._decoded, token.logprob, _packed(token.top)))
             pieces.append(self._text_of(token))
             if self.finish_reason is not None:
                 break

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+from server.api.encoding import json_list
 from server.api.generation import Entry
+from server.engine.messages import TopLogprobs, unpack_top
 from server.text import TokenTexts
 
 LEAST = -9999.0
@@ -13,18 +15,22 @@ def legacy(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
     """As completions have them: parallel lists. The token itself is among its alternatives, however few were asked
     for; of two tokens of one text the likelier one stands there."""
     return {
-        "tokens": [texts.text(e.token_id) for e in entries],
-        "token_logprobs": [None if e.logprob is None else max(e.logprob, LEAST) for e in entries],
-        "top_logprobs": [_alternatives(texts, e) for e in entries],
-        "text_offset": [e.offset for e in entries],
+        "tokens": json_list(entries, lambda e: texts.text(e.token_id)),
+        "token_logprobs": json_list(entries, lambda e: None if e.logprob is None else max(e.logprob, LEAST)),
+        "top_logprobs": json_list(entries, lambda e: _alternatives(texts, e)),
+        "text_offset": json_list(entries, lambda e: e.offset),
     }
+
+
+def _top(entry: Entry) -> TopLogprobs:
+    return [] if entry.top is None else unpack_top(entry.top)
 
 
 def _alternatives(texts: TokenTexts, entry: Entry) -> dict[str, float] | None:
     if entry.logprob is None:
         return None
     found: dict[str, float] = {}
-    for token_id, logprob in [*entry.top, (entry.token_id, entry.logprob)]:
+    for token_id, logprob in [*_top(entry), (entry.token_id, entry.logprob)]:
         text = texts.text(token_id)
         found[text] = max(found.get(text, LEAST), logprob)
     return found
@@ -40,10 +46,7 @@ def chat(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
             "bytes": list(texts.bytes(token_id)),
         }
 
-    return {
-        "content": [
-            {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in e.top]}
-            for e in entries
-        ],
-        "refusal": None,
-    }
+    def table(e: Entry) -> dict[str, Any]:
+        return {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in _top(e)]}
+
+    return {"content": json_list(entries, table), "refusal": None}

@@ -46,11 +46,6 @@ async def encode_prompt(
         ids = prompt
     if last is not None:
         ids = ids[-last:]
-    vocab = variant.info.vocab_size
-    if ids and max(ids) >= vocab:  # of a text too: a tokenizer may know more tokens than the model
-        raise APIError(
-            400, f"{param}: token id {max(ids)} is not below the vocabulary size {vocab}", param=param
-        )
     if not ids:
         raise APIError(400, f"{param}: is empty; at least one token is needed", param=param)
     length = before + len(ids)
@@ -58,6 +53,11 @@ async def encode_prompt(
         at_fault = "max_tokens" if length < limit else param
         counts = f"the prompt has {length} and max_tokens is {max_tokens}, {length + max_tokens} together"
         raise _too_long(state, variant, counts, at_fault)
+    vocab = variant.info.vocab_size
+    if max(ids) >= vocab:  # of a text too: a tokenizer may know more tokens than the model
+        raise APIError(
+            400, f"{param}: token id {max(ids)} is not below the vocabulary size {vocab}", param=param
+        )
     return ids
 
 

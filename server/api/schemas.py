@@ -10,6 +10,8 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -21,6 +23,9 @@ MAX_PROMPTS = 1024
 """Most prompts in one request; the queue of a variant may hold fewer."""
 MAX_CHOICES = 128
 """Most choices for one prompt."""
+MAX_TOKEN_ID = 2**31 - 1
+MAX_BIASES = 1024
+"""Most tokens whose logits one request changes."""
 MAX_LOGPROBS = 20
 """Most alternatives reported at a position."""
 
@@ -41,6 +46,15 @@ def _text(value: Any) -> Any:
     return value
 
 
+def _few_biases(value: Any) -> Any:
+    """Before any entry is looked at: each bad one would make an error."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise PydanticCustomError(
+            "too_long", "may have {most} entries, and has {count}", {"most": MAX_BIASES, "count": len(value)}
+        )
+    return value
+
+
 def _prompt_kind(value: Any) -> str:
     if not isinstance(value, list):
         return "text"
@@ -55,8 +69,18 @@ def _one_prompt_kind(value: Any) -> str:
 Text = Annotated[str, BeforeValidator(_text)]
 Name = Annotated[str, StringConstraints(max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
+
+
+class CheckedIds(list[int]):
+    """Token ids that were checked when they were read. To look through a million of them once more takes too long."""
+
+
+def _unless_checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    return value if type(value) is CheckedIds else check(value)
+
+
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True), WrapValidator(_unless_checked)]
 """Fails at the first bad id: a million of them would make a million errors, of which ten are shown."""
 Prompt = Annotated[
     Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("ids")], Discriminator(_one_prompt_kind)
@@ -123,7 +147,7 @@ class SamplingFields(CheckedFields):
     repetition_penalty: float | None = Field(
         1.0, ge=0.01, le=100, description="Divides the logits of tokens in the prompt or generated; 1 is off."
     )
-    logit_bias: Annotated[dict[BiasKey, Bias], Field(max_length=1024)] | None = Field(
+    logit_bias: Annotated[dict[BiasKey, Bias], BeforeValidator(_few_biases)] | None = Field(
         None, description="Token id -> added to its logit."
     )
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=1024)] | None = Field(
@@ -203,6 +227,12 @@ class ChoiceFields(SamplingFields):
     def _check_best_of(self) -> Self:
         if self.best_of is not None and self.best_of != self.choices_each:
             raise _refuse("best_of", "is not supported")
+        return self
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise _refuse("stream_options", "needs stream: true")
         return self
 
 

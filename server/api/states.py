@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect
 
 from server.api.answers import DeletedState, State, StateList
 from server.api.auth import owner_of
+from server.api.bodies import JSONRoute
 from server.api.context import current
 from server.api.errors import APIError, from_engine, unavailable
 from server.api.generation import Saved
@@ -29,7 +30,7 @@ from server.states import (
 )
 from server.variants import Variant
 
-router = APIRouter(prefix="/v1/states")
+router = APIRouter(prefix="/v1/states", route_class=JSONRoute)
 
 PIECE_BYTES = 2**20
 IMPORT_ROOM = 2**20

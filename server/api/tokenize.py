@@ -4,16 +4,25 @@ import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from server.api.answers import Detokenized, Tokenized
+from server.api.aside import aside
+from server.api.bodies import JSONRoute
 from server.api.conversation import conversation
+from server.api.encoding import json_list, json_response, json_text
 from server.api.errors import APIError, unavailable
 from server.api.prompts import tokenize
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.api.serving import find_variant, server_state
 from server.variants import Variant
 
-router = APIRouter()
+router = APIRouter(route_class=JSONRoute)
+
+MAX_TEXT_BYTES = 2**19
+"""Longest text that is tokenised by itself. The tokenizer hands over all ids in one call, which holds up all others."""
+MAX_IDS = 2**19
+"""Most token ids that are put into text by themselves, likewise."""
 
 
 def _variant(request: Request, model: str | None) -> Variant:
@@ -26,30 +35,45 @@ def _variant(request: Request, model: str | None) -> Variant:
 
 
 @router.post("/tokenize", response_model=Tokenized, response_model_exclude_unset=True)
-async def create_tokens(body: TokenizeRequest, request: Request) -> dict[str, Any]:
+async def create_tokens(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a prompt, or of messages through the chat template."""
     variant = _variant(request, body.model)
     special = body.add_special_tokens
     if body.messages is not None:
         text = await conversation(variant, body.messages, body)
-        ids = await tokenize(variant, text, special=bool(special))
     else:
-        ids = await tokenize(variant, body.prompt or "", special=special is not False)
-    answer: dict[str, Any] = {"count": len(ids), "max_model_len": variant.info.context_length, "tokens": ids}
-    if body.return_token_strs:
-        answer["token_strs"] = [variant.tokenizer.id_to_token(token_id) for token_id in ids]
-    return answer
+        text, special = body.prompt or "", special is not False
+    if len(text.encode()) > MAX_TEXT_BYTES:
+        field = "prompt" if body.messages is None else "messages"
+        message = f"{field}: a text to tokenise may have {MAX_TEXT_BYTES} bytes, got {len(text.encode())}"
+        raise APIError(400, message, param=field)
+    ids = await tokenize(variant, text, special=bool(special))
+    return await aside(_tokenized, variant, ids, strings=bool(body.return_token_strs))
+
+
+def _tokenized(variant: Variant, ids: list[int], *, strings: bool) -> Response:
+    answer = {
+        "count": len(ids),
+        "max_model_len": variant.info.context_length,
+        "tokens": json_list(ids, lambda token_id: token_id),
+    }
+    if strings:
+        answer["token_strs"] = json_list(ids, variant.tokenizer.id_to_token)
+    return json_response(answer)
 
 
 @router.post("/detokenize", response_model=Detokenized)
-async def create_text(body: DetokenizeRequest, request: Request) -> dict[str, Any]:
+async def create_text(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids, special tokens included."""
     variant = _variant(request, body.model)
+    if len(body.tokens) > MAX_IDS:
+        message = f"tokens: up to {MAX_IDS} token ids are put into text, got {len(body.tokens)}"
+        raise APIError(400, message, param="tokens")
     size = variant.tokenizer.get_vocab_size(with_added_tokens=True)
     if body.tokens and max(body.tokens) >= size:
         raise APIError(400, f"tokens: token id {max(body.tokens)} is not below {size}", param="tokens")
     texts = await asyncio.to_thread(variant.tokenizer.decode_batch, [body.tokens], skip_special_tokens=False)
-    return {"prompt": texts[0]}
+    return await aside(lambda: json_response({"prompt": json_text(texts[0])}))
 
 
 @router.get("/tokenizer_info")

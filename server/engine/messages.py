@@ -168,6 +168,9 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 TopLogprobs = list[tuple[int, float]]
 """(token id, natural log-probability), most likely first."""
+PackedTop = bytes
+"""The same as `pack_top` has made it. Millions of pairs are objects that Python's garbage collector walks over again
+and again, for hundreds of milliseconds each time; who needs them unpacks a few at a time."""
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
@@ -207,7 +210,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     """With a reference to compare with: KL(reference || this model) in nats, from the reference's first position on."""
     agree: list[bool]
     """Likewise: whether both have the same most likely token."""
-    top: list[TopLogprobs] = []
+    top: list[PackedTop] = []
 
 
 class StateSaved(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,4 +262,6 @@ def one_or_all(values: list[int]) -> int | list[int]:
 
 encoder = msgspec.msgpack.Encoder()
 input_decoder = msgspec.msgpack.Decoder(Input)
+pack_top = encoder.encode
+unpack_top = msgspec.msgpack.Decoder(TopLogprobs).decode
 output_decoder = msgspec.msgpack.Decoder(Output)

@@ -4,7 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from server.engine.cache import Allocation, Entry, Prefix
-from server.engine.messages import FinishReason, Generate, SaveState, Score, TopLogprobs
+from server.engine.messages import FinishReason, Generate, PackedTop, SaveState, Score
 
 
 @dataclass(eq=False)
@@ -41,7 +41,7 @@ class Request:
     started: float | None = None
     """time.monotonic() at the first launch."""
     logprobs: list[float] = field(default_factory=list)
-    top: list[TopLogprobs] = field(default_factory=list)
+    top: list[PackedTop] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     agree: list[bool] = field(default_factory=list)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from modeling.device import upload
 from server.engine.device import Download
 from server.engine.forward import Forward
-from server.engine.messages import KLReference, Score, TopLogprobs
+from server.engine.messages import KLReference, Score, TopLogprobs, pack_top
 from server.engine.request import Request
 
 LOGIT_ROWS = 64
@@ -52,7 +52,7 @@ class ScoreRows:
         request.agree += self.agree.tolist()
         if self.top_ids.shape[1]:
             rows = zip(self.top_ids.tolist(), self.top_logprobs.tolist(), strict=True)
-            request.top += [top_logprobs(*row) for row in rows]
+            request.top += [pack_top(top_logprobs(*row)) for row in rows]
 
 
 def score(forward: Forward, request: Request, start: int, end: int, hidden: Tensor) -> list[ScoreRows]:

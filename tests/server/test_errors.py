@@ -123,6 +123,8 @@ BAD = [
     ("stream", 1),
     ("stream_options", []),
     ("stream_options", {"include_usage": "yes"}),
+    ("stream_options", {"include_usage": True}),  # without stream: true
+    ("stream_options", {}),
     ("user", 5),
     ("model", None),
     ("model", 5),
@@ -158,7 +160,9 @@ def test_a_bad_value_is_a_400_that_names_its_field(server, field, value):
 
 
 @pytest.mark.parametrize("field", ["temperature", "top_p", "min_p", "frequency_penalty", "seed", "top_k"])
-@pytest.mark.parametrize("literal", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize(
+    "literal", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000], ids=lambda x: x[:9]
+)
 def test_numbers_that_are_none(server, field, literal):
     body = f'{{"model": "dense", "prompt": "Hi", "max_tokens": 1, "{field}": {literal}}}'
     refused(
@@ -202,7 +206,6 @@ def test_at_most_ten_errors_are_listed_and_echoes_are_cut(server):
         '{"model": "dense", "prompt": "Hi"',
         "[" * 100_000,
         '{"a":' * 50_000,
-        '{"seed": ' + "9" * 5000 + "}",
         "[1, 2]",
         '"text"',
         "null",
@@ -215,11 +218,12 @@ def test_a_body_that_is_no_request_is_a_400(server, text):
     refused(response, 400)
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe{", b'{"model": "\xff"}', bytes(range(256))])
-def test_a_body_that_is_no_text_is_a_400(server, data):
-    refused(
-        server.http.post("/v1/completions", content=data, headers={"content-type": "application/json"}), 400
-    )
+@pytest.mark.parametrize(
+    ("data", "param"), [(b"\xff\xfe{", None), (b'{"model": "\xff"}', "model"), (bytes(range(256)), None)]
+)
+def test_a_body_that_is_no_text_is_a_400(server, data, param):
+    response = server.http.post("/v1/completions", content=data, headers={"content-type": "application/json"})
+    refused(response, 400, param)
 
 
 def test_a_body_of_another_type_is_a_400(server):

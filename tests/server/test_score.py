@@ -7,7 +7,7 @@ from checkpoints import DELTA, GATED
 from engines import Bench, generate, prompt, run, score, tokens_of
 
 from modeling.checkpoint import open_checkpoint
-from server.engine.messages import Abort, KLReference
+from server.engine.messages import Abort, KLReference, unpack_top
 
 CONFIGS = {
     "gated": GATED,
@@ -167,7 +167,7 @@ def test_the_most_likely_tokens_of_each_position(benches, exact):
     for first, k in ((1, 3), (100, 1), (140, 300)):
         answer = scored(benches["gated"].engine(prefill_tokens=64), score(ids, first, top_logprobs=k))
         assert len(answer.top) == len(answer.logprobs) == 150 - first
-        for position, top in enumerate(answer.top, first):
+        for position, top in enumerate(map(unpack_top, answer.top), first):
             values = expected[position - 1].topk(min(k, 257)).values.tolist()
             assert [x for _, x in top] == pytest.approx(values, abs=1e-4)
             assert all(x == answer.logprobs[position - first] for i, x in top if i == ids[position])

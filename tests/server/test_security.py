@@ -327,6 +327,43 @@ def test_aliases_are_listed(guarded):
     assert error(response, 404)["param"] == "variants"
 
 
+SDK_HEADERS = (
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,"
+    "x-stainless-retry-count,x-stainless-runtime,x-stainless-runtime-version,x-stainless-timeout"
+)
+"""What OpenAI's JavaScript SDK sends, as a browser asks for it."""
+
+
+def test_a_page_may_send_whatever_headers_its_client_sends(guarded):
+    ours = {"origin": "https://lab.example"}
+    for method, headers in (("POST", SDK_HEADERS), ("GET", "x-next-year"), ("DELETE", "authorization")):
+        asks = {"access-control-request-method": method, "access-control-request-headers": headers}
+        allowed = guarded.http.options("/v1/completions", headers={**asks, **ours})
+        assert allowed.status_code == 200, allowed.text
+        assert allowed.headers["access-control-allow-headers"] == headers
+        assert method in allowed.headers["access-control-allow-methods"]
+        other = guarded.http.options("/v1/completions", headers={**asks, "origin": "https://evil.example"})
+        assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
+
+
+def test_preflights_need_no_key_and_are_not_counted(guarded):
+    asks = {
+        "origin": "https://lab.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": SDK_HEADERS,
+    }
+    labels = {"variant": "", "reason": "rate_limit"}
+    before = guarded.sample("lowkey_requests_rejected_total", **labels)
+    # Twenty times what this key may ask for in a minute.
+    for header in (auth("slow"), {}):
+        for _ in range(20):
+            assert guarded.http.options("/v1/completions", headers={**asks, **header}).status_code == 200
+    assert guarded.sample("lowkey_requests_rejected_total", **labels) == before
+    exposed = guarded.http.get("/health", headers={"origin": "https://lab.example"}).headers
+    for name in ("x-request-id", "retry-after", "x-lowkey-state-bytes", "x-lowkey-tokens-per-second"):
+        assert name in exposed["access-control-expose-headers"]
+
+
 def hang_up(server, text, says):
     (server.log.parent / "lowkey.toml").write_text(text)
     already = len(server.log.read_text())

@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from server import variants
 from server.api.app import create_app
 from server.engine.client import EngineError
-from server.engine.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token
+from server.engine.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token, pack_top
 from server.settings import Settings
 
 VOCAB = 257
@@ -146,7 +146,7 @@ class ScriptedClient:
             logprobs=[float(self.script.logprobs[a, b]) for a, b in pairs],
             kl=[0.5] * compared,
             agree=[True] * compared,
-            top=[self.script.top(a, message.top_logprobs) for a, _ in pairs],
+            top=[pack_top(self.script.top(a, message.top_logprobs)) for a, _ in pairs],
         )
 
     async def save_state(self, message: SaveState) -> None:
