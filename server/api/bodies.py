@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope
 
 from server.api.aside import aside
 from server.api.errors import APIError, from_validation
-from server.api.schemas import MAX_TOKEN_ID, CheckedIds
+from server.api.schemas import MAX_TOKEN_ID, CheckedFields, CheckedIds
 
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
@@ -126,7 +126,8 @@ def _no_json(body: bytes, reason: str, model: type[BaseModel]) -> APIError:
 
 @cache
 def _form_of(model: type[BaseModel]) -> tuple[Any, dict[str, type[BaseModel] | None]]:
-    """A struct of the model's fields, undecoded, and the model that the type of each of them has in it, if any."""
+    """A struct of the fields that the model has or refuses, undecoded, and the model that the type of each of them has in
+    it, if any."""
 
     def model_in(kind: Any) -> type[BaseModel] | None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -134,6 +135,8 @@ def _form_of(model: type[BaseModel]) -> tuple[Any, dict[str, type[BaseModel] | N
         return next(filter(None, map(model_in, get_args(kind))), None)
 
     inner = {name: model_in(field.annotation) for name, field in model.model_fields.items()}
+    if issubclass(model, CheckedFields):
+        inner = dict.fromkeys(model.no_ops) | inner
     return msgspec.defstruct(model.__name__, [(name, Raw | UnsetType, UNSET) for name in inner]), inner
 
 

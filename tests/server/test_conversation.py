@@ -9,7 +9,7 @@ from scripted import SCRIPTS, scripted_api
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from server import chat_template
-from server.api import conversation
+from server.api import bodies
 from server.chat_template import ChatTemplate, TemplateRefusedError
 
 TOKENIZER = byte_tokenizer()
@@ -147,7 +147,7 @@ def test_arguments_are_an_object(rendered):
         '{"a": NaN}',
         '{"a": 1} x',
         '{"a": ' + "9" * 5000 + "}",
-        "[" * 40_000,
+        "[" * 20_000,
         5,
         [1],
         True,
@@ -176,23 +176,18 @@ def test_tool_calls_of_another_shape_are_named(rendered, calls, where):
 
 
 def test_arguments_are_read_up_to_a_size(rendered):
-    most = conversation.MAX_VALUES
-    text = rendered("{{ messages[0].tool_calls[0].function.arguments.a | length }}", *calls_with(most - 1))
-    assert text == str(most - 1)
-    message = rendered(CALLS, *calls_with(most))["message"]
-    assert (
-        message.startswith("messages[0].tool_calls[0].function.arguments: must have at most")
-        and len(message) < 400
-    )
-
-
-def calls_with(values):
-    return [{**NULL, "tool_calls": [call(json.dumps({"a": [1] * values}))]}]
+    most = bodies.MAX_VALUES - 100
+    arguments = json.dumps({"a": [1] * most})
+    source = "{{ messages[0].tool_calls[0].function.arguments.a | length }}"
+    assert rendered(source, {**NULL, "tool_calls": [call(arguments)]}) == str(most)
+    arguments = json.dumps({"a": [1] * bodies.MAX_VALUES})
+    message = rendered(CALLS, {**NULL, "tool_calls": [call(arguments)]})["message"]
+    assert "50000 entries" in message and len(message) < 400
 
 
 def test_half_a_character_in_arguments_is_refused(rendered):
     for arguments in ('{"a": "\\ud800"}', {"a": "\ud800"}):
-        assert "surrogates" in rendered(CALLS, {**NULL, "tool_calls": [call(arguments)]})["message"]
+        assert "surrogate" in rendered(CALLS, {**NULL, "tool_calls": [call(arguments)]})["message"]
 
 
 def test_reasoning_has_two_names(rendered):
@@ -302,7 +297,7 @@ def test_variables_that_are_none_are_refused(rendered, value):
 
 FAILING = {
     "{{ raise_exception('Roles must alternate') }}": "Roles must alternate",
-    "{{ raise_exception(messages[0].name) }}": "\\ud800",
+    "{{ raise_exception('\\ud800') }}": "\\ud800",
     "{{ messages.pop() }}": "unsafe",
     "{{ messages[0].content[9:10].join([1]) }}": "expected str",
     "{{ '{}'.format() }}": "index",
@@ -327,7 +322,7 @@ FAILING = {
 @pytest.mark.parametrize("source", FAILING)
 def test_whatever_a_template_raises_is_its_message(rendered, source, monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_STEPS", 20_000)
-    error = rendered(source, {**HELLO, "name": "\ud800"})
+    error = rendered(source, HELLO)
     assert error["param"] == "messages" and len(error["message"]) < 1100
     assert error["message"].startswith("messages: the model's chat template refuses these messages: ")
     assert FAILING[source] in error["message"]

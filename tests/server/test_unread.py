@@ -12,13 +12,15 @@ import pytest
 from checkpoints import GATED
 from engine_process import Harness, engine_config, until
 from engines import Bench, generate, prompt, run, tokens_of
-from live_server import ENDLESS, LiveServer, poll
+from live_server import LiveServer, poll
 
 from server.engine.client import TOKEN_BYTES, _Exchange
 from server.engine.messages import Abort, Pause, Resume, Token
 from server.unread import LEAST_TAKEN, CountingTransport, UnreadWatch
 
 CONFIG = {**GATED, "max_position_embeddings": 65536}
+LONG = 20_000
+"""Tokens of a choice that, with log-probabilities, no buffer holds."""
 HELD = 50
 """Tokens without alternatives that may wait for a reader in these tests."""
 
@@ -281,6 +283,8 @@ def open_stream(server, **fields):
     body = json.dumps({"model": "dense", "prompt": "Once upon", "ignore_eos": True, **fields}).encode()
     head = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     connection.sendall(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+    if fields.get("stream"):
+        assert connection.recv(15) == b"HTTP/1.1 200 OK"
     return connection
 
 
@@ -289,7 +293,7 @@ def gauge(server, name, variant="dense"):
 
 
 def test_a_stream_that_nobody_reads_is_decoded_no_further(server):
-    connection = open_stream(server, stream=True, n=4, max_tokens=ENDLESS, logprobs=20)
+    connection = open_stream(server, stream=True, n=4, max_tokens=LONG, logprobs=20)
     poll(lambda: gauge(server, "paused") == gauge(server, "running") == 4, "all of it is paused")
     generated = server.sample("lowkey_generation_tokens_total", variant="dense")
     # The others are served, and this one has not moved when they have been.
@@ -331,9 +335,7 @@ def impatient(checkpoints, tmp_path_factory):
 
 
 def test_who_reads_nothing_for_long_is_let_go_with_all_that_it_held(impatient):
-    connections = [
-        open_stream(impatient, stream=True, n=3, max_tokens=ENDLESS, logprobs=20) for _ in range(2)
-    ]
+    connections = [open_stream(impatient, stream=True, n=3, max_tokens=LONG, logprobs=20) for _ in range(2)]
     ended = {"variant": "dense", "endpoint": "completions", "finish_reason": "abort"}
     poll(lambda: impatient.sample("lowkey_requests_total", **ended) == 6, "all six have ended")
     impatient.wait_idle()
