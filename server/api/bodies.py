@@ -126,8 +126,8 @@ def _no_json(body: bytes, reason: str, model: type[BaseModel]) -> APIError:
 
 @cache
 def _form_of(model: type[BaseModel]) -> tuple[Any, dict[str, type[BaseModel] | None]]:
-    """A struct of the fields that the model has or refuses, undecoded, and the model that the type of each of them has in
-    it, if any."""
+    """A struct of the fields that the model has or refuses, undecoded, and the model that the type of each of them has
+    in it, if any."""
 
     def model_in(kind: Any) -> type[BaseModel] | None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -151,11 +151,16 @@ class _Values:
         form, inner = _form_of(model)
         known = msgspec.json.decode(text, type=form)
         fields = {name: bytes(raw) for name in inner if (raw := getattr(known, name)) is not UNSET}
+        values = {name: self._value(raw, inner[name], (*path, name)) for name, raw in fields.items()}
         if model.model_config.get("extra") == "allow":
             self._take(_weight(text) - sum(map(_weight, fields.values())), path)
             others = msgspec.json.decode(text, type=dict[str, Raw])
-            fields |= {name: bytes(raw) for name, raw in others.items() if name not in fields}
-        return {name: self._value(raw, inner.get(name), (*path, name)) for name, raw in fields.items()}
+            values |= {
+                name: _decoded(bytes(raw), (*path, name))
+                for name, raw in others.items()
+                if name not in values
+            }
+        return values
 
     def _value(self, text: bytes, model: type[BaseModel] | None, path: Path) -> Any:
         kind = text[:1]
