@@ -184,7 +184,7 @@ def test_names_from_files_stay_text(made, tmp_path):
 
 def test_what_is_missing_is_left_out_and_said(made, tmp_path):
     output = run("report", tmp_path / "r.html", made / "reduced")
-    assert "r.html: 1 figures" in output
+    assert "r.html: 1 figure, " in output
     text = Page((tmp_path / "r.html").read_text()).text
     assert "Not in this report" in text
     for what in ("perplexity and KL against width", "error budget", "recall", "spectra", "recovery curves"):
