@@ -298,8 +298,9 @@ def test_pictures_without_a_browser_are_refused_before_anything_is_written(made,
     assert not list(tmp_path.iterdir())
 
 
-def test_the_benchmark_writes_what_the_report_reads(made, tmp_path):
+def test_the_benchmark_writes_what_the_report_reads(made, tmp_path, monkeypatch):
     file = Path(__file__).parents[2] / "benchmarks/pruning_table.py"
+    monkeypatch.syspath_prepend(file.parent)  # as in a run of the script
     spec = importlib.util.spec_from_file_location("pruning_table", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
