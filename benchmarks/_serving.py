@@ -52,12 +52,16 @@ def workload(
 
 
 class Server:
-    """A `lowkey-serve` process on a free port."""
+    """A `lowkey-serve` process on a free port.
 
-    def __init__(self, checkpoints: dict[str, Path], *options: str) -> None:
+    Args:
+        script: another checkout's `lowkey-serve` than the one beside this Python.
+    """
+
+    def __init__(self, checkpoints: dict[str, Path], *options: str, script: Path | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
         self.log = Path(self._directory.name) / "log"
-        script = Path(sys.executable).parent / "lowkey-serve"
+        script = script or Path(sys.executable).parent / "lowkey-serve"
         arguments = [f"{name}={path}" for name, path in checkpoints.items()]
         with self.log.open("wb") as f:
             self.process = subprocess.Popen(

@@ -6,7 +6,6 @@ Decodes only, every slot in use; variants take turns.
 """
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
 from _serving import MODEL, table, variants
+from outputs import figures_file, write_figures
 from pydantic import ByteSize, TypeAdapter
 
 from server.engine.engine import Engine
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:
@@ -137,8 +137,7 @@ def main() -> None:
             ],
         )
     )
-    if options.json:
-        options.json.write_text(json.dumps({"budget": int(options.budget), "results": results}, indent=1))
+    write_figures(options.json, {"budget": int(options.budget), "results": results})
 
 
 if __name__ == "__main__":

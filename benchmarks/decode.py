@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from measure import copy_memory, interleave, load, machine, quiet, ratios, read_memory, spread, summary
+from outputs import figures_file, write_figures
 from peer import LinearOnlyCache, peer_of
 
 # isort: split
@@ -28,7 +29,6 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from modeling.backends import choose
-from modeling.checkpoint import write_json
 from modeling.model import Model
 from modeling.state import StatePool
 
@@ -147,7 +147,9 @@ def main(
     batch: Annotated[list[int], typer.Option(help="May be given several times.")] = [1, 8, 32, 128],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both sides' weights.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Per case, about.")] = 15,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
+    ] = None,
 ) -> None:
     quiet()
     console = Console()
@@ -176,8 +178,7 @@ def main(
                 f"{r['share_of_byte_bound']['median']:.0%}",
             )
     console.print(table)
-    if json is not None:
-        write_json(json, {"machine": machine(), "cases": rows})
+    write_figures(json, {"machine": machine(), "cases": rows})
 
 
 if __name__ == "__main__":

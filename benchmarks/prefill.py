@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from measure import interleave, load, machine, quiet, ratios, spread, summary
+from outputs import figures_file, write_figures
 from peer import LinearOnlyCache, peer_of
 
 # isort: split
@@ -27,7 +28,6 @@ from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
 from modeling.backends import choose
-from modeling.checkpoint import write_json
 from modeling.layers import l2_normalise
 from modeling.model import Model
 
@@ -101,7 +101,9 @@ def main(
     d_k: Annotated[list[int], typer.Option(help="Of random weights where not the checkpoint's.")] = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both sides' weights.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Per case, about.")] = 20,
-    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
+    ] = None,
 ) -> None:
     quiet()
     console = Console()
@@ -135,8 +137,7 @@ def main(
                 f"{r['share_of_products']['median']:.0%}",
             )
     console.print(table)
-    if json is not None:
-        write_json(json, {"machine": machine(), "cases": rows})
+    write_figures(json, {"machine": machine(), "cases": rows})
 
 
 if __name__ == "__main__":

@@ -25,10 +25,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from outputs import figures_file, write_figures
 from rich.console import Console
 from rich.table import Table
 
-from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
+from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning.budget import spend, widths_per_layer
 from pruning.calibration import WINDOW, Encoder, bundled_text, draw_windows
@@ -117,7 +118,9 @@ def main(
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = DEFAULT_TOKENS,
     kl_tokens: Annotated[int, typer.Option(help="Of them, compared with the dense model.")] = KL_TOKENS,
     device: Annotated[str, typer.Option(help="Where models run: cpu, cuda or cuda:N.")] = "cpu",
-    json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
+    ] = None,
 ) -> None:
     torch.set_num_threads(1)
     began = time.perf_counter()
@@ -178,27 +181,26 @@ def main(
         groups = [[r for r in rows if (r["row"], r["column"]) == (name, keep)] for keep in widths]
         table.add_row(name, *(cell(group, dense.perplexity) for group in groups))
     console.print(table)
-    if json is not None:
-        write_json(
-            json,
-            {
-                "kind": "pruning_table",
-                "format": FORMAT,
-                "checkpoint": checkpoint,
-                "sha256": source.sha256,
-                "versions": versions(),
-                "device": device,
-                "seconds": round(time.perf_counter() - began, 1),
-                "kl_tokens": compared * WINDOW,
-                "dense": {
-                    "d_k": list(spec.d_k),
-                    "state_bytes": spec.state_bytes(),
-                    **dense.as_json(),
-                },
-                "reduced": rows,
-                "curves": curves,
+    write_figures(
+        json,
+        {
+            "kind": "pruning_table",
+            "format": FORMAT,
+            "checkpoint": checkpoint,
+            "sha256": source.sha256,
+            "versions": versions(),
+            "device": device,
+            "seconds": round(time.perf_counter() - began, 1),
+            "kl_tokens": compared * WINDOW,
+            "dense": {
+                "d_k": list(spec.d_k),
+                "state_bytes": spec.state_bytes(),
+                **dense.as_json(),
             },
-        )
+            "reduced": rows,
+            "curves": curves,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from outputs import figures_file, write_figures
 from rich.console import Console
 from rich.table import Table
 
-from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
+from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning.budget import spend, widths_per_layer
 from pruning.calibration import Encoder, bundled_text, draw_windows
@@ -116,7 +117,9 @@ def main(
     whole: Annotated[bool, typer.Option(help="Also evaluate on all held-out tokens.")] = True,
     device: Annotated[str, typer.Option()] = "cpu",
     checkpoints: Annotated[Path | None, typer.Option(help="Keep the checkpoints here.")] = None,
-    json: Annotated[Path, typer.Option(help="File to write.")] = Path("recovery_table.json"),
+    json: Annotated[Path, typer.Option(parser=figures_file, metavar="FILE", help="File to write.")] = Path(
+        "recovery_table.json"
+    ),
 ) -> None:
     began = time.perf_counter()
     target = device_named(device)
@@ -189,7 +192,7 @@ def main(
             )
             row |= train_one(run, path.name)
             report["reduced"].append(row)
-            write_json(json, report)
+            write_figures(json, report)
     for name in sets:
         console.print(table(report, name))
     console.print(f"{json}, {time.perf_counter() - began:.0f} s in all", highlight=False)

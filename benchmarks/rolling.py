@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 from _serving import MODEL, Server, workload
+from outputs import figures_file, write_figures
 
 from loadtest.client import Completion, Result, closed_loop
 
@@ -169,16 +170,15 @@ def main() -> None:
     parser.add_argument("--drain-delay", type=float, default=10.0, help="LOWKEY_DRAIN_DELAY_S")
     parser.add_argument("--lag", type=float, default=1.0, help="seconds from a probe to the new endpoints")
     parser.add_argument("--settle", type=float, default=5.0, help="seconds of load before and after")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     os.environ["LOWKEY_DRAIN_DELAY_S"] = str(options.drain_delay)
     os.environ["LOWKEY_DRAIN_S"] = "60"
     figures = asyncio.run(test(options, {"dense": options.model}))
     for name, value in figures.items():
         print(f"{name}: {json.dumps(value)}")
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1))
     print("requests failed" if figures["failed"] else "no request failed")
+    write_figures(options.json, figures)
     sys.exit(bool(figures["failed"]))
 
 

@@ -10,7 +10,6 @@ engine has one, the API process and the clients share the other.
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
 import tempfile
@@ -24,6 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
 from _serving import MODEL, Server, table, variants, workload
+from outputs import figures_file, write_figures
 
 from loadtest.client import Completion, closed_loop, summarise
 from modeling.checkpoint import open_checkpoint
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument(
         "--prefill-tokens", type=int, action="append", help="cap per step; by default the server's own"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     torch.set_num_threads(1)
     setups: list[Setup] = []
@@ -200,10 +200,8 @@ def main() -> None:
         f"{NEW[1]} new; medians of {options.rounds} rounds of {options.requests} requests (least to most)\n"
     )
     print(table(HEADER, [setup.row() for setup in setups]))
-    if options.json:
-        said = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-        results = [setup.result() for setup in setups]
-        options.json.write_text(json.dumps({"options": said, "results": results}, indent=1))
+    said = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    write_figures(options.json, {"options": said, "results": [setup.result() for setup in setups]})
 
 
 if __name__ == "__main__":

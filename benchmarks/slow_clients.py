@@ -9,8 +9,8 @@ Three trials, each against a `lowkey-serve` of its own with the demo model:
 - work: single requests below the limit on bodies that make a server work hard.
 
 Printed for each: resident memory of the API process before, at its most and at the end, open connections, and the
-longest that GET /health took meanwhile, measured from a process of its own. Run it with the Python of another
-checkout's environment to see that one's figures.
+longest that GET /health took meanwhile, measured from a process of its own. `--serve OTHER/.venv/bin/lowkey-serve`
+shows another checkout's figures.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 from _serving import MODEL, Server, table
+from outputs import figures_file, write_figures
 
 MIB = 2**20
 KEY = "slow-clients-benchmark"
@@ -92,8 +93,8 @@ class Watch:
 
 
 @contextlib.contextmanager
-def serving(*options: str) -> Iterator[Server]:
-    server = Server({"dense": MODEL}, *options)
+def serving(script: Path | None) -> Iterator[Server]:
+    server = Server({"dense": MODEL}, script=script)
     try:
         yield server
     finally:
@@ -121,13 +122,13 @@ def connections(server: Server) -> int:
     return sum(c.status == "ESTABLISHED" for c in found) - 2
 
 
-def unread(seconds: float) -> dict[str, Any]:
+def unread(script: Path | None, seconds: float) -> dict[str, Any]:
     fields = {"model": "dense", "prompt": "import os\n", "n": 100, "max_tokens": 1900, "ignore_eos": True}
     body = json.dumps({**fields, "logprobs": 5, "stream": True}).encode()
     outcomes: Counter[str] = Counter()
     longest = 0.0
     served_at: float | None = None
-    with serving() as server, Watch(server) as watch:
+    with serving(script) as server, Watch(server) as watch:
         streams = [send(server, "/v1/completions", body) for _ in range(STREAMS)]
         began = time.monotonic()
         small = {"model": "dense", "prompt": "import re\n", "max_tokens": 8}
@@ -157,10 +158,10 @@ REFUSED = [
 ]
 
 
-def trickle(seconds: float) -> dict[str, Any]:
+def trickle(script: Path | None, seconds: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as states:
         environment = {"LOWKEY_API_KEYS": f"bench={KEY}", "LOWKEY_STATE_DIR": states}
-        with _environment(environment), serving() as server, Watch(server) as watch:
+        with _environment(environment), serving(script) as server, Watch(server) as watch:
             held = [
                 send(server, path, b"{", 4_000_000, method)
                 for _, method, path in REFUSED
@@ -234,10 +235,10 @@ def requests() -> dict[str, tuple[str, bytes]]:
     }
 
 
-def work() -> list[dict[str, Any]]:
+def work(script: Path | None) -> list[dict[str, Any]]:
     found = []
     for name, (path, body) in requests().items():
-        with serving() as server:
+        with serving(script) as server:
             server.http.post("/v1/completions", json={"model": "dense", "prompt": "x", "max_tokens": 1})
             with Watch(server) as watch:
                 time.sleep(0.5)
@@ -255,20 +256,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=75.0, help="of the first two trials, each")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--serve", type=Path, help="another checkout's lowkey-serve")
+    parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     found: dict[str, Any] = {}
-    for name, run in (
-        ("unread", lambda: unread(options.seconds)),
-        ("trickle", lambda: trickle(options.seconds)),
-    ):
+    for name, trial in (("unread", unread), ("trickle", trickle)):
         print(f"{name}: {options.seconds:.0f} s ...", flush=True)
-        found[name] = run()
+        found[name] = trial(options.serve, options.seconds)
     print("work ...", flush=True)
-    found["work"] = work()
+    found["work"] = work(options.serve)
     print("\n" + report(found))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+        write_figures(options.json, found)
 
 
 def _memory(figures: dict[str, Any]) -> str:

@@ -25,6 +25,9 @@ from typing import Any
 import httpx
 import psutil
 from _serving import MODEL, Server, table, variants
+from outputs import figures_file, write_figures
+
+from modeling.words import counted
 
 LEAVE = 1 / 8
 REQUEST_S = 120.0
@@ -227,7 +230,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     tally = Tally()
     with tempfile.TemporaryDirectory() as directory:
@@ -244,21 +247,16 @@ def main() -> None:
     print(f"\n{tally.tokens} tokens and events in {options.minutes:g} minutes")
     for problem in wrong:
         print(f"WRONG: {problem}")
-    print("all as it should be" if not wrong else f"{len(wrong)} things are wrong")
-    if options.json:
-        options.json.write_text(
-            json.dumps(
-                {
-                    "minutes": options.minutes,
-                    "clients": options.clients,
-                    "outcomes": tally.outcomes,
-                    "tokens": tally.tokens,
-                    "memory": tally.memory,
-                    "wrong": wrong,
-                },
-                indent=1,
-            )
-        )
+    print("all as it should be" if not wrong else f"{counted(len(wrong), 'fault')}")
+    record = {
+        "minutes": options.minutes,
+        "clients": options.clients,
+        "outcomes": tally.outcomes,
+        "tokens": tally.tokens,
+        "memory": tally.memory,
+        "wrong": wrong,
+    }
+    write_figures(options.json, record)
     sys.exit(bool(wrong))
 
 

@@ -19,12 +19,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from _serving import MODEL, Server, table, variants
+from outputs import figures_file, write_figures
 from soak import Memory, grown, memory_table, settled, watch
 
 from loadtest.client import Result, open_loop, quantile
 from loadtest.figures import Objectives
 from loadtest.run import Probe, Target, sweep
 from loadtest.workload import Lengths, Workload
+from modeling.words import counted
 
 ALIAS = "both"
 SHARE = 0.8
@@ -152,7 +154,7 @@ def main() -> None:
         "--probe", type=float, default=60.0, help="seconds of each probe: short ones miss a slow queue"
     )
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     workload = Workload(Lengths("64-256"), Lengths("32-96"), 256, seed=0, salt="steady")
     memory: Memory = {}
@@ -179,15 +181,14 @@ def main() -> None:
     ]  # fmt: skip
     header = ("window", "requests", "errors", "TTFT p50, ms", "TTFT p99", "ITL p99", "end to end p99")
     print("\n" + table(header, rows) + "\n\n" + memory_table(memory))
-    if options.json:
-        record = {
-            "minutes": options.minutes, "highest": highest, "rate": rate, "requests": len(results),
-            "windows": [asdict(w) for w in seen], "memory": memory, "wrong": wrong,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(record, indent=1))
     for problem in wrong:
         print(f"WRONG: {problem}")
-    print("all as it should be" if not wrong else f"{len(wrong)} things are wrong")
+    print("all as it should be" if not wrong else f"{counted(len(wrong), 'fault')}")
+    record = {
+        "minutes": options.minutes, "highest": highest, "rate": rate, "requests": len(results),
+        "windows": [asdict(w) for w in seen], "memory": memory, "wrong": wrong,
+    }  # fmt: skip
+    write_figures(options.json, record)
     sys.exit(bool(wrong))
 
 

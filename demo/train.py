@@ -14,6 +14,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from modeling.checkpoint import export_tensors, write_json, write_safetensors
 from modeling.families import family_of
+from modeling.files import OutputError, check_writable, write_or_keep, writing
 from modeling.model import Model
 from pruning.corpus import corpus, sha256
 
@@ -62,6 +64,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 @app.command()
 def tokenizer(out: Path) -> None:
     """Train the tokenizer and write it to OUT."""
+    _check(out)
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -144,7 +147,8 @@ def save(net: Model, out: Path) -> None:
     """Write the checkpoint in fla's names, weights in bf16."""
     write_json(out / "config.json", CONFIG)
     tensors = export_tensors(net, family_of(CONFIG))
-    write_safetensors(out, ((name, t.to("cpu", torch.bfloat16)) for name, t in tensors))
+    with writing(out):
+        write_safetensors(out, ((name, t.to("cpu", torch.bfloat16)) for name, t in tensors))
 
 
 @app.command()
@@ -158,6 +162,7 @@ def model(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Train the model and write the checkpoint to OUT (bf16 weights, curve.json beside them)."""
+    _check(out)
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
     torch.manual_seed(seed)
@@ -215,7 +220,10 @@ def model(
             minutes = (time.monotonic() - began) / 60
             curve.append({"minutes": minutes, "tokens": seen, "heldout_loss_24k": value})
             print(f"held-out (24 k tokens): loss {value:.4f} perplexity {math.exp(value):.2f}", flush=True)
-            save(net, out)
+            try:
+                save(net, out)
+            except OutputError as e:  # the end is what counts, and there may be room again by then
+                print(f"going on unsaved: {e}", flush=True)
     net.to(torch.bfloat16).float()  # what is reported is what is saved
     final = heldout_loss(net, heldout)
     summary = {
@@ -234,9 +242,25 @@ def model(
         "heldout_text_sha256": sha256(heldout_texts),
         "curve": curve,
     }
-    write_json(out / "curve.json", summary)
-    save(net, out)
     print(json.dumps({k: v for k, v in summary.items() if k != "curve"}, indent=2), flush=True)
+
+    def finish(folder: Path) -> None:
+        save(net, folder)
+        write_json(folder / "curve.json", summary)
+
+    try:
+        write_or_keep(out, finish)
+    except OutputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise typer.Exit(2) from e
+
+
+def _check(out: Path) -> None:
+    """Refuse a folder that takes no file, before an hour of training."""
+    try:
+        check_writable(out / "config.json")
+    except OutputError as e:
+        raise typer.BadParameter(str(e)) from e
 
 
 if __name__ == "__main__":

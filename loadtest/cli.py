@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import ipaddress
 import secrets
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -195,12 +196,29 @@ def _show(rows: list[list[str]]) -> None:
     Console(width=max(80, console.width)).print(table)
 
 
+def _prepare(out: Path) -> None:
+    """Make the directory, before any load. Raises typer.BadParameter if nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out, buffering=0) as probe:
+            probe.write(bytes(4096))
+    except OSError as e:
+        raise typer.BadParameter(f"--out {out}: {e}") from e
+
+
 def _finish(
     out: Path, data: dict[str, Any], rows: list[list[str]], drawn: list[plots.Plot], title: str, caption: str
 ) -> None:
-    report.write(out, data, rows, drawn, title, caption)
     _show(rows)
-    typer.echo(f"{title}\n{out}/loadtest.html, .json, .md")
+    typer.echo(title)
+    try:
+        report.write(out, data, rows, drawn, title, caption)
+    except OSError as e:
+        kept = Path(tempfile.mkdtemp(prefix="lowkey-loadtest-"))
+        report.write(kept, data, rows, drawn, title, caption)
+        typer.echo(f"error: {out} can't be written: {e}; what was measured is in {kept}", err=True)
+        raise typer.Exit(2) from e
+    typer.echo(f"{out}/loadtest.html, .json, .md")
 
 
 @command("run")
@@ -221,6 +239,7 @@ def run(
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("--rate is an open loop, --concurrency a closed one: give one of them")
     target, seen = common.target()
+    _prepare(out)
     if rounds * requests * len(target.variants) > MAX_REQUESTS:
         raise typer.BadParameter(f"--rounds x --requests x variants is over {MAX_REQUESTS}")
     workload = common.workload()
@@ -270,6 +289,7 @@ def sweep_command(
 ) -> None:
     """The highest rate that each variant holds within the objectives: bisection, variants in turns."""
     target, seen = common.target()
+    _prepare(out)
     workload, objectives = common.workload(), common.objectives
 
     def on_probe(p: Probe) -> None:

@@ -5,7 +5,6 @@ Only safetensors are read, one tensor at a time. A directory being written has a
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,12 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.families import Family, TensorMap, family_of
+from modeling.files import replacing, writing
 from modeling.model import Model
 from modeling.spec import ModelSpec
+from modeling.words import counted
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 REDUCTION = "state_reduction.json"
+FLOATS = ("F64", "F32", "BF16", "F16")
+"""Types of weights that are read, as safetensors calls them."""
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
 
 
@@ -80,38 +83,75 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the config and all weights."""
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for file in sorted(set(self.files.values())):
-            with file.open("rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
+        """Hash of the config and all weights. Raises CheckpointError if a file can't be read."""
+        try:
+            digest = hashlib.sha256((self.path / "config.json").read_bytes())
+            for file in sorted(set(self.files.values())):
+                with file.open("rb") as f:
+                    digest.update(hashlib.file_digest(f, "sha256").digest())
+        except OSError as e:
+            raise CheckpointError(f"{self.path} can't be read: {e}") from e
         return digest.hexdigest()
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, in its stored dtype. Raises CheckpointError if the checkpoint has no such tensor."""
-        if name not in self.files:
-            raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
-        try:
-            with safe_open(self.files[name], framework="pt") as f:
-                tensor: Tensor = f.get_tensor(name)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
+        """One tensor, in its stored dtype and shape, which the config accounts for.
+
+        Raises:
+            CheckpointError: it is missing, can't be read, has another shape than the config says, or is quantised.
+        """
+        with self._opened(name) as f:
+            tensor: Tensor = f.get_tensor(name)
         return tensor
 
     def dtype_and_shape(self, name: str) -> tuple[str, list[int]]:
         """A tensor's dtype as safetensors calls it (`BF16`) and its shape, from the file's header alone.
 
         Raises:
-            CheckpointError: the checkpoint has no such tensor.
+            CheckpointError: as `tensor`.
         """
+        with self._opened(name) as f:
+            part = f.get_slice(name)
+            return str(part.get_dtype()), list(part.get_shape())
+
+    @contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """The file that holds a tensor, which is what the config says: whoever reads tensors comes through here."""
         if name not in self.files:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         try:
             with safe_open(self.files[name], framework="pt") as f:
                 part = f.get_slice(name)
-                return str(part.get_dtype()), list(part.get_shape())
+                self._check_tensor(name, str(part.get_dtype()), tuple(part.get_shape()))
+                yield f
         except (SafetensorError, OSError) as e:
             raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
+
+    def _check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+        if name not in self._stored_shapes:
+            raise CheckpointError(f"{self.path}: the config does not account for tensor {name!r}")
+        expected, is_filter = self._stored_shapes[name]
+        # Filters of a depthwise convolution are stored with an axis for their one input channel, or without.
+        if shape != expected and not (is_filter and shape == (expected[0], 1, *expected[1:])):
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has shape {list(shape)}, the config says {list(expected)}"
+            )
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is {dtype}, and weights are read as {', '.join(FLOATS)}; quantised ones "
+                "have scales that span rows that pruning would cut: give the checkpoint that they were made from"
+            )
+
+    @cached_property
+    def _stored_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
+        """Of each tensor that the config accounts for, its shape and whether it holds a convolution's filters."""
+        stored = {
+            name: ((rows, *self._shapes[m.ours][1:]), m.ours.endswith("conv.weight"))
+            for m in self.family.tensors(self.spec)
+            for name, rows in zip(m.theirs, m.rows, strict=True)
+        }
+        if self.spec.tie_embeddings:
+            stored["lm_head.weight"] = tuple(self._shapes["embeddings.weight"]), False
+        return stored
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
         """The model, in eval mode. A_log, dt_bias and norm weights are float32 whatever `dtype` is.
@@ -119,7 +159,7 @@ class Checkpoint:
         Raises:
             CheckpointError: a tensor is missing, unexpected or of another shape than the config says.
         """
-        self.check_names()
+        self.check_tensors()
         with torch.device("meta"):
             model = Model(self.spec)
         state = self.parameters(dtype=dtype, device=device)
@@ -160,28 +200,25 @@ class Checkpoint:
         with torch.device("meta"):
             return {name: p.shape for name, p in Model(self.spec).named_parameters()}
 
-    def check_names(self) -> None:
-        """Raises CheckpointError if there are tensors that the config does not account for."""
-        expected = {name for m in self.family.tensors(self.spec) for name in m.theirs}
-        if self.spec.tie_embeddings:
-            expected.add("lm_head.weight")
-        unexpected = sorted(set(self.files) - expected)
+    def check_tensors(self) -> None:
+        """Look at the headers of all weights, before work that would only find out later.
+
+        Raises:
+            CheckpointError: a tensor is missing, unexpected, quantised, or of another shape than the config says.
+        """
+        unexpected = sorted(set(self.files) - set(self._stored_shapes))
         if unexpected:
+            found = counted(len(unexpected), "tensor")
             raise CheckpointError(
-                f"{self.path}: {len(unexpected)} tensors that the config does not account for: {unexpected[:5]}"
+                f"{self.path}: {found} that the config does not account for: {unexpected[:5]}"
             )
+        for m in self.family.tensors(self.spec):
+            for name in m.theirs:
+                self.dtype_and_shape(name)
 
     def _join(self, m: TensorMap, shape: torch.Size) -> Tensor:
-        parts: list[Tensor] = []
-        for name, rows in zip(m.theirs, m.rows, strict=True):
-            tensor = self.tensor(name)
-            expected = (rows, *shape[1:])
-            if tuple(d for d in tensor.shape if d != 1) != tuple(d for d in expected if d != 1):
-                raise CheckpointError(
-                    f"{self.path}: tensor {name!r} has shape {list(tensor.shape)}, the config says {list(expected)}"
-                )
-            parts.append(tensor.reshape(expected))
-        return torch.cat(parts)
+        parts = zip(m.theirs, m.rows, strict=True)
+        return torch.cat([self.tensor(name).reshape(rows, *shape[1:]) for name, rows in parts])
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
@@ -259,31 +296,37 @@ def write_safetensors(
 
 @contextmanager
 def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to fill, which takes its final name `path` only when the block ends without an error."""
+    """A directory to fill, which takes its final name `path` only when the block ends without an error.
+
+    Raises:
+        CheckpointError: it is there, and `overwrite` is off.
+        OutputError: it can't be written. Nothing is left of it then.
+    """
     if path.exists() and not overwrite:
         raise CheckpointError(f"{path} already exists; choose another output or pass --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        old = temporary.with_name(f"{temporary.name}.old")
-        if path.exists():  # put aside first: a crash must not lose both
-            path.rename(old)
-        temporary.rename(path)
-        if old.is_symlink():
-            old.unlink()
-        elif old.exists():
-            shutil.rmtree(old)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)
+            old = temporary.with_name(f"{temporary.name}.old")
+            if path.exists():  # put aside first: a crash must not lose both
+                path.rename(old)
+            temporary.rename(path)
+            if old.is_symlink():
+                old.unlink()
+            elif old.exists():
+                shutil.rmtree(old)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.rename(path)
+    """Write JSON through a temporary name. Raises OutputError if it can't be written."""
+    text = json.dumps(value, indent=2) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
+from modeling.words import counted
 from pruning.corpus import Split, corpus, sha256
 from pruning.errors import PruningError
 
@@ -143,7 +144,7 @@ def draw_windows(
     available = len(windows) + len(others)
     if available < count:
         raise PruningError(
-            f"windows={count} of {length} tokens are more than {text.name} gives, which is {available}; "
+            f"windows={count} of {counted(length, 'token')} are more than {text.name} gives, which is {available}; "
             "ask for fewer or shorter windows, or add text"
         )
     if len(windows) < count:
@@ -167,9 +168,10 @@ def take_shard(windows: Tensor, origin: Origin, shard: int, shards: int) -> tupl
     """
     batches = windows.split(BATCH)
     if len(batches) < shards:
+        found = f"{counted(len(windows), 'window')} are {counted(len(batches), 'batch')}"
         raise PruningError(
-            f"shard={shard}/{shards}: {len(windows)} windows are {len(batches)} batches of {BATCH}; "
-            f"take more tokens or at most {len(batches)} shards"
+            f"shard={shard}/{shards}: {found} of {BATCH}; "
+            f"take more tokens or at most {counted(len(batches), 'shard')}"
         )
     taken = torch.cat(batches[shard - 1 :: shards])
     return taken, replace(

@@ -1,5 +1,6 @@
 """`lowkey-prune`: calibrate, merge, prune, recover, evaluate, inspect, report."""
 
+import errno
 import os
 
 # Before torch is imported: threads that spin between operations slow down everything else on the machine.
@@ -9,10 +10,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from rich.markup import escape
+from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
+from modeling.files import OutputError
 from pruning.commands.calibrate import calibrate
 from pruning.commands.console import err_console
 from pruning.commands.evaluate import evaluate
@@ -25,14 +28,32 @@ from pruning.errors import PruningError
 
 
 class Commands(TyperGroup):
-    """Turns the errors that a user can mend into one line and exit code 2."""
+    """Turns the errors that a user can mend into one line and exit code 2, and shows help as it is written."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        for command in (self, *self.commands.values()):
+            command.help = escape(command.help or "")  # rich would take 'lowkey[eval]' for markup
+            for parameter in command.params:
+                if isinstance(parameter, TyperArgument | TyperOption):
+                    parameter.help = escape(parameter.help or "")
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (PruningError, CheckpointError, ConfigError) as e:
-            err_console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
-            raise typer.Exit(2) from e
+        except KeyboardInterrupt as e:
+            err_console.print(f"interrupted: {str(e) or 'nothing was written'}", soft_wrap=True)
+            raise
+        except OSError as e:
+            if e.errno == errno.EPIPE:  # whoever read the output has seen enough; typer ends quietly
+                raise
+            raise self._failed(e) from e
+        except (PruningError, CheckpointError, ConfigError, OutputError) as e:
+            raise self._failed(e) from e
+
+    def _failed(self, error: Exception) -> typer.Exit:
+        err_console.print(f"error: {error}", style="red", soft_wrap=True)
+        return typer.Exit(2)
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)

@@ -4,6 +4,7 @@ A pass can be interrupted at any moment, even killed, and goes on from what was 
 between batches and added to in the same order, so the result is the same to the last bit.
 """
 
+import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from modeling.files import OutputError, write_or_keep
 from modeling.layers import l2_normalise
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.calibration import BATCH, Origin, cu_seqlens
 from pruning.errors import PruningError
 from pruning.gradients import add_gradients, need_gradients
+from pruning.interrupts import put_off
 from pruning.progress import Advance, no_progress
 from pruning.statistics import (
     GRAMS,
@@ -28,6 +31,8 @@ from pruning.statistics import (
     save_statistics,
     shapes,
 )
+
+logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 120.0
 """Seconds between two saves of an unfinished calibration."""
@@ -109,12 +114,14 @@ def collect(
 
     Args:
         needed: what criteria read. Gradient statistics in it take a second pass, which goes forward and backward.
-        partial: file to save to every `save_every` seconds, and to go on from if it is there. It stays, for the caller
-            to remove once the result is safe.
+        partial: file to save to every `save_every` seconds and when Ctrl-C is pressed, and to go on from if it is
+            there. It stays, for the caller to remove once the result is safe.
 
     Raises:
         PruningError: an activation or a gradient is not finite, a layer's tap missed tokens, or `partial` is of another
             calibration.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once what is done is saved.
+        OutputError: it could not be saved then.
     """
     names = names_for(needed)
     running = Statistics(source_sha256, (origin,), zeros(model.spec, names))
@@ -124,28 +131,39 @@ def collect(
         advance((done["forward"] + done["backward"]) * windows.shape[1])
     saved = time.monotonic()
 
+    def save(path: Path) -> None:
+        save_statistics(running, path, unfinished=done)
+
     def save_now_and_then() -> None:
         nonlocal saved
-        if partial is not None and time.monotonic() - saved >= save_every:
-            save_statistics(running, partial, unfinished=done)
+        if partial is not None and stopped():
+            write_or_keep(partial, save)
+        elif partial is not None and time.monotonic() - saved >= save_every:
+            try:
+                save(partial)
+            except OutputError as e:  # the end is what counts, and there may be room again by then
+                logger.warning("going on unsaved: %s", e)
             saved = time.monotonic()
+        if stopped():
+            raise KeyboardInterrupt
 
     device = model.embeddings.weight.device
     collector = Collector(running.layers, done["forward"] * windows.shape[1])
-    with torch.no_grad():
-        for at in range(done["forward"], len(windows), batch):
-            rows = windows[at : at + batch]
-            offsets = cu_seqlens(rows, model.spec.eos_token_ids)
-            model(rows.flatten().to(device), offsets, tap=collector.tap)
-            done["forward"] += len(rows)
-            collector.check_tokens(done["forward"] * windows.shape[1])
-            advance(rows.numel())
-            save_now_and_then()
-    if need_gradients(names):
-        for tokens in add_gradients(model, windows[done["backward"] :], running.layers):
-            done["backward"] += 1
-            advance(tokens)
-            save_now_and_then()
+    with put_off() as stopped:
+        with torch.no_grad():
+            for at in range(done["forward"], len(windows), batch):
+                rows = windows[at : at + batch]
+                offsets = cu_seqlens(rows, model.spec.eos_token_ids)
+                model(rows.flatten().to(device), offsets, tap=collector.tap)
+                done["forward"] += len(rows)
+                collector.check_tokens(done["forward"] * windows.shape[1])
+                advance(rows.numel())
+                save_now_and_then()
+        if need_gradients(names):
+            for tokens in add_gradients(model, windows[done["backward"] :], running.layers):
+                done["backward"] += 1
+                advance(tokens)
+                save_now_and_then()
     return running
 
 
@@ -161,7 +179,7 @@ def resumed(partial: Path, expected: Statistics, batch: int) -> tuple[Statistics
         for what, a, b in (
             ("the checkpoint", found.source_sha256, expected.source_sha256),
             ("the text or how it is drawn", found.origins, expected.origins),
-            ("what is collected", found.names, expected.names),
+            ("what is collected", found.shapes, expected.shapes),
             ("the batch", done["batch"], batch),
         )
         if a != b

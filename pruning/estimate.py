@@ -4,7 +4,6 @@ Sizes are computed from shapes. Time is measured: one window through one layer o
 that the real work runs on.
 """
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,8 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
+from modeling.files import check_writable
 from modeling.model import Model
 from modeling.spec import ModelSpec
+from modeling.words import counted, duration, in_units
 from pruning.calibration import BATCH
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
@@ -28,14 +29,6 @@ from pruning.views import change, width
 
 PROCESS_BYTES = 400 * 10**6
 """Python, torch and what it loads."""
-
-
-def in_units(size: float) -> str:
-    """Bytes for people: `26.3 MB`."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size:.0f} bytes"
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -75,26 +68,68 @@ def calibration_bytes(spec: ModelSpec, names: Collection[StatisticName], length:
     return 4 * parameter_count(spec), active, statistics_bytes(spec, names)
 
 
-def calibration_lines(
-    spec: ModelSpec, names: Collection[StatisticName], windows: Tensor, device: torch.device
-) -> Iterator[str]:
-    """Passes, memory and time of collecting `names` on `windows` `[count, length]`."""
+def calibration_lines(spec: ModelSpec, names: Collection[StatisticName], windows: Tensor) -> Iterator[str]:
+    """Passes and memory of collecting `names` on `windows` `[count, length]`."""
     count, length = windows.shape
     passes = "forward, then forward and backward" if need_gradients(names) else "forward"
-    yield f"calibration: {windows.numel():,} tokens, {count} windows of {length}; {passes}"
+    tokens = counted(windows.numel(), "token")
+    yield f"calibration: {tokens}, {counted(count, 'window')} of {length}; {passes}"
     weights, active, held = calibration_bytes(spec, names, length)
     yield (
         f"memory: about {in_units(PROCESS_BYTES + weights + held + active)} (weights in float32 "
         f"{in_units(weights)}, activations {in_units(active)}, statistics {in_units(held)})"
     )
-    seconds = count * window_seconds(spec, names, length, device)
-    yield f"time: about {duration(seconds)} on {device}, by one window through one layer"
+
+
+def time_line(parts: Sequence[tuple[str, float]], device: torch.device) -> str:
+    """How long it takes: the parts, (what, seconds), and their sum."""
+    told = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts)
+    total = duration(sum(seconds for _, seconds in parts))
+    of = f" ({told})" if len(parts) > 1 else ""
+    return f"time: about {total} on {device}{of}, by one window through one layer"
+
+
+def calibration_seconds(
+    spec: ModelSpec, names: Collection[StatisticName], windows: Tensor, device: torch.device
+) -> float:
+    """Seconds that collecting `names` on `windows` `[count, length]` takes."""
+    return len(windows) * window_seconds(spec, names, windows.shape[1], device)
+
+
+def evaluation_seconds(spec: ModelSpec, tokens: int, window: int, device: torch.device) -> float:
+    """Seconds that the perplexity of `tokens` takes, in windows of `window`."""
+    one = window_seconds(spec, (), window, device) + _seconds(
+        partial(_head, spec, window, device, gradients=False), device
+    )
+    return tokens / window * one
+
+
+def training_seconds(
+    student: ModelSpec, teacher: ModelSpec | None, windows: int, length: int, device: torch.device
+) -> float:
+    """Seconds that training on so many windows of `length` tokens takes, without what is measured in between."""
+    one = _layers_seconds(student, length, device, _train) + _seconds(
+        partial(_head, student, length, device), device
+    )
+    if teacher is not None:
+        one += evaluation_seconds(teacher, length, length, device)
+    return windows * one
 
 
 def window_seconds(
     spec: ModelSpec, names: Collection[StatisticName], length: int, device: torch.device
 ) -> float:
-    """Seconds that one window takes, from a run of each kind of layer with made-up weights."""
+    """Seconds that collecting `names` on one window takes; without any, a forward without its head."""
+    total = _layers_seconds(spec, length, device, partial(_run, names))
+    if need_gradients(names):
+        total += _seconds(partial(_head, spec, length, device), device)
+    return total
+
+
+def _layers_seconds(
+    spec: ModelSpec, length: int, device: torch.device, run: Callable[[Model, Tensor], None]
+) -> float:
+    """Seconds that `run` takes in all layers, from one of each kind, with made-up weights and a window."""
     total = 0.0
     for layer, count in Counter(spec.layers).items():
         one = replace(spec, layers=(layer,), vocab_size=8, eos_token_ids=())
@@ -104,13 +139,18 @@ def window_seconds(
         model.eval().requires_grad_(False)
         for p in model.parameters():
             p.fill_(0.01)
-        total += count * _seconds(partial(_run, model, windows, names), device)
-    if need_gradients(names):
-        total += _seconds(partial(_head, spec, length, device), device)
+        total += count * _seconds(partial(run, model, windows), device)
     return total
 
 
-def _run(model: Model, windows: Tensor, names: Collection[StatisticName]) -> None:
+def _train(model: Model, windows: Tensor) -> None:
+    model.requires_grad_()
+    with torch.autocast(windows.device.type, torch.bfloat16):
+        hidden, _ = model(windows.flatten(), [0, windows.numel()])
+    hidden.float().sum().backward()
+
+
+def _run(names: Collection[StatisticName], model: Model, windows: Tensor) -> None:
     layers = zeros(model.spec, names)
     with torch.no_grad():
         model(windows.flatten(), [0, windows.numel()], tap=Collector(layers).tap if names else None)
@@ -119,11 +159,13 @@ def _run(model: Model, windows: Tensor, names: Collection[StatisticName]) -> Non
             pass
 
 
-def _head(spec: ModelSpec, length: int, device: torch.device) -> None:
+def _head(spec: ModelSpec, length: int, device: torch.device, *, gradients: bool = True) -> None:
     weight = torch.zeros(spec.vocab_size, spec.hidden_size, device=device)
-    hidden = torch.zeros(length, spec.hidden_size, device=device, requires_grad=True)
+    hidden = torch.zeros(length, spec.hidden_size, device=device, requires_grad=gradients)
     targets = torch.zeros(length, dtype=torch.long, device=device)
-    F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum").backward()
+    loss = F.cross_entropy(F.linear(hidden, weight), targets, reduction="sum")
+    if gradients:
+        loss.backward()
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
@@ -137,20 +179,13 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
     return seconds
 
 
-def duration(seconds: float) -> str:
-    """`12 s`, `3 min` or `2.5 h`."""
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
 def shape_lines(spec: ModelSpec) -> Iterator[str]:
     """What the checkpoint is."""
     m = spec.layers[0].mixer
     yield (
-        f"{spec.family}: {len(spec.layers)} layers, hidden {spec.hidden_size}, {m.num_k_heads} key and "
-        f"{m.num_v_heads} value heads, d_k {width(spec.d_k)}, d_v {m.d_v}, {parameter_count(spec):,} parameters, "
-        f"state per request {spec.state_bytes():,} bytes"
+        f"{spec.family}: {counted(len(spec.layers), 'layer')}, hidden {spec.hidden_size}, "
+        f"{counted(m.num_k_heads, 'key head')}, {counted(m.num_v_heads, 'value head')}, d_k {width(spec.d_k)}, "
+        f"d_v {m.d_v}, {counted(parameter_count(spec), 'parameter')}, state per request {spec.state_bytes():,} bytes"
     )
 
 
@@ -164,12 +199,11 @@ def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
     yield from width_notes(spec.d_k, widths)
 
 
-def budget_line(spec: ModelSpec, passes: int, limit: int, windows: Tensor, device: torch.device) -> str:
-    """What measuring each layer takes."""
-    seconds = passes * len(windows) * window_seconds(spec, (), windows.shape[1], device)
+def budget_line(passes: int, limit: int, windows: Tensor) -> str:
+    """What measuring each layer is."""
     return (
-        f"widths: measured per layer for at most {limit:,} bytes of state, {passes} forward passes over "
-        f"{windows.numel():,} tokens, about {duration(seconds)}"
+        f"widths: measured per layer for at most {counted(limit, 'byte')} of state, "
+        f"{counted(passes, 'forward pass')} over {counted(windows.numel(), 'token')}"
     )
 
 
@@ -195,9 +229,14 @@ def _listed(widths: Sequence[int]) -> str:
     return f"d_k {', '.join(map(str, widths))}"
 
 
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Size of the checkpoint's weights."""
+    return sum(file.stat().st_size for file in set(checkpoint.files.values()))
+
+
 def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     """Size of the reduced checkpoint's weights."""
-    total = sum(file.stat().st_size for file in set(checkpoint.files.values()))
+    total = stored_bytes(checkpoint)
     ours = {name: m.ours for m in checkpoint.family.tensors(checkpoint.spec) for name in m.theirs}
     for name in checkpoint.family.key_rows(checkpoint.spec):
         layer = int(ours[name].split(".")[1])
@@ -206,16 +245,25 @@ def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     return total
 
 
+def tokenizer_notes(checkpoint: Checkpoint) -> Iterator[str]:
+    """Says what the output will lack that the server needs."""
+    if not (checkpoint.path / "tokenizer.json").is_file():
+        yield (
+            f"note: {checkpoint.source} has no tokenizer.json, so the output has none: lowkey-serve refuses it "
+            "until one is put there"
+        )
+
+
 def disk_line(needed: Sequence[tuple[str, int]], out: Path) -> str:
     """What will be written, and what is free where it goes.
 
     Raises:
         PruningError: there is less.
+        OutputError: nothing can be written there.
     """
-    folder = next(p for p in (out.absolute(), *out.absolute().parents) if p.is_dir())
-    free = shutil.disk_usage(folder).free
+    free = check_writable(out)
     size = sum(size for _, size in needed)
     if size > free:
-        raise PruningError(f"out={str(out)!r} needs {in_units(size)}, but {folder} has {in_units(free)} free")
+        raise PruningError(f"out={str(out)!r} needs {in_units(size)}, but there is {in_units(free)} free")
     parts = " and ".join(f"{in_units(size)} for {what}" for what, size in needed)
     return f"disk: {parts}; {in_units(free)} free"

@@ -17,6 +17,7 @@ from pruning.corpus import Split
 from pruning.errors import PruningError
 from pruning.selection import widths_for_ratio, widths_to_keep
 from pruning.sources import DEFAULT_FIELD, dataset_text, read_text
+from pruning.views import width
 
 DEFAULT_TOKENS = 16 * WINDOW
 DEFAULT_SPLIT = "train"
@@ -162,7 +163,8 @@ def uniform_widths(
     """Widths without --per-layer, and the bytes of state that the options allow.
 
     Raises:
-        PruningError: not exactly one of `keep`, `ratio` and `state_bytes` is given, or it can't be met.
+        PruningError: not exactly one of `keep`, `ratio` and `state_bytes` is given, it can't be met, or it leaves all
+            channels.
     """
     if sum(option is not None for option in (keep, ratio, state_bytes)) != 1:
         raise PruningError(
@@ -171,13 +173,27 @@ def uniform_widths(
     aligned_widths(min(spec.d_k), align)
     if state_bytes is not None:
         limit = parse_bytes(state_bytes)
-        return widths_for_bytes(spec, limit, align), limit
-    if keep is not None:
-        widths = widths_to_keep(spec, keep)
+        widths = widths_for_bytes(spec, limit, align)
     else:
-        assert ratio is not None
-        widths = widths_for_ratio(spec, ratio)
-    return widths, spec.with_d_k(widths).state_bytes()
+        if keep is not None:
+            widths = widths_to_keep(spec, keep)
+        else:
+            assert ratio is not None
+            widths = widths_for_ratio(spec, ratio)
+        limit = spec.with_d_k(widths).state_bytes()
+    if limit >= spec.state_bytes():
+        given = (
+            f"keep={keep}"
+            if keep is not None
+            else f"ratio={ratio}"
+            if ratio is not None
+            else f"{state_bytes=}"
+        )
+        raise PruningError(
+            f"{given} removes nothing: d_k is {width(spec.d_k)} and the state of one request {spec.state_bytes():,} "
+            "bytes as it is; ask for less"
+        )
+    return widths, limit
 
 
 def text_of(files: list[Path] | None, split: Split, field: str | None = None) -> Text:
@@ -196,9 +212,3 @@ def device_named(name: str) -> torch.device:
     ):
         raise PruningError(f"device={name!r} is not available here; give cpu")
     return device
-
-
-def refuse_existing(out: Path, overwrite: bool) -> None:
-    """Raises PruningError for a file that is there and may not be replaced."""
-    if out.exists() and not overwrite:
-        raise PruningError(f"out={str(out)!r} already exists; choose another file or pass --overwrite")

@@ -19,6 +19,7 @@ from modeling.checkpoint import (
     write_json,
     write_safetensors,
 )
+from modeling.files import write_or_keep
 from modeling.model import Model
 from pruning.batches import Batches, token_stream
 from pruning.calibration import Encoder, Text
@@ -26,7 +27,7 @@ from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.reduction import check_output, record_of, versions
 from pruning.surgery import RECOVERY, check_runs, copy_other_files
-from pruning.training import OnStep, Settings, check_saved, heldout_loss, no_report, train
+from pruning.training import OnStep, Result, Settings, check_saved, heldout_loss, no_report, train
 
 FORMAT = 1
 """Of `recovery.json`."""
@@ -101,9 +102,13 @@ def plan(
     Raises:
         PruningError: `reduced` was not cut from `dense` or is recovered already, the output is refused, or a text
             is too short.
+        CheckpointError: the weights of one are not what its config says.
+        OutputError: the output can't be written.
     """
-    _check_pair(dense, reduced)
     check_output((dense, reduced), out, overwrite=overwrite, ours=RECOVERY)
+    for checkpoint in (dense, reduced):
+        checkpoint.check_tensors()
+    _check_pair(dense, reduced)
     if control and not settings.ce_weight:
         raise PruningError("ce_weight=0.0 leaves a control, which has no teacher, nothing to learn from")
     encoder = Encoder(dense)
@@ -138,8 +143,8 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
 
     Raises:
         PruningError, CheckpointError: training diverged, or the result does not load and run.
+        OutputError: the output can't be written; the message says where the result is instead.
     """
-    run.out.parent.mkdir(parents=True, exist_ok=True)
     model = run.student.load(device=device)
     teacher = None if run.teacher is None else run.teacher.load(device=device)
     result = train(
@@ -153,7 +158,13 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
         on_step=on_step,
     )
     del teacher
-    with new_directory(run.out, overwrite=run.overwrite) as directory:
+    record = write_or_keep(run.out, lambda out: _write(run, model, result, out, device))
+    run.saved.unlink(missing_ok=True)
+    return record
+
+
+def _write(run: Run, model: Model, result: Result, out: Path, device: torch.device) -> dict[str, Any]:
+    with new_directory(out, overwrite=run.overwrite) as directory:
         copy_other_files(run.student.path, directory)
         shutil.copyfile(run.student.path / "config.json", directory / "config.json")
         write_safetensors(directory, _as_stored(model, run.student))
@@ -164,7 +175,6 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
             write_json(directory / REDUCTION, {**run.student.reduction, "recovery": record})
         record = {**record, "curve": [asdict(point) for point in result.curve]}
         write_json(directory / RECOVERY, record)
-    run.saved.unlink(missing_ok=True)
     return record
 
 

@@ -14,6 +14,7 @@ import tokenizers
 import torch
 
 from modeling.checkpoint import REDUCTION, Checkpoint, new_directory, open_checkpoint, write_json
+from modeling.files import check_writable
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
@@ -120,7 +121,7 @@ class Provenance:
 
 
 def check_output(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str = REDUCTION) -> None:
-    """Refuse an output that exists, before any work is done.
+    """Refuse an output that exists or can't be written, before any work is done.
 
     Args:
         sources: what is going to be read.
@@ -128,9 +129,14 @@ def check_output(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, o
 
     Raises:
         PruningError: `out` exists and `overwrite` is off, or it is no such result, or it is a source.
+        OutputError: nothing can be written there.
     """
-    if not out.exists():
-        return
+    if out.exists():
+        _check_replaceable(sources, out, overwrite=overwrite, ours=ours)
+    check_writable(out)
+
+
+def _check_replaceable(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str) -> None:
     if any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
         raise PruningError(f"out={str(out)!r} is a checkpoint to read or holds one; choose another output")
     if not overwrite:
@@ -161,6 +167,7 @@ def reduce_checkpoint(
 
     Raises:
         PruningError, CheckpointError: the output is refused, or the result does not load and run.
+        OutputError: the output can't be written.
     """
     check_output([checkpoint], out, overwrite=overwrite)
     with new_directory(out, overwrite=overwrite) as directory:

@@ -7,7 +7,6 @@ one from a stranger is safe. `pruning.collection` collects them.
 """
 
 import json
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
+from modeling.files import replacing
 from modeling.spec import ModelSpec
+from modeling.words import counted
 from pruning.calibration import Origin
 from pruning.errors import PruningError
 from pruning.gradients import GRADIENTS, GradientName
@@ -48,20 +49,22 @@ def names_for(needed: Collection[StatisticName]) -> tuple[StatisticName, ...]:
 
 def shapes(spec: ModelSpec, names: Collection[StatisticName]) -> list[dict[StatisticName, tuple[int, ...]]]:
     """Per layer the shape of each statistic; all are float64."""
-    layers: list[dict[StatisticName, tuple[int, ...]]] = []
-    for layer in spec.layers:
-        m = layer.mixer
-        channels, hidden = (m.num_k_heads, m.d_k), spec.hidden_size
-        known: dict[StatisticName, tuple[int, ...]] = {
-            **dict.fromkeys(GRAMS, (*channels, m.d_k)),
-            **dict.fromkeys(SUMS, channels),
-            "x_squares": (hidden,),
-            "q_gradient": (*channels, hidden),
-            "k_gradient": (*channels, hidden),
-            "gate_fisher": channels,
-        }
-        layers.append({name: known[name] for name in names})
-    return layers
+    mixers = [layer.mixer for layer in spec.layers]
+    return [_shapes_of_layer(m.num_k_heads, m.d_k, spec.hidden_size, names) for m in mixers]
+
+
+def _shapes_of_layer(
+    heads: int, d_k: int, hidden: int, names: Collection[StatisticName]
+) -> dict[StatisticName, tuple[int, ...]]:
+    known: dict[StatisticName, tuple[int, ...]] = {
+        **dict.fromkeys(GRAMS, (heads, d_k, d_k)),
+        **dict.fromkeys(SUMS, (heads, d_k)),
+        "x_squares": (hidden,),
+        "q_gradient": (heads, d_k, hidden),
+        "k_gradient": (heads, d_k, hidden),
+        "gate_fisher": (heads, d_k),
+    }
+    return {name: known[name] for name in names}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,11 @@ class Statistics:
         return tuple(self.layers[0])
 
     @property
+    def shapes(self) -> list[dict[StatisticName, tuple[int, ...]]]:
+        """Per layer the shape of each statistic."""
+        return [{name: tuple(values.shape) for name, values in layer.items()} for layer in self.layers]
+
+    @property
     def tokens(self) -> int:
         """Tokens that every layer saw."""
         return sum(origin.tokens for origin in self.origins)
@@ -94,7 +102,9 @@ class Statistics:
             )
         expected = shapes(checkpoint.spec, self.names)
         if len(self.layers) != len(expected):
-            raise PruningError(f"the statistics are of {len(self.layers)} layers, not of {len(expected)}")
+            raise PruningError(
+                f"the statistics are of {counted(len(self.layers), 'layer')}, not of {len(expected)}"
+            )
         for i, (layer, of_shape) in enumerate(zip(self.layers, expected, strict=True)):
             for name, shape in of_shape.items():
                 found = layer[name]
@@ -126,6 +136,10 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                 "the parts hold different statistics: "
                 f"{', '.join(sorted(set(part.names) ^ set(first.names)))} is not in all of them; "
                 "calibrate them for the same methods"
+            )
+        if part.shapes != first.shapes:
+            raise PruningError(
+                "the parts are of other layers or widths, though of one checkpoint: calibrate again"
             )
         for origin in part.origins:
             if any(_same_tokens(origin, o) for o in origins):
@@ -159,6 +173,9 @@ def save_statistics(
 
     Args:
         unfinished: how far a calibration that is still running has come; only `load_unfinished` reads such a file.
+
+    Raises:
+        OutputError: it can't be written.
     """
     record = {
         "format": _FORMAT,
@@ -172,14 +189,9 @@ def save_statistics(
         for i, layer in enumerate(statistics.layers)
         for name, values in layer.items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"lowkey_statistics": json.dumps(record)})
         temporary.chmod(0o644)  # safetensors leaves it readable by its owner only
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_statistics(path: Path) -> Statistics:
@@ -213,12 +225,29 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
                 raise PruningError(f"{path} holds statistics called {names}; known: {[*FORWARD, *GRADIENTS]}")
             count = len(list(f.keys())) // len(names)
             layers = tuple({name: f.get_tensor(f"layers.{i}.{name}") for name in names} for i in range(count))
+            _check_layers(layers)
             origins = tuple(
                 Origin(**{key: value for key, value in origin.items() if key != "tokens"})
                 for origin in record["origins"]
             )
             return Statistics(record["source_sha256"], origins, layers), record["unfinished"]
-    except (OSError, SafetensorError, KeyError, TypeError, json.JSONDecodeError, RecursionError) as e:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
+        if isinstance(e, PruningError):
+            raise
         raise PruningError(
             f"{path} is not a statistics file of lowkey-prune ({type(e).__name__}: {e})"
         ) from e
+
+
+def _check_layers(layers: Sequence[Mapping[StatisticName, Tensor]]) -> None:
+    """Raises ValueError unless there are layers, each of float64 tensors whose shapes fit each other."""
+    if not layers:
+        raise ValueError("it has no layers")
+    for i, layer in enumerate(layers):
+        heads, d_k = layer["k_sum"].shape
+        (hidden,) = layer["x_squares"].shape
+        for name, shape in _shapes_of_layer(heads, d_k, hidden, tuple(layer)).items():
+            if layer[name].shape != shape or layer[name].dtype != torch.float64:
+                raise ValueError(
+                    f"layer {i}: {name} is {layer[name].dtype} {list(layer[name].shape)}, not float64 {list(shape)}"
+                )

@@ -21,7 +21,6 @@ from pruning.errors import PruningError
 
 RECOVERY = "recovery.json"
 """What `lowkey-prune recover` writes about a run, beside the weights that it trained."""
-_PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _WEIGHTS = {
     ".safetensors",
     ".bin",
@@ -61,11 +60,11 @@ def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) 
         The reduced model's spec.
 
     Raises:
-        PruningError: `cuts` do not fit the checkpoint, or its weights are quantised.
-        CheckpointError: a tensor is missing, or the config does not account for it.
+        PruningError: `cuts` do not fit the checkpoint.
+        CheckpointError: the weights are not what the config says (`check_tensors`).
     """
     check_cuts(checkpoint.spec, cuts)
-    checkpoint.check_names()
+    checkpoint.check_tensors()
     spec = checkpoint.spec.with_d_k(tuple(cut.keep.shape[1] for cut in cuts))
     copy_other_files(checkpoint.path, directory)
     write_json(directory / "config.json", checkpoint.family.config_with_d_k(checkpoint.config, spec))
@@ -96,13 +95,10 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
     """Every tensor in its stored dtype, in the source's shards and order, cut where it has a key axis.
 
     Raises:
-        PruningError: a tensor that has a key axis is missing or quantised.
+        CheckpointError: a tensor can't be read, or is not what the config says.
     """
     ours = {name: m.ours for m in checkpoint.family.tensors(checkpoint.spec) for name in m.theirs}
     rows = checkpoint.family.key_rows(checkpoint.spec)
-    missing = sorted(set(rows) - set(checkpoint.files))
-    if missing:
-        raise PruningError(f"{checkpoint.source}: tensors to cut are missing: {missing[:5]}")
     total = 0
     for file in dict.fromkeys(checkpoint.files.values()):
         shard: dict[str, Tensor] = {}
@@ -110,31 +106,16 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
             tensor = checkpoint.tensor(name)
             if name in rows:
                 cut = cuts[int(ours[name].split(".")[1])]
-                tensor = cut_rows(
-                    tensor, rows[name], cut, filters=ours[name].endswith("conv.weight"), name=name
-                )
+                if cut.rotation is not None:
+                    filters = ours[name].endswith("conv.weight")
+                    tensor = rotate_rows(tensor, rows[name], cut.rotation, filters=filters)
+                tensor = keep_rows(tensor, rows[name], cut.keep)
             shard[name] = tensor.contiguous()
             total += tensor.nbytes
         save_shard(directory / file.name, shard)
     if (checkpoint.path / INDEX).exists():
         weight_map = {name: file.name for name, file in checkpoint.files.items()}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def cut_rows(tensor: Tensor, rows: Tensor, cut: Cut, *, filters: bool, name: str) -> Tensor:
-    """A tensor with a key axis `[rows, ...]`, rotated where the cut says so, then without the rows that go.
-
-    Raises:
-        PruningError: it is quantised.
-    """
-    if tensor.dtype not in _PLAIN:
-        raise PruningError(
-            f"{name} is {tensor.dtype}; the scales of quantised weights span rows that would be cut: reduce the "
-            "checkpoint they were made from, then quantise"
-        )
-    if cut.rotation is not None:
-        tensor = rotate_rows(tensor, rows, cut.rotation, filters=filters)
-    return keep_rows(tensor, rows, cut.keep)
 
 
 def rotate_rows(tensor: Tensor, rows: Tensor, rotation: Tensor, *, filters: bool) -> Tensor:
@@ -211,7 +192,7 @@ def check_runs(directory: Path, expected: ModelSpec) -> None:
     checkpoint = open_checkpoint(directory)
     if checkpoint.spec != expected:
         raise PruningError(f"{directory}: the config reads back as {checkpoint.spec}, expected {expected}")
-    checkpoint.check_names()
+    checkpoint.check_tensors()
     # Longer than one chunk of the chunked form, in two sequences.
     lengths = (70, 3)
     offsets = [0, *itertools.accumulate(lengths)]

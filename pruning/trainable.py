@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modeling.layers import Mixer
 from modeling.model import Model
+from modeling.spec import ModelSpec
 from pruning.errors import PruningError
 
 TrainableSet = Literal["lora", "small", "full"]
@@ -77,6 +78,14 @@ def trainable(
         if which == "lora":
             vars(model).pop("peft_config", None)
         model.requires_grad_(False)
+
+
+def trained_count(spec: ModelSpec, which: TrainableSet, rank: int) -> int:
+    """How many parameters `trainable` gives. Raises PruningError as it does."""
+    with torch.device("meta"):
+        model = Model(spec)
+        with trainable(model, which, rank=rank) as parameters:
+            return sum(p.numel() for p in parameters.values())
 
 
 def _is_trained(which: TrainableSet, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Training for recovery: cross entropy and distillation, AdamW, cosine schedule; resumed where it was killed."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,12 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from modeling.files import OutputError, replacing, write_or_keep
 from modeling.model import Model
 from pruning.batches import Batches
 from pruning.calibration import WINDOW
 from pruning.errors import PruningError
 from pruning.evaluation import perplexity
+from pruning.interrupts import put_off
 from pruning.trainable import TRAINABLE_SETS, TrainableSet, trainable
+
+logger = logging.getLogger(__name__)
 
 WARMUP = 0.05
 """Share of the steps over which the learning rate rises."""
@@ -154,13 +159,15 @@ def train(
         teacher: the dense model on the same device, or None to train on cross entropy alone.
         batches: of `settings.batch` windows.
         heldout: int64 `[count, window + 1]`, measured in float32 for the curve.
-        saved: file of a run's progress, written every `save_seconds` and at the end; if it exists, the run goes on
-            from there. The caller removes it.
+        saved: file of a run's progress, written every `save_seconds`, when Ctrl-C is pressed and at the end; if it
+            exists, the run goes on from there. The caller removes it.
         fingerprint: says which run this is; a file of another run is refused.
 
     Raises:
         PruningError: loss or gradient is not finite (`saved` then holds the last good state), `saved` belongs to
             another run, or peft is missing.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, once the progress is saved.
+        OutputError: it could not be saved then.
     """
     torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
     try:
@@ -216,31 +223,48 @@ def _train(
         progress = _Progress(0, [])
         progress.curve.append(measured(progress))
     kept_at = time.monotonic()
-    while progress.step < settings.steps:
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr_at(progress.step)
-        first = progress.step * settings.accumulate
-        losses = [backward(model, teacher, batches[first + i], settings) for i in range(settings.accumulate)]
-        norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-        ce, kl, size = torch.cat([torch.stack(losses).mean(0), norm[None]]).tolist()
-        if not all(map(math.isfinite, (ce, kl, size))):
-            raise PruningError(
-                f"step {progress.step + 1} of {settings.steps}: cross entropy {ce}, KL {kl}, gradient norm {size}; "
-                f"a smaller lr than {settings.lr} may help"
-                + (f" (the last good state stays in {saved})" if saved.exists() else "")
-            )
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.step += 1
-        progress.ce += ce
-        progress.kl += kl
-        if progress.step in evaluated:
-            progress.curve.append(measured(progress))
-            progress.ce = progress.kl = 0.0
+
+    def save(path: Path) -> None:
+        _save(path, parameters, optimizer, progress, fingerprint)
+
+    def save_now_and_then() -> None:
+        nonlocal kept_at
+        if stopped():
+            write_or_keep(saved, save)
+            raise KeyboardInterrupt
         if progress.step == settings.steps or time.monotonic() - kept_at >= save_seconds:
-            _save(saved, parameters, optimizer, progress, fingerprint)
+            try:
+                save(saved)
+            except OutputError as e:  # the end is what counts, and there may be room again by then
+                logger.warning("going on unsaved: %s", e)
             kept_at = time.monotonic()
-        on_step(settings.tokens_per_step, ce)
+
+    with put_off() as stopped:
+        while progress.step < settings.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr_at(progress.step)
+            first = progress.step * settings.accumulate
+            losses = [
+                backward(model, teacher, batches[first + i], settings) for i in range(settings.accumulate)
+            ]
+            norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+            ce, kl, size = torch.cat([torch.stack(losses).mean(0), norm[None]]).tolist()
+            if not all(map(math.isfinite, (ce, kl, size))):
+                raise PruningError(
+                    f"step {progress.step + 1} of {settings.steps}: cross entropy {ce}, KL {kl}, gradient norm {size}; "
+                    f"a smaller lr than {settings.lr} may help"
+                    + (f" (the last good state stays in {saved})" if saved.exists() else "")
+                )
+            optimizer.step()
+            optimizer.zero_grad()
+            progress.step += 1
+            progress.ce += ce
+            progress.kl += kl
+            if progress.step in evaluated:
+                progress.curve.append(measured(progress))
+                progress.ce = progress.kl = 0.0
+            save_now_and_then()
+            on_step(settings.tokens_per_step, ce)
     return progress.curve
 
 
@@ -309,10 +333,9 @@ def _save(
     for name, p in parameters.items():
         tensors[f"{name}:value"] = p.detach()
         tensors |= {f"{name}:{key}": value for key, value in optimizer.state[p].items()}
-    temporary = file.with_name(f"{file.name}.new")
     metadata = {"fingerprint": json.dumps(fingerprint), "progress": json.dumps(asdict(progress))}
-    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
-    temporary.rename(file)
+    with replacing(file) as temporary:
+        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, metadata)
 
 
 @torch.no_grad()
@@ -323,16 +346,27 @@ def _load(
     fingerprint: Mapping[str, Any],
 ) -> _Progress:
     check_saved(file, fingerprint)
-    with safe_open(file, framework="pt") as f:
-        progress = json.loads(f.metadata()["progress"])
-        state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(parameters))}
-        for i, (name, p) in enumerate(parameters.items()):
-            p.copy_(f.get_tensor(f"{name}:value"))
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                state[i][key] = f.get_tensor(f"{name}:{key}")
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    progress["curve"] = [Point(**point) for point in progress["curve"]]
-    return _Progress(**progress)
+    state: dict[int, dict[str, Tensor]] = {i: {} for i in range(len(parameters))}
+    try:
+        with safe_open(file, framework="pt") as f:
+            progress = json.loads(f.metadata()["progress"])
+            for i, (name, p) in enumerate(parameters.items()):
+                for key, shape in (
+                    ("value", p.shape),
+                    ("step", ()),
+                    ("exp_avg", p.shape),
+                    ("exp_avg_sq", p.shape),
+                ):
+                    tensor = f.get_tensor(f"{name}:{key}")
+                    if tensor.shape != shape:
+                        raise ValueError(f"{name}:{key} has shape {list(tensor.shape)}, not {list(shape)}")
+                    state[i][key] = tensor
+                p.copy_(state[i].pop("value"))
+        progress["curve"] = [Point(**point) for point in progress["curve"]]
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return _Progress(**progress)
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+        raise PruningError(f"{file} is no progress of a recovery run: {e}; remove it to start afresh") from e
 
 
 def check_saved(file: Path, fingerprint: Mapping[str, Any]) -> int:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from rich.tree import Tree
 
 from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
+from modeling.words import counted
 from pruning.evaluation.record import Entry, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.reduction import record_of
@@ -34,9 +35,8 @@ def tree(checkpoint: Checkpoint) -> Tree:
         PruningError: `state_reduction.json` is of another format or broken.
     """
     spec = checkpoint.spec
-    root = Tree(
-        f"[bold]{escape(checkpoint.source)}[/]  {spec.family}, {len(spec.layers)} layers", highlight=False
-    )
+    shape = f"  {spec.family}, {counted(len(spec.layers), 'layer')}"
+    root = Tree(Text.assemble((checkpoint.source, "bold"), shape), highlight=False)
     record = record_of(checkpoint)
     if record is None:
         root.add(f"d_k {width(spec.d_k)}")
@@ -44,22 +44,23 @@ def tree(checkpoint: Checkpoint) -> Tree:
         root.add(_heads(spec))
         return root
     source = record["source"]
-    root.add(f"d_k {width(source['d_k'])} => [bold]{width(spec.d_k)}[/]")
+    root.add(Text.assemble("d_k ", *_arrow(width(source["d_k"]), width(spec.d_k))))
     before, after = source["state_bytes"], spec.state_bytes()
-    root.add(f"state per request {before:,} => [bold]{after:,}[/] bytes ({change(before, after)})")
+    arrow = _arrow(f"{before:,}", f"{after:,}")
+    root.add(Text.assemble("state per request ", *arrow, f" bytes ({change(before, after)})"))
     root.add(_heads(spec))
     if len(set(spec.d_k)) > 1:
         root.add("layers differ in d_k: Lowkey runs this, stock loaders refuse it")
-    made = root.add(f"made by {escape(str(record['method']))}, seed {record['seed']}")
-    made.add(escape(f"from {source['name']}, sha256 {source['sha256'][:12]}..."))
+    made = root.add(f"made by {record['method']}, seed {record['seed']}")
+    made.add(f"from {source['name']}, sha256 {source['sha256'][:12]}...")
     if record["calibration"] is not None:
-        branch = made.add(f"calibrated on {record['calibration']['tokens']:,} tokens")
+        branch = made.add(f"calibrated on {counted(record['calibration']['tokens'], 'token')}")
         for origin in record["calibration"]["origins"]:
-            branch.add(escape(_origin(origin)))
+            branch.add(_origin(origin))
     if record["evaluation"] is not None:
-        root.add(escape(_measured(record["evaluation"])))
+        root.add(_measured(record["evaluation"]))
     if "recovery" in record:
-        root.add(escape(_recovered(record["recovery"])))
+        root.add(_recovered(record["recovery"]))
     return root
 
 
@@ -78,34 +79,36 @@ def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
     states = root.add("state per request and layer")
     lines = [
         [
-            f"d_k {_arrow(str(a.mixer.d_k), str(b.mixer.d_k))}",
-            f"{_arrow(f'{_state_bytes(before, i):,}', f'{_state_bytes(after, i):,}')} bytes",
+            Text.assemble(
+                *("d_k ", *_arrow(str(a.mixer.d_k), str(b.mixer.d_k)), ", "),
+                *(*_arrow(f"{_state_bytes(before, i):,}", f"{_state_bytes(after, i):,}"), " bytes"),
+            )
         ]
         for i, (a, b) in enumerate(zip(before.layers, after.layers, strict=True))
     ]
-    for label, (width_line, bytes_line) in _alike(lines):
-        states.add(f"{label}: {width_line}, {bytes_line}")
+    for label, (line,) in _alike(lines):
+        states.add(Text.assemble(f"{label}: ", line))
     tensors = root.add("tensors")
     outside, by_layer = _tensor_lines(checkpoint, before)
-    for line in outside:
-        tensors.add(line)
+    for name in outside:
+        tensors.add(name)
     for label, of_layer in _alike(by_layer):
         branch = tensors.add(label)
         for line in of_layer:
             branch.add(line)
 
 
-def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], list[list[str]]]:
+def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], list[list[Text]]]:
     """A line for every tensor: those outside the layers, and those of each layer."""
     spec = checkpoint.spec
     keys = checkpoint.family.key_rows(spec)
     outside: list[str] = []
-    by_layer: list[list[str]] = [[] for _ in spec.layers]
+    by_layer: list[list[Text]] = [[] for _ in spec.layers]
     for m in checkpoint.family.tensors(spec):
         for name in m.theirs:
             dtype, shape = checkpoint.dtype_and_shape(name)
             if not m.ours.startswith("layers."):
-                outside.append(escape(f"{name} {dtype} {shape}"))
+                outside.append(f"{name} {dtype} {shape}")
                 continue
             layer = int(m.ours.split(".")[1])
             was = list(shape)
@@ -113,13 +116,11 @@ def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str],
                 sets, heads, d_k = keys[name].shape
                 was[0] += sets * heads * (before.layers[layer].mixer.d_k - d_k)
             inside = name.split(f".{layer}.", 1)[1]
-            by_layer[layer].append(
-                f"{escape(f'{inside} {dtype}')} {_arrow(escape(str(was)), escape(str(shape)))}"
-            )
+            by_layer[layer].append(Text.assemble(f"{inside} {dtype} ", *_arrow(str(was), str(shape))))
     return outside, by_layer
 
 
-def _alike(lines: Sequence[list[str]]) -> Iterator[tuple[str, list[str]]]:
+def _alike(lines: Sequence[list[Text]]) -> Iterator[tuple[str, list[Text]]]:
     """(which layers, their common lines) for each run of layers with the same lines."""
     first = 0
     for of_layers, run in itertools.groupby(lines):
@@ -128,8 +129,9 @@ def _alike(lines: Sequence[list[str]]) -> Iterator[tuple[str, list[str]]]:
         first = last + 1
 
 
-def _arrow(before: str, after: str) -> str:
-    return after if before == after else f"{before} => [bold]{after}[/]"
+def _arrow(before: str, after: str) -> tuple[str | tuple[str, str], ...]:
+    """Parts of a `Text`: before => after, or one of them if they are the same."""
+    return (after,) if before == after else (f"{before} => ", (after, "bold"))
 
 
 def _state_bytes(spec: ModelSpec, layer: int) -> int:
@@ -138,13 +140,14 @@ def _state_bytes(spec: ModelSpec, layer: int) -> int:
 
 def _heads(spec: ModelSpec) -> str:
     mixer = spec.layers[0].mixer
-    return f"{mixer.num_k_heads} key heads, {mixer.num_v_heads} value heads, d_v {mixer.d_v}"
+    keys, values = counted(mixer.num_k_heads, "key head"), counted(mixer.num_v_heads, "value head")
+    return f"{keys}, {values}, d_v {mixer.d_v}"
 
 
 def _origin(origin: dict[str, Any]) -> str:
     return (
         f"{origin['text']} (sha256 {origin['text_sha256'][:12]}...), "
-        f"{origin['windows']} windows of {origin['window_length']}, seed {origin['seed']}"
+        f"{counted(origin['windows'], 'window')} of {origin['window_length']}, seed {origin['seed']}"
     )
 
 
@@ -152,7 +155,7 @@ def _measured(evaluation: dict[str, Any]) -> str:
     before, after = evaluation["dense"]["perplexity"], evaluation["reduced"]["perplexity"]
     return (
         f"perplexity {before:.3f} => {after:.3f} ({change(before, after)}) "
-        f"on {evaluation['reduced']['tokens']:,} tokens of {evaluation['text']}"
+        f"on {counted(evaluation['reduced']['tokens'], 'token')} of {evaluation['text']}"
     )
 
 
@@ -160,23 +163,24 @@ def _recovered(recovery: dict[str, Any]) -> str:
     measured = recovery["evaluation"]
     before, after = measured["before"]["perplexity"], measured["after"]["perplexity"]
     return (
-        f"recovered on {recovery['tokens']:,} tokens ({recovery['settings']['train']}), "
+        f"recovered on {counted(recovery['tokens'], 'token')} ({recovery['settings']['train']}), "
         f"perplexity {before:.3f} => {after:.3f} ({change(before, after)}) "
-        f"on {measured['tokens']:,} tokens of {measured['text']}"
+        f"on {counted(measured['tokens'], 'token')} of {measured['text']}"
     )
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
     """One row per figure, one column per checkpoint; changes are against the first."""
     first = evaluation.checkpoints[0]
-    tokens = "" if first.perplexity is None else f", {first.perplexity.tokens:,} tokens of {evaluation.text}"
-    title = escape(f"{len(evaluation.checkpoints)} checkpoints{tokens}")
+    title = counted(len(evaluation.checkpoints), "checkpoint")
+    if first.perplexity is not None:
+        title += f", {counted(first.perplexity.tokens, 'token')} of {evaluation.text}"
     measured = any(e.recall or e.rank or e.retrieval or e.speed for e in evaluation.checkpoints)
     table = Table("", title=title, caption=LEGEND if measured else None)
     for entry in evaluation.checkpoints:
-        table.add_column(escape(entry.name), justify="right")
+        table.add_column(entry.name, justify="right")
     for label, cells in figures(evaluation):
-        table.add_row(escape(label), *(escape(cell) for cell in cells))
+        table.add_row(label, *cells)
     return table
 
 

@@ -21,7 +21,6 @@ was wrong, 2 if there is no GPU. `--device cpu --small` runs tiny shapes through
 """
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -81,6 +80,9 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from modeling.checkpoint import write_json
+    from modeling.files import OutputError
+
     console = Console(width=160)
     if args.device == "cuda" and not torch.cuda.is_available():
         console.print("gpu_check: torch finds no CUDA device here; nothing was checked")
@@ -122,14 +124,20 @@ def main() -> int:
 
         signal.signal(signal.SIGALRM, cut_off)
 
-        def save() -> None:
+        def save() -> bool:
+            """Write the report, or say why it can't be: what was found out is on the screen all the same."""
             run.report["failures"] = run.failures
-            temporary = args.out.with_name(f".{args.out.name}")
-            temporary.write_text(json.dumps(run.report, indent=2) + "\n")
-            temporary.rename(args.out)
+            try:
+                write_json(args.out, run.report)
+            except OutputError as e:
+                console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
+                return False
+            return True
 
         table = Table("case", "", "result", title=f"{run.report['device']}, torch {torch.__version__}")
-        save()
+        saved = save()
+        if not saved:
+            return 2
         for number, section in enumerate(sections):
             later = sum(SECONDS[name] for name in sections[number + 1 :]) * args.seconds / BOX_S
             run.section_end = max(run.deadline - later, time.monotonic())
@@ -160,11 +168,11 @@ def main() -> int:
                 console.print(f"{check.__name__}: {took:.0f} s")
                 for row in rows:
                     table.add_row(*row)
-                save()
+                saved = save()
     console.print(table)
     failed = run.failures
     console.print("passed" if not failed else f"FAILED: {', '.join(failed)}")
-    return int(bool(failed))
+    return int(bool(failed)) if saved else 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The benchmarks that judge by themselves whether all is well do run, and say so."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,23 @@ def run(script, *options, json_file):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout, json.loads(json_file.read_text())
+
+
+def test_a_place_that_takes_no_file_is_found_out_before_the_work(tmp_path):
+    writing = {
+        file.name: file.read_text()
+        for file in (ROOT / "benchmarks").glob("*.py")
+        if re.search(r'"--json"|json: Annotated', file.read_text())
+    }
+    assert len(writing) > 8 and all("figures_file" in source for source in writing.values())
+    (tmp_path / "file").write_text("a file")
+    place = tmp_path / "file" / "figures.json"
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "capacity.py", "--json", place],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"error: {place} can't be written: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.slow

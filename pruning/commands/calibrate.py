@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +11,9 @@ import typer
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint, open_checkpoint
+from modeling.files import check_new_file, write_or_keep
 from modeling.model import Model
+from modeling.words import counted
 from pruning.calibration import BATCH, Origin, take_shard
 from pruning.collection import collect, tokens_to_run
 from pruning.commands.console import err_console, out_console
@@ -20,10 +23,13 @@ from pruning.estimate import (
     PROCESS_BYTES,
     calibration_bytes,
     calibration_lines,
+    calibration_seconds,
     disk_line,
     shape_lines,
     statistics_bytes,
+    time_line,
 )
+from pruning.interrupts import going_on_from, left_behind
 from pruning.on_ray import Job, collect_on_ray, connected, room
 from pruning.options import (
     CalibrationText,
@@ -40,10 +46,9 @@ from pruning.options import (
     Tokens,
     WindowLength,
     device_named,
-    refuse_existing,
     shard_numbers,
 )
-from pruning.progress import tokens_bar
+from pruning.progress import Busy, tokens_bar
 from pruning.statistics import StatisticName, Statistics, names_for, save_statistics
 
 
@@ -82,8 +87,9 @@ def calibrate(
     Gradients cost a second pass, forward and backward; only a --method that reads them has them collected. The
     text is CPython's own sources (training side of the bundled split) unless --text or --dataset is given.
 
-    Work is saved to OUT.partial every two minutes. Interrupted, even killed, the same command goes on from there. On a
-    Ray cluster nothing is saved before the end; a shard whose process or machine goes away is run again.
+    Work is saved to OUT.partial every two minutes and when Ctrl-C is pressed. Interrupted, even killed, the same
+    command goes on from there. On a Ray cluster nothing is saved before the end; a shard whose process or machine goes
+    away is run again.
 
     \b
     lowkey-prune calibrate  demo/model demo.stats.safetensors
@@ -100,29 +106,32 @@ def calibrate(
             f"device={device!r}: with --ray a shard runs on the GPU that Ray gives it; give cuda"
         )
     needed = {name for method in methods or () for name in criterion_named(method).statistics}
-    refuse_existing(out, overwrite)
+    check_new_file(out, "out", overwrite=overwrite)
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
     numbers = shard_numbers(shard)
     where = device_named(device)
     checkpoint = open_checkpoint(src)
+    checkpoint.check_tensors()
     names = names_for(needed)
     windows, origin = draw(checkpoint, source, numbers)
     plan = [
         *shape_lines(checkpoint.spec),
-        *calibration_lines(checkpoint.spec, names, windows, where),
+        *calibration_lines(checkpoint.spec, names, windows),
+        time_line([("calibration", calibration_seconds(checkpoint.spec, names, windows, where))], where),
         disk_line([("the statistics", statistics_bytes(checkpoint.spec, names))], out),
     ]
     tell(plan, dry_run=dry_run)
     if dry_run:
         return
     if ray is not None:
-        statistics = calibrate_on_ray(ray, shards, checkpoint, windows, origin, names, where)
-        save_statistics(statistics, out)
+        with left_behind("nothing was saved"):
+            statistics = calibrate_on_ray(ray, shards, checkpoint, windows, origin, names, where)
+        write_or_keep(out, partial(save_statistics, statistics))
     else:
-        with err_console.status("loading the checkpoint"):
+        with Busy(err_console, "loading the checkpoint"):
             model = checkpoint.load(device=where)
         statistics = run_calibration(checkpoint, model, windows, origin, needed, out, overwrite=overwrite)
-    out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
+    out_console.print(f"{out}: {counted(statistics.tokens, 'token')}", soft_wrap=True)
 
 
 def calibrate_on_ray(
@@ -142,7 +151,7 @@ def calibrate_on_ray(
     with connected(address):
         at_once = room(job)
         job = replace(job, shards=shards or min(at_once, batches))
-        err_console.print(f"{job.shards} shards, {at_once} at once", highlight=False)
+        err_console.print(f"{counted(job.shards, 'shard')}, {at_once} at once")
         with tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance:
             statistics = collect_on_ray(job, windows, origin, advance, at_once)
     statistics.check_source(checkpoint)
@@ -153,14 +162,14 @@ def tell(plan: Iterable[str], *, dry_run: bool) -> None:
     """Show what is going to be done: the result of a dry run, a message before anything else."""
     console = out_console if dry_run else err_console
     for line in plan:
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        console.print(line, soft_wrap=True)
 
 
 def draw(
     checkpoint: Checkpoint, source: CalibrationText, shard: tuple[int, int] = (1, 1)
 ) -> tuple[Tensor, Origin]:
     """The windows of one shard, int64 `[count, length]`, and where they came from."""
-    with err_console.status("reading text"):
+    with Busy(err_console, "reading text"):
         windows, origin = source.draw(checkpoint)
     return (windows, origin) if shard == (1, 1) else take_shard(windows, origin, *shard)
 
@@ -176,18 +185,16 @@ def run_calibration(
     overwrite: bool,
 ) -> Statistics:
     """Collect and save statistics, going on from what an interrupted run left unless `overwrite` is given."""
-    partial = out.with_name(f"{out.name}.partial")
+    unfinished = out.with_name(f"{out.name}.partial")
     if overwrite:
-        partial.unlink(missing_ok=True)
-    try:
-        with tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance:
-            statistics = collect(
-                model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=partial
-            )
-    except KeyboardInterrupt:
-        if partial.exists():
-            err_console.print(f"the same command goes on from {partial}", soft_wrap=True, markup=False)
-        raise
-    save_statistics(statistics, out)
-    partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+    with (
+        going_on_from(unfinished),
+        tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance,
+    ):
+        statistics = collect(
+            model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=unfinished
+        )
+    write_or_keep(out, partial(save_statistics, statistics))
+    unfinished.unlink(missing_ok=True)
     return statistics

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
+from modeling.files import check_new_file, write_or_keep
 from modeling.model import Model
 from pruning import views
 from pruning.calibration import WINDOW, Encoder, Text
@@ -15,12 +16,8 @@ from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, evaluation_windows, perplexity
 from pruning.evaluation.suite import PARTS, Part, Settings, evaluate_checkpoints
-from pruning.options import (
-    Device,
-    TextFiles,
-    device_named,
-    text_of,
-)
+from pruning.interrupts import left_behind
+from pruning.options import Device, Overwrite, TextFiles, device_named, text_of
 from pruning.progress import Advance, tokens_bar
 
 ALL = "all"
@@ -52,6 +49,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the recall prompts and of the query noise.", min=0)] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
     device: Device = "cpu",
+    overwrite: Overwrite = False,
 ) -> None:
     """Perplexity, KL and agreement with the first checkpoint, state size; on request recall, ranks, noise and speed.
 
@@ -59,17 +57,21 @@ def evaluate(
 
     \b
     lowkey-prune evaluate  demo/model reduced-64 reduced-32 --json results.json
-    lowkey-prune evaluate  demo/model reduced-64 --part all --json results.json
+    lowkey-prune evaluate  demo/model reduced-64 --part all --json all.json
     lowkey-prune evaluate  demo/model --text my.txt --tokens 0 --window 2048 --stride 512
     """
+    if json is not None:
+        check_new_file(json, "json", overwrite=overwrite)
     settings = Settings(
         text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
     )
-    evaluation = evaluate_checkpoints([open_checkpoint(c) for c in checkpoints], settings, _bar)
-    if json is not None:
-        json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(json, asdict(evaluation))
-    out_console.print(views.evaluation_table(evaluation))
+    with left_behind("nothing was written"):
+        evaluation = evaluate_checkpoints([open_checkpoint(c) for c in checkpoints], settings, _bar)
+    try:
+        out_console.print(views.evaluation_table(evaluation))
+    finally:  # a place that takes the one may not take the other
+        if json is not None:
+            write_or_keep(json, lambda file: write_json(file, asdict(evaluation)))
 
 
 def _parts(names: list[str]) -> tuple[Part, ...]:

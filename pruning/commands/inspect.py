@@ -18,6 +18,7 @@ def inspect(
     lowkey-prune inspect  reduced
     """
     opened = open_checkpoint(checkpoint)
+    opened.check_tensors()
     root = views.tree(opened)
     views.add_layers(root, opened)
     out_console.print(root)

@@ -5,11 +5,10 @@ from typing import Annotated
 
 import typer
 
+from modeling.files import check_new_file
+from modeling.words import counted
 from pruning.commands.console import out_console
-from pruning.options import (
-    Overwrite,
-    refuse_existing,
-)
+from pruning.options import Overwrite
 from pruning.statistics import load_statistics, merge, save_statistics
 
 
@@ -25,7 +24,7 @@ def merge_files(
     \b
     lowkey-prune merge  part1.safetensors part2.safetensors --out all.safetensors
     """
-    refuse_existing(out, overwrite)
+    check_new_file(out, "out", overwrite=overwrite)
     statistics = merge([load_statistics(part) for part in parts])
     save_statistics(statistics, out)
-    out_console.print(f"{out}: {statistics.tokens:,} tokens", highlight=False, soft_wrap=True)
+    out_console.print(f"{out}: {counted(statistics.tokens, 'token')}", soft_wrap=True)

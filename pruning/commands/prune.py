@@ -1,6 +1,7 @@
 """`lowkey-prune prune`: checkpoint -> reduced checkpoint."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -9,10 +10,12 @@ import typer
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint, open_checkpoint
+from modeling.files import check_writable, write_or_keep
 from modeling.model import Model
+from modeling.words import counted
 from pruning import views
 from pruning.budget import DEFAULT_ALIGN, Budget, curve_passes, spend
-from pruning.calibration import Origin, bundled_text
+from pruning.calibration import WINDOW, Origin, bundled_text
 from pruning.commands.calibrate import draw, run_calibration, tell
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
@@ -21,13 +24,18 @@ from pruning.errors import PruningError
 from pruning.estimate import (
     budget_line,
     calibration_lines,
+    calibration_seconds,
     disk_line,
+    evaluation_seconds,
     reduced_bytes,
     reduction_lines,
     shape_lines,
     statistics_bytes,
+    time_line,
+    tokenizer_notes,
 )
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_json
+from pruning.interrupts import left_behind
 from pruning.options import (
     Align,
     CalibrationText,
@@ -47,9 +55,9 @@ from pruning.options import (
     device_named,
     uniform_widths,
 )
-from pruning.progress import tokens_bar
+from pruning.progress import Busy, tokens_bar
 from pruning.reduction import Provenance, check_output, reduce_checkpoint
-from pruning.selection import select
+from pruning.selection import Selection, select
 from pruning.statistics import Statistics, load_statistics, names_for
 
 
@@ -99,6 +107,7 @@ def prune(
     align = DEFAULT_ALIGN if align is None else align
     criterion = criterion_named(method)
     checkpoint = open_checkpoint(src)
+    checkpoint.check_tensors()
     widths, limit = uniform_widths(checkpoint.spec, keep, ratio, state_bytes, align)
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
     if not criterion.statistics and (stats or (source.given and not per_layer)):
@@ -113,8 +122,10 @@ def prune(
 
     reused = stats is not None and stats.exists()
     calibrating = bool(criterion.statistics) and not reused
-    drawn = draw(checkpoint, source) if calibrating or per_layer else None
     stats = stats or out.with_name(f"{out.name}.stats.safetensors")
+    if calibrating:
+        check_writable(stats)
+    drawn = draw(checkpoint, source) if calibrating or per_layer else None
     plan = _plan(
         checkpoint,
         criterion,
@@ -124,6 +135,7 @@ def prune(
         limit=limit,
         windows=None if drawn is None else drawn[0],
         calibrating=calibrating,
+        evaluating=evaluate,
         device=where,
     )
     tell(plan, dry_run=dry_run)
@@ -132,7 +144,7 @@ def prune(
 
     statistics, budget = None, None
     if drawn is not None:
-        with err_console.status("loading the checkpoint"):
+        with Busy(err_console, "loading the checkpoint"):
             model = checkpoint.load(device=where)
     if calibrating:
         assert drawn is not None
@@ -141,18 +153,39 @@ def prune(
         )
     elif reused:
         statistics = load_statistics(stats)
-    if per_layer:
-        assert drawn is not None
-        widths, budget = _spend(checkpoint, criterion, limit, align, statistics, model, *drawn, seed)
-    if drawn is not None:
-        del model  # surgery needs little memory; the model is what would stay
-    with err_console.status(f"selecting channels ({method})"):
-        selection = select(checkpoint, criterion, widths, statistics=statistics, seed=seed)
+    left = f"nothing was written but {stats}; give --stats {stats} to go on from it"
+    with left_behind(left if calibrating else "nothing was written"):
+        if per_layer:
+            assert drawn is not None
+            widths, budget = _spend(checkpoint, criterion, limit, align, statistics, model, *drawn, seed)
+        if drawn is not None:
+            del model  # surgery needs little memory; the model is what would stay
+        with Busy(err_console, f"selecting channels ({method})"):
+            selection = select(checkpoint, criterion, widths, statistics=statistics, seed=seed)
+        made_by = Provenance(method, seed, statistics, budget)
+        write_or_keep(
+            out,
+            partial(
+                _write, checkpoint, selection, made_by, overwrite=overwrite, evaluate=evaluate, device=where
+            ),
+        )
+    out_console.print(views.tree(open_checkpoint(out)))
 
-    writing = err_console.status("writing the reduced checkpoint and running it once")
+
+def _write(
+    checkpoint: Checkpoint,
+    selection: Selection,
+    made_by: Provenance,
+    out: Path,
+    *,
+    overwrite: bool,
+    evaluate: bool,
+    device: torch.device,
+) -> None:
+    writing = Busy(err_console, "writing the reduced checkpoint and running it once")
 
     def measure(reduced: Model) -> dict[str, object]:
-        writing.stop()  # a terminal has room for one bar
+        writing.stop()
         held_out = bundled_text("heldout")
         dense = perplexity_of(checkpoint, checkpoint.load(device=device), held_out, DEFAULT_TOKENS, "dense")
         after = perplexity_of(checkpoint, reduced.to(device), held_out, DEFAULT_TOKENS, "reduced")
@@ -160,14 +193,8 @@ def prune(
 
     with writing:
         reduce_checkpoint(
-            checkpoint,
-            selection,
-            Provenance(method, seed, statistics, budget),
-            out,
-            overwrite=overwrite,
-            evaluate=measure if evaluate else None,
+            checkpoint, selection, made_by, out, overwrite=overwrite, evaluate=measure if evaluate else None
         )
-    out_console.print(views.tree(open_checkpoint(out)))
 
 
 def _plan(
@@ -180,21 +207,33 @@ def _plan(
     limit: int,
     windows: Tensor | None,
     calibrating: bool,
+    evaluating: bool,
     device: torch.device,
 ) -> Iterator[str]:
     """What `prune` is going to do, line by line."""
     spec = checkpoint.spec
     yield from shape_lines(spec)
     written = [("the checkpoint", reduced_bytes(checkpoint, widths))]
+    times = []
     if calibrating and windows is not None:
         names = names_for(criterion.statistics)
-        yield from calibration_lines(spec, names, windows, device)
+        yield from calibration_lines(spec, names, windows)
+        times.append(("calibration", calibration_seconds(spec, names, windows, device)))
         written.append(("its statistics", statistics_bytes(spec, names)))
     if passes and windows is not None:
-        yield budget_line(spec, passes, limit, windows, device)
+        yield budget_line(passes, limit, windows)
+        times.append(("widths", passes * evaluation_seconds(spec, windows.numel(), windows.shape[1], device)))
     else:
         yield from reduction_lines(spec, widths)
+    if evaluating:
+        yield f"evaluation: {counted(DEFAULT_TOKENS, 'held-out token')}, before and after"
+        reduced = spec.with_d_k(tuple(widths))
+        seconds = [evaluation_seconds(s, DEFAULT_TOKENS, WINDOW, device) for s in (spec, reduced)]
+        times.append(("evaluation", sum(seconds)))
+    if times:
+        yield time_line(times, device)
     yield disk_line(written, out)
+    yield from tokenizer_notes(checkpoint)
 
 
 def _spend(

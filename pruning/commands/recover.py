@@ -1,19 +1,33 @@
 """`lowkey-prune recover`: dense and reduced checkpoint -> reduced checkpoint, trained."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, cast
 
+import torch
 import typer
 
 from modeling.checkpoint import open_checkpoint
+from modeling.words import counted
 from pruning.calibration import WINDOW
+from pruning.commands.calibrate import tell
 from pruning.commands.console import err_console, out_console
+from pruning.estimate import (
+    disk_line,
+    evaluation_seconds,
+    shape_lines,
+    stored_bytes,
+    time_line,
+    tokenizer_notes,
+    training_seconds,
+)
 from pruning.evaluation import DEFAULT_TOKENS
+from pruning.interrupts import going_on_from
 from pruning.options import Device, Overwrite, TextFiles, WindowLength, device_named, text_of
-from pruning.progress import training_bar
-from pruning.recovery import plan
+from pruning.progress import Busy, training_bar
+from pruning.recovery import Run, plan
 from pruning.recovery import recover as run_recovery
-from pruning.trainable import TrainableSet
+from pruning.trainable import TrainableSet, trained_count
 from pruning.training import Settings
 from pruning.views import change
 
@@ -67,7 +81,7 @@ def recover(
     """Train a reduced checkpoint back towards the dense one.
 
     The text is the training side of the bundled split unless --text is given; held-out text likewise. After a kill or
-    Ctrl-C the same command goes on from the last save (every three minutes, OUT.progress.safetensors).
+    Ctrl-C the same command goes on from OUT.progress.safetensors, saved every three minutes and on Ctrl-C.
 
     \b
     lowkey-prune recover  demo/model reduced recovered --tokens 1000000
@@ -90,7 +104,7 @@ def recover(
         seed=seed,
         evaluations=evaluations,
     )
-    with err_console.status("reading text"):
+    with Busy(err_console, "reading text"):
         run = plan(
             open_checkpoint(dense),
             open_checkpoint(reduced),
@@ -103,17 +117,49 @@ def recover(
             overwrite=overwrite,
         )
     done = run.steps_done
-    if done:
-        err_console.print(f"going on after step {done} of {settings.steps}", highlight=False)
+    tell(_plan(run, done, target), dry_run=False)
     description = "training the control" if control else "recovering"
     per_step = settings.tokens_per_step
-    with training_bar(err_console, description, settings.steps * per_step, done=done * per_step) as on_step:
+    with (
+        going_on_from(run.saved),
+        training_bar(err_console, description, settings.steps * per_step, done=done * per_step) as on_step,
+    ):
         record = run_recovery(run, target, on_step=on_step)
     measured = record["evaluation"]
     before, after = measured["before"]["perplexity"], measured["after"]["perplexity"]
     out_console.print(
-        f"{out}: {record['trained_parameters']:,} parameters trained on {record['tokens']:,} tokens, "
-        f"perplexity {before:.3f} => {after:.3f} ({change(before, after)}) on {measured['tokens']:,} held-out tokens",
-        highlight=False,
+        f"{out}: {counted(record['trained_parameters'], 'parameter')} trained on "
+        f"{counted(record['tokens'], 'token')}, perplexity {before:.3f} => {after:.3f} ({change(before, after)}) on "
+        f"{counted(measured['tokens'], 'held-out token')}",
         soft_wrap=True,
     )
+
+
+def _plan(run: Run, done: int, device: torch.device) -> Iterator[str]:
+    """What `recover` is going to do, line by line; `done` steps lie behind."""
+    settings, spec = run.settings, run.student.spec
+    yield from shape_lines(spec)
+    trained = trained_count(spec, settings.train, settings.rank)
+    steps = counted(settings.steps, "step")
+    yield (
+        f"training: {counted(settings.steps * settings.tokens_per_step, 'token')}, {steps} of "
+        f"{settings.tokens_per_step:,}; {settings.train}, {counted(trained, 'parameter')}; "
+        f"{'no teacher' if run.teacher is None else f'teacher {run.teacher.source}'}"
+    )
+    if done:
+        yield f"going on after step {done} of {settings.steps}"
+    windows = (settings.steps - done) * settings.batch * settings.accumulate
+    teacher = None if run.teacher is None else run.teacher.spec
+    # Every point of the curve, and once more the checkpoint as it is stored.
+    measured = sum(step > done or not done for step in settings.evaluated_steps) + 1
+    window = run.heldout.shape[1] - 1
+    tokens = measured * run.heldout[:, 1:].numel()
+    times = [
+        ("training", training_seconds(spec, teacher, windows, settings.window, device)),
+        ("held-out text", evaluation_seconds(spec, tokens, window, device)),
+    ]
+    yield time_line(times, device)
+    # Value and two moments in float32, and the file before while a new one is written.
+    needed = [("the checkpoint", stored_bytes(run.student)), ("its progress", 2 * 12 * trained)]
+    yield disk_line(needed, run.out)
+    yield from tokenizer_notes(run.student)

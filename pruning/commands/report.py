@@ -1,15 +1,17 @@
 """`lowkey-prune report`: figures and tables -> one HTML file."""
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from modeling.files import check_new_file, check_writable, replacing
+from modeling.words import counted, in_units
 from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
-from pruning.options import Overwrite, refuse_existing
+from pruning.options import Overwrite
+from pruning.progress import Busy
 
 
 def report(
@@ -34,7 +36,7 @@ def report(
 
     \b
     lowkey-prune report  report.html table.json results.json demo.stats.safetensors reduced-64 reduced-32
-    lowkey-prune report  report.html table.json --png pictures
+    lowkey-prune report  figures.html table.json --png pictures
     """
     if importlib.util.find_spec("plotly") is None:
         raise PruningError("report needs plotly, which is not installed; pip install 'lowkey[eval]'")
@@ -42,22 +44,21 @@ def report(
     from pruning.report.page import all_figures, page
     from pruning.report.png import browser, write_png
 
-    refuse_existing(out, overwrite)
+    check_new_file(out, "out", overwrite=overwrite)
     if png is not None:
         browser()
-    with err_console.status("reading") as status:
+        check_writable(png / "figure.png")
+    with Busy(err_console, "reading") as busy:
         given = read_inputs(inputs)
-        status.update("drawing")
+        busy.say("drawing")
         drawn = all_figures(given)
+        pictures = {} if png is None else {png / f"{figure.name}.png": figure for figure in drawn}
+        for picture in pictures:
+            check_new_file(picture, "png", overwrite=overwrite)
         html = page(title, given, drawn)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        temporary.write_text(html, encoding="utf-8")
-        temporary.rename(out)
-        for figure in drawn if png is not None else ():
-            assert png is not None
-            status.update(f"drawing {figure.name}.png")
-            write_png(figure, png / f"{figure.name}.png")
-    out_console.print(
-        f"{out}: {len(drawn)} figures, {len(html) / 1e6:.1f} MB", highlight=False, soft_wrap=True
-    )
+        with replacing(out) as temporary:
+            temporary.write_text(html, encoding="utf-8")
+        for picture, figure in pictures.items():
+            busy.say(f"drawing {picture.name}")
+            write_png(figure, picture)
+    out_console.print(f"{out}: {counted(len(drawn), 'figure')}, {in_units(len(html))}", soft_wrap=True)

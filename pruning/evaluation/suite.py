@@ -52,6 +52,8 @@ def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], settings: Settings, 
         PruningError: the text is too short, tokenizers differ, or a model gives NaN or Inf.
         CheckpointError: a checkpoint can't be loaded.
     """
+    for checkpoint in checkpoints:
+        checkpoint.check_tensors()
     baseline, *others = checkpoints
     windows, prompts = _inputs(baseline, settings)
     for checkpoint in others:

@@ -6,6 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from modeling.files import replacing
 from pruning.errors import PruningError
 from pruning.report.page import document
 from pruning.report.style import Figure
@@ -31,6 +32,7 @@ def write_png(figure: Figure, file: Path, *, width: int = WIDTH) -> None:
 
     Raises:
         PruningError: there is no browser, or it drew nothing.
+        OutputError: the file can't be written.
     """
     height = int(figure.figure.layout.height)
     body = f'<div class="figure" id="{figure.name}" style="height:{height}px"></div>'
@@ -39,8 +41,8 @@ def write_png(figure: Figure, file: Path, *, width: int = WIDTH) -> None:
         html, drawn = Path(scratch) / "figure.html", Path(scratch) / "figure.png"
         html.write_text(document(figure.title, style + body, [figure]), encoding="utf-8")
         screenshot(html, drawn, width, height, scale=2)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(drawn, file)
+        with replacing(file) as temporary_file:
+            shutil.copyfile(drawn, temporary_file)
 
 
 def screenshot(

@@ -2,11 +2,13 @@
 
 import json
 import random
+import tempfile
 
 import pytest
 from live_server import LiveServer, write_variants
 from typer.testing import CliRunner
 
+import loadtest.cli
 from loadtest.cli import app
 from loadtest.workload import Lengths, WorkloadError
 
@@ -52,6 +54,46 @@ def test_a_sweep_ends(server, tmp_path):
     result = run("sweep", "--url", server.url, *limits, *small, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert list(tmp_path.glob("*.json"))
+
+
+def test_a_directory_that_takes_no_file_is_found_out_before_any_load(server, tmp_path):
+    (tmp_path / "file").write_text("a file")
+    before = server.sample(
+        "lowkey_requests_total", variant="dense", endpoint="completions", finish_reason="length"
+    )
+    for command, out in (
+        ("run", tmp_path / "file" / "out"),
+        ("sweep", "/proc/lowkey"),
+        ("run", tmp_path / "file"),
+    ):
+        result = run(command, "--url", server.url, *SMALL[:4], "--out", out)
+        assert result.exit_code == 2 and "Invalid value: --out" in result.output, result.output
+    made = server.sample(
+        "lowkey_requests_total", variant="dense", endpoint="completions", finish_reason="length"
+    )
+    assert made == before
+
+
+def test_what_was_measured_is_kept_when_the_directory_is_lost_meanwhile(server, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    real = loadtest.cli.paired
+
+    async def measure_and_lose(*args):
+        slices = await real(*args)
+        out.rmdir()
+        out.write_text("no directory any more")
+        return slices
+
+    monkeypatch.setattr(loadtest.cli, "paired", measure_and_lose)
+    result = run("run", "--url", server.url, "--rounds", 2, "--requests", 4, *SMALL, "--out", out)
+    (kept,) = tmp_path.glob("lowkey-loadtest-*")
+    assert result.exit_code == 2 and result.output.splitlines()[-1].endswith(
+        f"; what was measured is in {kept}"
+    )
+    assert "tokens/s" in result.output, "the table is shown all the same"
+    assert json.loads((kept / "loadtest.json").read_text())["requests"]
+    assert {p.name for p in kept.iterdir()} == {"loadtest.json", "loadtest.md", "loadtest.html"}
 
 
 def test_other_machines_are_not_loaded():

@@ -385,9 +385,8 @@ def test_a_real_process_without_a_terminal_prints_the_tree_and_nothing_else(dens
     done = subprocess.run(command + args, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     plan = done.stderr.splitlines()
-    assert (
-        plan[0].startswith("gated_deltanet: 3 layers") and "d_k 32 => 8" in plan[1] and "disk: " in plan[-1]
-    )
+    assert plan[0].startswith("gated_deltanet: 3 layers") and "d_k 32 => 8" in plan[1]
+    assert "disk: " in plan[3]  # behind a note; on a machine that is busy lines of progress follow
     assert "d_k 32 => 8" in done.stdout and "gated_deltanet, 3 layers" in done.stdout
     again = subprocess.run(command + args, capture_output=True, text=True, timeout=600)
     assert again.returncode == 2

@@ -88,7 +88,7 @@ def test_a_dry_run_says_everything_and_writes_nothing(run, dense, tmp_path, argu
     command, out, *options = arguments
     result = run(command, dense, out, *options, "--dry-run")
     assert result.stdout.startswith(
-        "gated_deltanet: 3 layers, hidden 64, 2 key and 4 value heads, d_k 32, d_v 24"
+        "gated_deltanet: 3 layers, hidden 64, 2 key heads, 4 value heads, d_k 32, d_v 24"
     )
     assert all(text in result.stdout for text in (*said, "disk: "))
     assert sorted(tmp_path.rglob("*")) == before

@@ -96,7 +96,7 @@ def test_what_another_calibration_left_is_refused_with_what_differs(checkpoint, 
 
 
 SCRIPT = """
-import signal, time
+import signal
 import pruning.collection
 from pruning.cli import app
 pruning.collection.collect.__kwdefaults__["save_every"] = 0.0
@@ -104,7 +104,7 @@ save = pruning.collection.save_statistics
 def save_and_wait(*args, **kwargs):
     pruning.collection.save_statistics = save
     save(*args, **kwargs)
-    time.sleep(900)  # the signal finds it at work
+    signal.pause()  # the signal finds it at work
 pruning.collection.save_statistics = save_and_wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 app()

@@ -11,18 +11,19 @@ from checkpoints import DELTA, GATED, write_checkpoint
 from reducing import random_keep, reduce
 
 from modeling.checkpoint import open_checkpoint
+from modeling.words import duration, in_units
 from pruning.calibration import Origin, tokens_sha256
 from pruning.collection import collect
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
 from pruning.estimate import (
     calibration_lines,
+    calibration_seconds,
     disk_line,
-    duration,
-    in_units,
     parameter_count,
     reduced_bytes,
     statistics_bytes,
+    time_line,
     width_notes,
 )
 from pruning.statistics import names_for, save_statistics
@@ -58,8 +59,13 @@ def test_sizes_are_those_of_the_files_that_are_written(checkpoint, tmp_path):
 def test_lines_of_a_calibration_say_passes_memory_and_time(checkpoint):
     spec = checkpoint.spec
     device = torch.device("cpu")
-    plain = list(calibration_lines(spec, names_for(()), WINDOWS, device))
-    both = list(calibration_lines(spec, names_for(("gate_fisher",)), WINDOWS, device))
+
+    def lines(needed):
+        names = names_for(needed)
+        seconds = calibration_seconds(spec, names, WINDOWS, device)
+        return [*calibration_lines(spec, names, WINDOWS), time_line([("calibration", seconds)], device)]
+
+    plain, both = lines(()), lines(("gate_fisher",))
     assert plain[0] == "calibration: 128 tokens, 4 windows of 32; forward"
     assert both[0].endswith("; forward, then forward and backward")
     for lines in (plain, both):
@@ -92,7 +98,7 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path):
         r"disk: 1\.0 KB for a and 3\.0 MB for b; \S+ [MG]B free",
         disk_line([("a", 1000), ("b", 3_000_000)], out),
     )
-    with pytest.raises(PruningError, match=r"out='.*there' needs 1000000\.0 GB, but .* free"):
+    with pytest.raises(PruningError, match=r"out='.*there' needs 1000000\.0 GB, but there is .* free"):
         disk_line([("much", 10**15)], out)
 
 

@@ -1,0 +1,22 @@
+"""Figures for people."""
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 checkpoint`, `2,000 checkpoints`; for nouns whose plural ends in s, or in es after h or s."""
+    plural = "" if count == 1 else "es" if noun.endswith(("h", "s")) else "s"
+    return f"{count:,} {noun}{plural}"
+
+
+def in_units(size: float) -> str:
+    """Bytes: `26.3 MB`."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return counted(round(size), "byte")
+
+
+def duration(seconds: float) -> str:
+    """`12 s`, `3 min` or `2.5 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
