@@ -203,6 +203,11 @@ class Settings(BaseSettings):
     prefix_cache: bool = Field(
         True, description="Keep states of prompts in free slots, for prompts that begin alike."
     )
+    shared_prefix_cache: bool = Field(
+        False,
+        description="Share these states among all API keys. By default each key has its own: by a hit and its speed a "
+        "client could tell that another one has sent the same text.",
+    )
     batch_invariant: bool = Field(
         False,
         description="Tokens are bit for bit the same whatever else runs; slower, for paired comparisons.",

@@ -17,7 +17,7 @@ from server.api.choices import Choices, Chunk
 from server.api.errors import APIError
 from server.api.prompts import encode_prompt
 from server.api.schemas import ChatRequest, Message
-from server.api.serving import admitted, find_variant, server_state, sticky_identity
+from server.api.serving import admitted, cache_salt, find_variant, server_state, sticky_identity
 from server.chat_template import TemplateRefusedError
 from server.variants import Variant
 
@@ -69,6 +69,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             endpoint="chat",
             arrived=request.scope["lowkey.arrived"],
             priority=capped_priority(request, body.priority or 0),
+            salt=cache_salt(request, body.cache_salt),
         )
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = {

@@ -26,6 +26,7 @@ class Comparison:
         prompt_ids: by variant name.
         arrived: time.monotonic() of the HTTP request.
         priority: of its completions in the engines; lower runs first.
+        salt: what its prefixes are kept under (`cache_salt`).
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Comparison:
         prompt_ids: dict[str, list[int]],
         arrived: float,
         priority: int,
+        salt: bytes,
     ) -> None:
         self._state = state
         # With one seed for all, sampled answers differ only where the distributions do. The answer says which it was:
@@ -47,6 +49,7 @@ class Comparison:
         self._prompt_ids = prompt_ids
         self._arrived = arrived
         self._priority = priority
+        self._salt = salt
         self._parallel = bool(body.parallel)
         self._generations: dict[str, Generation] = {}
         self._head = {"id": f"cmp-{secrets.token_hex(12)}", "created": int(time.time())}
@@ -60,13 +63,14 @@ class Comparison:
         *,
         arrived: float,
         priority: int,
+        salt: bytes,
     ) -> "Comparison":
         """Tokenises. Raises APIError 400 if the prompt is no good."""
         prompt_ids = {
             variant.name: await encode_prompt(state, variant, body.prompt, body.token_limit)
             for variant in variants
         }
-        return cls(state, body, variants, prompt_ids, arrived, priority)
+        return cls(state, body, variants, prompt_ids, arrived, priority, salt)
 
     async def run(self, emit: Callable[[Event], None]) -> Event:
         """The whole answer. `emit` is told of each piece of text and each end before.
@@ -92,6 +96,7 @@ class Comparison:
                 base.prompt_ids,
                 base.token_ids,
                 priority=min(self._priority, 0),  # other comparisons wait for this one to be over
+                salt=self._salt,
             )
         return self._answer(base, scores)
 
@@ -105,6 +110,7 @@ class Comparison:
             endpoint="compare",
             arrived=begins,
             priority=self._priority,
+            salt=self._salt,
         )
         self._generations[variant.name] = generation
         async with contextlib.aclosing(generation.pieces()) as pieces:

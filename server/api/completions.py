@@ -16,7 +16,14 @@ from server.api.choices import Choices, Chunk
 from server.api.generation import Saved
 from server.api.prompts import encode_prompt
 from server.api.schemas import CompletionRequest
-from server.api.serving import ServerState, admitted, find_variant, server_state, sticky_identity
+from server.api.serving import (
+    ServerState,
+    admitted,
+    cache_salt,
+    find_variant,
+    server_state,
+    sticky_identity,
+)
 from server.api.states import saved_state
 from server.api.streaming import together
 from server.variants import Variant
@@ -74,6 +81,7 @@ async def _choices(
         endpoint="completions",
         arrived=request.scope["lowkey.arrived"],
         priority=capped_priority(request, body.priority or 0),
+        salt=cache_salt(request, body.cache_salt),
         saved=saved,
         echo=echo,
     )

@@ -81,6 +81,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Lower runs first; first come first served among equals."""
     state_path: str | None = None
     """Go on from the state saved in this file instead of an empty one."""
+    cache_salt: bytes = b""
+    """Requests share the work on prompts that begin alike only with those of the same salt."""
 
 
 class KLReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,6 +105,8 @@ class Score(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Also report this many of the most likely tokens at each position."""
     kl_reference: KLReference | None = None
     priority: int = 0
+    cache_salt: bytes = b""
+    """As in Generate."""
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -113,6 +117,8 @@ class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     path: str
     fingerprint: dict[str, str]
     """Written into the file's metadata."""
+    cache_salt: bytes = b""
+    """As in Generate."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -139,6 +145,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     method: str | None
     """How the checkpoint was reduced; None for one that was not."""
     state_bytes_per_request: int
+    state_layout: dict[str, tuple[str, list[int]]] = {}
+    """What a saved state holds: dtype, as safetensors calls it, and shape of each tensor by name."""
     state_dtype: str
     device: str
     backend: str

@@ -32,6 +32,7 @@ from server.engine.messages import (
 )
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.engine.state_file import layout
 from server.logs import configure
 
 logger = logging.getLogger("lowkey.engine")
@@ -119,6 +120,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         checkpoint_path=str(checkpoint.path.resolve()),
         method=None if reduction is None else str(reduction.get("method")),
         state_bytes_per_request=pool.bytes_per_slot,
+        state_layout=layout(pool),
         state_dtype=str(pool.state_dtype).removeprefix("torch."),
         device=device.name,
         backend=model.backend.name,
