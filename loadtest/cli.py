@@ -20,6 +20,7 @@ from loadtest.client import Result
 from loadtest.figures import Objectives
 from loadtest.run import Load, Probe, Target, paired, sweep
 from loadtest.workload import Lengths, Workload, WorkloadError, read_trace
+from lowkey.cli import Version
 
 try:
     from loadtest import report
@@ -28,6 +29,12 @@ except ModuleNotFoundError as e:  # before any load, not after it
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 console = Console(stderr=True)
+
+
+@app.callback()
+def main(version: Version = False) -> None:
+    """The same load on each variant of a running server, in turns."""
+
 
 MAX_REQUESTS = 100_000
 """Of a test, warm-up aside."""

@@ -11,6 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from lowkey.cli import Version
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
 from pruning.commands.calibrate import calibrate
@@ -39,7 +40,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 
 
 @app.callback()
-def main() -> None:
+def main(version: Version = False) -> None:
     """Make linear-attention checkpoints cheaper to serve by removing key/query channels.
 
     \b

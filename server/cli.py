@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from lowkey.cli import Version
 from server.api.app import create_app
 from server.api.serving import ServerState
 from server.logs import configure
@@ -191,6 +192,7 @@ def serve(
     check_config: Annotated[
         bool, typer.Option("--check-config", help="Print the settings that would be used as JSON, and exit.")
     ] = False,
+    version: Version = False,
 ) -> None:
     """Serve models over the OpenAI API, each as a *variant* behind an engine process of its own."""
     options: dict[str, Any] = {
