@@ -24,11 +24,11 @@ from server.settings import Settings
 from server.variants import Variants
 
 
-def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
+def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> FastAPI:
     """The application for one set of variants.
 
     Args:
-        on_fatal: called with a variant's name when its checkpoint can't be loaded at all.
+        on_fatal: called with a variant's name and the reason when its checkpoint can't be loaded at all.
     """
     metrics = Metrics()
     variants = Variants(settings, metrics, on_fatal)

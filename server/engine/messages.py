@@ -40,6 +40,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     input_address: str
     output_address: str
+    reason_path: str | None = None
+    """File in which an engine that ends with CANNOT_LOAD leaves the reason."""
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
 

@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import torch
@@ -189,6 +190,8 @@ def serve(config: EngineConfig) -> None:
         engine, ready = build(config)
     except (CheckpointError, ConfigError, DoesNotFitError, torch.OutOfMemoryError) as e:
         logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
+        if config.reason_path is not None:
+            Path(config.reason_path).write_text(str(e))
         sys.exit(CANNOT_LOAD)
     gc.collect()  # what is there now stays: it need not be looked through again, which takes longer than a step
     gc.freeze()

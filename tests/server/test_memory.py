@@ -166,7 +166,7 @@ def client_of(tmp_path):
         on_step=lambda _: None,
         on_occupancy=lambda _: None,
         on_down=lambda: None,
-        on_fatal=lambda: None,
+        on_fatal=print,
     )
     client.up, client._socket = True, Socket()
     return client
@@ -257,7 +257,7 @@ def test_models_say_what_memory_goes_to(monkeypatch, tmp_path):
     path = write_checkpoint(tmp_path / "c", GATED)
 
     async def work():
-        app = create_app(Settings(variants={"dense": str(path)}), on_fatal=lambda _: None)
+        app = create_app(Settings(variants={"dense": str(path)}), on_fatal=print)
         app.state.lowkey.variants.start()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
             answer = (await http.get("/v1/models/dense")).json()
