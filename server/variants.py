@@ -166,6 +166,7 @@ class Variants:
             max_requests=settings.max_requests,
             state_memory=settings.state_memory,
             device_memory=device_shares(settings)[name],
+            devices=[other.device or settings.device for other in settings.variants.values()],
             state_dtype=settings.state_dtype,
             prefix_cache=settings.prefix_cache,
             batch_invariant=settings.batch_invariant,

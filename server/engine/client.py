@@ -237,6 +237,7 @@ class EngineClient:
             input_address=f"ipc://{stem}.in",
             output_address=f"ipc://{stem}.out",
             reason_path=str(self._reason),
+            devices=self.config.devices if self.ready is None else [],  # when it restarts, the others are up
         )
         inputs = self._context.socket(zmq.PUSH)
         outputs = zmq.asyncio.Context(self._context).socket(zmq.PULL)

@@ -30,7 +30,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of the slot pool: bytes, or a share of the memory that is left; None: a slot for each of `max_requests`, on a GPU
     all that is left."""
     device_memory: float = 0.9
-    """Share of a GPU's memory that the engine may take for everything. Of a CPU's nothing bounds it."""
+    """Share of a GPU's memory that the engine may take for everything. A CPU's is bounded by what is free."""
+    devices: list[str] = []
+    """Devices of all variants that load at the same time, this one among them."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     prefix_cache: bool = True
     batch_invariant: bool = False

@@ -58,6 +58,12 @@ def pick_device(config: EngineConfig) -> str:
     return config.device
 
 
+def sharing(config: EngineConfig) -> int:
+    """How many variants, this one among them, load on the CPU at the same time."""
+    on_cpu = ("cpu",) if torch.cuda.is_available() else ("cpu", "auto")
+    return max(1, sum(device in on_cpu for device in config.devices))
+
+
 def pick_dtype(config: EngineConfig, device: str) -> torch.dtype:
     """ "auto" is float32 on a CPU and bfloat16 on a GPU."""
     if config.dtype == "auto":
@@ -164,7 +170,7 @@ def _plan(
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
     needs = measure(config, model, pool(1), device, weights, prefill_tokens, sizes)
     bytes_per_slot = model.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
-    plan = plan_memory(config, device, needs, bytes_per_slot)
+    plan = plan_memory(config, device, needs, bytes_per_slot, sharing(config))
     logger.info("%s: %s", config.variant, plan)
     states = pool(plan.slots)
     if recorder is None:
