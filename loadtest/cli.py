@@ -20,12 +20,13 @@ from loadtest.client import Result
 from loadtest.figures import Objectives
 from loadtest.run import Load, Probe, Target, paired, sweep
 from loadtest.workload import Lengths, Workload, WorkloadError, read_trace
+from lowkey import how_to_install
 from lowkey.cli import Version
 
 try:
     from loadtest import report
 except ModuleNotFoundError as e:  # before any load, not after it
-    raise SystemExit(f"error: {e}; pip install 'lowkey[loadtest]'") from e
+    raise SystemExit(f"error: {e}: {how_to_install('loadtest')}") from e
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 console = Console(stderr=True)

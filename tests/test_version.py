@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from pathlib import Path
 
 import httpx
@@ -86,3 +87,36 @@ def test_nothing_asks_for_metadata_of_what_may_not_be_installed():
         if re.search(r"importlib.metadata|pkg_resources", file.read_text())
     ]
     assert not asking
+
+
+def test_nobody_is_told_to_install_what_somebody_else_may_publish():
+    """Lowkey is on no package index: a command that names it takes whatever is registered there."""
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("needs a git checkout")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = "|".join(project["optional-dependencies"])
+    named = re.compile(
+        rf"pipx? (?:install|download)\s[^\n]*?(?<![\w/.-])lowkey(?![\w/-])|\blowkey\[(?:{extras})\]"
+    )
+    kinds = (
+        ".md",
+        ".py",
+        ".toml",
+        ".yaml",
+        ".sh",
+        ".txt",
+        ".tpl",
+        "Makefile",
+        "Dockerfile",
+        "Dockerfile.cpu",
+    )
+    files = [ROOT / name for name in done.stdout.splitlines() if name.endswith(kinds)]
+    assert len(files) > 200
+    telling = [
+        f"{file}: {match[0]}"
+        for file in files
+        if file.exists() and file != Path(__file__)
+        for match in named.finditer(file.read_text())
+    ]
+    assert not telling
