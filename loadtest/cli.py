@@ -23,14 +23,22 @@ from loadtest.facts import circumstances, without_password
 from loadtest.figures import Objectives
 from loadtest.run import Load, Probe, Target, paired, sweep
 from loadtest.workload import Lengths, Workload, WorkloadError, read_trace
+from lowkey import how_to_install
+from lowkey.cli import Version
 
 try:
     from loadtest import plots, report
 except ModuleNotFoundError as e:  # before any load, not after it
-    raise SystemExit(f"error: {e}; pip install 'lowkey[loadtest]'") from e
+    raise SystemExit(f"error: {e}: {how_to_install('loadtest')}") from e
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 console = Console(stderr=True)
+
+
+@app.callback()
+def main(version: Version = False) -> None:
+    """The same load on each variant of a running server, in turns."""
+
 
 MAX_REQUESTS = 100_000
 """The most requests of a test, warm-up aside."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowkey import how_to_install
 from modeling.layers import Block, BlockStep, Mixer, MixerInputs, MixerStep
 from modeling.ops import GatedDeltaRule, UnavailableError, chunked_gated_delta_rule
 from modeling.state import SequenceState, StatePool
@@ -97,5 +98,5 @@ def triton_backend() -> Backend:
         from modeling.ops.triton_prefill import triton_inputs
         from modeling.ops.triton_step import triton_block, triton_step
     except ImportError as e:
-        raise UnavailableError(f"{e}; pip install 'lowkey[gpu]'") from e
+        raise UnavailableError(f"{e}: {how_to_install('gpu')}") from e
     return Backend("triton", fla_gated_delta_rule, by_layer(triton_step, triton_block), inputs=triton_inputs)

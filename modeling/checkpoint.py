@@ -21,19 +21,15 @@ from torch import Tensor
 from modeling.families import Family, TensorMap, family_of
 from modeling.files import replacing, writing
 from modeling.model import Model
+from modeling.sources import INDEX, SINGLE, local_directory, refuse_gguf
+from modeling.sources import CheckpointError as CheckpointError
 from modeling.spec import ModelSpec
 from modeling.words import counted
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 REDUCTION = "state_reduction.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 """Types of weights that are read, as safetensors calls them."""
 HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that can't be used; the message names the file or tensor and what would be right."""
 
 
 class Checkpoint:
@@ -225,16 +221,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a local directory, or download a hub id (`org/name`, optionally `org/name@revision`).
 
     Raises:
-        CheckpointError: neither a directory nor a hub id, or the download fails.
+        CheckpointError: neither a directory nor a hub id (`local_directory`), or the download fails.
     """
-    path = Path(source)
-    if path.is_dir():
+    path = local_directory(source)
+    if path is not None:
+        refuse_gguf(path)
         return Checkpoint(path, str(source))
     name, _, revision = str(source).partition("@")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"{source}: no such directory, and not a hub id of the form org/name[@revision]"
-        )
     from huggingface_hub import snapshot_download
 
     try:

@@ -13,6 +13,7 @@ import typer
 from rich.markup import escape
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
+from lowkey.cli import Version
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
 from modeling.files import OutputError
@@ -60,7 +61,7 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 
 
 @app.callback()
-def main() -> None:
+def main(version: Version = False) -> None:
     """Make linear-attention checkpoints cheaper to serve by removing key/query channels.
 
     \b

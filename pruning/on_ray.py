@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowkey import how_to_install
 from modeling.checkpoint import open_checkpoint
 from pruning.calibration import Origin, take_shard
 from pruning.collection import collect
@@ -84,7 +85,7 @@ def connected(address: str) -> Iterator[None]:
     try:
         import ray
     except ImportError as e:
-        raise PruningError("--ray needs the extra: pip install 'lowkey[ray]'") from e
+        raise PruningError(f"--ray needs an extra: {how_to_install('ray')}") from e
     try:
         ray.init(
             address=address,

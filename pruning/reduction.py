@@ -1,6 +1,5 @@
 """Checkpoint in, reduced checkpoint out: surgery, provenance, and the check that the result loads."""
 
-import importlib.metadata
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import safetensors
 import tokenizers
 import torch
 
+from lowkey import __version__
 from modeling.checkpoint import REDUCTION, Checkpoint, new_directory, open_checkpoint, write_json
 from modeling.files import check_writable
 from modeling.model import Model
@@ -216,12 +216,8 @@ def reduction_json(
 
 def versions() -> dict[str, str]:
     """Versions of everything that a selection or a saved file depends on."""
-    try:
-        ours = importlib.metadata.version("lowkey")
-    except importlib.metadata.PackageNotFoundError:
-        ours = "not installed"
     return {
-        "lowkey": ours,
+        "lowkey": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": np.__version__,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowkey import how_to_install
 from pruning.calibration import Text
 from pruning.errors import PruningError
 
@@ -131,7 +132,7 @@ def dataset_text(
     try:
         import datasets
     except ImportError as e:
-        raise PruningError("reading data sets needs the extra: pip install 'lowkey[eval]'") from e
+        raise PruningError(f"reading data sets needs an extra: {how_to_install('eval')}") from e
     path, _, revision = name.partition("@")
     path, _, subset = path.partition(":")
     try:

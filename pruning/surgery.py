@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.backends import TORCH
-from modeling.checkpoint import INDEX, REDUCTION, Checkpoint, open_checkpoint, save_shard, write_json
+from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint, save_shard, write_json
 from modeling.layers import Block, RMSNorm
+from modeling.sources import INDEX
 from modeling.spec import ModelSpec
 from pruning.errors import PruningError
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lowkey import how_to_install
 from modeling.layers import Mixer
 from modeling.model import Model
 from modeling.spec import ModelSpec
@@ -101,7 +102,7 @@ def _add_adapters(model: Model, rank: int, alpha: int, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as e:
-        raise PruningError("train='lora' needs peft: pip install 'lowkey[recover]'") from e
+        raise PruningError(f"train='lora' needs peft: {how_to_install('recover')}") from e
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=_ADAPTED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """`lowkey-serve`: serve dense and reduced variants of a model side by side."""
 
 import asyncio
+import errno
 import gc
 import json
 import logging
@@ -15,6 +16,8 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from lowkey.cli import Version
+from modeling.sources import CheckpointError, check_source
 from server.api.app import create_app
 from server.api.serving import ServerState
 from server.logs import configure
@@ -25,7 +28,8 @@ logger = logging.getLogger("lowkey.server")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
-RELOADED = ("aliases", "sticky", "shadow")
+RELOADED = {"aliases": "[aliases]", "sticky": "[sticky]", "shadow": "shadow = []"}
+"""Settings that SIGHUP reads again, and how a file says that there are none."""
 
 EPILOG = """
 Examples:
@@ -45,26 +49,43 @@ class Server(uvicorn.Server):
     """uvicorn that on SIGTERM or SIGINT refuses new work, lets the running requests end, and exits with 0.
 
     While it drains it still listens: /ready and new requests get their 503.
+
+    Args:
+        reload: reads the settings again, at SIGHUP.
+        url: what to open in a browser.
     """
 
-    def __init__(self, config: uvicorn.Config, state: ServerState, reload: Callable[[], Settings]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, state: ServerState, reload: Callable[[], Settings], url: str
+    ) -> None:
         super().__init__(config)
         self._state = state
         self._reload = reload
+        self._url = url
         self._drain_at = self._drain_until = 0.0
         self._announced = self._drain_announced = False
-        self.failed: str | None = None
-        """The variant that could not be loaded, if that is why the server stopped."""
+        self.failed: dict[str, str] = {}
+        """The variants that could not be loaded, and why, if that is why the server stopped."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.handle_hangup)
         await super().startup(sockets)
+        logger.info("running on %s (Ctrl-C to quit)", self._url)
 
     def handle_hangup(self) -> None:
-        """Take over what may change while the server runs, and say what may not. Requests don't notice."""
+        """Take over what may change while the server runs, and say what may not. Requests don't notice.
+
+        What was set and is not any more keeps the old: a file that somebody is just writing looks like that.
+        """
         old = self._state.settings
         try:
             new = self._reload()
+            missing = [name for name in RELOADED if name in old.model_fields_set - new.model_fields_set]
+            if missing:
+                empty = ", ".join(RELOADED[name] for name in missing)
+                raise ConfigurationError(
+                    f"no more {', '.join(missing)} there; to do without, say so: {empty}"
+                )
             self._state.routing.replace(new)
         except (ConfigurationError, ValueError) as e:
             logger.error("SIGHUP: the old configuration stays: %s", e)
@@ -74,9 +95,14 @@ class Server(uvicorn.Server):
             for name in Settings.model_fields
             if name not in RELOADED and getattr(old, name) != getattr(new, name)
         )
+        taken = {name: getattr(new, name) for name in RELOADED if name in new.model_fields_set}
+        self._state.settings = old.model_copy(update=taken)
         logger.info(
             "SIGHUP: read aliases %s, sticky and %d shadow rules", sorted(new.aliases), len(new.shadow)
         )
+        dropped = sorted(old.aliases.keys() - new.aliases.keys())
+        if dropped:
+            logger.warning("SIGHUP: aliases that are gone, and answered with 404: %s", ", ".join(dropped))
         if others:
             logger.warning("SIGHUP: changed too, but read at the start only: %s", ", ".join(others))
 
@@ -94,7 +120,8 @@ class Server(uvicorn.Server):
         variants = list(self._state.variants)
         if not self._announced and all(variant.client.up for variant in variants):
             self._announced = True
-            logger.info("ready: %s", ", ".join(variant.name for variant in variants))
+            names = ", ".join(variant.name for variant in variants)
+            logger.info("ready: %s; open %s", names, self._url)
             # What is there now stays. To look through it for garbage again and again would hold up all streams.
             gc.collect()
             gc.freeze()
@@ -115,9 +142,52 @@ class Server(uvicorn.Server):
             await self._state.variants.close()
         self.should_exit = True
 
-    def fail(self, variant: str) -> None:
-        self.failed = variant
+    def fail(self, variant: str, reason: str) -> None:
+        self.failed[variant] = reason
         self.should_exit = True
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets bound to each address of the host, before models are loaded for nothing.
+
+    Raises:
+        ConfigurationError: there is no such address here, or its port is taken.
+    """
+    bound: list[socket.socket] = []
+    problem: OSError | None = None
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, kind, protocol, _, address in addresses:
+            try:
+                one = socket.socket(family, kind, protocol)
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                one.bind(address)
+                bound.append(one)
+            except OSError as e:
+                if e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                problem = e  # localhost, say, where there is no IPv6
+        if not bound and problem is not None:
+            raise problem
+    except OSError as e:
+        for one in bound:
+            one.close()
+        if e.errno == errno.EADDRINUSE:
+            other = port + 10 if port < 65000 else 8010
+            raise ConfigurationError(
+                f"port {port} of {host} is taken; choose another with --port {other}, or with LOWKEY_PORT={other} "
+                f"before the command (LOWKEY_PORT={other} make demo)"
+            ) from e
+        raise ConfigurationError(f"can't listen on {host}, port {port}: {e.strerror}") from e
+    return bound
+
+
+def url_of(host: str, port: int) -> str:
+    """What a browser on this machine opens to get to a server that listens there."""
+    here = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
 
 
 def parse_variants(arguments: list[str]) -> dict[str, str]:
@@ -129,10 +199,20 @@ def parse_variants(arguments: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"{argument!r} is not name=PATH_OR_HUB_ID, e.g. dense=demo/model")
         if name in variants:
             raise typer.BadParameter(f"the variant name {name!r} is given twice")
-        if (source.startswith((".", "/", "~")) or source.count("/") != 1) and not Path(source).is_dir():
-            raise typer.BadParameter(f"{name}={source}: there is no such directory")
         variants[name] = source
     return variants
+
+
+def check_sources(settings: Settings) -> None:
+    """Raises typer.BadParameter unless the files of all local checkpoints are there (`check_source`)."""
+    problems = []
+    for name, variant in settings.variants.items():
+        try:
+            check_source(variant.source)
+        except CheckpointError as e:
+            problems.append(f"variants.{name}: {e}")
+    if problems:
+        raise typer.BadParameter("; ".join(problems))
 
 
 @app.command(epilog=EPILOG)
@@ -189,8 +269,14 @@ def serve(
         Path | None, typer.Option(help="TOML file with any of the settings, e.g. lowkey.toml.")
     ] = None,
     check_config: Annotated[
-        bool, typer.Option("--check-config", help="Print the settings that would be used as JSON, and exit.")
+        bool,
+        typer.Option(
+            "--check-config",
+            help="Print the settings that would be used as JSON, and exit. Local models must be there; hub ids are not "
+            "looked up.",
+        ),
     ] = False,
+    version: Version = False,
 ) -> None:
     """Serve models over the OpenAI API, each as a *variant* behind an engine process of its own."""
     options: dict[str, Any] = {
@@ -215,6 +301,7 @@ def serve(
         raise typer.BadParameter(str(e)) from e
     if not settings.variants:
         raise typer.BadParameter("no model to serve; give at least one as name=PATH_OR_HUB_ID")
+    check_sources(settings)
     if check_config:
         # Settings that were left alone are shown too. Of keys there is only the hash.
         typer.echo(json.dumps(settings.model_dump(mode="json", by_alias=True), indent=2))
@@ -232,10 +319,11 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         reload: reads the settings again, at SIGHUP.
 
     Raises:
-        ConfigurationError: `state_dir` can't be written to.
+        ConfigurationError: the port is taken, or `state_dir` can't be written to.
     """
     configure(settings.log_level, settings.log_format)
-    fastapi_app = create_app(settings, on_fatal=lambda variant: server.fail(variant))
+    sockets = listen(settings.host, settings.port)
+    fastapi_app = create_app(settings, on_fatal=lambda variant, reason: server.fail(variant, reason))
     config = uvicorn.Config(
         fastapi_app,
         host=settings.host,
@@ -247,8 +335,10 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         timeout_graceful_shutdown=5,  # the drain itself is over by then
         server_header=False,
     )
-    server = Server(config, fastapi_app.state.lowkey, reload)
-    server.run()
-    if server.failed is not None:
-        logger.error("variant %r could not be loaded; stopping", server.failed)
+    url = url_of(settings.host, sockets[0].getsockname()[1])
+    server = Server(config, fastapi_app.state.lowkey, reload, url)
+    server.run(sockets=sockets)
+    for variant, reason in server.failed.items():
+        logger.error("variant %r could not be loaded: %s", variant, reason)
+    if server.failed:
         raise typer.Exit(1)

@@ -139,16 +139,14 @@ class Replica:
         try:
             while not all(variant.loaded for variant in self._state.variants):
                 if self._unloadable is not None:
-                    raise ConfigurationError(
-                        f"variant {self._unloadable!r} can't be loaded; the log says why"
-                    )
+                    raise ConfigurationError(self._unloadable)
                 await asyncio.sleep(0.05)
         except BaseException:
             await self._life.aclose()
             raise
 
-    def _fail(self, variant: str) -> None:
-        self._unloadable = variant
+    def _fail(self, variant: str, reason: str) -> None:
+        self._unloadable = f"variant {variant!r} can't be loaded: {reason}"
 
     async def answer(self, call: Call) -> AsyncGenerator[Head | bytes]:
         """See `answer_of`."""
@@ -158,8 +156,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Ray, which replaces a replica that fails three times: what /ready says, as an error."""
-        reason = self._unloadable and f"variant {self._unloadable!r} can't be loaded"
-        reason = reason or why_not_ready(self._state)
+        reason = self._unloadable or why_not_ready(self._state)
         if reason:
             raise RuntimeError(reason)
 

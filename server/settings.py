@@ -21,10 +21,10 @@ from pydantic import (
 )
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    TomlConfigSettingsSource,
 )
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -202,6 +202,11 @@ class Settings(BaseSettings):
     )
     prefix_cache: bool = Field(
         True, description="Keep states of prompts in free slots, for prompts that begin alike."
+    )
+    shared_prefix_cache: bool = Field(
+        False,
+        description="Share these states among all API keys. By default each key has its own: by a hit and its speed a "
+        "client could tell that another one has sent the same text.",
     )
     batch_invariant: bool = Field(
         False,
@@ -381,8 +386,9 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:
     Raises:
         ConfigurationError: a value is no good or a file can't be read.
     """
-    if config is not None:
-        _read_toml(config)  # pydantic-settings takes a missing file for an empty one
+    values = (
+        {} if config is None else _read_toml(config)
+    )  # pydantic-settings takes a missing file for an empty one
 
     class FileSettings(Settings):
         @classmethod
@@ -394,7 +400,7 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, values)
 
     try:
         settings = FileSettings(**options)

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from safetensors import SafetensorError, safe_open
+
 from server.settings import NAME
 
 FORMAT = "lowkey-state-1"
@@ -82,11 +84,16 @@ class Header:
     """The beginning of a safetensors file."""
 
     metadata: dict[str, str]
-    tensors: dict[str, Any]
-    """Name -> dtype, shape and place in the data."""
+    tensors: dict[str, tuple[str, list[int]]]
+    """Name -> dtype, as safetensors calls it, and shape."""
     data_at: int
     size: int
     """Of the whole file, in bytes."""
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return self.size - self.data_at
 
     @property
     def tokens(self) -> int:
@@ -111,9 +118,9 @@ def parse_header(text: bytes) -> Header:
         StateFileError: it is none, or not that of a saved state.
     """
     try:
-        table = json.loads(text)
+        table = json.loads(text.decode())  # given bytes, it would also take UTF-16
     except (ValueError, RecursionError) as e:
-        raise StateFileError("is no safetensors file: its header is no JSON") from e
+        raise StateFileError("is no safetensors file: its header is no JSON in UTF-8") from e
     metadata = table.pop("__metadata__", None) if isinstance(table, dict) else None
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise StateFileError(f"is no saved state: its metadata has no format {FORMAT!r}")
@@ -131,10 +138,11 @@ def parse_header(text: bytes) -> Header:
             if type(start) is not int or type(stop) is not int or start != end or stop < start:
                 raise StateFileError("is no saved state: its tensors do not follow each other")
             end = stop
+        tensors = {name: (entry["dtype"], entry["shape"]) for name, entry in table.items()}
     except (TypeError, KeyError, ValueError) as e:
         raise StateFileError("is no saved state: its header has no table of tensors") from e
     data_at = 8 + len(text)
-    return Header(metadata, table, data_at, data_at + end)
+    return Header(metadata, tensors, data_at, data_at + end)
 
 
 def read_header(file: IO[bytes]) -> Header:
@@ -142,6 +150,16 @@ def read_header(file: IO[bytes]) -> Header:
     start = file.read(8)
     text = file.read(header_length(start))
     return parse_header(text)
+
+
+def check_opens(path: Path) -> None:
+    """Open a file by the library that engines read states with: it takes less for JSON than Python does, and compares
+    shapes with sizes. Raises StateFileError."""
+    try:
+        with safe_open(path, framework="numpy"):
+            return
+    except SafetensorError as e:
+        raise StateFileError(f"is no safetensors file: {e}") from e
 
 
 def weights_sha256(checkpoint: Path) -> str:

@@ -123,10 +123,11 @@ class Variants:
     """All variants of a server, in the order of the configuration; the first is the default.
 
     Args:
-        on_fatal: called when a variant can't be loaded at all (a bad checkpoint: restarting would not help).
+        on_fatal: called with a variant's name and the reason when it can't be loaded at all (a bad checkpoint:
+            restarting would not help).
     """
 
-    def __init__(self, settings: Settings, metrics: Metrics, on_fatal: Callable[[str], None]) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics, on_fatal: Callable[[str, str], None]) -> None:
         self._runtime_dir, self._lock = _make_runtime_dir()
         self._by_name: dict[str, Variant] = {}
         self.on_fatal = on_fatal
@@ -167,6 +168,7 @@ class Variants:
             max_requests=settings.max_requests,
             state_memory=settings.state_memory,
             device_memory=device_shares(settings)[name],
+            devices=[other.device or settings.device for other in settings.variants.values()],
             state_dtype=settings.state_dtype,
             prefix_cache=settings.prefix_cache,
             batch_invariant=settings.batch_invariant,
@@ -194,7 +196,7 @@ class Variants:
             on_step=metrics.on_step,
             on_occupancy=on_occupancy,
             on_down=lambda: metrics.on_down(client.ready),
-            on_fatal=lambda: self.on_fatal(name),
+            on_fatal=lambda reason: self.on_fatal(name, reason),
         )
         variant = Variant(name, own.source, client, metrics)
         return variant

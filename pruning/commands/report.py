@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from lowkey import how_to_install
 from modeling.files import check_new_file, check_writable, replacing
 from modeling.words import counted, in_units
 from pruning.commands.console import err_console, out_console
@@ -30,7 +31,7 @@ def report(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """One self-contained page of what was measured; it needs no network. Install the extra: pip install 'lowkey[eval]'.
+    """One self-contained page of what was measured; it needs no network. Takes plotly, of the extra `eval`.
 
     What an input lacks is left out, and said at the end of the page.
 
@@ -39,7 +40,7 @@ def report(
     lowkey-prune report  figures.html table.json --png pictures
     """
     if importlib.util.find_spec("plotly") is None:
-        raise PruningError("report needs plotly, which is not installed; pip install 'lowkey[eval]'")
+        raise PruningError(f"report needs plotly, which is not installed: {how_to_install('eval')}")
     from pruning.report.inputs import read_inputs
     from pruning.report.page import all_figures, page
     from pruning.report.png import browser, write_png

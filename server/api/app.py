@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
+from lowkey import __version__
 from server.ab import ABWindow
 from server.api import ab, chat, compare, completions, errors, health, models, states, tokenize, ui
 from server.api.answers import ERRORS
@@ -24,11 +24,11 @@ from server.settings import Settings
 from server.variants import Variants
 
 
-def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
+def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> FastAPI:
     """The application for one set of variants.
 
     Args:
-        on_fatal: called with a variant's name when its checkpoint can't be loaded at all.
+        on_fatal: called with a variant's name and the reason when its checkpoint can't be loaded at all.
     """
     metrics = Metrics()
     variants = Variants(settings, metrics, on_fatal)
@@ -60,7 +60,7 @@ def create_app(settings: Settings, on_fatal: Callable[[str], None]) -> FastAPI:
 
     app = FastAPI(
         title="Lowkey",
-        version=version("lowkey"),
+        version=__version__,
         summary="Serves dense and reduced-state linear-attention models side by side.",
         lifespan=lifespan,
         responses=ERRORS,

@@ -18,7 +18,7 @@ from server.api.conversation import conversation
 from server.api.generation import Chunk
 from server.api.prompts import encode_prompt
 from server.api.schemas import ChatRequest
-from server.api.serving import admitted, find_variant, server_state, sticky_identity
+from server.api.serving import admitted, cache_salt, find_variant, server_state, sticky_identity
 
 router = APIRouter(route_class=JSONRoute)
 
@@ -51,6 +51,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
             endpoint="chat",
             arrived=request.scope["lowkey.arrived"],
             priority=capped_priority(request, body.priority or 0),
+            salt=cache_salt(request, body.cache_salt),
         )
         kind = "chat.completion.chunk" if body.stream else "chat.completion"
         head = {

@@ -61,6 +61,7 @@ class Choices:
     Args:
         places: in the variant's queue, one for each choice, that are left when the engine is done with each.
         prompts: token ids that `encode_prompt` has checked.
+        salt: what their prefixes are kept under (`cache_salt`).
         echo: what to give back before each prompt's choices: the text of each prompt, or None to give nothing.
 
     Raises:
@@ -77,6 +78,7 @@ class Choices:
         endpoint: str,
         arrived: float,
         priority: int,
+        salt: bytes,
         saved: Saved | None = None,
         echo: list[str] | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class Choices:
         self.each = fields.choices_each
         self._fields = fields
         self._priority = priority
+        self._salt = salt
         self._prompts = prompts
         self._echo = echo
         self._echoed: list[Chunk] = []
@@ -98,6 +101,7 @@ class Choices:
                 ids,
                 endpoint=endpoint,
                 arrived=arrived,
+                salt=salt,
                 choice=choice,
                 priority=priority,
                 saved=saved,
@@ -178,6 +182,7 @@ class Choices:
                 from_position=1,
                 top_logprobs=self._fields.alternatives or 0,
                 priority=self._priority,
+                cache_salt=self._salt,
             )
             scored = await self.variant.client.score(message)
         return await aside(self._listed, ids, scored)

@@ -14,7 +14,14 @@ from server.api.errors import APIError, from_engine
 from server.api.generation import checked_allowed, checked_bias
 from server.api.schemas import CompareRequest
 from server.api.scoring import same_vocabulary, score_bytes
-from server.api.serving import ServerState, admitted, named_variant, server_state, unless_disconnected
+from server.api.serving import (
+    ServerState,
+    admitted,
+    cache_salt,
+    named_variant,
+    server_state,
+    unless_disconnected,
+)
 from server.api.streaming import DONE, EventStream, sse
 from server.engine.client import EngineError
 from server.variants import Variant
@@ -37,6 +44,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
             variants,
             arrived=request.scope["lowkey.arrived"],
             priority=capped_priority(request, body.priority or 0),
+            salt=cache_salt(request, body.cache_salt),
         )
         if body.stream:
             return EventStream(_stream(comparison), on_end=stack.pop_all().close)

@@ -27,6 +27,7 @@ class Comparison:
         prompt_ids: by variant name.
         arrived: time.monotonic() of the HTTP request.
         priority: of its completions in the engines; lower runs first.
+        salt: what its prefixes are kept under (`cache_salt`).
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Comparison:
         prompt_ids: dict[str, list[int]],
         arrived: float,
         priority: int,
+        salt: bytes,
     ) -> None:
         self._state = state
         # With one seed for all, sampled answers differ only where the distributions do. The answer says which it was:
@@ -48,6 +50,7 @@ class Comparison:
         self._prompt_ids = prompt_ids
         self._arrived = arrived
         self._priority = priority
+        self._salt = salt
         self._parallel = bool(body.parallel)
         self._generations: dict[str, Generation] = {}
         self._head = {"id": f"cmp-{secrets.token_hex(12)}", "created": int(time.time())}
@@ -61,6 +64,7 @@ class Comparison:
         *,
         arrived: float,
         priority: int,
+        salt: bytes,
     ) -> "Comparison":
         """Tokenises. Raises APIError 400 if the prompt is no good."""
         prompt_ids = {
@@ -77,7 +81,7 @@ class Comparison:
         # Cut to what fits, they may differ: contexts do.
         least = min(map(len, prompt_ids.values()))
         prompt_ids = {name: ids[-least:] for name, ids in prompt_ids.items()}
-        return cls(state, body, variants, prompt_ids, arrived, priority)
+        return cls(state, body, variants, prompt_ids, arrived, priority, salt)
 
     async def run(self) -> Event:
         """The whole answer. Raises as `events` does."""
@@ -115,6 +119,7 @@ class Comparison:
                 base.prompt_ids,
                 base.token_ids,
                 priority=min(self._priority, 0),  # other comparisons wait for this one to be over
+                salt=self._salt,
             )
         yield self._answer(base, scores, await aside(self._token_texts))
 
@@ -129,6 +134,7 @@ class Comparison:
             arrived=begins,
             priority=self._priority,
             most_unread=self._state.settings.stream_buffer_bytes / len(self._variants),
+            salt=self._salt,
         )
         self._generations[variant.name] = generation
         async with contextlib.aclosing(generation.chunks()) as chunks:

@@ -18,7 +18,15 @@ from server.api.choices import Choices
 from server.api.generation import Chunk, Saved
 from server.api.prompts import encode_prompt
 from server.api.schemas import CompletionRequest
-from server.api.serving import Places, ServerState, admitted, find_variant, server_state, sticky_identity
+from server.api.serving import (
+    Places,
+    ServerState,
+    admitted,
+    cache_salt,
+    find_variant,
+    server_state,
+    sticky_identity,
+)
 from server.api.states import saved_state
 from server.api.streaming import together
 
@@ -90,6 +98,7 @@ async def _choices(
         endpoint="completions",
         arrived=request.scope["lowkey.arrived"],
         priority=capped_priority(request, body.priority or 0),
+        salt=cache_salt(request, body.cache_salt),
         saved=saved,
         echo=echo,
     )

@@ -127,6 +127,7 @@ class Generation:
         *,
         endpoint: str,
         arrived: float,
+        salt: bytes,
         choice: int = 0,
         priority: int = 0,
         saved: Saved | None = None,
@@ -184,6 +185,7 @@ class Generation:
             logprobs=fields.alternatives,
             priority=priority,
             state_path=None if saved is None else str(saved.path),
+            cache_salt=salt,
         )
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
@@ -289,6 +291,11 @@ class Generation:
             metrics.request_tokens_per_second.observe(speed)
         for tell in self._on_finish:
             tell(self)
+
+    @property
+    def salt(self) -> bytes:
+        """What its prefixes are kept under (`cache_salt`)."""
+        return self._message.cache_salt
 
     @property
     def from_state(self) -> bool:

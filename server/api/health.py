@@ -1,11 +1,10 @@
 """Probes and metrics: /health, /ready, /version, /metrics."""
 
-from importlib.metadata import version
-
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from lowkey import __version__
 from server.api.errors import unavailable
 from server.api.serving import ServerState, named_variant, server_state
 
@@ -47,7 +46,7 @@ def why_not_ready(state: ServerState) -> str | None:
 
 @router.get("/version")
 async def get_version() -> dict[str, str]:
-    return {"version": version("lowkey")}
+    return {"version": __version__}
 
 
 @router.get("/metrics", response_class=PlainTextResponse)

@@ -5,7 +5,6 @@ import logging
 import secrets
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from server.api.errors import APIError, unavailable
 from server.engine.client import StateError
@@ -16,7 +15,6 @@ from server.states import (
     Header,
     StateFileError,
     StateStore,
-    read_header,
     weights_sha256,
 )
 from server.variants import Variant
@@ -30,8 +28,7 @@ SWEEP_S = 60.0
 class SavedStates:
     """The store, and what the states of each variant look like. Only where a directory is configured.
 
-    What a variant's file must hold, name by name and shape by shape, is what its own engine writes: the first time
-    that it is needed, the engine saves the state of one token.
+    What a variant's file must hold, name by name and shape by shape, its engine has said when it loaded.
 
     Raises:
         ConfigurationError: nothing can be written there.
@@ -40,7 +37,6 @@ class SavedStates:
     def __init__(self, settings: Settings) -> None:
         self._store = None if settings.state_dir is None else _open_store(settings, settings.state_dir)
         self._fingerprints: dict[str, tuple[Ready, Fingerprint]] = {}
-        self._layouts: dict[str, tuple[Ready, dict[str, Any]]] = {}
 
     @property
     def store(self) -> StateStore:
@@ -74,36 +70,25 @@ class SavedStates:
     async def check(self, variant: Variant, header: Header) -> None:
         """Raises OtherModelError or StateFileError unless the variant can go on from this file."""
         (await self.fingerprint(variant)).check(header.metadata, variant.name)
-        if header.tensors != await self._layout(variant):
+        info = variant.info
+        if (header.tensors, header.data_bytes) != (info.state_layout, info.state_bytes_per_request):
             raise StateFileError(f"has other tensors than variant {variant.name!r} keeps")
 
-    async def save(self, variant: Variant, ids: list[int], path: Path) -> Header:
-        """Have the engine write the state after `ids`. Raises EngineError."""
+    async def save(self, variant: Variant, ids: list[int], path: Path, salt: bytes) -> None:
+        """Have the engine write the state after `ids`, whose prefixes are kept under `salt`. Raises EngineError."""
         fingerprint = await self.fingerprint(variant)
         message = SaveState(
             request_id=secrets.token_hex(8),
             token_ids=ids,
             path=str(path),
             fingerprint=fingerprint.metadata(variant.name, len(ids)),
+            cache_salt=salt,
         )
         try:
             await variant.client.save_state(message)
         except StateError as e:  # a full disk; the message names the file, which is nobody's business outside
             logger.error("%s: %s", variant.name, e)
             raise unavailable("the state could not be written; the server's log has the details") from e
-        return await asyncio.to_thread(_header_of, path)
-
-    async def _layout(self, variant: Variant) -> dict[str, Any]:
-        ready, known = variant.info, self._layouts.get(variant.name)
-        if known is not None and known[0] is ready:
-            return known[1]
-        path = self.store.new_file()
-        try:
-            tensors = (await self.save(variant, [0], path)).tensors
-        finally:
-            path.unlink(missing_ok=True)
-        self._layouts[variant.name] = ready, tensors
-        return tensors
 
 
 def _open_store(settings: Settings, directory: Path) -> StateStore:
@@ -114,8 +99,3 @@ def _open_store(settings: Settings, directory: Path) -> StateStore:
             return store
     except OSError as e:
         raise ConfigurationError(f"state_dir: no file can be made in {directory}: {e.strerror}") from e
-
-
-def _header_of(path: Path) -> Header:
-    with path.open("rb") as f:
-        return read_header(f)

@@ -95,6 +95,13 @@ Prompts = Annotated[
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+CacheSalt = Annotated[
+    Annotated[Text, StringConstraints(min_length=1, max_length=256)] | None,
+    Field(
+        description="Cached prefixes are shared only with requests of the same salt (and key); by default with all of "
+        "the key's."
+    ),
+]
 
 
 class Fields(BaseModel):
@@ -168,6 +175,8 @@ class SamplingFields(CheckedFields):
         lt=2**31,
         description="Lower runs first; no lower than the key's configuration allows (0).",
     )
+
+    cache_salt: CacheSalt = None
 
     @property
     def token_limit(self) -> int:
@@ -408,3 +417,4 @@ class StateRequest(Fields):
 
     model: str = Field(description="A variant's name or an alias.", max_length=256)
     prompt: Prompt = Field(description="Text, or token ids of the model's own tokenizer.")
+    cache_salt: CacheSalt = None

@@ -76,12 +76,14 @@ async def score(
     prompt_ids: list[int],
     completion_ids: list[int],
     *,
+    salt: bytes,
     priority: int = 0,
 ) -> dict[str, Scores]:
     """Scores of `variants`, of which the first is the baseline, by name.
 
     Args:
         runtime_dir: where the shared log-probabilities lie meanwhile.
+        salt: what the prompt's prefixes are kept under (`cache_salt`).
         priority: of these passes in the engines; lower runs first.
 
     Raises:
@@ -100,6 +102,7 @@ async def score(
                 from_position=1,
                 kl_reference=KLReference(path=str(path), mode=mode, from_position=len(prompt_ids)),
                 priority=priority,
+                cache_salt=salt,
             )
             scores[variant.name] = await _one(variant, message, len(prompt_ids) - 1)
         return scores

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastapi import Request
 
 from server.ab import ABWindow, Pair, Source
-from server.api.auth import client_of
+from server.api.auth import client_of, owner_of
 from server.api.errors import APIError, unavailable
 from server.api.saved import SavedStates
 from server.metrics import Metrics, Rejection
@@ -112,6 +113,18 @@ class Places:
         self.variant.admitted -= self._held
         self._held = 0
         self.variant.answers -= 1
+
+
+def cache_salt(request: Request, given: str | None) -> bytes:
+    """What the engine keeps this request's prefixes under: those of one key are no other's, unless
+    `shared_prefix_cache` is set. A salt that the request names itself comes on top of the key's name, so that nobody
+    can choose another key's."""
+    shared = given is None and server_state(request).settings.shared_prefix_cache
+    owner = "" if shared else owner_of(request)
+    if not owner and given is None:
+        return b""
+    # A key's name holds no NUL.
+    return hashlib.blake2b(f"{owner}\0{given or ''}".encode(), digest_size=16).digest()
 
 
 @contextlib.contextmanager

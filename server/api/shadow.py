@@ -73,6 +73,7 @@ class Shadow:
                 variants,
                 generation.prompt_ids,
                 generation.token_ids,
+                salt=generation.salt,
                 priority=PRIORITY,
             )
         )

@@ -17,7 +17,14 @@ from server.api.errors import APIError, from_engine, unavailable
 from server.api.generation import Saved
 from server.api.prompts import encode_prompt
 from server.api.schemas import StateRequest
-from server.api.serving import ServerState, admitted, find_variant, server_state, unless_disconnected
+from server.api.serving import (
+    ServerState,
+    admitted,
+    cache_salt,
+    find_variant,
+    server_state,
+    unless_disconnected,
+)
 from server.engine.client import EngineError
 from server.states import (
     Header,
@@ -25,6 +32,7 @@ from server.states import (
     SavedState,
     StateFileError,
     StateStore,
+    check_opens,
     header_length,
     parse_header,
 )
@@ -50,8 +58,6 @@ async def saved_state(request: Request, variant: Variant, state_id: str | None) 
         raise APIError(409, f"state_id: {state_id}: {e}", param="state_id") from e
     except FileNotFoundError:
         raise _unknown(state_id) from None
-    except EngineError as e:
-        raise from_engine(e) from e
     return Saved(found.path, found.header.tokens)
 
 
@@ -85,9 +91,10 @@ async def create_state(body: StateRequest, request: Request) -> dict[str, Any]:
         # One token must have room after it.
         ids = await encode_prompt(state, variant, body.prompt, 1)
         _check_budget(store, variant.info.state_bytes_per_request)
+        salt = cache_salt(request, body.cache_salt)
         path = store.new_file()
         try:
-            await unless_disconnected(request, state.states.save(variant, ids, path))
+            await unless_disconnected(request, state.states.save(variant, ids, path, salt))
             context = current.get()
             if context is not None:
                 context.charge(len(ids))
@@ -171,7 +178,8 @@ async def import_state(request: Request, model: str | None = None) -> dict[str, 
         await _check_fits_one(state, variants, header)
         with await asyncio.to_thread(path.open, "xb") as f:
             await asyncio.to_thread(f.write, start + text)
-            await body.copy(f, header.size - header.data_at)
+            await body.copy(f, header.data_bytes)
+        await asyncio.to_thread(check_opens, path)
         saved = await asyncio.to_thread(store.keep, path, owner_of(request))
     except StateFileError as e:
         raise APIError(400, f"the body {e}") from e
@@ -195,8 +203,6 @@ async def _check_fits_one(state: ServerState, variants: list[Variant], header: H
                 if header.tokens >= variant.info.context_length:
                     raise StateFileError(f"stands for {header.tokens} tokens, which fill the context")
                 return
-        except EngineError as e:
-            refusals.append(from_engine(e))
         except (APIError, StateFileError, OtherModelError) as e:
             refusals.append(e)
     for kind in (APIError, StateFileError):

@@ -54,10 +54,11 @@ class StateCache:
         """Slots that a request could get now."""
         return self._pool.free_slots + len(self._index)
 
-    def prefix(self, token_bytes: bytes, limit: int) -> Prefix | None:
-        """A prompt of which up to `limit` tokens may be taken from the cache; None for one that it has no use for."""
+    def prefix(self, token_bytes: bytes, limit: int, salt: bytes) -> Prefix | None:
+        """A prompt of which up to `limit` tokens may be taken from what the cache has of its salt; None for one that it
+        has no use for."""
         long_enough = len(token_bytes) >= BLOCK * TOKEN_BYTES
-        return Prefix(token_bytes, limit) if self._enabled and long_enough else None
+        return Prefix(token_bytes, limit, salt) if self._enabled and long_enough else None
 
     def part(self, prefix: Prefix) -> int:
         """Where the prompt parts from those seen before (`PrefixIndex.part`)."""

@@ -164,7 +164,7 @@ class EngineClient:
             for the length of a step.
         on_ready, on_down: told when the engine has loaded, and when it is gone.
         on_step, on_occupancy: told of each step, and of who is in the engine.
-        on_fatal: told when the model can't be loaded at all; the process is then not started again.
+        on_fatal: told when the model can't be loaded at all, and why; the process is then not started again.
     """
 
     def __init__(
@@ -177,13 +177,14 @@ class EngineClient:
         on_step: Callable[[StepOutput], None],
         on_occupancy: Callable[[Occupancy], None],
         on_down: Callable[[], None],
-        on_fatal: Callable[[], None],
+        on_fatal: Callable[[str], None],
     ) -> None:
         self.config = config
         self.ready: Ready | None = None
         """What the engine said of itself when it last loaded; None until it first has."""
         self.up = False
         self._runtime_dir = runtime_dir
+        self._reason = runtime_dir / f"{config.variant}.reason"
         self._hang_s = hang_s
         self._silent_s = 0.0
         """Since the engine's last message, while this process's loop ran."""
@@ -312,7 +313,7 @@ class EngineClient:
             finally:
                 self._mark_down()
             if code == CANNOT_LOAD and self.ready is None:
-                self._on_fatal()
+                self._on_fatal(self._reason.read_text())
                 return
             self._on_down()
             if time.monotonic() - self._ready_at > HEALTHY_AFTER_S:
@@ -325,7 +326,11 @@ class EngineClient:
         """Start one process, serve its messages until it ends; returns its exit code."""
         stem = self._runtime_dir / f"{self.config.variant}-{generation}"
         config = msgspec.structs.replace(
-            self.config, input_address=f"ipc://{stem}.in", output_address=f"ipc://{stem}.out"
+            self.config,
+            input_address=f"ipc://{stem}.in",
+            output_address=f"ipc://{stem}.out",
+            reason_path=str(self._reason),
+            devices=self.config.devices if self.ready is None else [],  # when it restarts, the others are up
         )
         inputs = self._context.socket(zmq.PUSH)
         outputs = zmq.asyncio.Context(self._context).socket(zmq.PULL)

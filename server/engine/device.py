@@ -69,7 +69,8 @@ class Device(Protocol):
 
 
 def host_memory() -> int:
-    """Bytes that can still be allocated on the CPU, as the system and the container allow."""
+    """Bytes that can still be allocated on the CPU, as the system and the container allow. What files left in memory
+    counts as free: it goes when something else needs the room."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("MemAvailable:"):
             available = int(line.split()[1]) * 1024
@@ -78,7 +79,16 @@ def host_memory() -> int:
         raise RuntimeError("/proc/meminfo has no MemAvailable")
     limit = _cgroup_number("memory.max")
     used = _cgroup_number("memory.current")
-    return available if limit is None or used is None else min(available, max(limit - used, 0))
+    return available if limit is None or used is None else min(available, max(limit - used + _cached(), 0))
+
+
+def _cached() -> int:
+    """Bytes of files that this process's memory group has in memory."""
+    try:
+        lines = (_CGROUP / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
 
 
 def _cgroup_number(name: str) -> int | None:

@@ -44,8 +44,8 @@ class Needs:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Of one variant on its device. `budget` is what it may take in all; None on a CPU, where nothing bounds it but
-    `state_memory`."""
+    """What one variant takes of its device. `budget` is what it may take in all; None on a CPU, where only what is free
+    bounds it."""
 
     device: str
     budget: int | None
@@ -83,37 +83,72 @@ def table(device: str, budget: int | None, parts: dict[str, int]) -> str:
 
 def check_weights(config: EngineConfig, device: Device, weights: int) -> None:
     """Before they are loaded. Raises DoesNotFitError."""
+    free = device.free_memory()
     if device.name == "cpu":
+        if weights > free:
+            raise DoesNotFitError(
+                f"the weights alone are {weights:,} bytes, and {free:,} are free on this machine; free some of its "
+                "memory, or serve a smaller model"
+            )
         return
-    budget, free = _budget(config, device), device.free_memory()
+    budget = _budget(config, device)
     if weights > min(budget, free):
         raise DoesNotFitError(
             f"the weights alone are {weights:,} bytes; of the {device.total_memory():,} bytes of {device.name} "
-            f"{free:,} are free, and this variant may take {budget:,} (device_memory {config.device_memory:.3g})"
+            f"{free:,} are free, and this variant may take {budget:,}; {_make_room(config, device, free - budget)}"
         )
 
 
-def plan_memory(config: EngineConfig, device: Device, needs: Needs, bytes_per_slot: int) -> MemoryPlan:
-    """How many slots the pool has. Raises DoesNotFitError when not even one and the null slot fit."""
+def plan_memory(
+    config: EngineConfig, device: Device, needs: Needs, bytes_per_slot: int, sharing: int = 1
+) -> MemoryPlan:
+    """How many slots the pool has.
+
+    Args:
+        needs: what is not states; of it, the weights are on the device already.
+        sharing: variants that load on this CPU at the same time and each take as much; a GPU is shared by its budgets.
+
+    Raises:
+        DoesNotFitError: not even one slot and the null slot fit, or there is not as much as is asked for.
+    """
     budget = None if device.name == "cpu" else _budget(config, device)
-    left = device.free_memory() if budget is None else budget - needs.total
-    memory = config.state_memory
-    if memory is None and budget is None:
-        slots = config.max_requests or DEFAULT_SLOTS
-        return MemoryPlan(device.name, budget, needs, slots, bytes_per_slot)
-    if memory is None:
+    free = device.free_memory()
+    left = free if budget is None else budget - needs.total
+    unclaimed = free // sharing if budget is None else free - needs.workspace - needs.graphs
+    asked = config.state_memory
+    if asked is None and budget is None:
+        memory = ((config.max_requests or DEFAULT_SLOTS) + 1) * bytes_per_slot
+    elif asked is None:
         memory = left
-    elif isinstance(memory, float):
-        memory = int(memory * left)
+    else:
+        memory = int(asked * left) if isinstance(asked, float) else asked
     plan = MemoryPlan(device.name, budget, needs, memory // bytes_per_slot - 1, bytes_per_slot)
+    room, least = min(left, unclaimed), 2 * bytes_per_slot
+    make_room = _make_room(config, device, unclaimed - left)
     if plan.slots < 1:
-        raise DoesNotFitError(
-            f"{memory:,} bytes are left for states (state_memory={config.state_memory}), and two states of this model, "
-            f"the least that a pool can have, are {2 * bytes_per_slot:,} bytes; {_advice(config, plan)}"
+        share = isinstance(asked, float) and left > 0
+        enough = f"{1.01 * least / left:.3g}" if share else f"{least:,} bytes"  # rounded, it is still enough
+        advice = make_room if asked is None or room < least else f"raise state_memory to {enough} at least"
+        had = (
+            f"{memory:,} bytes are left for states"
+            if asked is None
+            else f"state_memory={asked} is {memory:,} bytes"
         )
-    if budget is not None and plan.states > (most := min(left, _unclaimed(device, needs))):
         raise DoesNotFitError(
-            f"{plan.slots} slots are {plan.states:,} bytes, and {most:,} are left for them; {_advice(config, plan)}"
+            f"{had}, and two states of this model, the least that a pool can have, are {least:,} bytes; {advice}\n"
+            + _without_states(plan)
+        )
+    if plan.states > room:
+        advice = make_room
+        if budget is None:
+            most = f"{100 // sharing / 100}" if isinstance(asked, float) else f"{room:,} bytes"
+            advice = f"set state_memory to {most} at most" + ("" if asked else ", or lower max_requests")
+        elif isinstance(asked, int):
+            advice = f"lower state_memory to {room:,} bytes at most, or {make_room}"
+        each = f" ({free:,} bytes are free, for {sharing} variants)" if sharing > 1 else ""
+        raise DoesNotFitError(
+            f"{plan.slots} slots are {plan.states:,} bytes, and {room:,} are left for them{each}; {advice}\n"
+            + _without_states(plan)
         )
     return plan
 
@@ -122,14 +157,18 @@ def _budget(config: EngineConfig, device: Device) -> int:
     return int(config.device_memory * device.total_memory())
 
 
-def _unclaimed(device: Device, needs: Needs) -> int:
-    """What the device has free now, less what will be taken besides states; the weights are there already."""
-    return device.free_memory() - needs.workspace - needs.graphs
+def _make_room(config: EngineConfig, device: Device, beyond: int) -> str:
+    """How a variant gets more memory. `beyond`: bytes that the device has free, over those that the variant may take;
+    below 0 others hold what it may take."""
+    if device.name == "cpu":
+        return "free some memory of this machine, or serve fewer or smaller models"
+    if beyond > 0:
+        return f"raise device_memory (now {config.device_memory:.3g})"
+    return f"free some memory of {device.name}: others hold what device_memory={config.device_memory:.3g} promises"
 
 
-def _advice(config: EngineConfig, plan: MemoryPlan) -> str:
-    needs = table(plan.device, plan.budget, {**plan.parts, "states": 0})
-    return f"lower state_memory, or raise device_memory (now {config.device_memory:.3g})\n{needs}"
+def _without_states(plan: MemoryPlan) -> str:
+    return table(plan.device, plan.budget, {**plan.parts, "states": 0})
 
 
 @torch.inference_mode()

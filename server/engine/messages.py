@@ -30,7 +30,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Of the slot pool: bytes, or a share of the memory that is left; None: a slot for each of `max_requests`, on a GPU
     all that is left."""
     device_memory: float = 0.9
-    """Share of a GPU's memory that the engine may take for everything. Of a CPU's nothing bounds it."""
+    """Share of a GPU's memory that the engine may take for everything. A CPU's is bounded by what is free."""
+    devices: list[str] = []
+    """Devices of all variants that load at the same time, this one among them."""
     state_dtype: Literal["float32", "bfloat16"] = "float32"
     prefix_cache: bool = True
     batch_invariant: bool = False
@@ -40,6 +42,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int
     input_address: str
     output_address: str
+    reason_path: str | None = None
+    """File in which an engine that ends with CANNOT_LOAD leaves the reason."""
     log_level: str = "info"
     log_format: Literal["text", "json"] = "text"
 
@@ -83,6 +87,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Lower runs first; first come first served among equals."""
     state_path: str | None = None
     """Go on from the state saved in this file instead of an empty one."""
+    cache_salt: bytes = b""
+    """Requests share the work on prompts that begin alike only with those of the same salt."""
 
 
 class KLReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -105,6 +111,8 @@ class Score(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Also report this many of the most likely tokens at each position."""
     kl_reference: KLReference | None = None
     priority: int = 0
+    cache_salt: bytes = b""
+    """As in Generate."""
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -115,6 +123,8 @@ class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     path: str
     fingerprint: dict[str, str]
     """Written into the file's metadata."""
+    cache_salt: bytes = b""
+    """As in Generate."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -154,6 +164,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     method: str | None
     """How the checkpoint was reduced; None for one that was not."""
     state_bytes_per_request: int
+    state_layout: dict[str, tuple[str, list[int]]] = {}
+    """What a saved state holds: dtype, as safetensors calls it, and shape of each tensor by name."""
     state_dtype: str
     device: str
     backend: str

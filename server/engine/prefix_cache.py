@@ -3,6 +3,9 @@
 A recurrent state can't be cut back, so that an entry serves only prompts that begin with all of its tokens. The chain
 has one link per `BLOCK` tokens; an entry hangs on the last full block of its tokens, and what it found is compared
 token by token.
+
+A chain begins with its prompt's salt: prompts of different salts have no link in common, so that nobody learns from the
+cache what others have sent.
 """
 
 from collections import OrderedDict
@@ -20,15 +23,17 @@ class Prefix:
     Args:
         token_bytes: its ids, `TOKEN_BYTES` each.
         limit: tokens of it that may come from the cache; the others must be fed, because their logits are needed.
+        salt: only prompts of the same salt share states.
     """
 
-    def __init__(self, token_bytes: bytes, limit: int) -> None:
+    def __init__(self, token_bytes: bytes, limit: int, salt: bytes = b"") -> None:
         self.token_bytes = token_bytes
+        self.salt = salt
         self.limit = limit
         self.digests: list[bytes] = []
         """Of the first 1, 2, ... blocks."""
         size = BLOCK * TOKEN_BYTES
-        digest = b""
+        digest = salt
         for start in range(0, len(token_bytes) - size + 1, size):
             digest = blake2b(digest + token_bytes[start : start + size], digest_size=16).digest()
             self.digests.append(digest)
@@ -38,15 +43,20 @@ class Prefix:
 
 
 class Entry:
-    """The state after `length` tokens is in `slot`."""
+    """The state after the first `length` tokens of a prompt is in `slot`."""
 
-    __slots__ = ("digest", "length", "slot", "token_bytes")
+    __slots__ = ("digest", "length", "salt", "slot", "token_bytes")
 
-    def __init__(self, token_bytes: bytes, digest: bytes, slot: int) -> None:
-        self.token_bytes = token_bytes
-        self.digest = digest
-        self.length = len(token_bytes) // TOKEN_BYTES
+    def __init__(self, prefix: Prefix, length: int, slot: int) -> None:
+        self.token_bytes = prefix.first(length)
+        self.salt = prefix.salt
+        self.digest = prefix.digests[length // BLOCK - 1]
+        self.length = length
         self.slot = slot
+
+    def begins(self, prefix: Prefix) -> bool:
+        """Whether the prompt has this salt and begins with these tokens: hashes may collide."""
+        return self.salt == prefix.salt and prefix.token_bytes.startswith(self.token_bytes)
 
 
 class PrefixIndex:
@@ -71,11 +81,7 @@ class PrefixIndex:
         """The longest entry that the prompt begins with, marked as used."""
         for blocks in range(min(len(prefix.digests), prefix.limit // BLOCK), 0, -1):
             entries = self._by_digest.get(prefix.digests[blocks - 1], ())
-            fitting = [
-                entry
-                for entry in entries
-                if entry.length <= prefix.limit and prefix.token_bytes.startswith(entry.token_bytes)
-            ]
+            fitting = [entry for entry in entries if entry.length <= prefix.limit and entry.begins(prefix)]
             if fitting:
                 entry = max(fitting, key=lambda e: e.length)
                 self._entries.move_to_end(entry)
@@ -84,16 +90,15 @@ class PrefixIndex:
 
     def exact(self, prefix: Prefix, length: int) -> Entry | None:
         """The entry of exactly the first `length` tokens, marked as used."""
-        tokens = prefix.first(length)
         for entry in self._by_digest.get(prefix.digests[length // BLOCK - 1], ()):
-            if entry.token_bytes == tokens:
+            if entry.length == length and entry.begins(prefix):
                 self._entries.move_to_end(entry)
                 return entry
         return None
 
     def add(self, prefix: Prefix, length: int, slot: int) -> Entry:
         """The state after the first `length` tokens (at least a block) is in `slot`."""
-        entry = Entry(prefix.first(length), prefix.digests[length // BLOCK - 1], slot)
+        entry = Entry(prefix, length, slot)
         self._by_digest.setdefault(entry.digest, []).append(entry)
         self._entries[entry] = None
         return entry

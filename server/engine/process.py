@@ -5,6 +5,7 @@ import logging
 import signal
 import sys
 import time
+from pathlib import Path
 
 import msgspec
 import torch
@@ -32,6 +33,7 @@ from server.engine.messages import (
 )
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.engine.state_file import layout
 from server.logs import configure
 
 logger = logging.getLogger("lowkey.engine")
@@ -54,6 +56,12 @@ def pick_device(config: EngineConfig) -> str:
                 f"device={config.device!r}, but torch finds {count} GPUs here; use cpu or auto"
             )
     return config.device
+
+
+def sharing(config: EngineConfig) -> int:
+    """How many variants, this one among them, load on the CPU at the same time."""
+    on_cpu = ("cpu",) if torch.cuda.is_available() else ("cpu", "auto")
+    return max(1, sum(device in on_cpu for device in config.devices))
 
 
 def pick_dtype(config: EngineConfig, device: str) -> torch.dtype:
@@ -119,6 +127,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         checkpoint_path=str(checkpoint.path.resolve()),
         method=None if reduction is None else str(reduction.get("method")),
         state_bytes_per_request=pool.bytes_per_slot,
+        state_layout=layout(pool),
         state_dtype=str(pool.state_dtype).removeprefix("torch."),
         device=device.name,
         backend=model.backend.name,
@@ -161,7 +170,7 @@ def _plan(
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
     needs = measure(config, model, pool(1), device, weights, prefill_tokens, sizes)
     bytes_per_slot = model.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
-    plan = plan_memory(config, device, needs, bytes_per_slot)
+    plan = plan_memory(config, device, needs, bytes_per_slot, sharing(config))
     logger.info("%s: %s", config.variant, plan)
     states = pool(plan.slots)
     if recorder is None:
@@ -187,6 +196,8 @@ def serve(config: EngineConfig) -> None:
         engine, ready = build(config)
     except (CheckpointError, ConfigError, DoesNotFitError, torch.OutOfMemoryError) as e:
         logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
+        if config.reason_path is not None:
+            Path(config.reason_path).write_text(str(e))
         sys.exit(CANNOT_LOAD)
     gc.collect()  # what is there now stays: it need not be looked through again, which takes longer than a step
     gc.freeze()

@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from server.engine.cache import Allocation, Entry, Prefix
 from server.engine.messages import FinishReason, Generate, PackedTop, SaveState, Score
 
+TwinKey = tuple[bytes, bytes, str | None]
+"""Salt, prompt, and the saved state that it goes on from."""
+
 
 @dataclass(eq=False)
 class Request:
@@ -58,9 +61,11 @@ class Request:
         return self.message.request_id
 
     @property
-    def twin_key(self) -> tuple[bytes, str | None] | None:
-        """Equal for requests that one prefill can serve (the choices of one prompt)."""
-        return (self.token_bytes, self.message.state_path) if isinstance(self.message, Generate) else None
+    def twin_key(self) -> TwinKey | None:
+        """Equal for requests that one prefill can serve (the choices of one prompt); never for different salts, whose
+        owners could tell by the time and by `cached`."""
+        m = self.message
+        return (m.cache_salt, self.token_bytes, m.state_path) if isinstance(m, Generate) else None
 
     @property
     def prefill_done(self) -> bool:

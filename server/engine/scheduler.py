@@ -9,7 +9,7 @@ from pathlib import Path
 
 from server.engine.cache import Allocation, StateCache
 from server.engine.messages import Failed, FinishReason, Generate, SaveState, Score
-from server.engine.request import Request
+from server.engine.request import Request, TwinKey
 from server.engine.state_file import StateFileError
 
 PREFILL_ALIGN = 64
@@ -76,8 +76,8 @@ class Scheduler:
         """Without a slot, in order."""
         self._prefilling: list[Request] = []
         """With a slot and a part of the prompt to feed, in order."""
-        self._leaders: dict[tuple[bytes, str | None], Request] = {}
-        """Of `_prefilling`, by prompt: who else has the same prompt waits for it."""
+        self._leaders: dict[TwinKey, Request] = {}
+        """Those of `_prefilling` by prompt and salt: who else has the same waits for it."""
         self._decoding: list[Request] = []
         """With at least one more token to sample by a decode, and a reader who keeps up."""
         self._paused: set[str] = set()
@@ -116,9 +116,11 @@ class Scheduler:
         priority = 0 if isinstance(message, SaveState) else message.priority
         request.order = (priority, next(self._places))
         if isinstance(message, Score):
-            request.prefix = self._cache.prefix(request.token_bytes, message.from_position - 1)
+            limit = message.from_position - 1
+            request.prefix = self._cache.prefix(request.token_bytes, limit, message.cache_salt)
         elif isinstance(message, SaveState) or message.state_path is None:
-            request.prefix = self._cache.prefix(request.token_bytes, request.prompt_length - 1)
+            limit = request.prompt_length - 1
+            request.prefix = self._cache.prefix(request.token_bytes, limit, message.cache_salt)
             request.cut = 0 if request.prefix is None else self._cache.part(request.prefix)
         self._requests[request.id] = request
         insort(self._waiting, request, key=_order)

@@ -5,11 +5,15 @@ import os
 import secrets
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modeling.state import StatePool
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+"""What safetensors calls the dtypes of a pool."""
 
 
 class StateFileError(Exception):
@@ -20,6 +24,12 @@ def _tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
     """Views of a slot by name."""
     kinds = (("recurrent", pool.recurrent), ("conv", pool.conv))
     return {f"layers.{i}.{kind}": t[slot] for kind, layers in kinds for i, t in enumerate(layers)}
+
+
+def layout(pool: StatePool) -> dict[str, tuple[str, list[int]]]:
+    """Dtype and shape of each tensor in a file, by name."""
+    tensors = _tensors(pool, pool.null_slot)
+    return {name: (_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()}
 
 
 def host_tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:

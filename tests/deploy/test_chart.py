@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,13 @@ def test_a_pod_is_killed_after_it_has_drained_and_leaves_after_it_is_known_to(re
 
 def test_the_server_takes_what_the_chart_gives_it(rendered, tmp_path):
     config = tmp_path / "lowkey.toml"
-    config.write_text(manifest(rendered, "ConfigMap")["data"]["lowkey.toml"])
+    text = manifest(rendered, "ConfigMap")["data"]["lowkey.toml"]
+    models = tmp_path / "models"  # the server looks whether they are there
+    for path in re.findall(r'"/models/(\w+)"', text):
+        (models / path).mkdir(parents=True)
+        for file in ("config.json", "model.safetensors", "tokenizer.json"):
+            (models / path / file).touch()
+    config.write_text(text.replace("/models/", f"{models}/"))
     values = environment(rendered)
     keys = values.pop("LOWKEY_API_KEYS_FILE", None)
     if keys is not None:

@@ -8,6 +8,7 @@ import tomllib
 import pytest
 from dockerfile import DOCKER, ROOT, arguments, environment
 
+from lowkey import __version__
 from server.settings import Settings
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -122,4 +123,4 @@ def test_compose_starts_what_the_image_is_made_for(services):
 
 def test_the_chart_is_of_this_version():
     chart = (ROOT / "deploy" / "helm" / "lowkey" / "Chart.yaml").read_text()
-    assert f"appVersion: {PROJECT['project']['version']}\n" in chart
+    assert f"appVersion: {__version__}\n" in chart

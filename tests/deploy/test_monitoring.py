@@ -49,6 +49,14 @@ def test_every_alert_has_its_place_on_the_page_that_says_what_to_do():
     assert sorted(headings) == sorted(names)
 
 
+def test_alerts_go_by_a_name_that_the_job_of_every_release_has():
+    jobs = re.findall(r'job=~"([^"]+)"', (PROMETHEUS / "alerts.yaml").read_text())
+    # What `lowkey.name` of the chart makes of a release's name is its service, and its job.
+    for release, service in {"lowkey": "lowkey", "prod": "prod-lowkey", "my-lowkey-2": "my-lowkey-2"}.items():
+        assert jobs and all(re.fullmatch(job, service) for job in jobs), release
+    assert not any(re.fullmatch(job, "node-exporter") for job in jobs)
+
+
 def test_every_panel_asks_something_of_the_chosen_variants():
     panels = json.loads((ROOT / "deploy" / "grafana" / "lowkey.json").read_text())["panels"]
     queries = [t["expr"] for panel in panels if panel["type"] != "row" for t in panel["targets"]]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -315,6 +316,45 @@ def test_hub_ids(path, monkeypatch, source, name, revision):
     # weights as safetensors only, with everything a tokenizer and its chat template need
     assert "*.safetensors" in kwargs["allow_patterns"] and "*.jinja" in kwargs["allow_patterns"]
     assert not any("bin" in p or "py" in p for p in kwargs["allow_patterns"])
+
+
+def test_a_slip_in_a_local_path_is_not_looked_up_on_the_hub(path, monkeypatch):
+    monkeypatch.chdir(path.parent)
+    path.rename(path.parent / "model")
+    (path.parent / "demo").mkdir()
+    (path.parent / "model").rename(path.parent / "demo" / "model")
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(Path("demo/model"))
+    )
+    for source, near in {
+        "demo/modell": "demo/model",
+        "dem/model": "demo/model",
+        "./demo/modle": "demo/model",
+        f"{path.parent}/demo/moel": f"{path.parent}/demo/model",
+        "demoo": "demo",
+    }.items():
+        with pytest.raises(CheckpointError, match=f"^{source}: no such directory.*; did you mean {near}[?]"):
+            open_checkpoint(source)
+    with pytest.raises(CheckpointError, match="From the hub it is taken as demo/modell@main"):
+        open_checkpoint("demo/modell")
+    assert not asked
+    for source in ("demo/modell@main", "demo/delta_net-1.3B", "demonstrations-of-all/model"):
+        open_checkpoint(source)
+    assert asked == ["demo/modell", "demo/delta_net-1.3B", "demonstrations-of-all/model"]
+
+
+def test_gguf_is_told_what_to_give_instead(path):
+    said = "GGUF is not supported: give the safetensors checkpoint"
+    (path / "model.safetensors").rename(path / "model.Q8_0.gguf")
+    for source in (path, path / "model.Q8_0.gguf", "some-org/model.gguf"):
+        with pytest.raises(CheckpointError, match=said):
+            open_checkpoint(source)
+    (path / "model.Q8_0.gguf").rename(path / "model.safetensors")
+    (path / "extra.gguf").touch()
+    assert open_checkpoint(path).load()
+    with pytest.raises(CheckpointError, match="config.json is a file; give the directory"):
+        open_checkpoint(path / "config.json")
 
 
 @pytest.mark.parametrize("source", ["org/no-such-model", "org/name with spaces", "org/name@no-such-revision"])

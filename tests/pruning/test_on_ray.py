@@ -38,7 +38,7 @@ def run(monkeypatch, tmp_path):
 def test_without_ray_the_error_names_the_extra(run, dense, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "ray", None)
     output = run(dense, "out", *JSON, *TOKENS, "--ray", "auto", code=2).output
-    assert "pip install 'lowkey[ray]'" in output
+    assert "pip install -e '.[ray]' in a checkout" in output
     assert not (tmp_path / "out").exists()
 
 

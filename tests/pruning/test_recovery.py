@@ -164,6 +164,7 @@ def test_outputs_and_pairs_that_cant_be_right_are_refused(recover, folder, tmp_p
 
 def test_peft_is_asked_for_only_where_it_is_used(recover, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    assert "pip install 'lowkey[recover]'" in recover("dense", "uniform", "out", "--train", "lora", code=2)
+    said = recover("dense", "uniform", "out", "--train", "lora", code=2)
+    assert "pip install -e '.[recover]' in a checkout" in said
     recover("dense", "uniform", "out", "--train", "small")
     assert torch.isfinite(open_checkpoint(tmp_path / "out").load().norm.weight).all()

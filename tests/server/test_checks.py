@@ -46,7 +46,7 @@ def state(*variants, **settings):
 
 
 def test_an_unexpected_error_has_the_shape_and_the_request_id(caplog):
-    app = create_app(Settings(), on_fatal=lambda name: None)
+    app = create_app(Settings(), on_fatal=print)
 
     @app.get("/broken")
     async def broken() -> None:

@@ -26,20 +26,28 @@ def run(monkeypatch):
     return invoke
 
 
-def test_variants_keep_their_order(run, tmp_path):
-    result, settings = run(f"reduced={tmp_path}", "dense=org/name@v1", "--port", "0", "--max-requests", "3")
+@pytest.fixture
+def model(tmp_path):
+    """A directory that holds the files of a checkpoint."""
+    for file in ("config.json", "model.safetensors", "tokenizer.json"):
+        (tmp_path / file).touch()
+    return tmp_path
+
+
+def test_variants_keep_their_order(run, model):
+    result, settings = run(f"reduced={model}", "dense=org/name@v1", "--port", "0", "--max-requests", "3")
     assert result.exit_code == 0, result.output
     sources = [(name, variant.source) for name, variant in settings.variants.items()]
-    assert sources == [("reduced", str(tmp_path)), ("dense", "org/name@v1")]
+    assert sources == [("reduced", str(model)), ("dense", "org/name@v1")]
     assert (settings.port, settings.max_requests, settings.max_queue) == (0, 3, 256)
 
 
-def test_the_environment_counts_where_the_command_line_is_silent(run, tmp_path):
+def test_the_environment_counts_where_the_command_line_is_silent(run, model):
     environment = {"LOWKEY_PORT": "9", "LOWKEY_MAX_QUEUE": "7", "LOWKEY_DRAIN_S": "2.5"}
-    _, settings = run(f"a={tmp_path}", "--port", "10", **environment)
+    _, settings = run(f"a={model}", "--port", "10", **environment)
     assert (settings.port, settings.max_queue, settings.drain_s) == (10, 7, 2.5)
-    _, settings = run(LOWKEY_VARIANTS=f'{{"a": "{tmp_path}"}}')
-    assert settings.variants["a"].source == str(tmp_path)
+    _, settings = run(LOWKEY_VARIANTS=f'{{"a": "{model}"}}')
+    assert settings.variants["a"].source == str(model)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +97,7 @@ def test_what_is_there_once_all_models_are_up_is_no_garbage(frozen):
     variants = [SimpleNamespace(name=name, admitted=0, client=SimpleNamespace(up=True)) for name in "ab"]
     variants[1].client.up = False
     state = SimpleNamespace(variants=variants, leaving=False, draining=False)
-    server = cli.Server(uvicorn.Config(lambda: None), state, reload=Settings)
+    server = cli.Server(uvicorn.Config(lambda: None), state, reload=Settings, url="http://x")
     asyncio.run(server.on_tick(1))
     assert frozen() == 0
     variants[1].client.up = True

@@ -2,6 +2,10 @@
 
 import asyncio
 import logging
+import re
+import subprocess
+import sys
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import httpx
@@ -16,7 +20,7 @@ from server.api.app import create_app
 from server.api.errors import from_engine
 from server.engine import process
 from server.engine.client import EngineClient, EngineUnavailableError, OutOfMemoryError, StateError
-from server.engine.device import HOST
+from server.engine.device import HOST, host_memory
 from server.engine.memory import (
     GRAPH_BYTES,
     RESERVED,
@@ -37,8 +41,8 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("m") / "c", GATED)
 
 
-def plan(device, needs=Needs(0), **fields):  # noqa: B008 (frozen)
-    return plan_memory(engine_config("x", **fields), device, needs, SLOT)
+def plan(device, needs=Needs(0), sharing=1, **fields):  # noqa: B008 (frozen)
+    return plan_memory(engine_config("x", **fields), device, needs, SLOT, sharing)
 
 
 def test_on_a_cpu_the_pool_is_as_large_as_its_memory(monkeypatch):
@@ -88,6 +92,113 @@ def test_what_does_not_fit_is_refused_with_the_numbers():
     device.others = 600_000
     with pytest.raises(DoesNotFitError, match="400,000 are free"):
         check_weights(engine_config("x", device_memory=0.5), device, 450_000)
+
+
+def refused(device, needs=Needs(0), **fields):  # noqa: B008 (frozen)
+    """What is said, without the table."""
+    with pytest.raises(DoesNotFitError) as error:
+        plan(device, needs, **fields)
+    return str(error.value).splitlines()[0]
+
+
+def test_a_cpu_gives_no_more_than_it_has(monkeypatch):
+    monkeypatch.setattr("server.engine.device.host_memory", lambda: 100_000)
+    fits = [dict(max_requests=99), dict(state_memory=100_000), dict(sharing=2, state_memory=50_000)]
+    for fields in (*fits, dict(state_memory=0.99), dict(sharing=2, state_memory=0.5)):
+        plan(HOST, **{"max_requests": None, **fields})
+    assert refused(HOST, state_memory=200_000) == (
+        "199 slots are 200,000 bytes, and 100,000 are left for them; set state_memory to 100,000 bytes at most"
+    )
+    assert refused(HOST, max_requests=150) == (
+        "150 slots are 151,000 bytes, and 100,000 are left for them; set state_memory to 100,000 bytes at most, or "
+        "lower max_requests"
+    )
+    two = "50,000 are left for them (100,000 bytes are free, for 2 variants)"
+    assert refused(HOST, state_memory=60_000, sharing=2) == (
+        f"59 slots are 60,000 bytes, and {two}; set state_memory to 50,000 bytes at most"
+    )
+    assert refused(HOST, state_memory=0.9, sharing=2) == (
+        f"89 slots are 90,000 bytes, and {two}; set state_memory to 0.5 at most"
+    )
+    with pytest.raises(DoesNotFitError, match="weights alone are 100,001 bytes, and 100,000 are free"):
+        check_weights(engine_config("x"), HOST, 100_001)
+    check_weights(engine_config("x"), HOST, 100_000)
+
+
+def test_each_refusal_advises_what_helps(monkeypatch):
+    """Up where there is too little, down where too much is asked, to others where they have it."""
+    monkeypatch.setattr("server.engine.device.host_memory", lambda: 1_000_000)
+    assert refused(HOST, state_memory=1500) == (
+        "state_memory=1500 is 1,500 bytes, and two states of this model, the least that a pool can have, are "
+        "2,000 bytes; raise state_memory to 2,000 bytes at least"
+    )
+    assert refused(HOST, state_memory=1e-3).endswith("; raise state_memory to 0.00202 at least")
+    monkeypatch.setattr("server.engine.device.host_memory", lambda: 1500)
+    for memory in (1400, 0.5):
+        assert refused(HOST, state_memory=memory).endswith(
+            "; free some memory of this machine, or serve fewer or smaller models"
+        )
+    device, needs = FakeDevice(total=1_000_000), Needs(100_000, 50_000, 20_000, 30_000)
+    more, others = (
+        "raise device_memory (now 0.5)",
+        "free some memory of cuda:0: others hold what device_memory=0.5",
+    )
+    assert "raise state_memory to 2,000 bytes" in refused(device, needs, device_memory=0.5, state_memory=1024)
+    assert "raise state_memory to 0.00673 at" in refused(device, needs, device_memory=0.5, state_memory=0.001)
+    for memory in (1024, 0.5, None):
+        assert refused(device, needs, device_memory=0.201, state_memory=memory).endswith(
+            "; raise device_memory (now 0.201)"
+        )
+    assert refused(device, needs, device_memory=0.5, state_memory=450_000).endswith(
+        f"; lower state_memory to 300,000 bytes at most, or {more}"
+    )
+    device.others = 700_000
+    assert others in refused(device, needs, device_memory=0.5)
+    assert "raise" not in refused(device, needs, device_memory=0.5)
+    assert "lower state_memory to 230,000 bytes" in refused(
+        device, needs, device_memory=0.5, state_memory=290_000
+    )
+    for others_have, mention in ((0, more), (600_000, others)):
+        device.others = others_have
+        with pytest.raises(DoesNotFitError) as error:
+            check_weights(engine_config("x", device_memory=0.5), device, 500_001)
+        assert mention in str(error.value)
+
+
+def test_what_a_container_has_free_is_its_limit_less_what_it_can_not_give_up(monkeypatch, tmp_path):
+    monkeypatch.setattr("server.engine.device._CGROUP", tmp_path)
+    everything = host_memory()
+    assert everything > 2**20
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("700000\n")
+    assert host_memory() == 300_000
+    (tmp_path / "memory.stat").write_text("anon 1\nfile 500000\ninactive_file 300000\nactive_file 100000\n")
+    assert host_memory() == 700_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory() > 2**20
+
+
+def test_variants_that_load_together_share_the_cpu():
+    both = dict(devices=["cpu", "cpu", "cuda:1"])
+    assert process.sharing(engine_config("x", **both)) == 2
+    assert process.sharing(engine_config("x")) == 1
+    assert process.sharing(engine_config("x", devices=["auto", "cpu"])) == (
+        1 if torch.cuda.is_available() else 2
+    )
+
+
+def test_more_memory_than_there_is_ends_the_server_with_the_numbers(checkpoints, tmp_path):
+    arguments = [f"dense={checkpoints['dense']}", "--device", "cpu", "--port", "0"]
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lowkey-serve", *arguments, "--state-memory", "100TiB"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 1
+    *_, reason = re.findall(r"variant 'dense' could not be loaded: (.*)", done.stderr)
+    assert re.search(r"slots are 109,951,162,\d{3},\d{3} bytes, and [\d,]+ are left", reason), reason
+    assert re.search(r"set state_memory to [\d,]+ bytes at most", reason)
 
 
 def test_an_engine_on_a_gpu_fills_its_share_and_says_with_what(bench, caplog):
@@ -166,7 +277,7 @@ def client_of(tmp_path):
         on_step=lambda _: None,
         on_occupancy=lambda _: None,
         on_down=lambda: None,
-        on_fatal=lambda: None,
+        on_fatal=print,
     )
     client.up, client._socket = True, Socket()
     return client
@@ -257,7 +368,7 @@ def test_models_say_what_memory_goes_to(monkeypatch, tmp_path):
     path = write_checkpoint(tmp_path / "c", GATED)
 
     async def work():
-        app = create_app(Settings(variants={"dense": str(path)}), on_fatal=lambda _: None)
+        app = create_app(Settings(variants={"dense": str(path)}), on_fatal=print)
         app.state.lowkey.variants.start()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
             answer = (await http.get("/v1/models/dense")).json()

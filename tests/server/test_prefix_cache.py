@@ -22,11 +22,11 @@ def bench(tmp_path_factory):
     return Bench(tmp_path_factory.mktemp("m") / "c", GATED)
 
 
-def prefix(ids, limit=None):
+def prefix(ids, limit=None, salt=b""):
     data = memoryview(bytearray(4 * len(ids))).cast("I")
     for i, token in enumerate(ids):
         data[i] = token
-    return Prefix(data.tobytes(), len(ids) - 1 if limit is None else limit)
+    return Prefix(data.tobytes(), len(ids) - 1 if limit is None else limit, salt)
 
 
 def test_the_longest_entry_that_the_prompt_begins_with_is_found():
@@ -54,6 +54,22 @@ def test_entries_whose_hash_collides_are_told_apart_by_their_tokens():
     assert index.find(other) is None and index.exact(other, 64) is None
     index.add(other, 64, 1)
     assert (index.find(one).slot, index.find(other).slot) == (0, 1)
+
+
+def test_prompts_of_different_salts_know_nothing_of_each_other():
+    index = PrefixIndex()
+    ids = prompt(300)
+    salts = [b"", b"a", b"b"]
+    for slot, salt in enumerate(salts):
+        mine = prefix(ids, salt=salt)
+        assert index.find(mine) is None and index.exact(mine, 200) is None and index.part(mine) == 0
+        index.add(mine, 200, slot)
+        assert index.find(mine).slot == slot and index.exact(mine, 200).slot == slot
+        assert index.part(mine) == 256
+    # Whatever a hash says.
+    forged = prefix(ids, salt=b"c")
+    forged.digests = prefix(ids, salt=b"a").digests
+    assert index.find(forged) is None and index.exact(forged, 200) is None
 
 
 def test_the_least_recently_used_goes_first():
@@ -159,6 +175,29 @@ def test_the_choices_of_one_prompt_are_prefilled_once(bench):
             assert [o.batch_size for o in outputs] == [1, 1, 6, 6, 6, 6, 6]
             cached = cached_tokens(outputs)
             assert [cached[m.request_id] for m in messages] == [0, *[300] * 5]
+
+
+def test_requests_of_different_salts_share_no_prefill(bench, tmp_path):
+    """Neither at the same time nor one after the other, whatever kind of request it is."""
+    ids = prompt(300)
+    kinds = [
+        lambda salt: generate([*ids, 5], 1, cache_salt=salt),
+        lambda salt: score([*ids, 5], 290, cache_salt=salt),
+        lambda salt: SaveState(
+            request_id="save",
+            token_ids=[*ids, 5],
+            path=str(tmp_path / "x"),
+            fingerprint={},
+            cache_salt=salt,
+        ),
+    ]
+    for kind in kinds:
+        engine = bench.engine(slots=12, prefill_tokens=128, prefix_cache=True)
+        together = [generate(ids, 2, cache_salt=salt) for salt in (b"a", b"b", b"a")]
+        cached = cached_tokens(run(engine, {0: together}))
+        assert [cached[m.request_id] for m in together] == [0, 0, 300]
+        hits = [sum(o.cache_hits for o in run(engine, {0: [kind(salt)]})) for salt in (b"c", b"a")]
+        assert hits[0] == 0 and hits[1] >= 256
 
 
 def test_choices_beyond_the_slots_and_after_an_abort(bench):

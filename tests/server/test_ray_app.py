@@ -338,7 +338,7 @@ def test_a_replica_answers_once_it_has_loaded_and_is_ill_without_an_engine(check
 
 def test_a_checkpoint_that_cannot_be_loaded_fails_the_constructor(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ConfigurationError, match="variant 'dense' can't be loaded"):
+    with pytest.raises(ConfigurationError, match=r"variant 'dense' can't be loaded: .*config\.json"):
         asyncio.run(made(Settings(variants={"dense": str(tmp_path)})))
 
 

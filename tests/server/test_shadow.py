@@ -126,6 +126,7 @@ class Stub:
 
     async def score(self, message):
         assert message.priority >= 2**31, "behind all that a request may ask for"
+        assert message.cache_salt == b"alice's", "with the user's prefixes, if with any"
         await self.answer.wait()
         if self.error:
             raise self.error
@@ -151,6 +152,7 @@ def bench(tmp_path):
         endpoint="completions",
         finish_reason="stop",
         from_state=False,
+        salt=b"alice's",
         variant=variants["a"],
         prompt_ids=[1, 2],
         token_ids=[3, 4],

@@ -50,7 +50,7 @@ class Harness:
         self.steps: list[StepOutput] = []
         self.occupancies: list[Occupancy] = []
         self.downs = 0
-        self.fatals = 0
+        self.fatals: list[str] = []
         self.on_ready = on_ready
         self._runner = asyncio.Runner()
         self.client = self.run(self._make(config, runtime_dir, hang_s))
@@ -64,9 +64,6 @@ class Harness:
         def down() -> None:
             self.downs += 1
 
-        def fatal() -> None:
-            self.fatals += 1
-
         client = EngineClient(
             config,
             runtime_dir,
@@ -75,7 +72,7 @@ class Harness:
             on_step=self.steps.append,
             on_occupancy=self.occupancies.append,
             on_down=down,
-            on_fatal=fatal,
+            on_fatal=self.fatals.append,
         )
         client.start()
         return client

@@ -73,6 +73,7 @@ class ScriptedClient:
             checkpoint_path=self.config.source,
             method=None,
             state_bytes_per_request=d_k * 24 * 4,
+            state_layout={"recurrent.0": ("F32", [1, d_k, 24])},
             state_dtype="float32",
             device="cpu",
             backend="script",

@@ -1,0 +1,83 @@
+"""What a user means by the name of a checkpoint: a local directory or a hub id. Imports no torch."""
+
+import difflib
+from pathlib import Path
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_LIKE = 0.7
+"""How alike two names are, from 0 to 1, where one may be a slip of the other."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message names the file or tensor and what would be right."""
+
+
+def local_directory(source: str | Path) -> Path | None:
+    """The directory that `source` names, or None for a hub id (`org/name` or `org/name@revision`), which is not looked
+    up here.
+
+    A name that could be either, but is nearly that of a directory, is taken for a slip; with a revision it is a hub id.
+
+    Raises:
+        CheckpointError: a path that is no directory. Names the directory that is called nearly the same.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        raise CheckpointError(_no_gguf(path))
+    if path.exists():
+        raise CheckpointError(f"{source} is a file; give the directory of a safetensors checkpoint")
+    name, revision, _ = str(source).partition("@")
+    near = _nearly(path)
+    instead = "" if near is None else f"; did you mean {near}?"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(
+            f"{source}: no such directory, and not a hub id of the form org/name[@revision]{instead}"
+        )
+    if instead and not revision:
+        raise CheckpointError(
+            f"{source}: no such directory{instead} From the hub it is taken as {source}@main"
+        )
+    return None
+
+
+def refuse_gguf(directory: Path) -> None:
+    """Raises CheckpointError for a directory whose weights are in GGUF files only."""
+    gguf = sorted(directory.glob("*.gguf"))
+    if gguf and not any(directory.glob("*.safetensors")):
+        raise CheckpointError(_no_gguf(gguf[0]))
+
+
+def check_source(source: str) -> None:
+    """What can be seen of a checkpoint to be served without reading it: the files of a local one are there. Hub ids are
+    not looked up. Raises CheckpointError."""
+    directory = local_directory(source)
+    if directory is None:
+        return
+    refuse_gguf(directory)
+    for needed in (("config.json",), (SINGLE, INDEX), ("tokenizer.json",)):
+        if not any((directory / file).exists() for file in needed):
+            raise CheckpointError(f"{source} has no {' or '.join(needed)}")
+
+
+def _no_gguf(path: Path) -> str:
+    return f"{path}: GGUF is not supported: give the safetensors checkpoint"
+
+
+def _nearly(path: Path) -> Path | None:
+    """The directory whose path differs from this one by slips of spelling."""
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        if not (found / part).is_dir():
+            try:
+                names = [entry.name for entry in found.iterdir() if entry.is_dir()]
+            except OSError:
+                return None
+            close = difflib.get_close_matches(part, names, n=1, cutoff=_LIKE)
+            if not close:
+                return None
+            part = close[0]
+        found /= part
+    return found
