@@ -181,7 +181,10 @@ def test_a_run_shows_both_answers_and_their_figures(open_page, lab):
         speed, ttft, state = shown.locator(".figures .value").all_inner_texts()
         assert float(speed) > 0 and re.fullmatch(r"[\d.]+ m?s", ttft)
         assert state == f"{result['lowkey']['state_bytes'] / 1000:.1f} kB"
-        assert shown.locator(".progress polyline").get_attribute("points").count(",") > 30
+        # From no token to all of them, by one point for each piece of text.
+        points = shown.locator(".progress polyline").get_attribute("points").split()
+        heights = [float(point.split(",")[1]) for point in points]
+        assert len(points) > 2 and heights == sorted(heights, reverse=True) and heights[0] > heights[-1]
     difference = answer["results"][1]["against_baseline"]
     split = card(page, "reduced").locator(".after").inner_text()
     tokens = answer["results"][1]["tokens"]
