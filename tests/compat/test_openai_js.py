@@ -17,6 +17,7 @@ sync_api = pytest.importorskip(
 NPM = Path(__file__).parents[2] / ".cache" / "compat-npm"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
+    pytest.mark.slow,  # needs what `make compat` installs
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium"),
     pytest.mark.skipif(shutil.which("npm") is None, reason="npm is not installed: apt-get install npm"),
 ]
