@@ -34,7 +34,7 @@ class Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         for command in (self, *self.commands.values()):
-            command.help = escape(command.help or "")  # rich would take 'lowkey[eval]' for markup
+            command.help = escape(command.help or "")  # rich would take square brackets for markup
             for parameter in command.params:
                 if isinstance(parameter, TyperArgument | TyperOption):
                     parameter.help = escape(parameter.help or "")
