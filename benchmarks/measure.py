@@ -13,13 +13,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 import transformers
 
+from loadtest.facts import processor
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
 from modeling.model import Model
@@ -125,11 +125,8 @@ def quiet() -> None:
 
 
 def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {
-        "cpu": next(
-            (s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.machine()
-        ),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
         "torch": torch.__version__,

@@ -182,7 +182,6 @@ def trickle(script: Path | None, seconds: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -266,8 +265,7 @@ def main() -> None:
     print("work ...", flush=True)
     found["work"] = work(options.serve)
     print("\n" + report(found))
-    if options.json:
-        write_figures(options.json, found)
+    write_figures(options.json, found)
 
 
 def _memory(figures: dict[str, Any]) -> str:

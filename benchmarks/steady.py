@@ -26,7 +26,7 @@ from loadtest.client import Result, open_loop, quantile
 from loadtest.figures import Objectives
 from loadtest.run import Probe, Target, sweep
 from loadtest.workload import Lengths, Workload
-from modeling.words import counted
+from lowkey.words import counted
 
 ALIAS = "both"
 SHARE = 0.8

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowkey.files import replacing, writing
+from lowkey.words import counted
 from modeling.families import Family, TensorMap, family_of
-from modeling.files import replacing, writing
 from modeling.model import Model
 from modeling.sources import INDEX, SINGLE, local_directory, refuse_gguf
 from modeling.sources import CheckpointError as CheckpointError
 from modeling.spec import ModelSpec
-from modeling.words import counted
 
 REDUCTION = "state_reduction.json"
 FLOATS = ("F64", "F32", "BF16", "F16")

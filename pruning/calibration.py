@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
-from modeling.words import counted
 from pruning.corpus import Split, corpus, sha256
 from pruning.errors import PruningError
 

@@ -14,9 +14,9 @@ from rich.markup import escape
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from lowkey.cli import Version
+from lowkey.files import OutputError
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
-from modeling.files import OutputError
 from pruning.commands.calibrate import calibrate
 from pruning.commands.console import err_console
 from pruning.commands.evaluate import evaluate

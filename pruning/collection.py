@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modeling.files import OutputError, write_or_keep
+from lowkey.files import OutputError, write_or_keep
 from modeling.layers import l2_normalise
 from modeling.model import Model
 from modeling.spec import ModelSpec

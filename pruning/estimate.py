@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowkey.files import check_writable
+from lowkey.words import counted, duration, in_units
 from modeling.checkpoint import Checkpoint
-from modeling.files import check_writable
 from modeling.model import Model
 from modeling.spec import ModelSpec
-from modeling.words import counted, duration, in_units
 from pruning.calibration import BATCH
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError

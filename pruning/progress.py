@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.status import Status
 from rich.text import Text
 
-from modeling.words import counted, duration
+from lowkey.words import counted, duration
 
 EVERY = 10.0
 """Seconds between two lines."""

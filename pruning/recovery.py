@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowkey.files import write_or_keep
 from modeling.checkpoint import (
     REDUCTION,
     Checkpoint,
@@ -19,7 +20,6 @@ from modeling.checkpoint import (
     write_json,
     write_safetensors,
 )
-from modeling.files import write_or_keep
 from modeling.model import Model
 from pruning.batches import Batches, token_stream
 from pruning.calibration import Encoder, Text

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modeling.files import OutputError, replacing, write_or_keep
+from lowkey.files import OutputError, replacing, write_or_keep
 from modeling.model import Model
 from pruning.batches import Batches
 from pruning.calibration import WINDOW

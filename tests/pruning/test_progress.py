@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 import pruning.collection
 import pruning.commands.recover
 import pruning.progress
+from lowkey.words import counted
 from modeling.checkpoint import open_checkpoint
-from modeling.words import counted
 from pruning import estimate
 from pruning.cli import app
 from pruning.interrupts import left_behind, put_off
