@@ -14,7 +14,7 @@ from server.api.generation import MIN_TIMED_TOKENS, Chunk, Entry, Generation, Sa
 from server.api.schemas import ChoiceFields
 from server.api.serving import Places, ServerState
 from server.api.streaming import merged, together
-from server.engine.client import BrokenOutputError
+from server.engine.exchange import BrokenOutputError
 from server.engine.messages import Score, Scored
 from server.settings import Settings
 from server.text import Detokenizer

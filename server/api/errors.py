@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.engine.client import EngineError, EngineUnavailableError, StateError
+from server.engine.exchange import EngineError, EngineUnavailableError, StateError
 
 MAX_LISTED = 10
 MAX_ECHO = 200

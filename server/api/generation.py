@@ -14,7 +14,7 @@ import msgspec
 from server.api.errors import APIError
 from server.api.schemas import SamplingFields
 from server.api.serving import ServerState
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 from server.engine.messages import (
     FinishReason,
     Generate,

@@ -12,7 +12,7 @@ from server.api.errors import APIError
 from server.api.generation import Generation
 from server.api.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
 from server.api.serving import ServerState
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 from server.variants import Variant
 
 logger = logging.getLogger("lowkey.shadow")
