@@ -76,7 +76,7 @@ def copy_memory() -> Callable[[], object]:
 
 
 def random_model(config: dict[str, Any]) -> Model:
-    """Of fla's configuration, with random weights that keep activations in range."""
+    """A model of fla's configuration, with random weights that keep activations in range."""
     model = Model(family_of(config).spec(config)).requires_grad_(False).eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.2 if p.ndim == 1 else p.shape[-1] ** -0.5)

@@ -30,7 +30,7 @@ from lowkey.words import counted
 
 ALIAS = "both"
 SHARE = 0.8
-"""Of the highest rate."""
+"""Share of the highest rate that is sent."""
 
 WINDOWS = 10
 STABLE = 1.5

@@ -117,7 +117,7 @@ class Common:
         return f"prompts of {self.prompt_tokens} tokens, {self.output_tokens} new"
 
     def target(self) -> tuple[Target, dict[str, Any]]:
-        """Where to send, and when and where that is for the report. Raises typer.BadParameter."""
+        """Where to send requests, and the circumstances of the test for its report. Raises typer.BadParameter."""
         local = check_target(self.url, self.allow_remote)
         names, models, version = find_variants(self.url, self.variants, self.api_key)
         target = Target(self.url, names, self.api_key, self.timeout, self.temperature)
@@ -205,7 +205,7 @@ def _show(rows: list[list[str]]) -> None:
 
 
 def _check_out(out: Path) -> None:
-    """Before any load. Raises typer.BadParameter if nothing can be written to the directory."""
+    """Raises typer.BadParameter if nothing can be written to the directory. Called before any load."""
     try:
         check_writable(out / "loadtest.html")
     except OutputError as e:

@@ -64,7 +64,7 @@ def _value(value: Any) -> str:
 
 
 def _data(plots: Sequence[Plot]) -> str:
-    """For a script element: no "<" may end it early."""
+    """The plots' data for a script element, which no "<" may end early."""
     data = [{"name": plot.name, **json.loads(plot.figure.to_json())} for plot in plots]
     for plot in data:
         plot["layout"].pop("template", None)  # the page has its own, for light and dark

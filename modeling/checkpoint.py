@@ -111,7 +111,7 @@ class Checkpoint:
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
-        """The file that holds a tensor, which is what the config says: whoever reads tensors comes through here."""
+        """The file that holds a tensor, whose dtype and shape have been checked. All tensors are read through here."""
         if name not in self.files:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         try:
@@ -139,7 +139,7 @@ class Checkpoint:
 
     @cached_property
     def _stored_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """Of each tensor that the config accounts for, its shape and whether it holds a convolution's filters."""
+        """Shape of each tensor that the config accounts for, and whether it holds a convolution's filters, by name."""
         stored = {
             name: ((rows, *self._shapes[m.ours][1:]), m.ours.endswith("conv.weight"))
             for m in self.family.tensors(self.spec)

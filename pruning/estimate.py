@@ -169,7 +169,7 @@ def _head(spec: ModelSpec, length: int, device: torch.device, *, gradients: bool
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of the second of two runs: the first one pays for what is only made once."""
+    """Seconds of the second of two runs: the first one pays for what is only made once."""
     for _ in range(2):
         began = time.perf_counter()
         run()
@@ -200,7 +200,7 @@ def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
 
 
 def budget_line(passes: int, limit: int, windows: Tensor) -> str:
-    """What measuring each layer is."""
+    """What is measured to choose each layer's width."""
     return (
         f"widths: measured per layer for at most {counted(limit, 'byte')} of state, "
         f"{counted(passes, 'forward pass')} over {counted(windows.numel(), 'token')}"

@@ -40,7 +40,7 @@ def put_off() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def left_behind(what: str) -> Iterator[None]:
-    """What is said of an interruption of the block, unless something was said already."""
+    """Gives a KeyboardInterrupt of the block the words that the user is told, unless it has some already."""
     try:
         yield
     except KeyboardInterrupt as e:
@@ -49,7 +49,7 @@ def left_behind(what: str) -> Iterator[None]:
 
 @contextmanager
 def going_on_from(saved: Path) -> Iterator[None]:
-    """`left_behind` for work that saves to a file."""
+    """As `left_behind`, for work that saves to a file: says that the same command goes on from there."""
     try:
         yield
     except KeyboardInterrupt as e:

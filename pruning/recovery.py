@@ -30,7 +30,7 @@ from pruning.surgery import RECOVERY, check_runs, copy_other_files
 from pruning.training import OnStep, Result, Settings, check_saved, heldout_loss, no_report, train
 
 FORMAT = 1
-"""Of `recovery.json`."""
+"""Version of the form of `recovery.json`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Of an earlier, interrupted run. Raises PruningError if its settings were others."""
+        """Steps that an earlier, interrupted run has done. Raises PruningError if its settings were others."""
         return check_saved(self.saved, self.fingerprint)
 
 

@@ -24,7 +24,7 @@ from pruning.statistics import Statistics
 from pruning.surgery import check_runs, write_reduced
 
 FORMAT = 1
-"""Of `state_reduction.json`."""
+"""Version of the form of `state_reduction.json`."""
 
 
 class _Source(TypedDict):

@@ -64,7 +64,7 @@ class Settings:
     rank: int = 32
     alpha: int = 64
     seed: int = 0
-    """Of the order of the text and of the adapters."""
+    """Seed of the order of the text and of the adapters."""
     evaluations: int = 10
     """Points of the held-out curve after the first."""
 
@@ -120,7 +120,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """Of a finished run."""
+    """What a finished run leaves."""
 
     curve: list[Point]
     trained_parameters: int

@@ -229,7 +229,7 @@ class Generation:
         return Chunk(self.text, entries)
 
     def _take(self, tokens: list[Token], entries: list[Entry]) -> str:
-        """Account for tokens, up to the one that completes a stop string; the text that they let out. Adds what the
+        """Account for tokens, up to the one that completes a stop string; returns the text to show. Adds what the
         model thought of each to `entries`, if log-probabilities were asked for."""
         pieces: list[str] = []
         for token in tokens:
@@ -322,7 +322,7 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the prompt, those that a saved state stands for included."""
+        """Tokens of the prompt, those that a saved state stands for included."""
         return self._saved_tokens + len(self.prompt_ids)
 
     @property

@@ -18,7 +18,7 @@ from server.variants import Variant
 logger = logging.getLogger("lowkey.shadow")
 
 PRIORITY = 2**31
-"""Of shadow passes in the engine: behind everything that a request may ask for (`SamplingFields.priority`)."""
+"""Priority of shadow passes in the engine: behind everything that a request may ask for (`SamplingFields.priority`)."""
 POLL_S = 0.01
 """How long shadow traffic may go on after something else began to wait."""
 

@@ -75,7 +75,7 @@ class Exchange:
         self._paused = False
 
     def put(self, answer: Answer | None) -> None:
-        """None: the engine is gone."""
+        """An answer has come; None: the engine is gone."""
         self._answers.append(answer)
         self._arrived.set()
         if not isinstance(answer, Token) or answer.finish_reason is not None:

@@ -231,7 +231,7 @@ def test_time_said_includes_the_evaluation(made, tmp_path, monkeypatch):
 
 
 def test_recovery_says_its_plan(made, tmp_path, monkeypatch):
-    """Of 8 steps of 4 windows, forward and backward and the teacher's forward, and of held-out text, three times."""
+    """The plan: 8 steps of 4 windows, forward and backward and the teacher's forward, and held-out text three times."""
     monkeypatch.setattr(estimate, "_seconds", lambda run, device: 1.0)
     lines = recover(made, tmp_path / "out").stderr.splitlines()
     assert lines[0].startswith("gated_deltanet: 3 layers, ") and ", d_k 8, " in lines[0]
