@@ -81,7 +81,7 @@ def products(
 
 
 def difference(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
-    """Of our logits from the peer's, relative in norm; ends the run where both can't be the same function."""
+    """Our logits' difference from the peer's, relative in norm; ends the run where both can't be the same function."""
     result = float((a.float() - b.float()).norm() / b.float().norm())
     if not result < TOLERANCE[dtype]:
         raise SystemExit(f"our logits differ from the peer's by {result:.2g}: figures of what?")

@@ -13,13 +13,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 import platform
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 import transformers
 
+from loadtest.facts import processor
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
 from modeling.model import Model
@@ -76,7 +76,7 @@ def copy_memory() -> Callable[[], object]:
 
 
 def random_model(config: dict[str, Any]) -> Model:
-    """Of fla's configuration, with random weights that keep activations in range."""
+    """A model of fla's configuration, with random weights that keep activations in range."""
     model = Model(family_of(config).spec(config)).requires_grad_(False).eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=0.2 if p.ndim == 1 else p.shape[-1] ** -0.5)
@@ -125,11 +125,8 @@ def quiet() -> None:
 
 
 def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {
-        "cpu": next(
-            (s.split(":")[1].strip() for s in lines if s.startswith("model name")), platform.machine()
-        ),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg(),
         "torch": torch.__version__,

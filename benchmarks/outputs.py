@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lowkey.files import OutputError, check_writable, write_or_keep
 from modeling.checkpoint import write_json
-from modeling.files import OutputError, check_writable, write_or_keep
 
 
 def figures_file(given: str | Path) -> Path:

@@ -150,12 +150,13 @@ def unread(script: Path | None, seconds: float) -> dict[str, Any]:
     return {**watch.figures(), "others": dict(outcomes), "first_served_s": served_at, "longest_s": longest}
 
 
-REFUSED = [
-    ("401", "POST", "/v1/completions"),
-    ("404", "POST", "/nowhere"),
-    ("405", "PUT", "/v1/completions"),
-    ("200", "GET", "/health"),
+ANSWERED_AT_ONCE = [
+    ("POST", "/v1/completions"),  # 401
+    ("POST", "/nowhere"),  # 404
+    ("PUT", "/v1/completions"),  # 405
+    ("GET", "/health"),  # 200
 ]
+"""Requests that are answered before their body has come."""
 
 
 def trickle(script: Path | None, seconds: float) -> dict[str, Any]:
@@ -164,8 +165,8 @@ def trickle(script: Path | None, seconds: float) -> dict[str, Any]:
         with _environment(environment), serving(script) as server, Watch(server) as watch:
             held = [
                 send(server, path, b"{", 4_000_000, method)
-                for _, method, path in REFUSED
-                for _ in range(CONNECTIONS // len(REFUSED))
+                for method, path in ANSWERED_AT_ONCE
+                for _ in range(CONNECTIONS // len(ANSWERED_AT_ONCE))
             ]
             began = time.monotonic()
             while time.monotonic() - began < seconds:
@@ -182,7 +183,6 @@ def trickle(script: Path | None, seconds: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -266,8 +266,7 @@ def main() -> None:
     print("work ...", flush=True)
     found["work"] = work(options.serve)
     print("\n" + report(found))
-    if options.json:
-        write_figures(options.json, found)
+    write_figures(options.json, found)
 
 
 def _memory(figures: dict[str, Any]) -> str:

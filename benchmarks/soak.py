@@ -27,7 +27,7 @@ import psutil
 from _serving import MODEL, Server, table, variants
 from outputs import figures_file, write_figures
 
-from modeling.words import counted
+from lowkey.words import counted
 
 LEAVE = 1 / 8
 REQUEST_S = 120.0

@@ -26,11 +26,11 @@ from loadtest.client import Result, open_loop, quantile
 from loadtest.figures import Objectives
 from loadtest.run import Probe, Target, sweep
 from loadtest.workload import Lengths, Workload
-from modeling.words import counted
+from lowkey.words import counted
 
 ALIAS = "both"
 SHARE = 0.8
-"""Of the highest rate."""
+"""Share of the highest rate that is sent."""
 
 WINDOWS = 10
 STABLE = 1.5

@@ -25,9 +25,9 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
+from lowkey.files import OutputError, check_writable, write_or_keep, writing
 from modeling.checkpoint import export_tensors, write_json, write_safetensors
 from modeling.families import family_of
-from modeling.files import OutputError, check_writable, write_or_keep, writing
 from modeling.model import Model
 from pruning.corpus import corpus, sha256
 

@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import ipaddress
 import secrets
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -25,6 +24,7 @@ from loadtest.run import Load, Probe, Target, paired, sweep
 from loadtest.workload import Lengths, Workload, WorkloadError, read_trace
 from lowkey import how_to_install
 from lowkey.cli import Version
+from lowkey.files import OutputError, check_writable, write_or_keep
 
 try:
     from loadtest import plots, report
@@ -117,7 +117,7 @@ class Common:
         return f"prompts of {self.prompt_tokens} tokens, {self.output_tokens} new"
 
     def target(self) -> tuple[Target, dict[str, Any]]:
-        """Where to send, and when and where that is for the report. Raises typer.BadParameter."""
+        """Where to send requests, and the circumstances of the test for its report. Raises typer.BadParameter."""
         local = check_target(self.url, self.allow_remote)
         names, models, version = find_variants(self.url, self.variants, self.api_key)
         target = Target(self.url, names, self.api_key, self.timeout, self.temperature)
@@ -204,14 +204,12 @@ def _show(rows: list[list[str]]) -> None:
     Console(width=max(80, console.width)).print(table)
 
 
-def _prepare(out: Path) -> None:
-    """Make the directory, before any load. Raises typer.BadParameter if nothing can be written there."""
+def _check_out(out: Path) -> None:
+    """Raises typer.BadParameter if nothing can be written to the directory. Called before any load."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out, buffering=0) as probe:
-            probe.write(bytes(4096))
-    except OSError as e:
-        raise typer.BadParameter(f"--out {out}: {e}") from e
+        check_writable(out / "loadtest.html")
+    except OutputError as e:
+        raise typer.BadParameter(f"--out: {e}") from e
 
 
 def _finish(
@@ -220,11 +218,9 @@ def _finish(
     _show(rows)
     typer.echo(title)
     try:
-        report.write(out, data, rows, drawn, title, caption)
-    except OSError as e:
-        kept = Path(tempfile.mkdtemp(prefix="lowkey-loadtest-"))
-        report.write(kept, data, rows, drawn, title, caption)
-        typer.echo(f"error: {out} can't be written: {e}; what was measured is in {kept}", err=True)
+        write_or_keep(out, lambda folder: report.write(folder, data, rows, drawn, title, caption))
+    except OutputError as e:
+        typer.echo(f"error: {e}", err=True)
         raise typer.Exit(2) from e
     typer.echo(f"{out}/loadtest.html, .json, .md")
 
@@ -247,7 +243,7 @@ def run(
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("--rate is an open loop, --concurrency a closed one: give one of them")
     target, seen = common.target()
-    _prepare(out)
+    _check_out(out)
     if rounds * requests * len(target.variants) > MAX_REQUESTS:
         raise typer.BadParameter(f"--rounds x --requests x variants is over {MAX_REQUESTS}")
     workload = common.workload()
@@ -297,7 +293,7 @@ def sweep_command(
 ) -> None:
     """The highest rate that each variant holds within the objectives: bisection, variants in turns."""
     target, seen = common.target()
-    _prepare(out)
+    _check_out(out)
     workload, objectives = common.workload(), common.objectives
 
     def on_probe(p: Probe) -> None:

@@ -83,7 +83,7 @@ def _words(value: Any) -> str:
 
 
 def sentence(record: Record) -> str:
-    """All of it in one paragraph."""
+    """The circumstances of a test in one paragraph."""
     rows = (dict(zip(VARIANT_COLUMNS, variant_row(model), strict=True)) for model in record["models"])
     variants = [
         f"{row['variant']} ({row['source']}, d_k {row['d_k']}, {row['state bytes']} state bytes in {row['state']}, "

@@ -6,7 +6,6 @@ from importlib import resources
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from loadtest.facts import VARIANT_COLUMNS, Record, about_machine, variant_row
@@ -27,7 +26,7 @@ def page(title: str, caption: str, record: Record, figures: list[list[str]], plo
     def text(name: str) -> str:
         return files.joinpath(name).read_text("utf-8")
 
-    # Whatever is no Markup is escaped: names and sources come from a server, which may be anybody's.
+    # What the page does not call safe is escaped: names and sources come from a server, which may be anybody's.
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(text("page.html")).render(
         title=title,
@@ -38,10 +37,10 @@ def page(title: str, caption: str, record: Record, figures: list[list[str]], plo
         columns=VARIANT_COLUMNS,
         variants=[variant_row(model) for model in record["models"]],
         circumstances=_circumstances(record),
-        style=Markup(text("page.css")),
-        script=Markup(text("page.js")),
-        plotly=Markup(get_plotlyjs()),
-        data=Markup(_data(plots)),
+        style=text("page.css"),
+        script=text("page.js"),
+        plotly=get_plotlyjs(),
+        data=_data(plots),
     )
 
 
@@ -64,7 +63,7 @@ def _value(value: Any) -> str:
 
 
 def _data(plots: Sequence[Plot]) -> str:
-    """For a script element: no "<" may end it early."""
+    """The plots' data for a script element, which no "<" may end early."""
     data = [{"name": plot.name, **json.loads(plot.figure.to_json())} for plot in plots]
     for plot in data:
         plot["layout"].pop("template", None)  # the page has its own, for light and dark

@@ -28,7 +28,7 @@ class Plot:
     """One plot of the page."""
 
     name: str
-    """For the page's element."""
+    """What the page's element is called."""
     title: str
     figure: Any
     """plotly.graph_objects.Figure, without height: the page decides."""

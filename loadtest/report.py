@@ -15,6 +15,7 @@ from loadtest.figures import FIGURES, MIN_ROUNDS, Objectives, Ratio, Slice, obse
 from loadtest.page import page
 from loadtest.plots import Plot
 from loadtest.run import Search
+from lowkey.files import replacing
 
 LABELS = {
     "tokens_per_second": "tokens/s",
@@ -162,14 +163,15 @@ def write(
         rows: header and rows of the table of figures.
         title: the test in words.
         caption: how to read the table.
+
+    Raises:
+        OutputError: one of them can't be written.
     """
-    directory.mkdir(parents=True, exist_ok=True)
     texts = {
         "loadtest.json": json.dumps(clean(data), allow_nan=False),
         "loadtest.md": f"{title}.\n\n{_plain(sentence(data))}\n\n{markdown(rows)}",
         "loadtest.html": page(title, caption, data, rows, plots),
     }
     for name, text in texts.items():
-        temporary = directory / f".{name}"
-        temporary.write_text(text, "utf-8")
-        temporary.replace(directory / name)
+        with replacing(directory / name) as temporary:
+            temporary.write_text(text, "utf-8")

@@ -108,7 +108,7 @@ class Probe:
     rate: float
     held: bool
     share: float
-    """Of requests that met the objectives."""
+    """Share of the requests that met the objectives."""
     slice: Slice
 
 

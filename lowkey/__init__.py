@@ -1,4 +1,5 @@
-"""What all packages have in common: the version, which an installed package's metadata are made of (pyproject.toml)."""
+"""What all packages have in common. The version is here; an installed package's metadata are made of it
+(pyproject.toml)."""
 
 __version__ = "0.1.0"
 

@@ -18,13 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowkey.files import replacing, writing
+from lowkey.words import counted
 from modeling.families import Family, TensorMap, family_of
-from modeling.files import replacing, writing
 from modeling.model import Model
 from modeling.sources import INDEX, SINGLE, local_directory, refuse_gguf
 from modeling.sources import CheckpointError as CheckpointError
 from modeling.spec import ModelSpec
-from modeling.words import counted
 
 REDUCTION = "state_reduction.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
@@ -111,7 +111,7 @@ class Checkpoint:
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
-        """The file that holds a tensor, which is what the config says: whoever reads tensors comes through here."""
+        """The file that holds a tensor, whose dtype and shape have been checked. All tensors are read through here."""
         if name not in self.files:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
         try:
@@ -139,7 +139,7 @@ class Checkpoint:
 
     @cached_property
     def _stored_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """Of each tensor that the config accounts for, its shape and whether it holds a convolution's filters."""
+        """Shape of each tensor that the config accounts for, and whether it holds a convolution's filters, by name."""
         stored = {
             name: ((rows, *self._shapes[m.ours][1:]), m.ours.endswith("conv.weight"))
             for m in self.family.tensors(self.spec)

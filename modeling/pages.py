@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 PAGE_BYTES = 2 << 20
 _ALIGNMENT = 64
-"""Of each parameter: a cache line."""
+"""Where each parameter may begin: at a multiple of a cache line, in bytes."""
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:

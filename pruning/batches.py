@@ -52,7 +52,7 @@ class Batches:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the stream."""
+        """Hash of the stream."""
         return hashlib.sha256(self._stream.to(torch.int32).numpy().tobytes()).hexdigest()
 
     def epochs(self, batches: int) -> float:

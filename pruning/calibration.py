@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
-from modeling.words import counted
 from pruning.corpus import Split, corpus, sha256
 from pruning.errors import PruningError
 
@@ -41,10 +41,10 @@ class Origin:
     text_sha256: str
     seed: int
     windows: int
-    """That were run, of this shard."""
+    """How many were run, of this shard."""
     window_length: int
     tokens_sha256: str
-    """Of the tokens that were run, as little-endian int64."""
+    """Hash of the tokens that were run, as little-endian int64."""
     shard: str | None = None
     """`i/n of count windows` for one of n shards of a larger draw."""
 

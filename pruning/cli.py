@@ -14,9 +14,9 @@ from rich.markup import escape
 from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from lowkey.cli import Version
+from lowkey.files import OutputError
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
-from modeling.files import OutputError
 from pruning.commands.calibrate import calibrate
 from pruning.commands.console import err_console
 from pruning.commands.evaluate import evaluate
@@ -34,7 +34,7 @@ class Commands(TyperGroup):
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
         for command in (self, *self.commands.values()):
-            command.help = escape(command.help or "")  # rich would take '[@revision]' for markup
+            command.help = escape(command.help or "")  # rich would take square brackets for markup
             for parameter in command.params:
                 if isinstance(parameter, TyperArgument | TyperOption):
                     parameter.help = escape(parameter.help or "")

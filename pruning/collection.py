@@ -4,22 +4,19 @@ A pass can be interrupted at any moment, even killed, and goes on from what was 
 between batches and added to in the same order, so the result is the same to the last bit.
 """
 
-import logging
-import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from modeling.files import OutputError, write_or_keep
 from modeling.layers import l2_normalise
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.calibration import BATCH, Origin, cu_seqlens
 from pruning.errors import PruningError
 from pruning.gradients import add_gradients, need_gradients
-from pruning.interrupts import put_off
+from pruning.interrupts import saving
 from pruning.progress import Advance, no_progress
 from pruning.statistics import (
     GRAMS,
@@ -31,8 +28,6 @@ from pruning.statistics import (
     save_statistics,
     shapes,
 )
-
-logger = logging.getLogger(__name__)
 
 SAVE_EVERY = 120.0
 """Seconds between two saves of an unfinished calibration."""
@@ -129,27 +124,13 @@ def collect(
     if partial is not None and partial.exists():
         running, done = resumed(partial, running, batch)
         advance((done["forward"] + done["backward"]) * windows.shape[1])
-    saved = time.monotonic()
 
     def save(path: Path) -> None:
         save_statistics(running, path, unfinished=done)
 
-    def save_now_and_then() -> None:
-        nonlocal saved
-        if partial is not None and stopped():
-            write_or_keep(partial, save)
-        elif partial is not None and time.monotonic() - saved >= save_every:
-            try:
-                save(partial)
-            except OutputError as e:  # the end is what counts, and there may be room again by then
-                logger.warning("going on unsaved: %s", e)
-            saved = time.monotonic()
-        if stopped():
-            raise KeyboardInterrupt
-
     device = model.embeddings.weight.device
     collector = Collector(running.layers, done["forward"] * windows.shape[1])
-    with put_off() as stopped:
+    with saving(partial, save, save_every) as step_done:
         with torch.no_grad():
             for at in range(done["forward"], len(windows), batch):
                 rows = windows[at : at + batch]
@@ -158,12 +139,12 @@ def collect(
                 done["forward"] += len(rows)
                 collector.check_tokens(done["forward"] * windows.shape[1])
                 advance(rows.numel())
-                save_now_and_then()
+                step_done()
         if need_gradients(names):
             for tokens in add_gradients(model, windows[done["backward"] :], running.layers):
                 done["backward"] += 1
                 advance(tokens)
-                save_now_and_then()
+                step_done()
     return running
 
 

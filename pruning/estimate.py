@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowkey.files import check_writable
+from lowkey.words import counted, duration, in_units
 from modeling.checkpoint import Checkpoint
-from modeling.files import check_writable
 from modeling.model import Model
 from modeling.spec import ModelSpec
-from modeling.words import counted, duration, in_units
 from pruning.calibration import BATCH
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
@@ -169,7 +169,7 @@ def _head(spec: ModelSpec, length: int, device: torch.device, *, gradients: bool
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Of the second of two runs: the first one pays for what is only made once."""
+    """Seconds of the second of two runs: the first one pays for what is only made once."""
     for _ in range(2):
         began = time.perf_counter()
         run()
@@ -200,7 +200,7 @@ def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
 
 
 def budget_line(passes: int, limit: int, windows: Tensor) -> str:
-    """What measuring each layer is."""
+    """What is measured to choose each layer's width."""
     return (
         f"widths: measured per layer for at most {counted(limit, 'byte')} of state, "
         f"{counted(passes, 'forward pass')} over {counted(windows.numel(), 'token')}"

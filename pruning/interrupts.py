@@ -1,12 +1,19 @@
 """Ctrl-C in long work: what is done is saved first, and the user is told how to go on."""
 
+import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
+
+from lowkey.files import OutputError, write_or_keep
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nstopping once what is done is saved; once more to stop at once\n"
@@ -39,8 +46,42 @@ def put_off() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
+def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iterator[Callable[..., None]]:
+    """For long work that can go on from a file. What is yielded is to be called between two steps of the work: it saves
+    every so many seconds, and ends the work once Ctrl-C or SIGTERM has come and what is done is saved.
+
+    Args:
+        file: where to save to; None saves nothing.
+        save: writes what is done to the path that it gets. Raises OutputError if it can't.
+        every: seconds between two saves. One that fails is a warning.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM.
+        OutputError: then what is done could not be saved; the message says where it is instead.
+    """
+    saved_at = time.monotonic()
+
+    def step_done(*, last: bool = False) -> None:
+        """After the `last` step it saves in any case."""
+        nonlocal saved_at
+        if stopped():
+            if file is not None:
+                write_or_keep(file, save)
+            raise KeyboardInterrupt
+        if file is not None and (last or time.monotonic() - saved_at >= every):
+            try:
+                save(file)
+            except OutputError as e:  # the end is what counts, and there may be room again by then
+                logger.warning("going on unsaved: %s", e)
+            saved_at = time.monotonic()
+
+    with put_off() as stopped:
+        yield step_done
+
+
+@contextmanager
 def left_behind(what: str) -> Iterator[None]:
-    """What is said of an interruption of the block, unless something was said already."""
+    """Gives a KeyboardInterrupt of the block the words that the user is told, unless it has some already."""
     try:
         yield
     except KeyboardInterrupt as e:
@@ -49,7 +90,7 @@ def left_behind(what: str) -> Iterator[None]:
 
 @contextmanager
 def going_on_from(saved: Path) -> Iterator[None]:
-    """`left_behind` for work that saves to a file."""
+    """As `left_behind`, for work that saves to a file: says that the same command goes on from there."""
     try:
         yield
     except KeyboardInterrupt as e:

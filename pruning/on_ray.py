@@ -31,7 +31,7 @@ class Job:
     needed: tuple[StatisticName, ...]
     shards: int
     threads: int
-    """Of a shard on a CPU: as many as here, so that products are summed in the same order."""
+    """CPU threads of a shard: as many as here, so that products are summed in the same order."""
     memory: int
     """Bytes that one shard takes."""
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.status import Status
 from rich.text import Text
 
-from modeling.words import counted, duration
+from lowkey.words import counted, duration
 
 EVERY = 10.0
 """Seconds between two lines."""
@@ -49,7 +49,7 @@ class Meter:
         self._done += tokens
 
     def line(self) -> str:
-        """`calibrating: 4,096 of 8,192 tokens, 512 tokens/s, about 8 s left`."""
+        """A line such as `calibrating: 4,096 of 8,192 tokens, 512 tokens/s, about 8 s left`."""
         seconds = self._clock() - self._began
         if self._total is None:
             return f"{self.description}: {duration(seconds)} so far"
@@ -81,7 +81,7 @@ class Busy:
         self.stop()
 
     def say(self, what: str) -> None:
-        """What is being done from here on."""
+        """Show another text from here on."""
         self._meter.description = what
         if self._status is not None:
             self._status.update(Text(what))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowkey.files import write_or_keep
 from modeling.checkpoint import (
     REDUCTION,
     Checkpoint,
@@ -19,7 +20,6 @@ from modeling.checkpoint import (
     write_json,
     write_safetensors,
 )
-from modeling.files import write_or_keep
 from modeling.model import Model
 from pruning.batches import Batches, token_stream
 from pruning.calibration import Encoder, Text
@@ -30,7 +30,7 @@ from pruning.surgery import RECOVERY, check_runs, copy_other_files
 from pruning.training import OnStep, Result, Settings, check_saved, heldout_loss, no_report, train
 
 FORMAT = 1
-"""Of `recovery.json`."""
+"""Version of the form of `recovery.json`."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Of an earlier, interrupted run. Raises PruningError if its settings were others."""
+        """Steps that an earlier, interrupted run has done. Raises PruningError if its settings were others."""
         return check_saved(self.saved, self.fingerprint)
 
 

@@ -13,8 +13,8 @@ import tokenizers
 import torch
 
 from lowkey import __version__
+from lowkey.files import check_writable
 from modeling.checkpoint import REDUCTION, Checkpoint, new_directory, open_checkpoint, write_json
-from modeling.files import check_writable
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
@@ -24,7 +24,7 @@ from pruning.statistics import Statistics
 from pruning.surgery import check_runs, write_reduced
 
 FORMAT = 1
-"""Of `state_reduction.json`."""
+"""Version of the form of `state_reduction.json`."""
 
 
 class _Source(TypedDict):

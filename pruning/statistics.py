@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowkey.files import replacing
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
-from modeling.files import replacing
 from modeling.spec import ModelSpec
-from modeling.words import counted
 from pruning.calibration import Origin
 from pruning.errors import PruningError
 from pruning.gradients import GRADIENTS, GradientName

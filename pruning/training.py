@@ -1,9 +1,7 @@
 """Training for recovery: cross entropy and distillation, AdamW, cosine schedule; resumed where it was killed."""
 
 import json
-import logging
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,16 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modeling.files import OutputError, replacing, write_or_keep
+from lowkey.files import replacing
 from modeling.model import Model
 from pruning.batches import Batches
 from pruning.calibration import WINDOW
 from pruning.errors import PruningError
 from pruning.evaluation import perplexity
-from pruning.interrupts import put_off
+from pruning.interrupts import saving
 from pruning.trainable import TRAINABLE_SETS, TrainableSet, trainable
-
-logger = logging.getLogger(__name__)
 
 WARMUP = 0.05
 """Share of the steps over which the learning rate rises."""
@@ -64,7 +60,7 @@ class Settings:
     rank: int = 32
     alpha: int = 64
     seed: int = 0
-    """Of the order of the text and of the adapters."""
+    """Seed of the order of the text and of the adapters."""
     evaluations: int = 10
     """Points of the held-out curve after the first."""
 
@@ -120,7 +116,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """Of a finished run."""
+    """What a finished run leaves."""
 
     curve: list[Point]
     trained_parameters: int
@@ -222,24 +218,11 @@ def _train(
     else:
         progress = _Progress(0, [])
         progress.curve.append(measured(progress))
-    kept_at = time.monotonic()
 
     def save(path: Path) -> None:
         _save(path, parameters, optimizer, progress, fingerprint)
 
-    def save_now_and_then() -> None:
-        nonlocal kept_at
-        if stopped():
-            write_or_keep(saved, save)
-            raise KeyboardInterrupt
-        if progress.step == settings.steps or time.monotonic() - kept_at >= save_seconds:
-            try:
-                save(saved)
-            except OutputError as e:  # the end is what counts, and there may be room again by then
-                logger.warning("going on unsaved: %s", e)
-            kept_at = time.monotonic()
-
-    with put_off() as stopped:
+    with saving(saved, save, save_seconds) as step_done:
         while progress.step < settings.steps:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(progress.step)
@@ -263,7 +246,7 @@ def _train(
             if progress.step in evaluated:
                 progress.curve.append(measured(progress))
                 progress.ce = progress.kl = 0.0
-            save_now_and_then()
+            step_done(last=progress.step == settings.steps)
             on_step(settings.tokens_per_step, ce)
     return progress.curve
 

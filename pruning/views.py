@@ -10,9 +10,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
-from modeling.words import counted
 from pruning.evaluation.record import Entry, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.reduction import record_of

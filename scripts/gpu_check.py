@@ -80,8 +80,8 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from lowkey.files import OutputError
     from modeling.checkpoint import write_json
-    from modeling.files import OutputError
 
     console = Console(width=160)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -165,7 +165,7 @@ def write_checkpoint(path: Path, settings: dict[str, Any], model: Model) -> Chec
 
 
 def large_checkpoint(run: Run, family: str, d_k: int) -> Checkpoint:
-    """Of `large_config`, bfloat16; written once."""
+    """A checkpoint of `large_config`, bfloat16; written once."""
     path = run.folder / f"{family}-{d_k}"
     if path.exists():
         return Checkpoint(path)

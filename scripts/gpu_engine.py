@@ -266,7 +266,7 @@ class Server:
             time.sleep(0.2)
 
     def cpu_seconds(self) -> float:
-        """Of the API process so far."""
+        """CPU time of the API process so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 

@@ -110,7 +110,7 @@ def same_text(tokens: Tensor, logits: Tensor, expected: Tensor) -> str:
 
 
 def parity_size(run: Run) -> dict[str, int]:
-    """Of the models whose text is compared."""
+    """Size of the models whose text is compared."""
     if run.small:
         return {"hidden": 64, "layers": 2, "heads": 2, "d_v": 16, "vocab": 257}
     return {"hidden": 512, "layers": 4, "heads": 4, "d_v": 128, "vocab": 2000}

@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 PAIRS_KEPT = 2000
 GAPS_PER_REQUEST = 10
 MIN_SPEED_TOKENS = 16
-"""Tokens of a request whose own speed counts in the percentiles: that of a shorter one is mostly noise."""
+"""Fewest tokens of a request whose own speed counts in the percentiles: that of a shorter one is mostly noise."""
 
 
 class Ring:

@@ -26,10 +26,10 @@ MAX_STEPS = 200_000
 """A rendering is given up after so many rounds of its loops and calls of its macros."""
 
 PROBE = "Is this\nwritten?"
-"""A line break does not survive where a list is written as Python shows it."""
+"""What a template is tried with. It has a line break, which is lost where a list is written as Python shows it."""
 
 MAX_BITS = 2**16
-"""No number of a template is larger."""
+"""Most bits of a number that a template computes."""
 
 Conversation = list[dict[str, Any]]
 
@@ -50,7 +50,7 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with an end to every loop and to what is multiplied.
+    """Jinja's sandbox, with limits on loops and on products.
 
     The sandbox stops nobody from nesting loops, and a rendering can't be interrupted from outside. So each round of a
     loop, each item that a loop's condition looks at and each call of a macro is counted.
@@ -85,7 +85,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """A rendering begins, in this thread."""
         self._rendering.steps = 0
 
-    @jinja2.pass_context  # what gets the context is not computed when the template is compiled
+    @jinja2.pass_context  # else Jinja would compute it once, when the template is compiled
     def _step(self, _: jinja2.runtime.Context, value: bool) -> bool:
         """Count one step of the rendering. A test, because tests are called directly, functions through the sandbox."""
         self._rendering.steps += 1
@@ -206,9 +206,8 @@ class ChatTemplate:
             marked = [*content[:-1], {**content[-1], "text": f"{text}{mark} "}]
         else:
             raise TemplateRefusedError("the last message has no content to continue")
-        written, found, after = self._render([*before, {**last, "content": marked}], variables).rpartition(
-            mark
-        )
+        rendered = self._render([*before, {**last, "content": marked}], variables)
+        written, found, after = rendered.rpartition(mark)
         if not after.startswith(" "):
             written = written.rstrip()
         if not found or not written.rstrip().endswith(text.strip()):
@@ -229,16 +228,13 @@ class ChatTemplate:
             text = "".join(pieces)
             text.encode()  # JSON may hold half a surrogate pair, which no tokenizer takes
             return text
-        except (
-            Exception
-        ) as e:  # A template is code: over content that it did not expect it may fail in any way.
-            raise TemplateRefusedError(
-                f"the model's chat template refuses these messages: {_reason(e)}"
-            ) from e
+        except Exception as e:  # a template is code, and may fail in any way
+            reason = f"the model's chat template refuses these messages: {_reason(e)}"
+            raise TemplateRefusedError(reason) from e
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, of which some say nothing, as text that can be sent: it may cite what is none."""
+    """An error's message as text that can be sent: some have none, and some quote half a surrogate pair."""
     return (str(error) or type(error).__name__).encode(errors="backslashreplace").decode()
 
 

@@ -3,14 +3,14 @@ what is left of a request once it has been answered, and on the time for which a
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.unread import CountingTransport, UnreadWatch
 
 MAX_HEADER_BYTES = 2**16
-"""Of headers, or trailers, that have not ended; those that end within one read may be longer."""
+"""How long headers, or trailers, may be that have not ended; those that end within one read may be longer."""
 
 MAX_UNREAD_BYTES = 2**20
 UNREAD_TIMEOUT_S = 2.0
@@ -19,15 +19,12 @@ of it must be read: most clients send all of a request before they look for the 
 while bytes arrive is reset, which may cost its client the answer."""
 
 
-class _Transport:
-    """A connection's transport whose `close` is the protocol's; everything else is the transport's own."""
+class _Transport(CountingTransport):
+    """A connection's transport as uvicorn gets it: its `close` is the protocol's."""
 
-    def __init__(self, transport: CountingTransport, close: Callable[[], None]) -> None:
-        self._transport = transport
+    def __init__(self, transport: asyncio.Transport, close: Callable[[], None]) -> None:
+        super().__init__(transport)
         self.close = close
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -40,8 +37,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     header_timeout_s: ClassVar[float]
     write_timeout_s: ClassVar[float]
-    _connection: CountingTransport
-    """What uvicorn knows as `transport`, but for its `close`."""
+    _connection: asyncio.Transport
+    """The transport itself: its `close` closes the connection."""
     _untaken: UnreadWatch | None = None
     _timer: asyncio.TimerHandle | None = None
     """Closes the connection."""
@@ -59,9 +56,10 @@ class HttpProtocol(HttpToolsProtocol):
         return type("HttpProtocol", (cls,), {"header_timeout_s": header_s, "write_timeout_s": write_s})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._connection = CountingTransport(transport)
-        super().connection_made(cast(asyncio.Transport, _Transport(self._connection, self._close)))
-        self._untaken = UnreadWatch(self._connection, self.write_timeout_s)
+        self._connection = transport
+        counting = _Transport(transport, self._close)
+        super().connection_made(cast(asyncio.Transport, counting))
+        self._untaken = UnreadWatch(counting, self.write_timeout_s)
         self._close_in(self.header_timeout_s)
 
     def data_received(self, data: bytes) -> None:

@@ -318,7 +318,7 @@ class Front:
             parts.cancel()
 
     async def _metrics(self, call: Call) -> Response:
-        """Of all replicas, for whom one replica lets in."""
+        """Metrics of all replicas, for a client whom one replica lets in."""
         answer = await self._pass_on(call, "", "")
         if answer.status_code != 200:
             return answer

@@ -386,9 +386,8 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:
     Raises:
         ConfigurationError: a value is no good or a file can't be read.
     """
-    values = (
-        {} if config is None else _read_toml(config)
-    )  # pydantic-settings takes a missing file for an empty one
+    # pydantic-settings would take a missing file for an empty one.
+    values = {} if config is None else _read_toml(config)
 
     class FileSettings(Settings):
         @classmethod

@@ -88,7 +88,7 @@ class Header:
     """Name -> dtype, as safetensors calls it, and shape."""
     data_at: int
     size: int
-    """Of the whole file, in bytes."""
+    """Bytes of the whole file."""
 
     @property
     def data_bytes(self) -> int:

@@ -11,7 +11,7 @@ from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
 MOST_LAYERS = 1024
 MOST_CONV = 64
 MOST_WEIGHTS = 2**40
-"""Of one matrix."""
+"""Entries of one matrix, at most."""
 
 
 def refuse_unsupported(config: Config) -> None:

@@ -10,10 +10,10 @@ import torch
 import typer
 from torch import Tensor
 
+from lowkey.files import check_new_file, write_or_keep
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
-from modeling.files import check_new_file, write_or_keep
 from modeling.model import Model
-from modeling.words import counted
 from pruning.calibration import BATCH, Origin, take_shard
 from pruning.collection import collect, tokens_to_run
 from pruning.commands.console import err_console, out_console

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from lowkey.files import check_new_file, write_or_keep
 from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
-from modeling.files import check_new_file, write_or_keep
 from modeling.model import Model
 from pruning import views
 from pruning.calibration import WINDOW, Encoder, Text

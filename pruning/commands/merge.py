@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from modeling.files import check_new_file
-from modeling.words import counted
+from lowkey.files import check_new_file
+from lowkey.words import counted
 from pruning.commands.console import out_console
 from pruning.options import Overwrite
 from pruning.statistics import load_statistics, merge, save_statistics

@@ -9,10 +9,10 @@ import torch
 import typer
 from torch import Tensor
 
+from lowkey.files import check_writable, write_or_keep
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
-from modeling.files import check_writable, write_or_keep
 from modeling.model import Model
-from modeling.words import counted
 from pruning import views
 from pruning.budget import DEFAULT_ALIGN, Budget, curve_passes, spend
 from pruning.calibration import WINDOW, Origin, bundled_text

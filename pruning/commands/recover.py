@@ -7,8 +7,8 @@ from typing import Annotated, cast
 import torch
 import typer
 
+from lowkey.words import counted
 from modeling.checkpoint import open_checkpoint
-from modeling.words import counted
 from pruning.calibration import WINDOW
 from pruning.commands.calibrate import tell
 from pruning.commands.console import err_console, out_console

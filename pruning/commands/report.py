@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from lowkey import how_to_install
-from modeling.files import check_new_file, check_writable, replacing
-from modeling.words import counted, in_units
+from lowkey.files import check_new_file, check_writable, replacing
+from lowkey.words import counted, in_units
 from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
 from pruning.options import Overwrite

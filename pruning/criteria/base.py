@@ -22,7 +22,7 @@ class Head:
     index: int
     d_k: int
     seed: int
-    """Of the whole selection; `generator` makes the head's own from it."""
+    """Seed of the whole selection; `generator` makes the head's own from it."""
     tokens: int = 0
     """That the statistics are sums over."""
     statistics: Mapping[StatisticName, NDArray[np.float64]] = field(default_factory=dict)

@@ -25,7 +25,7 @@ class Entry:
     sha256: str
     d_k: list[int]
     state_bytes: int
-    """Of one request, float32."""
+    """Size of one request's state in float32."""
     method: str | None
     """That reduced it."""
     perplexity: Perplexity | None = None
@@ -48,7 +48,7 @@ class Evaluation:
     text: str
     text_sha256: str
     seed: int
-    """Of prompts and noise."""
+    """Seed of prompts and noise."""
     checkpoints: list[Entry]
 
 

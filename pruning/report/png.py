@@ -6,7 +6,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from modeling.files import replacing
+from lowkey.files import replacing
 from pruning.errors import PruningError
 from pruning.report.page import document
 from pruning.report.style import Figure

@@ -15,7 +15,7 @@ from server.api.generation import Chunk
 from server.api.schemas import ChoiceFields, StreamOptions
 from server.api.serving import unless_disconnected
 from server.api.streaming import DONE, EventStream, sse
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 
 Shape = Callable[[int, Chunk, str | None], dict[str, Any]]
 """(choice's index, its chunk, finish reason) -> the entry of `choices`."""

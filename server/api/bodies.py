@@ -34,11 +34,11 @@ MAX_ITEMS = 4096
 LONG_BYTES = 2**16
 """Bodies that are longer are read beside the event loop."""
 _PIECE_BYTES = 2**16
-"""Text of token ids that is decoded at once."""
+"""How much of a list of token ids is decoded at once."""
 _FEW = 1000
-"""Values that are decoded at once."""
+"""How many values are decoded at once."""
 _SHORT_BYTES = 1024
-"""Lists of numbers that are left to pydantic, which says best what is wrong with one."""
+"""Lists of numbers that are no longer are left to pydantic, which says best what is wrong with one."""
 
 _Begin = msgspec.defstruct(
     "_Begin", [(f"item_{i}", Raw | UnsetType, UNSET) for i in range(MAX_ITEMS + 1)], array_like=True
@@ -82,7 +82,7 @@ class _ReadRequest(Request):
 
 
 async def _read(request: Request, model: type[M]) -> M:
-    """The body as the model has it. 400 for one that is something else."""
+    """The body as an instance of the model. Raises APIError 400 for one that is something else."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.+\+)?json", kind):
         raise APIError(400, "the body must be JSON, sent with content-type: application/json")
@@ -93,7 +93,7 @@ async def _read(request: Request, model: type[M]) -> M:
 
 
 def parse(body: bytes, model: type[M]) -> M:
-    """What a body says, as the model has it. Raises APIError 400, which names the field at fault."""
+    """A body's text as an instance of the model. Raises APIError 400, which names the field at fault."""
     try:
         values = _Values().of_model(body, model, ())
     except msgspec.ValidationError as e:
@@ -110,7 +110,8 @@ def parse(body: bytes, model: type[M]) -> M:
 
 
 def _no_json(body: bytes, reason: str, model: type[BaseModel]) -> APIError:
-    """Two things that other parsers take are told of the field that has them."""
+    """The error for a body that can't be decoded. It names the field that has NaN or half a surrogate pair: other
+    parsers accept both."""
     place = re.search(r"\(byte (\d+)\)", reason)
     at = int(place[1]) if place else len(body)
     if found := _NOT_A_NUMBER.match(body, max(at - 1, 0)) or _NOT_A_NUMBER.match(body, at):
@@ -126,8 +127,8 @@ def _no_json(body: bytes, reason: str, model: type[BaseModel]) -> APIError:
 
 @cache
 def _form_of(model: type[BaseModel]) -> tuple[Any, dict[str, type[BaseModel] | None]]:
-    """A struct of the fields that the model has or refuses, undecoded, and the model that the type of each of them has
-    in it, if any."""
+    """Two things about a model: a struct of the fields that it has or refuses, which leaves them undecoded; and by the
+    field's name the model that the type of each field contains, None if there is none."""
 
     def model_in(kind: Any) -> type[BaseModel] | None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
@@ -163,6 +164,7 @@ class _Values:
         return values
 
     def _value(self, text: bytes, model: type[BaseModel] | None, path: Path) -> Any:
+        """One value, which is an object of `model` or a list of them if its field has such a type."""
         kind = text[:1]
         if kind == b"{" and model is not None:
             return self.of_model(text, model, path)
@@ -178,6 +180,7 @@ class _Values:
         return _decoded(text, path)
 
     def _items(self, text: bytes, path: Path) -> list[bytes]:
+        """The entries of a list, undecoded."""
         begin = msgspec.structs.astuple(msgspec.json.decode(text, type=_Begin))
         items = [bytes(item) for item in itertools.takewhile(lambda item: item is not UNSET, begin)]
         if len(items) > MAX_ITEMS:
@@ -186,6 +189,7 @@ class _Values:
         return items
 
     def _take(self, values: int, path: Path) -> None:
+        """Count values that are about to be decoded. Raises APIError if the body has too many."""
         self._left -= values
         if self._left < 0:
             raise _refused(
@@ -194,11 +198,12 @@ class _Values:
 
 
 def _weight(text: bytes) -> int:
-    """As many values as the text has, at most: commas in strings count."""
+    """At least as many as the text has values: commas in strings are counted too."""
     return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 
 def _ids(text: bytes, path: Path) -> CheckedIds:
+    """A list of token ids, decoded in pieces."""
     ids, at, end = CheckedIds(), text.index(b"[") + 1, text.rindex(b"]")
     while at < end:
         cut = text.find(b",", at + _PIECE_BYTES, end)

@@ -14,7 +14,7 @@ from server.api.generation import MIN_TIMED_TOKENS, Chunk, Entry, Generation, Sa
 from server.api.schemas import ChoiceFields
 from server.api.serving import Places, ServerState
 from server.api.streaming import merged, together
-from server.engine.client import BrokenOutputError
+from server.engine.exchange import BrokenOutputError
 from server.engine.messages import Score, Scored
 from server.settings import Settings
 from server.text import Detokenizer
@@ -26,7 +26,8 @@ PART_ENTRIES = 100
 
 
 def _parts(chunk: Chunk) -> list[Chunk]:
-    """The same in chunks of few entries: to encode one holds up all streams. The offsets count from its begin."""
+    """A chunk, whose entries' offsets count from its first character, as chunks of few entries: to encode a long one
+    would hold up all streams."""
     parts = [chunk.entries[at : at + PART_ENTRIES] for at in range(0, len(chunk.entries), PART_ENTRIES)]
     cuts = [0, *(part[0].offset for part in parts[1:]), len(chunk.text)]
     return [Chunk(chunk.text[a:b], part) for (a, b), part in zip(pairwise(cuts), parts or [[]], strict=True)]
@@ -91,7 +92,7 @@ class Choices:
         self._prompts = prompts
         self._echo = echo
         self._echoed: list[Chunk] = []
-        # While a stream is read, a choice has a token or two in waiting; a whole answer takes each as it comes.
+        # A reader who keeps up leaves a token or two waiting. A whole answer takes each token as it comes.
         most_unread = state.settings.stream_buffer_bytes / (len(prompts) * self.each)
         self.generations = [
             Generation(
@@ -143,7 +144,7 @@ class Choices:
         if self._echo is not None:
             for part in _parts(before):
                 yield part, None
-                await asyncio.sleep(0)  # a reader that is fast enough would take all of them at once
+                await asyncio.sleep(0)  # let others run: a fast reader never makes this wait
         rest = NOTHING
         async with aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:

@@ -23,7 +23,7 @@ from server.api.serving import (
     unless_disconnected,
 )
 from server.api.streaming import DONE, EventStream, sse
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 from server.variants import Variant
 
 router = APIRouter(route_class=JSONRoute)

@@ -78,7 +78,7 @@ class Comparison:
             )
             for variant in variants
         }
-        # Cut to what fits, they may differ: contexts do.
+        # Prompts that were cut to fit differ where contexts do: all are cut to the shortest.
         least = min(map(len, prompt_ids.values()))
         prompt_ids = {name: ids[-least:] for name, ids in prompt_ids.items()}
         return cls(state, body, variants, prompt_ids, arrived, priority, salt)

@@ -64,4 +64,4 @@ class RequestContext:
 
 
 current: ContextVar[RequestContext | None] = ContextVar("lowkey_request", default=None)
-"""Of the request that this task works for."""
+"""The context of the request that this task works for."""

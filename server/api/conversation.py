@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any, NoReturn
 
-from server.api.errors import APIError
+from server.api.errors import APIError, echo
 from server.api.schemas import Message, TemplateFields
 from server.chat_template import ChatTemplate, TemplateRefusedError
 from server.variants import Variant
@@ -38,8 +38,8 @@ def _render(template: ChatTemplate, messages: list[Message], fields: TemplateFie
 
 
 def _plain(message: Message, where: str, template: ChatTemplate) -> dict[str, Any]:
-    """A message as templates expect it, and as vLLM gives it to them. What is null is left out, but for the content:
-    many templates write it without a question, and null as the word None."""
+    """A message as templates expect it, and as vLLM gives it to them. What is null is left out. A content that
+    is null becomes an empty text, because many templates would write the word None."""
     fields = {name: value for name, value in (message.model_extra or {}).items() if value is not None}
     if message.role == "assistant":
         reasoning = next((fields[name] for name in REASONING if name in fields), None)
@@ -49,7 +49,7 @@ def _plain(message: Message, where: str, template: ChatTemplate) -> dict[str, An
         calls = fields.pop("tool_calls")
         if not isinstance(calls, list):
             _refuse(f"{where}.tool_calls", "must be a list", calls)
-        if calls:  # templates ask whether there is one
+        if calls:  # to many templates an empty list means that there are calls
             fields["tool_calls"] = [_call(call, f"{where}.tool_calls[{at}]") for at, call in enumerate(calls)]
     return {"role": message.role, "content": _content(message, template), **fields}
 
@@ -97,12 +97,5 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
-def _shown(value: Any) -> str:
-    """A value in an error, cut before it is written out: it may be as large as a body."""
-    if isinstance(value, list | dict):
-        return "a list" if isinstance(value, list) else "an object"
-    return repr(value[:200] if isinstance(value, str) else value)[:200]
-
-
 def _refuse(where: str, text: str, value: Any) -> NoReturn:
-    raise APIError(400, f"{where}: {text}, got {_shown(value)}", param="messages")
+    raise APIError(400, f"{where}: {text}, got {echo(value)}", param="messages")

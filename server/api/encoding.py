@@ -9,30 +9,30 @@ from fastapi.responses import Response
 
 T = TypeVar("T")
 
-_encoder = msgspec.json.Encoder()
+encoder = msgspec.json.Encoder()
 
 _PIECE_ITEMS = 500
 _PIECE_CHARACTERS = 2**18
 
 
 def json_list(items: Sequence[T], shape: Callable[[T], Any]) -> msgspec.Raw:
-    """A list of what `shape` makes of each item."""
+    """JSON of the list of what `shape` makes of each item."""
     pieces = [
-        _encoder.encode([shape(item) for item in items[at : at + _PIECE_ITEMS]])[1:-1]
+        encoder.encode([shape(item) for item in items[at : at + _PIECE_ITEMS]])[1:-1]
         for at in range(0, len(items), _PIECE_ITEMS)
     ]
     return msgspec.Raw(b"[" + b",".join(pieces) + b"]")
 
 
 def json_text(text: str) -> msgspec.Raw:
-    """A text."""
+    """JSON of a text."""
     pieces = [
-        _encoder.encode(text[at : at + _PIECE_CHARACTERS])[1:-1]
+        encoder.encode(text[at : at + _PIECE_CHARACTERS])[1:-1]
         for at in range(0, len(text), _PIECE_CHARACTERS)
     ]
     return msgspec.Raw(b'"' + b"".join(pieces) + b'"')
 
 
 def json_response(body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    """A whole answer, of values and of what the functions above made."""
-    return Response(_encoder.encode(body), media_type="application/json", headers=dict(headers or {}))
+    """A whole answer. Its values may be what `json_list` and `json_text` made."""
+    return Response(encoder.encode(body), media_type="application/json", headers=dict(headers or {}))

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from server.engine.client import EngineError, EngineUnavailableError, StateError
+from server.engine.exchange import EngineError, EngineUnavailableError, StateError
 
 MAX_LISTED = 10
 MAX_ECHO = 200
@@ -68,7 +68,7 @@ def unavailable(message: str) -> APIError:
 
 
 def _location(error: dict[str, Any]) -> tuple[str | int, ...]:
-    """Of the field at fault, without the place that FastAPI found it in."""
+    """The path of the field at fault, without the place that FastAPI found it in."""
     location: tuple[str | int, ...] = error["loc"]
     return location[1:] if location[:1] in (("query",), ("path",)) else location
 
@@ -80,10 +80,10 @@ def _one(error: dict[str, Any]) -> str:
         return str(message)
     if error["type"] in ("missing", "too_long"):
         return f"{where}: {message}"
-    return f"{where}: {message}, got {_echo(error.get('input'))}"
+    return f"{where}: {message}, got {echo(error.get('input'))}"
 
 
-def _echo(value: Any) -> str:
+def echo(value: Any) -> str:
     """The beginning of the value's `repr`, without making all of it."""
     text = ""
     for piece in _pieces_of(value):

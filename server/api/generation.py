@@ -12,9 +12,10 @@ from typing import Any
 import msgspec
 
 from server.api.errors import APIError
+from server.api.prompts import check_vocabulary
 from server.api.schemas import SamplingFields
 from server.api.serving import ServerState
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 from server.engine.messages import (
     FinishReason,
     Generate,
@@ -34,13 +35,7 @@ MIN_TIMED_TOKENS = 8
 def checked_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
     """Token id -> bias. 400 for an id that the model lacks. The variant has loaded."""
     bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
-    vocab = variant.info.vocab_size
-    if bias and max(bias) >= vocab:
-        raise APIError(
-            400,
-            f"logit_bias: token id {max(bias)} is not below the vocabulary size {vocab}",
-            param="logit_bias",
-        )
+    check_vocabulary(bias, variant, "logit_bias")
     return bias
 
 
@@ -48,10 +43,7 @@ def checked_allowed(fields: SamplingFields, variant: Variant) -> list[int]:
     """The only ids that may be generated; empty for all. 400 for one that the model lacks, or if `min_tokens` leaves
     none of them. The variant has loaded."""
     allowed = fields.allowed_token_ids or []
-    vocab = variant.info.vocab_size
-    if allowed and max(allowed) >= vocab:
-        message = f"allowed_token_ids: token id {max(allowed)} is not below the vocabulary size {vocab}"
-        raise APIError(400, message, param="allowed_token_ids")
+    check_vocabulary(allowed, variant, "allowed_token_ids")
     if allowed and fields.min_tokens and set(allowed) <= stop_ids(fields, variant):
         message = "allowed_token_ids: each of them ends the completion, which min_tokens forbids"
         raise APIError(400, message, param="allowed_token_ids")
@@ -229,7 +221,7 @@ class Generation:
         return Chunk(self.text, entries)
 
     def _take(self, tokens: list[Token], entries: list[Entry]) -> str:
-        """Account for tokens, up to the one that completes a stop string; the text that they let out. Adds what the
+        """Account for tokens, up to the one that completes a stop string; returns the text to show. Adds what the
         model thought of each to `entries`, if log-probabilities were asked for."""
         pieces: list[str] = []
         for token in tokens:
@@ -322,7 +314,7 @@ class Generation:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the prompt, those that a saved state stands for included."""
+        """Tokens of the prompt, those that a saved state stands for included."""
         return self._saved_tokens + len(self.prompt_ids)
 
     @property

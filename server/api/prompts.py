@@ -1,6 +1,7 @@
 """From a prompt to token ids that a variant takes."""
 
 import asyncio
+from collections.abc import Iterable
 
 from server.api.errors import APIError
 from server.api.serving import ServerState
@@ -53,12 +54,16 @@ async def encode_prompt(
         at_fault = "max_tokens" if length < limit else param
         counts = f"the prompt has {length} and max_tokens is {max_tokens}, {length + max_tokens} together"
         raise _too_long(state, variant, counts, at_fault)
-    vocab = variant.info.vocab_size
-    if max(ids) >= vocab:  # of a text too: a tokenizer may know more tokens than the model
-        raise APIError(
-            400, f"{param}: token id {max(ids)} is not below the vocabulary size {vocab}", param=param
-        )
+    check_vocabulary(ids, variant, param)  # for a text too: a tokenizer may know more tokens than the model
     return ids
+
+
+def check_vocabulary(ids: Iterable[int], variant: Variant, param: str) -> None:
+    """400 for a token id that the model lacks; `param` is the field that has it. The variant has loaded."""
+    largest, vocab = max(ids, default=-1), variant.info.vocab_size
+    if largest >= vocab:
+        message = f"{param}: token id {largest} is not below the vocabulary size {vocab}"
+        raise APIError(400, message, param=param)
 
 
 def _too_long(state: ServerState, variant: Variant, counts: str, param: str) -> APIError:

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from server.api.errors import APIError, unavailable
-from server.engine.client import StateError
+from server.engine.exchange import StateError
 from server.engine.messages import Ready, SaveState
 from server.settings import ConfigurationError, Settings
 from server.states import (

@@ -35,19 +35,8 @@ def _refuse(field: str, text: str) -> PydanticCustomError:
     return PydanticCustomError("refused", "{field} {text}", {"field": field, "text": text})
 
 
-def _text(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as e:  # JSON may hold half a surrogate pair, which no tokenizer takes
-            raise PydanticCustomError(
-                "not_text", "is no valid text at character {at}", {"at": e.start}
-            ) from None
-    return value
-
-
 def _few_biases(value: Any) -> Any:
-    """Before any entry is looked at: each bad one would make an error."""
+    """Refuse too many entries before any is looked at: each bad one would make an error."""
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         raise PydanticCustomError(
             "too_long", "may have {most} entries, and has {count}", {"most": MAX_BIASES, "count": len(value)}
@@ -66,7 +55,6 @@ def _one_prompt_kind(value: Any) -> str:
     return "ids" if isinstance(value, list) else "text"
 
 
-Text = Annotated[str, BeforeValidator(_text)]
 Name = Annotated[str, StringConstraints(max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -83,11 +71,11 @@ def _unless_checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True), WrapValidator(_unless_checked)]
 """Fails at the first bad id: a million of them would make a million errors, of which ten are shown."""
 Prompt = Annotated[
-    Annotated[Text, Tag("text")] | Annotated[TokenIds, Tag("ids")], Discriminator(_one_prompt_kind)
+    Annotated[str, Tag("text")] | Annotated[TokenIds, Tag("ids")], Discriminator(_one_prompt_kind)
 ]
 Prompts = Annotated[
-    Annotated[Text, Tag("text")]
-    | Annotated[list[Text], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("texts")]
+    Annotated[str, Tag("text")]
+    | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("texts")]
     | Annotated[TokenIds, Tag("ids")]
     | Annotated[list[TokenIds], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("id_lists")],
     Discriminator(_prompt_kind),
@@ -96,7 +84,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
 CacheSalt = Annotated[
-    Annotated[Text, StringConstraints(min_length=1, max_length=256)] | None,
+    Annotated[str, StringConstraints(min_length=1, max_length=256)] | None,
     Field(
         description="Cached prefixes are shared only with requests of the same salt (and key); by default with all of "
         "the key's."
@@ -287,7 +275,7 @@ class CompletionRequest(ChoiceFields):
 
 class TextPart(Fields):
     type: Annotated[str, Field(pattern="^text$", description="Only text.")]
-    text: Text
+    text: str
 
 
 class Message(Fields):
@@ -295,8 +283,8 @@ class Message(Fields):
 
     model_config = ConfigDict(extra="allow", strict=True)
 
-    role: Annotated[Text, StringConstraints(min_length=1, max_length=64)]
-    content: Text | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
@@ -388,7 +376,7 @@ class TokenizeRequest(CheckedFields, TemplateFields):
     no_ops = refused.RENDERING
 
     model: str | None = Field(None, max_length=256, description="The first variant if not given.")
-    prompt: Text | None = None
+    prompt: str | None = None
     messages: Messages | None = None
     add_special_tokens: bool | None = Field(
         None, description="As the tokenizer does by itself; default true for a prompt, false for messages."

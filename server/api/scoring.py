@@ -14,7 +14,7 @@ from typing import Literal
 
 from server.ab import Pair
 from server.api.errors import unavailable
-from server.engine.client import BrokenOutputError
+from server.engine.exchange import BrokenOutputError
 from server.engine.messages import KLReference, Score
 from server.variants import Variant
 

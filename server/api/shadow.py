@@ -12,13 +12,13 @@ from server.api.errors import APIError
 from server.api.generation import Generation
 from server.api.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
 from server.api.serving import ServerState
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 from server.variants import Variant
 
 logger = logging.getLogger("lowkey.shadow")
 
 PRIORITY = 2**31
-"""Of shadow passes in the engine: behind everything that a request may ask for (`SamplingFields.priority`)."""
+"""Priority of shadow passes in the engine: behind everything that a request may ask for (`SamplingFields.priority`)."""
 POLL_S = 0.01
 """How long shadow traffic may go on after something else began to wait."""
 

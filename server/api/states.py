@@ -25,7 +25,7 @@ from server.api.serving import (
     server_state,
     unless_disconnected,
 )
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 from server.states import (
     Header,
     OtherModelError,

@@ -5,14 +5,12 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
-import msgspec
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from server.api.encoding import encoder
+
 T = TypeVar("T")
-
-
-_encoder = msgspec.json.Encoder()
 
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 """Ends of lines to clients that read a stream by `str.splitlines`, in JSON's other way to write them."""
@@ -20,7 +18,7 @@ _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 def sse(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    text = _encoder.encode(data)
+    text = encoder.encode(data)
     if not text.isascii():
         text = text.decode().translate(_LINE_ENDS).encode()
     return b"data: " + text + b"\n\n"

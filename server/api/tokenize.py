@@ -20,9 +20,9 @@ from server.variants import Variant
 router = APIRouter(route_class=JSONRoute)
 
 MAX_TEXT_BYTES = 2**19
-"""Longest text that is tokenised by itself. The tokenizer hands over all ids in one call, which holds up all others."""
+"""Longest text that /tokenize takes. The tokenizer hands over all ids in one call, in which nothing else runs."""
 MAX_IDS = 2**19
-"""Most token ids that are put into text by themselves, likewise."""
+"""Most token ids that /detokenize takes, for the same reason."""
 
 
 def _variant(request: Request, model: str | None) -> Variant:
@@ -43,9 +43,10 @@ async def create_tokens(body: TokenizeRequest, request: Request) -> Response:
         text = await conversation(variant, body.messages, body)
     else:
         text, special = body.prompt or "", special is not False
-    if len(text.encode()) > MAX_TEXT_BYTES:
+    size = len(text.encode())
+    if size > MAX_TEXT_BYTES:
         field = "prompt" if body.messages is None else "messages"
-        message = f"{field}: a text to tokenise may have {MAX_TEXT_BYTES} bytes, got {len(text.encode())}"
+        message = f"{field}: a text to tokenise may have {MAX_TEXT_BYTES} bytes, got {size}"
         raise APIError(400, message, param=field)
     ids = await tokenize(variant, text, special=bool(special))
     return await aside(_tokenized, variant, ids, strings=bool(body.return_token_strs))

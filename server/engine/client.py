@@ -10,7 +10,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 
@@ -18,17 +17,15 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from server.engine.exchange import Answer, BrokenOutputError, EngineUnavailableError, Exchange, StateError
 from server.engine.messages import (
     CANNOT_LOAD,
     Abort,
     EngineConfig,
-    Failed,
     Generate,
     Input,
     Occupancy,
-    Pause,
     Ready,
-    Resume,
     SaveState,
     Score,
     Scored,
@@ -43,115 +40,6 @@ logger = logging.getLogger("lowkey.supervisor")
 
 MAX_BACKOFF_S = 30.0
 HEALTHY_AFTER_S = 60.0
-
-TOKEN_BYTES = 300
-ALTERNATIVE_BYTES = 120
-"""Bytes of memory that a token that waits for its reader takes here, and each alternative that is reported with it."""
-
-Answer = Token | Scored | StateSaved | Failed
-
-
-class EngineError(Exception):
-    """A request that an engine could not answer."""
-
-
-class BrokenOutputError(EngineError):
-    """The model's output is not finite."""
-
-
-class StateError(EngineError):
-    """A saved state that can't be read or written, or is of another model."""
-
-
-class EngineUnavailableError(EngineError):
-    """The engine is not there (loading, down), or died with this request in it."""
-
-
-class OutOfMemoryError(EngineUnavailableError):
-    """The engine's device had no memory for the request. It goes on with the others."""
-
-
-def _size_of(token: Token) -> int:
-    return TOKEN_BYTES + ALTERNATIVE_BYTES * len(token.top or ())
-
-
-class _Exchange:
-    """The answers to one request, as they come.
-
-    Args:
-        most_unread: bytes of tokens that may wait for the reader before the engine is told to pause the request.
-        tell: sends a message to the engine, if it is there.
-        on_finish: called once, when nothing more is to come, whether or not anybody has read what came.
-    """
-
-    def __init__(
-        self,
-        request_id: str,
-        variant: str,
-        most_unread: float,
-        tell: Callable[[Input], None],
-        on_finish: Callable[[], None],
-    ) -> None:
-        self.finished = False
-        """No more is to come."""
-        self._id = request_id
-        self._variant = variant
-        self._most_unread = most_unread
-        self._tell = tell
-        self._on_finish = on_finish
-        self._answers: deque[Answer | None] = deque()
-        self._arrived = asyncio.Event()
-        self._waiting_bytes = 0
-        """Size of the tokens in `_answers`."""
-        self._taken_bytes = 0
-        """Size of the tokens that the reader has taken and is still busy with."""
-        self._paused = False
-
-    def put(self, answer: Answer | None) -> None:
-        """None: the engine is gone."""
-        self._answers.append(answer)
-        self._arrived.set()
-        if not isinstance(answer, Token) or answer.finish_reason is not None:
-            self.finish()
-            return
-        self._waiting_bytes += _size_of(answer)
-        if self._waiting_bytes + self._taken_bytes > self._most_unread and not self._paused:
-            self._paused = True
-            self._tell(Pause(request_id=self._id))
-
-    def finish(self) -> None:
-        """No more is to come, or wanted."""
-        if not self.finished:
-            self.finished = True
-            self._on_finish()
-
-    async def tokens(self) -> list[Token]:
-        """All tokens that have come since the last call, at least one. A call says that the reader is done with those
-        before. Raises as `answer` does."""
-        self._taken_bytes = 0
-        if self._paused and not self.finished and self._waiting_bytes <= self._most_unread / 2:
-            self._paused = False
-            self._tell(Resume(request_id=self._id))
-        first = await self.answer()
-        assert isinstance(first, Token)
-        tokens = [first]
-        while self._answers and isinstance(token := self._answers[0], Token):
-            tokens.append(token)
-            self._answers.popleft()
-        self._taken_bytes, self._waiting_bytes = self._waiting_bytes, 0
-        return tokens
-
-    async def answer(self) -> Token | Scored | StateSaved:
-        """The next one. Raises EngineUnavailableError, OutOfMemoryError among them, and StateError."""
-        while not self._answers:
-            self._arrived.clear()
-            await self._arrived.wait()
-        answer = self._answers.popleft()
-        if answer is None:
-            raise EngineUnavailableError(f"variant {self._variant!r} went down while it served this request")
-        if isinstance(answer, Failed):
-            raise (StateError if answer.reason == "state" else OutOfMemoryError)(answer.error)
-        return answer
 
 
 class EngineClient:
@@ -192,7 +80,7 @@ class EngineClient:
         self._on_step, self._on_occupancy = on_step, on_occupancy
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] | None = None
-        self._requests: dict[str, _Exchange] = {}
+        self._requests: dict[str, Exchange] = {}
         self._task: asyncio.Task[None] | None = None
         self._ready_at = math.inf
         """time.monotonic() of the last Ready; infinite until this start's."""
@@ -271,10 +159,10 @@ class EngineClient:
         message: Generate | Score | SaveState,
         most_unread: float = math.inf,
         on_finish: Callable[[], None] = lambda: None,
-    ) -> Iterator[_Exchange]:
+    ) -> Iterator[Exchange]:
         """Send a request; it is aborted when this is left before its last answer."""
         request_id = message.request_id
-        exchange = _Exchange(request_id, self.config.variant, most_unread, self._tell, on_finish)
+        exchange = Exchange(request_id, self.config.variant, most_unread, self._tell, on_finish)
         self._requests[request_id] = exchange
         try:
             self._send(message)

@@ -52,7 +52,7 @@ class Engine:
         self._collected_at = 0.0
         self._blocked = False
         self._reported = 0, 0
-        """Of the prefix cache's counts, what outputs have told already."""
+        """Counts of the prefix cache (queries, hits) that outputs have told already."""
 
     @property
     def idle(self) -> bool:

@@ -17,10 +17,10 @@ from server.engine.sampler import Filters, draw
 logger = logging.getLogger("lowkey.engine")
 
 RESERVED = 2**30
-"""Of a GPU, for what torch does not count: the CUDA context, kernels, libraries, fragments."""
+"""Bytes of a GPU for what torch does not count: the CUDA context, kernels, libraries, fragments."""
 
 GRAPH_BYTES = 8 * 2**20
-"""Likewise, of each recorded decode step."""
+"""Bytes that each recorded decode step takes of it."""
 
 
 class DoesNotFitError(Exception):

@@ -27,8 +27,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_requests: int | None
     """Requests that run at the same time; None: one for each state slot."""
     state_memory: int | float | None = None
-    """Of the slot pool: bytes, or a share of the memory that is left; None: a slot for each of `max_requests`, on a GPU
-    all that is left."""
+    """Size of the slot pool: bytes, or a share of the memory that is left; None: a slot for each of `max_requests`, on
+    a GPU all that is left."""
     device_memory: float = 0.9
     """Share of a GPU's memory that the engine may take for everything. A CPU's is bounded by what is free."""
     devices: list[str] = []
@@ -56,12 +56,12 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int
     min_p: float
     seed: int
-    """Of the request. A draw depends on (seed, choice, position) alone."""
+    """The request's. A draw depends on (seed, choice, position) alone."""
     choice: int = 0
     presence_penalty: float = 0.0
     """Taken off the logit of each token that this request has generated."""
     frequency_penalty: float = 0.0
-    """Likewise, times how often it was generated."""
+    """Taken off too, times how often the token was generated."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens in the prompt or generated."""
     logit_bias: dict[int, float] = {}
@@ -181,8 +181,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 TopLogprobs = list[tuple[int, float]]
 """(token id, natural log-probability), most likely first."""
 PackedTop = bytes
-"""The same as `pack_top` has made it. Millions of pairs are objects that Python's garbage collector walks over again
-and again, for hundreds of milliseconds each time; who needs them unpacks a few at a time."""
+"""`TopLogprobs` as the bytes that `pack_top` makes of them. Python's garbage collector would walk over millions of
+pairs again and again, for hundreds of milliseconds each time; who needs pairs unpacks a few at a time."""
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
@@ -199,7 +199,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     """Prompt tokens whose state came from the prefix cache."""
     logprob: float | None = None
-    """Of the model's own distribution, before penalties, temperature and filters."""
+    """Natural, by the model's own distribution: before penalties, temperature and filters."""
     top: TopLogprobs | None = None
 
 

@@ -31,7 +31,7 @@ class Prefix:
         self.salt = salt
         self.limit = limit
         self.digests: list[bytes] = []
-        """Of the first 1, 2, ... blocks."""
+        """Hashes of its first 1, 2, ... blocks."""
         size = BLOCK * TOKEN_BYTES
         digest = salt
         for start in range(0, len(token_bytes) - size + 1, size):

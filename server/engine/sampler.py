@@ -88,7 +88,7 @@ def draw(logits: Tensor, temperature: Tensor, u: Tensor, filters: "Filters | Non
 
 @dataclass(frozen=True)
 class Filters:
-    """Of the drawn rows, those (int64 `[m]`) that top-k, top-p or min-p narrow, with their parameters `[m]`."""
+    """The drawn rows (int64 `[m]`) that top-k, top-p or min-p narrow, with their parameters `[m]`."""
 
     rows: Tensor
     top_k: Tensor

@@ -10,8 +10,8 @@ import torch
 from checkpoints import DELTA, GATED, write_checkpoint
 from reducing import random_keep, reduce
 
+from lowkey.words import duration, in_units
 from modeling.checkpoint import open_checkpoint
-from modeling.words import duration, in_units
 from pruning.calibration import Origin, tokens_sha256
 from pruning.collection import collect
 from pruning.criteria import CRITERIA

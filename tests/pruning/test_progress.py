@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 import pruning.collection
 import pruning.commands.recover
 import pruning.progress
+from lowkey.words import counted
 from modeling.checkpoint import open_checkpoint
-from modeling.words import counted
 from pruning import estimate
 from pruning.cli import app
-from pruning.interrupts import left_behind, put_off
+from pruning.interrupts import left_behind, put_off, saving
 from pruning.progress import Busy, Meter, tokens_bar
 from pruning.statistics import load_unfinished
 from pruning.surgery import RECOVERY
@@ -196,6 +196,28 @@ def test_the_second_ctrl_c_is_not_put_off():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_work_never_ends_with_a_step_that_is_not_saved(tmp_path):
+    file, done, saved = tmp_path / "partial", [], []
+
+    def save(path):
+        saved.append((path, len(done)))
+        if len(saved) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    def work(every):
+        done.clear()
+        with saving(file, save, every) as step_done:
+            while len(done) < 9:
+                done.append("a step")
+                step_done(last=len(done) == 9)
+
+    with pytest.raises(KeyboardInterrupt):
+        work(every=0.0)
+    assert saved == [(file, 1), (file, 2), (file, 3)] and len(done) == 3
+    work(every=10**6)
+    assert saved[3:] == [(file, 9)]
+
+
 def test_what_cannot_go_on_says_what_is_left(made, tmp_path, monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
@@ -231,7 +253,7 @@ def test_time_said_includes_the_evaluation(made, tmp_path, monkeypatch):
 
 
 def test_recovery_says_its_plan(made, tmp_path, monkeypatch):
-    """Of 8 steps of 4 windows, forward and backward and the teacher's forward, and of held-out text, three times."""
+    """The plan: 8 steps of 4 windows, forward and backward and the teacher's forward, and held-out text three times."""
     monkeypatch.setattr(estimate, "_seconds", lambda run, device: 1.0)
     lines = recover(made, tmp_path / "out").stderr.splitlines()
     assert lines[0].startswith("gated_deltanet: 3 layers, ") and ", d_k 8, " in lines[0]

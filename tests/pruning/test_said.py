@@ -44,8 +44,8 @@ def test_help_shows_every_bracket_that_was_written(run, module):
         assert bracketed.strip("(),.;'") in shown
 
 
-def test_help_names_the_extra_to_install(run):
-    assert "extra `eval`" in plain(run("report", "--help"))
+def test_help_names_the_extra_and_shows_what_is_in_brackets(run):
+    assert "of the extra `eval`" in plain(run("report", "--help"))
     assert "hub id (org/name[@revision])" in plain(run("prune", "--help"))
 
 

@@ -9,8 +9,8 @@ from oracle import fla_logits
 from reducing import difference, random_keep, reduce
 from safetensors.torch import load_file
 
+from lowkey.files import OutputError
 from modeling.checkpoint import REDUCTION, CheckpointError, open_checkpoint
-from modeling.files import OutputError
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
 from pruning.selection import select

@@ -105,8 +105,8 @@ def encoded(monkeypatch):
             sizes.append(len(text))
             return text
 
-    sizes, real = [], encoding._encoder
-    monkeypatch.setattr(encoding, "_encoder", Encoder())
+    sizes, real = [], encoding.encoder
+    monkeypatch.setattr(encoding, "encoder", Encoder())
     return sizes
 
 

@@ -11,7 +11,7 @@ def bench(request, tmp_path_factory):
 
 
 def numbers(outputs):
-    """Of each request its tokens with all that was reported about them."""
+    """Each request's tokens with all that was reported about them."""
     result = {}
     for output in outputs:
         for t in output.tokens:

@@ -16,7 +16,7 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 
 HOST_S = 0.4
-"""Of the host's work for a step, by the device's clock; a step takes the device 1 s."""
+"""Seconds of the host's work for a step, by the device's clock; a step takes the device 1 s."""
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from fake_device import FakeDevice
 from server.api.app import create_app
 from server.api.errors import from_engine
 from server.engine import process
-from server.engine.client import EngineClient, EngineUnavailableError, OutOfMemoryError, StateError
+from server.engine.client import EngineClient
 from server.engine.device import HOST, host_memory
+from server.engine.exchange import EngineUnavailableError, OutOfMemoryError, StateError
 from server.engine.memory import (
     GRAPH_BYTES,
     RESERVED,

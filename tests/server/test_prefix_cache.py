@@ -110,7 +110,7 @@ def test_where_a_prompt_parts_from_earlier_ones():
 
 
 def cached_tokens(outputs):
-    """Of each request, as its first token says."""
+    """Cached tokens of each request, as its first token says."""
     cached = {}
     for output in outputs:
         for token in output.tokens:

@@ -18,7 +18,7 @@ from engines import Bench, generate, prompt, run, sampling, score
 
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
-from server.engine.client import EngineUnavailableError, StateError
+from server.engine.exchange import EngineUnavailableError, StateError
 from server.engine.messages import SaveState
 from server.engine.process import build, pick_prefill_tokens, serve
 

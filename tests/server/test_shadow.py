@@ -12,7 +12,7 @@ from server.ab import ABWindow
 from server.api.saved import SavedStates
 from server.api.serving import ServerState
 from server.api.shadow import Shadow
-from server.engine.client import EngineUnavailableError
+from server.engine.exchange import EngineUnavailableError
 from server.metrics import Metrics
 from server.routing import Routing
 from server.settings import Settings

@@ -328,7 +328,7 @@ def test_states_are_off_without_a_directory(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_a_503_that_names_no_file(api, directory, monkeypatch):
-    from server.engine.client import StateError
+    from server.engine.exchange import StateError
 
     async def full(_self, message):
         raise StateError(f"{message.path}: No space left on device")

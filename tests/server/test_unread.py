@@ -14,7 +14,7 @@ from engine_process import Harness, engine_config, until
 from engines import Bench, generate, prompt, run, tokens_of
 from live_server import LiveServer, poll
 
-from server.engine.client import TOKEN_BYTES, _Exchange
+from server.engine.exchange import TOKEN_BYTES, Exchange
 from server.engine.messages import Abort, Pause, Resume, Token
 from server.unread import LEAST_TAKEN, CountingTransport, UnreadWatch
 
@@ -76,7 +76,7 @@ def test_a_paused_request_can_be_aborted_and_unknown_ids_are_no_error(bench):
 
 
 def exchange(told, most_unread=HELD * TOKEN_BYTES):
-    return _Exchange("a", "dense", most_unread, told.append, lambda: told.append("finished"))
+    return Exchange("a", "dense", most_unread, told.append, lambda: told.append("finished"))
 
 
 def token(number, reason=None, alternatives=0):

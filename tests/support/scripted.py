@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from server import variants
 from server.api.app import create_app
-from server.engine.client import EngineError
+from server.engine.exchange import EngineError
 from server.engine.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token, pack_top
 from server.settings import Settings
 

@@ -18,10 +18,10 @@ class OutputError(ValueError):
 
 
 def check_writable(path: Path) -> int:
-    """Whether `path`, a file or a directory, can be created or replaced, without creating it.
+    """Find out whether `path`, a file or a directory, can be created or replaced, without creating it.
 
-    A file is written into the nearest folder that is there and removed again: permission bits say little (root ignores
-    them, and a read-only or full file system has them all the same).
+    A small file is written into the nearest folder that is there and removed again: permission bits say little (root
+    ignores them, and a read-only or full file system has them all the same).
 
     Returns:
         The bytes that are free there.

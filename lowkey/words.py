@@ -8,7 +8,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def in_units(size: float) -> str:
-    """Bytes: `26.3 MB`."""
+    """A number of bytes for people: `26.3 MB`."""
     for unit, factor in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
@@ -16,7 +16,7 @@ def in_units(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`12 s`, `3 min` or `2.5 h`."""
+    """Seconds for people: `12 s`, `3 min` or `2.5 h`."""
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
