@@ -328,7 +328,9 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         fastapi_app,
         host=settings.host,
         port=settings.port,
-        http=HttpProtocol.with_timeouts(settings.header_timeout_s, settings.write_timeout_s),
+        http=HttpProtocol.with_timeouts(
+            header_s=settings.header_timeout_s, write_s=settings.write_timeout_s, linger_s=settings.linger_s
+        ),
         log_config=None,
         access_log=False,
         timeout_keep_alive=75,

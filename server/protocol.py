@@ -13,9 +13,7 @@ MAX_HEADER_BYTES = 2**16
 """How long headers, or trailers, may be that have not ended; those that end within one read may be longer."""
 
 MAX_UNREAD_BYTES = 2**20
-UNREAD_TIMEOUT_S = 2.0
-"""How much is read of a request that has been answered already, and for how long, before its connection is closed. Some
-of it must be read: most clients send all of a request before they look for the answer, and a connection that is closed
+"""How much is read of a request that has been answered already before its connection is closed. Some of it must be read: most clients send all of a request before they look for the answer, and a connection that is closed
 while bytes arrive is reset, which may cost its client the answer."""
 
 
@@ -37,6 +35,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     header_timeout_s: ClassVar[float]
     write_timeout_s: ClassVar[float]
+    linger_s: ClassVar[float]
+    """How long the rest of a request that has been answered already may take."""
     _connection: asyncio.Transport
     """The transport itself: its `close` closes the connection."""
     _untaken: UnreadWatch | None = None
@@ -52,8 +52,9 @@ class HttpProtocol(HttpToolsProtocol):
     """The last answer has been written. What still comes is thrown away."""
 
     @classmethod
-    def with_timeouts(cls, header_s: float, write_s: float) -> "type[HttpProtocol]":
-        return type("HttpProtocol", (cls,), {"header_timeout_s": header_s, "write_timeout_s": write_s})
+    def with_timeouts(cls, *, header_s: float, write_s: float, linger_s: float) -> "type[HttpProtocol]":
+        limits = {"header_timeout_s": header_s, "write_timeout_s": write_s, "linger_s": linger_s}
+        return type("HttpProtocol", (cls,), limits)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._connection = transport
@@ -110,7 +111,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         if self._answered_early():
             self._unread_bytes = 0
-            self._close_in(UNREAD_TIMEOUT_S)
+            self._close_in(self.linger_s)
         elif self._reading is None and self.cycle.response_complete:
             self._close_in(self.timeout_keep_alive)
 
@@ -133,7 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._ended = True
         self.flow.resume_reading()
-        self._close_in(UNREAD_TIMEOUT_S)
+        self._close_in(self.linger_s)
 
     def _close_in(self, seconds: float) -> None:
         self._stop_timer()

@@ -256,6 +256,12 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(
         30.0, gt=0, description="How long the rest of a request may take; then 408."
     )
+    linger_s: float = Field(
+        2.0,
+        gt=0,
+        description="How long the rest of a request that has been answered already may take; then its "
+        "connection is closed.",
+    )
     write_timeout_s: float = Field(
         30.0,
         gt=0,

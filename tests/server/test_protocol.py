@@ -51,7 +51,9 @@ class Connection:
     def __init__(self):
         config = uvicorn.Config(app, log_config=None)
         config.load()
-        self.protocol = HttpProtocol.with_timeouts(60, 60)(config, ServerState(), {})
+        self.protocol = HttpProtocol.with_timeouts(header_s=60, write_s=60, linger_s=2)(
+            config, ServerState(), {}
+        )
         self.transport = Transport()
         self.protocol.connection_made(self.transport)
 
