@@ -6,8 +6,6 @@ import json
 import random
 import signal
 import socket
-from itertools import pairwise
-from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import psutil
@@ -63,37 +61,6 @@ def test_a_paused_request_waits_with_its_state_and_goes_on_where_it_was(bench, d
     for message in (paused, other):
         bench.check_tokens(message, tokens[message.request_id])
     assert engine.occupancy.paused == 0
-
-
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("collected", [True, False])
-def test_a_pause_is_no_time_between_tokens(bench, depth, collected, monkeypatch):
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr("server.engine.engine.time", clock)
-    engine = bench.engine(slots=1, depth=depth)
-    message = generate(prompt(5), 12)
-    engine.handle(message)
-    times = []
-
-    def step():
-        clock.now += 1
-        output = engine.step()
-        times.extend(token.at for token in ([] if output is None else output.tokens))
-
-    for _ in range(3):
-        step()
-        step()
-        engine.handle(Pause(request_id=message.request_id))
-        engine.handle(Pause(request_id=message.request_id))
-        if collected:  # what had been launched at the pause
-            step()
-        clock.now += 1000
-        engine.handle(Resume(request_id=message.request_id))
-    while not engine.idle:
-        step()
-    assert len(times) == 12
-    # A step takes a second; the first one after a pause may have begun before it.
-    assert all(0 <= b - a <= 2 for a, b in pairwise(times)), times
 
 
 def test_a_paused_request_can_be_aborted_and_unknown_ids_are_no_error(bench):
