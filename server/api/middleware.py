@@ -159,12 +159,14 @@ class Limits:
             await APIError(413, _too_large(most)).response()(scope, receive, send)
             return
         started: Message | None = None
+        complete = False
 
         async def watched_send(message: Message) -> None:
-            nonlocal started
+            nonlocal started, complete
             if message["type"] == "http.response.start":
                 started = message
             await send(message)
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         try:
             async with asyncio.timeout(self._request_timeout_s) as limit:
@@ -172,6 +174,8 @@ class Limits:
         except TimeoutError:
             if not limit.expired():
                 raise
+            if complete:  # just in time
+                return
             error = APIError(504, f"the request took longer than {self._request_timeout_s:g} s")
             if started is None:
                 await error.response()(scope, receive, send)

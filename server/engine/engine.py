@@ -83,15 +83,16 @@ class Engine:
 
     def handle(self, message: Input) -> None:
         """Take in one message."""
+        now = time.monotonic()
         match message:
             case Abort():
                 self._scheduler.abort(message.request_id)
             case Pause():
-                self._scheduler.pause(message.request_id)
+                self._scheduler.pause(message.request_id, now)
             case Resume():
-                self._scheduler.resume(message.request_id)
+                self._scheduler.resume(message.request_id, now)
             case _:
-                self._scheduler.add(Request(message, arrived=time.monotonic()))
+                self._scheduler.add(Request(message, arrived=now))
 
     def step(self) -> StepOutput | None:
         """Launch the next step if there is one, collect the oldest if it is due. None when there is nothing to tell.
@@ -169,6 +170,8 @@ class Engine:
         if request.finish_reason is not None:
             return None
         request.accepted += 1
+        request.accepted_at = now
+        at = now - request.paused_s
         reason: FinishReason | None = None
         if new.token == BROKEN:
             reason = "error"
@@ -179,11 +182,11 @@ class Engine:
         if reason is not None:
             self._scheduler.finish(request, reason)
         if request.accepted > 1 or request.started is None:
-            return Token(request.id, new.token, now, reason, logprob=new.logprob, top=new.top)
+            return Token(request.id, new.token, at, reason, logprob=new.logprob, top=new.top)
         return Token(
             request.id,
             new.token,
-            now,
+            at,
             reason,
             queue_s=request.started - request.arrived,
             prefill_s=now - request.started,

@@ -191,8 +191,9 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     request_id: str
     token_id: int
     at: float
-    """time.monotonic() in the engine's process when the step that sampled it was collected. All speeds are made of
-    these times: when a token reaches anybody else depends on how busy they are."""
+    """time.monotonic() in the engine's process when the step that sampled it was collected, less the time for which
+    the request had been paused until then. All speeds are made of these times: when a token reaches anybody else
+    depends on how busy they are, and how long a reader stays behind says nothing of the model."""
     finish_reason: FinishReason | None = None
     queue_s: float | None = None
     prefill_s: float | None = None

@@ -38,6 +38,12 @@ class Request:
     """Tokens that launched steps have sampled."""
     accepted: int = 0
     """Sampled tokens that collected steps have brought."""
+    accepted_at: float = 0.0
+    """time.monotonic() at which the last one of them was."""
+    paused_at: float = 0.0
+    """time.monotonic() of the last pause."""
+    paused_s: float = 0.0
+    """For how long it was paused and had nothing in the making, until it was last resumed."""
     steps_in_flight: int = 0
     """Launched and not yet collected. The slot is freed only at 0."""
     finish_reason: FinishReason | None = None

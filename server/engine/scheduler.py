@@ -136,19 +136,22 @@ class Scheduler:
         else:
             self.finish(request, "abort")
 
-    def pause(self, request_id: str) -> None:
+    def pause(self, request_id: str, now: float) -> None:
         """Decode nothing more of a request until `resume`. An id that is not here is no error, as in `abort`."""
         request = self._requests.get(request_id)
-        if request is not None:
+        if request is not None and request_id not in self._paused:
             self._paused.add(request_id)
+            request.paused_at = now
             if request in self._decoding:
                 self._decoding.remove(request)
 
-    def resume(self, request_id: str) -> None:
+    def resume(self, request_id: str, now: float) -> None:
         """Go on with a paused request. An id that is not here is no error, as in `abort`."""
         if request_id in self._paused:
             self._paused.remove(request_id)
             request = self._requests[request_id]
+            # Tokens of steps that had been launched still came after the pause: until then it was not idle.
+            request.paused_s += now - max(request.paused_at, request.accepted_at)
             if request.decodable:
                 self._decoding.append(request)
 

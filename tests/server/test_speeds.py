@@ -1,10 +1,16 @@
 """Speeds are of the times at which the engine made the tokens, and of nothing that happens to them later."""
 
 import json
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
+from checkpoints import GATED
+from engines import Bench, generate, prompt
 from prometheus_client.parser import text_string_to_metric_families
 from scripted import SCRIPTS, STEP_S, scripted_api
+
+from server.engine.messages import Pause, Resume
 
 LENGTHS = [1, 2, 8, 9, 20]
 
@@ -109,3 +115,34 @@ def test_tokens_that_wait_share_an_event_and_nothing_else_changes(api, monkeypat
         alone, shared = told
         assert shared == alone and len(chunks) < len(alone[0]["tokens"]) * 2
         assert shared[0]["reasons"] == ["length" if stop is None else "stop"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("collected", [True, False])
+def test_a_pause_is_no_time_between_tokens(tmp_path, depth, collected, monkeypatch):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("server.engine.engine.time", clock)
+    engine = Bench(tmp_path / "c", GATED).engine(slots=1, depth=depth)
+    message = generate(prompt(5), 12)
+    engine.handle(message)
+    times = []
+
+    def step():
+        clock.now += 1
+        output = engine.step()
+        times.extend(token.at for token in ([] if output is None else output.tokens))
+
+    for _ in range(3):
+        step()
+        step()
+        engine.handle(Pause(request_id=message.request_id))
+        engine.handle(Pause(request_id=message.request_id))
+        if collected:  # what had been launched at the pause
+            step()
+        clock.now += 1000
+        engine.handle(Resume(request_id=message.request_id))
+    while not engine.idle:
+        step()
+    assert len(times) == 12
+    # A step takes a second; the first one after a pause may have begun before it.
+    assert all(0 <= b - a <= 2 for a, b in pairwise(times)), times

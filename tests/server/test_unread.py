@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import signal
 import socket
 from urllib.parse import urlsplit
@@ -158,6 +159,32 @@ def test_an_engine_stops_for_a_reader_who_is_behind(harness, bench):
     bench.check_tokens(message, [t.token_id for t in tokens])
     times = [t.at for t in tokens]
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize("held", [0, 3])
+def test_readers_of_any_pace_get_every_token(harness, bench, held):
+    """A pause that no resume follows would let one of them wait for ever."""
+    paces = random.Random(held)
+
+    async def read(message):
+        tokens = []
+        steps = harness.client.generate(message, most_unread=held * TOKEN_BYTES)
+        async with contextlib.aclosing(steps):
+            async for more in steps:
+                tokens += more
+                for _ in range(paces.choice([0, 0, 1, 5])):
+                    await asyncio.sleep(paces.choice([0, 0.001]))
+        return tokens
+
+    async def work():
+        return await asyncio.gather(*map(read, messages))
+
+    messages = [generate(prompt(n), paces.choice([1, 2, 60])) for n in range(3, 23)]
+    for message, tokens in zip(messages, harness.run(work()), strict=True):
+        bench.check_tokens(message, [t.token_id for t in tokens])
+        times = [t.at for t in tokens]
+        assert times == sorted(times)
+    assert not harness.client._requests
 
 
 def test_a_request_is_off_the_engines_hands_when_its_last_token_is_sampled(harness):
