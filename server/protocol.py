@@ -13,8 +13,9 @@ MAX_HEADER_BYTES = 2**16
 """How long headers, or trailers, may be that have not ended; those that end within one read may be longer."""
 
 MAX_UNREAD_BYTES = 2**20
-"""How much is read of a request that has been answered already before its connection is closed. Some of it must be read: most clients send all of a request before they look for the answer, and a connection that is closed
-while bytes arrive is reset, which may cost its client the answer."""
+"""How much is read of a request that has been answered already before its connection is closed. Some of it must be
+read: most clients send all of a request before they look for the answer, and a connection that is closed while bytes
+arrive is reset, which may cost its client the answer."""
 
 
 class _Transport(CountingTransport):
