@@ -53,14 +53,13 @@ def serve(arguments, directory, **limits):
 @pytest.fixture(scope="module")
 def guarded(arguments, tmp_path_factory):
     """A server that soon has enough of a client."""
-    limits = {"LOWKEY_BODY_TIMEOUT_S": "2", "LOWKEY_LINGER_S": "2"}
-    yield from serve(arguments, tmp_path_factory.mktemp("early"), **limits)
+    yield from serve(arguments, tmp_path_factory.mktemp("early"), LOWKEY_BODY_TIMEOUT_S="2")
 
 
 @pytest.fixture(scope="module")
 def patient(arguments, tmp_path_factory):
     """A server that waits for its clients, however busy they are."""
-    yield from serve(arguments, tmp_path_factory.mktemp("patient"))
+    yield from serve(arguments, tmp_path_factory.mktemp("patient"), LOWKEY_LINGER_S=str(DEADLINE_S))
 
 
 def connect(server, lines, begin=b""):

@@ -33,7 +33,7 @@ CONFIG = {**GATED, "max_position_embeddings": CONTEXT, "eos_token_id": [0, E_ID]
 
 PATIENT = {
     f"LOWKEY_{name}_S": str(DEADLINE_S)
-    for name in ("HANG", "HEADER_TIMEOUT", "BODY_TIMEOUT", "WRITE_TIMEOUT", "LINGER", "DRAIN")
+    for name in ("HANG", "HEADER_TIMEOUT", "BODY_TIMEOUT", "WRITE_TIMEOUT", "DRAIN")
 }
 """Time limits of the server."""
 
