@@ -116,10 +116,11 @@ def send(
     return connection
 
 
-def connections(server: Server) -> int:
-    """Connections that the server has open, but for the two that watch it."""
+def alive(server: Server, held: list[socket.socket]) -> int:
+    """How many of the connections the server still has open."""
+    ours = {connection.getsockname()[1] for connection in held}
     found = psutil.Process(server.process.pid).net_connections("tcp")
-    return sum(c.status == "ESTABLISHED" for c in found) - 2
+    return sum(c.status == "ESTABLISHED" and bool(c.raddr) and c.raddr.port in ours for c in found)
 
 
 def unread(script: Path | None, seconds: float) -> dict[str, Any]:
@@ -174,11 +175,11 @@ def trickle(script: Path | None, seconds: float) -> dict[str, Any]:
                 for connection in held:
                     with contextlib.suppress(OSError):
                         connection.send(b" ")
-            alive = connections(server)
+            still = alive(server, held)
             for connection in held:
                 connection.close()
             sent = _refused_import(server)
-    return {**watch.figures(), "connections": len(held), "alive": alive, "import_bytes": sent}
+    return {**watch.figures(), "connections": len(held), "alive": still, "import_bytes": sent}
 
 
 @contextlib.contextmanager

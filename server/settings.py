@@ -263,7 +263,7 @@ class Settings(BaseSettings):
         "connection is closed.",
     )
     write_timeout_s: float = Field(
-        30.0,
+        10.0,
         gt=0,
         description="A client that takes nothing (less than 16 KiB) of an answer that waits for it for so long loses "
         "its connection, and its requests end.",
