@@ -201,7 +201,8 @@ class EngineClient:
             finally:
                 self._mark_down()
             if code == CANNOT_LOAD and self.ready is None:
-                self._on_fatal(self._reason.read_text())
+                reason = self._reason.read_text() if self._reason.is_file() else ""
+                self._on_fatal(reason or "the log says why")
                 return
             self._on_down()
             if time.monotonic() - self._ready_at > HEALTHY_AFTER_S:

@@ -1,5 +1,6 @@
 """Entry point of an engine process: load the model, then exchange messages and step until the parent goes away."""
 
+import contextlib
 import gc
 import logging
 import signal
@@ -197,7 +198,8 @@ def serve(config: EngineConfig) -> None:
     except (CheckpointError, ConfigError, DoesNotFitError, torch.OutOfMemoryError) as e:
         logger.error("%s: cannot load %s: %s", config.variant, config.source, e)
         if config.reason_path is not None:
-            Path(config.reason_path).write_text(str(e))
+            with contextlib.suppress(OSError):  # a full disk: the log has said it
+                Path(config.reason_path).write_text(str(e))
         sys.exit(CANNOT_LOAD)
     gc.collect()  # what is there now stays: it need not be looked through again, which takes longer than a step
     gc.freeze()

@@ -298,16 +298,21 @@ def test_a_checkpoint_that_cannot_be_served_is_told_from_a_failure(tmp_path, spo
         build(engine_config(path))
 
 
-def test_a_checkpoint_that_cannot_be_served_is_fatal_and_not_tried_again(tmp_path):
+@pytest.mark.parametrize("room", [True, False], ids=["", "and the reason can't be written"])
+def test_a_checkpoint_that_cannot_be_served_is_fatal_and_not_tried_again(tmp_path, room):
     path = write_checkpoint(tmp_path / "c", CONFIG)
     remove_tokenizer(path)
+    if not room:
+        (tmp_path / "spoilt.reason").mkdir()
     harness = Harness(engine_config(path, variant="spoilt"), tmp_path)
     try:
         harness.run(until(lambda: bool(harness.fatals), START_S))
         # The supervisor has ended with it: nothing is left that could start it again.
         harness.run(asyncio.wait_for(asyncio.shield(harness.client._task), START_S))
         (reason,) = harness.fatals
-        assert reason.startswith(f"{path}/tokenizer.json: the server tokenises with it")
+        assert reason.startswith(
+            f"{path}/tokenizer.json: the server tokenises with it" if room else "the log says why"
+        )
         assert not harness.readies and not harness.client.up
         assert not [p for p in psutil.Process().children() if '"variant":"spoilt"' in " ".join(p.cmdline())]
     finally:
