@@ -68,7 +68,7 @@ def test_lines_come_by_themselves_while_a_step_takes_long(console):
 
 @pytest.mark.parametrize("command", ["calibrate", "prune", "evaluate", "recover", "report"])
 def test_every_long_command_speaks_while_it_works(tmp_path, monkeypatch, command):
-    monkeypatch.setattr(pruning.progress, "EVERY", 0.0)
+    monkeypatch.setattr(pruning.progress, "EVERY", 0.001)
     dense = write_checkpoint(tmp_path / "dense", GATED)
     text = tmp_path / "text"
     text.write_text(" ".join(f"{i * i}" for i in range(2000)))
@@ -86,7 +86,7 @@ def test_every_long_command_speaks_while_it_works(tmp_path, monkeypatch, command
             ("recover", dense, reduced, tmp_path / "o", *tokens, "--heldout", text, "--heldout-tokens", 512),
             "recovering",
         ),
-        "report": (("report", tmp_path / "r.html", reduced), "reading: "),
+        "report": (("report", tmp_path / "r.html", reduced), "drawing: "),
     }[command]
     result = run(*arguments)
     assert result.exit_code == 0, result.output
