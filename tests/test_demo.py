@@ -36,6 +36,7 @@ def test_shape_and_size(checkpoint):
     assert {checkpoint.tensor(name).dtype for name in checkpoint.files} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_runs_in_stock_fla(checkpoint, tmp_path):
     prompt = Encoder(checkpoint)("import os\nimport sys\n")
