@@ -22,14 +22,20 @@ from lowkey.files import replacing, writing
 from lowkey.words import counted
 from modeling.families import Family, TensorMap, family_of
 from modeling.model import Model
-from modeling.sources import INDEX, SINGLE, local_directory, refuse_gguf
+from modeling.sources import INDEX, SINGLE, local_directory, read_json, refuse_gguf
 from modeling.sources import CheckpointError as CheckpointError
 from modeling.spec import ModelSpec
+from modeling.weights import difference, weight_files
 
 REDUCTION = "state_reduction.json"
 FLOATS = ("F64", "F32", "BF16", "F16")
 """Types of weights that are read, as safetensors calls them."""
-HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]
+HEAD = "lm_head.weight"
+"""The output projection, as every family calls it. It may be stored also where it is tied to the embeddings."""
+_TERMS = ["LICENSE*", "LICENCE*", "license*", "NOTICE*", "Notice*", "COPYING*", "*.md"]
+"""A model's licence, what it asks to be passed on, and its card."""
+HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", *_TERMS]
+"""What is taken from a hub: never code."""
 
 
 class Checkpoint:
@@ -39,43 +45,20 @@ class Checkpoint:
         self.path = path
         self.source = source or str(path)
         """What the user called it: a path or a hub id."""
-        self.config: dict[str, Any] = _read_json(path / "config.json")
+        self.config: dict[str, Any] = read_json(path / "config.json")
         self.family: Family = family_of(self.config)
         self.spec: ModelSpec = self.family.spec(self.config)
 
     @cached_property
     def files(self) -> dict[str, Path]:
-        """Tensor name -> the safetensors file that holds it."""
-        if (self.path / INDEX).exists():
-            weight_map = _read_json(self.path / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{self.path / INDEX} has no weight_map")
-            # The base name only: whatever an index says, nothing outside the directory is read.
-            files = {name: self.path / Path(str(file)).name for name, file in weight_map.items()}
-            for file in sorted(set(files.values())):
-                if file.suffix != ".safetensors":
-                    raise CheckpointError(
-                        f"{self.path / INDEX} names {file.name}, which is no safetensors file"
-                    )
-                if not file.exists():
-                    raise CheckpointError(f"{self.path / INDEX} names {file.name}, which is missing")
-            return files
-        single = self.path / SINGLE
-        if not single.exists():
-            raise CheckpointError(
-                f"{self.path} holds neither {SINGLE} nor {INDEX}; only safetensors checkpoints are read"
-            )
-        try:
-            with safe_open(single, framework="pt") as f:
-                return dict.fromkeys(f.keys(), single)
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{single} can't be read as safetensors: {e}") from e
+        """Tensor name -> the safetensors file that holds it (`weight_files`)."""
+        return weight_files(self.path)
 
     @cached_property
     def reduction(self) -> dict[str, Any] | None:
         """What `lowkey-prune` wrote about a reduced checkpoint, or None for any other."""
         file = self.path / REDUCTION
-        return _read_json(file) if file.exists() else None
+        return read_json(file) if file.exists() else None
 
     @cached_property
     def sha256(self) -> str:
@@ -146,7 +129,7 @@ class Checkpoint:
             for name, rows in zip(m.theirs, m.rows, strict=True)
         }
         if self.spec.tie_embeddings:
-            stored["lm_head.weight"] = tuple(self._shapes["embeddings.weight"]), False
+            stored[HEAD] = tuple(self._shapes["embeddings.weight"]), False
         return stored
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
@@ -200,7 +183,8 @@ class Checkpoint:
         """Look at the headers of all weights, before work that would only find out later.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected, quantised, or of another shape than the config says.
+            CheckpointError: a tensor is missing, unexpected, quantised, or of another shape than the config says, or
+                the config ties the embeddings to a head that is stored with other numbers.
         """
         unexpected = sorted(set(self.files) - set(self._stored_shapes))
         if unexpected:
@@ -211,6 +195,27 @@ class Checkpoint:
         for m in self.family.tensors(self.spec):
             for name in m.theirs:
                 self.dtype_and_shape(name)
+        if self._head_differs is not None:
+            raise CheckpointError(
+                f"{self.path}: config.json says tie_word_embeddings=true, but {HEAD} is stored and is not "
+                f"{self._embeddings}: {self._head_differs}. transformers would use the head, vLLM the embeddings: say "
+                f"tie_word_embeddings=false, or remove {HEAD}"
+            )
+
+    @cached_property
+    def _head_differs(self) -> str | None:
+        """How a head that is stored differs from the embeddings that it is tied to; None where there is none."""
+        if not self.spec.tie_embeddings or HEAD not in self.files:
+            return None
+        self.dtype_and_shape(HEAD)
+        name = self._embeddings
+        return difference(self.files[HEAD], HEAD, self.files[name], name)
+
+    @property
+    def _embeddings(self) -> str:
+        """The checkpoint's name of the embeddings."""
+        ((name,),) = (m.theirs for m in self.family.tensors(self.spec) if m.ours == "embeddings.weight")
+        return name
 
     def _join(self, m: TensorMap, shape: torch.Size) -> Tensor:
         parts = zip(m.theirs, m.rows, strict=True)
@@ -320,17 +325,3 @@ def write_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{path} is missing") from e
-    except OSError as e:
-        raise CheckpointError(f"{path} can't be read: {e}") from e
-    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a number of 5000 digits, 5000 brackets
-        raise CheckpointError(f"{path} is not valid JSON: {e}") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value

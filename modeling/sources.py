@@ -1,7 +1,9 @@
 """What a user means by the name of a checkpoint: a local directory or a hub id. Imports no torch."""
 
 import difflib
+import json
 from pathlib import Path
+from typing import Any
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -60,6 +62,21 @@ def check_source(source: str) -> None:
     for needed in (("config.json",), (SINGLE, INDEX), ("tokenizer.json",)):
         if not any((directory / file).exists() for file in needed):
             raise CheckpointError(f"{source} has no {' or '.join(needed)}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises CheckpointError if it is missing or holds anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise CheckpointError(f"{path} is missing") from e
+    except OSError as e:
+        raise CheckpointError(f"{path} can't be read: {e}") from e
+    except (ValueError, RecursionError) as e:  # no JSON, no UTF-8, a number of 5000 digits, 5000 brackets
+        raise CheckpointError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
 
 
 def _no_gguf(path: Path) -> str:

@@ -103,7 +103,8 @@ def test_recovery_checks_both_checkpoints(broken, tmp_path, how):
 def test_an_index_that_names_a_file_without_the_tensor_is_one_line_too(tmp_path):
     path = write_checkpoint(tmp_path / "dense", GATED)
     names = open_checkpoint(path).files
-    other = dict.fromkeys(names, "model.safetensors") | {Q: "other.safetensors"}
+    (path / "model.safetensors").rename(path / "most.safetensors")
+    other = dict.fromkeys(names, "most.safetensors") | {Q: "other.safetensors"}
     save_file({"x": torch.zeros(1)}, path / "other.safetensors")
     (path / "model.safetensors.index.json").write_text(
         '{"weight_map": {' + ", ".join(f'"{n}": "{f}"' for n, f in other.items()) + "}}"
