@@ -23,6 +23,7 @@ from pruning.calibration import Origin
 from pruning.criteria import Criterion
 from pruning.errors import PruningError
 from pruning.evaluation import perplexity
+from pruning.gradients import check_predicts
 from pruning.progress import Advance, no_progress
 from pruning.selection import Selection, select
 from pruning.statistics import Statistics
@@ -143,19 +144,31 @@ def spend(
         PruningError: the limit is too small, or whatever `select` and `error_curves` raise.
     """
     spec = checkpoint.spec
-    smallest = [aligned_widths(d_k, align)[0] for d_k in spec.d_k]
-    _check_limit(spec, smallest, limit)
+    check_spendable(spec, criterion, limit, align, windows.shape[1])
     choices = []
     for n in aligned_widths(max(spec.d_k), align):
         widths = [min(n, d_k) for d_k in spec.d_k]
         choices.append(select(checkpoint, criterion, widths, statistics=statistics, seed=seed))
-    if any(choice.rotated for choice in choices):
+    curves = error_curves(model, choices, windows, advance=advance)
+    return widths_per_layer(spec, curves, limit), Budget(limit, align, curves, origin)
+
+
+def check_spendable(
+    spec: ModelSpec, criterion: Criterion, limit: int, align: int, window_length: int
+) -> None:
+    """Find out before any work whether `spend` can do its own, on windows of so many tokens.
+
+    Raises:
+        PruningError: not even the smallest widths fit, the criterion keeps what can't be measured in one layer alone,
+            or the windows have no token to predict.
+    """
+    _check_limit(spec, [aligned_widths(d_k, align)[0] for d_k in spec.d_k], limit)
+    if criterion.mixes:
         raise PruningError(
             f"method={criterion.name!r} mixes channels, and --per-layer measures masks of the model's own; "
             "give the layers one width, or choose another method"
         )
-    curves = error_curves(model, choices, windows, advance=advance)
-    return widths_per_layer(spec, curves, limit), Budget(limit, align, curves, origin)
+    check_predicts(window_length)
 
 
 def curve_passes(spec: ModelSpec, align: int) -> int:
@@ -171,8 +184,7 @@ def error_curves(
     Raises:
         PruningError: a window has no token to predict, or the loss is not finite.
     """
-    if windows.shape[1] < 2:
-        raise PruningError(f"window_length={windows.shape[1]} leaves no token to predict; give at least 2")
+    check_predicts(windows.shape[1])
     dense = perplexity(model, windows, advance=advance).loss
     curves: list[Curve] = []
     for layer, block in enumerate(model.layers):

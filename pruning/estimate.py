@@ -245,15 +245,6 @@ def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     return total
 
 
-def tokenizer_notes(checkpoint: Checkpoint) -> Iterator[str]:
-    """Says what the output will lack that the server needs."""
-    if not (checkpoint.path / "tokenizer.json").is_file():
-        yield (
-            f"note: {checkpoint.source} has no tokenizer.json, so the output has none: lowkey-serve refuses it "
-            "until one is put there"
-        )
-
-
 def disk_line(needed: Sequence[tuple[str, int]], out: Path) -> str:
     """What will be written, and what is free where it goes.
 

@@ -33,6 +33,12 @@ def need_gradients(names: Collection[str]) -> bool:
     return not {*GRADIENTS}.isdisjoint(names)
 
 
+def check_predicts(window_length: int) -> None:
+    """Raises PruningError for windows that have no token to predict, and so no loss."""
+    if window_length < 2:
+        raise PruningError(f"window_length={window_length} leaves no token to predict; give at least 2")
+
+
 def add_gradients(model: Model, windows: Tensor, sums: Sequence[Mapping[Any, Tensor]]) -> Iterator[int]:
     """Run `windows` int64 `[count, length]` forward and backward, one at a time, and add to `sums`, per layer.
 
@@ -45,10 +51,7 @@ def add_gradients(model: Model, windows: Tensor, sums: Sequence[Mapping[Any, Ten
     Raises:
         PruningError: a window has no token to predict, a gradient is not finite, or a layer's tap missed tokens.
     """
-    if windows.shape[1] < 2:
-        raise PruningError(
-            f"window_length={windows.shape[1]} leaves no token to predict; gradients need at least 2"
-        )
+    check_predicts(windows.shape[1])
     weights = [block.get_parameter("mixer.in_proj.weight") for block in model.layers]
     for window in windows.to(model.embeddings.weight.device):
         with _gradients_of(weights):

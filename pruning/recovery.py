@@ -1,7 +1,6 @@
 """Recovery: dense and reduced checkpoint in, trained checkpoint out; and the control that makes it comparable."""
 
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from lowkey.files import write_or_keep
 from modeling.checkpoint import (
+    HEAD,
     REDUCTION,
     Checkpoint,
     export_tensors,
@@ -23,10 +23,12 @@ from modeling.checkpoint import (
 from modeling.model import Model
 from pruning.batches import Batches, token_stream
 from pruning.calibration import Encoder, Text
+from pruning.companions import RECOVERY, Companions
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
+from pruning.finite import check_finite, finite
 from pruning.reduction import check_output, record_of, versions
-from pruning.surgery import RECOVERY, check_runs, copy_other_files
+from pruning.surgery import check_runs
 from pruning.training import OnStep, Result, Settings, check_saved, heldout_loss, no_report, train
 
 FORMAT = 1
@@ -100,8 +102,8 @@ def plan(
         control: train the dense checkpoint instead, on the same tokens with the same settings, without a teacher.
 
     Raises:
-        PruningError: `reduced` was not cut from `dense` or is recovered already, the output is refused, or a text
-            is too short.
+        PruningError: `reduced` was not cut from `dense` or is recovered already, the output is refused, a weight is NaN
+            or Inf, or a text is too short.
         CheckpointError: the weights of one are not what its config says.
         OutputError: the output can't be written.
     """
@@ -109,6 +111,8 @@ def plan(
     for checkpoint in (dense, reduced):
         checkpoint.check_tensors()
     _check_pair(dense, reduced)
+    for checkpoint in (dense, reduced):
+        check_finite(checkpoint)
     if control and not settings.ce_weight:
         raise PruningError("ce_weight=0.0 leaves a control, which has no teacher, nothing to learn from")
     encoder = Encoder(dense)
@@ -165,10 +169,11 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
 
 def _write(run: Run, model: Model, result: Result, out: Path, device: torch.device) -> dict[str, Any]:
     with new_directory(out, overwrite=run.overwrite) as directory:
-        copy_other_files(run.student.path, directory)
-        shutil.copyfile(run.student.path / "config.json", directory / "config.json")
+        companions = Companions(run.student)
+        companions.copy(directory)
+        write_json(directory / "config.json", companions.without_missing_code(run.student.config))
         write_safetensors(directory, _as_stored(model, run.student))
-        check_runs(directory, run.student.spec)
+        check_runs(directory, run.student.spec, run.student.source)
         after = heldout_loss(open_checkpoint(directory).load(device=device), run.heldout)
         record = _record(run, result.trained_parameters, result.curve[0].heldout_loss, after)
         if run.student.reduction is not None:
@@ -179,10 +184,17 @@ def _write(run: Run, model: Model, result: Result, out: Path, device: torch.devi
 
 
 def _as_stored(model: Model, source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters in the dtypes and shapes of the checkpoint that they came from."""
+    """The model's parameters in the dtypes and shapes of the checkpoint that they came from.
+
+    Raises:
+        PruningError: one is NaN or Inf, or is not finite in the checkpoint's dtype.
+    """
+    trained = f"{source.source}, trained and in its own dtypes"
     for name, tensor in export_tensors(model, source.family):
         stored = source.tensor(name)
-        yield name, tensor.detach().to("cpu", stored.dtype).view(stored.shape)
+        yield name, finite(tensor.detach().to("cpu", stored.dtype).view(stored.shape), name, trained)
+    if model.spec.tie_embeddings and HEAD in source.files:  # a copy of the embeddings stays one
+        yield HEAD, model.lm_head.weight.detach().to("cpu", source.tensor(HEAD).dtype, copy=True)
 
 
 def _record(run: Run, trained_parameters: int, before: float, after: float) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def reduce_checkpoint(
     check_output([checkpoint], out, overwrite=overwrite)
     with new_directory(out, overwrite=overwrite) as directory:
         spec = write_reduced(checkpoint, selection.cuts, directory)
-        check_runs(directory, spec)
+        check_runs(directory, spec, checkpoint.source)
         record = reduction_json(checkpoint, selection, provenance, spec)
         if evaluate is not None:
             record["evaluation"] = evaluate(open_checkpoint(directory).load())

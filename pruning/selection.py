@@ -73,6 +73,21 @@ def widths_for_ratio(spec: ModelSpec, ratio: float) -> tuple[int, ...]:
     return widths
 
 
+def check_statistics(criterion: Criterion, statistics: Statistics | None, checkpoint: Checkpoint) -> None:
+    """Raises PruningError unless `statistics` hold, of this checkpoint, all that the criterion reads."""
+    if not criterion.statistics:
+        return
+    if statistics is None:
+        raise PruningError(f"method={criterion.name!r} needs calibration statistics")
+    statistics.check_source(checkpoint)
+    missing = [name for name in criterion.statistics if name not in statistics.names]
+    if missing:
+        raise PruningError(
+            f"these statistics do not hold {', '.join(missing)}, which method={criterion.name!r} reads; "
+            f"calibrate again with --method {criterion.name}"
+        )
+
+
 def select(
     checkpoint: Checkpoint,
     criterion: Criterion,
@@ -86,16 +101,7 @@ def select(
     Raises:
         PruningError: the criterion needs statistics and they are not there, or of another checkpoint.
     """
-    if criterion.statistics:
-        if statistics is None:
-            raise PruningError(f"method={criterion.name!r} needs calibration statistics")
-        statistics.check_source(checkpoint)
-        missing = [name for name in criterion.statistics if name not in statistics.names]
-        if missing:
-            raise PruningError(
-                f"these statistics do not hold {', '.join(missing)}, which method={criterion.name!r} reads; "
-                f"calibrate again with --method {criterion.name}"
-            )
+    check_statistics(criterion, statistics, checkpoint)
     keep: list[Tensor] = []
     report: list[list[Report]] = []
     rotation: list[Tensor | None] = []

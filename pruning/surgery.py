@@ -4,7 +4,6 @@ Where the key axis is comes from the family (`key_rows`), so nothing here knows 
 """
 
 import itertools
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.backends import TORCH
-from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint, save_shard, write_json
+from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint, save_shard, write_json
+from modeling.families import ConfigError
 from modeling.layers import Block, RMSNorm
-from modeling.sources import INDEX
+from modeling.sources import INDEX, SINGLE
 from modeling.spec import ModelSpec
+from pruning.companions import Companions
 from pruning.errors import PruningError
-
-RECOVERY = "recovery.json"
-"""What `lowkey-prune recover` writes about a run, beside the weights that it trained."""
-_WEIGHTS = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".ot",
-}
+from pruning.finite import finite
 
 
 @dataclass(frozen=True)
@@ -61,14 +47,16 @@ def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) 
         The reduced model's spec.
 
     Raises:
-        PruningError: `cuts` do not fit the checkpoint.
+        PruningError: `cuts` do not fit the checkpoint, or a tensor holds NaN or Inf.
         CheckpointError: the weights are not what the config says (`check_tensors`).
     """
     check_cuts(checkpoint.spec, cuts)
     checkpoint.check_tensors()
     spec = checkpoint.spec.with_d_k(tuple(cut.keep.shape[1] for cut in cuts))
-    copy_other_files(checkpoint.path, directory)
-    write_json(directory / "config.json", checkpoint.family.config_with_d_k(checkpoint.config, spec))
+    config = checkpoint.family.config_with_d_k(checkpoint.config, spec)
+    companions = Companions(checkpoint)
+    companions.copy(directory)
+    write_json(directory / "config.json", companions.without_missing_code(config))
     write_shards(checkpoint, cuts, directory)
     return spec
 
@@ -97,6 +85,7 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
 
     Raises:
         CheckpointError: a tensor can't be read, or is not what the config says.
+        PruningError: a tensor holds NaN or Inf.
     """
     ours = {name: m.ours for m in checkpoint.family.tensors(checkpoint.spec) for name in m.theirs}
     rows = checkpoint.family.key_rows(checkpoint.spec)
@@ -111,10 +100,10 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
                     filters = ours[name].endswith("conv.weight")
                     tensor = rotate_rows(tensor, rows[name], cut.rotation, filters=filters)
                 tensor = keep_rows(tensor, rows[name], cut.keep)
-            shard[name] = tensor.contiguous()
+            shard[name] = finite(tensor.contiguous(), name, checkpoint.source)
             total += tensor.nbytes
         save_shard(directory / file.name, shard)
-    if (checkpoint.path / INDEX).exists():
+    if {file.name for file in checkpoint.files.values()} != {SINGLE}:
         weight_map = {name: file.name for name, file in checkpoint.files.items()}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
@@ -152,47 +141,30 @@ def keep_rows(tensor: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
     return tensor[mask]
 
 
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copy what is neither weights nor written anew: tokenizer, generation config, licence and the like.
-
-    A link is copied as the file it points to if that lies in the checkpoint or in the hub cache's own store (every
-    file of a hub snapshot is such a link). Other links are left out: a checkpoint must not be able to pull files
-    of the machine into what its user may publish.
-    """
-    root = source.resolve()
-    inside = [root]
-    if root.parent.name == "snapshots":
-        inside.append(root.parent.parent / "blobs")
-    for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in name.parts)
-        if (
-            hidden
-            or not path.is_file()
-            or not any(path.resolve().is_relative_to(folder) for folder in inside)
-        ):
-            continue
-        written_anew = name.name.endswith(".index.json") or str(name) in ("config.json", REDUCTION, RECOVERY)
-        if written_anew or name.suffix in _WEIGHTS:
-            continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target / name)
-
-
 @torch.no_grad()
-def check_runs(directory: Path, expected: ModelSpec) -> None:
+def check_runs(directory: Path, expected: ModelSpec, source: str) -> None:
     """Open a checkpoint that was just written and run one forward, holding one layer at a time.
 
     The spec read back must be the expected one, which also proves fla's arithmetic for d_v: a config from which stock
     loaders would derive another width does not give this spec.
 
+    Args:
+        source: what the user knows it was made of; messages name it, for the directory is gone when they are read.
+
     Raises:
-        PruningError: the shapes are not the expected ones, or the output is not finite.
-        CheckpointError: the directory can't be loaded.
+        PruningError: it can't be loaded, its shapes are not the expected ones, or the output is not finite.
     """
+    try:
+        _run(directory, expected)
+    except (PruningError, CheckpointError, ConfigError) as e:
+        reason = str(e).replace(f"{directory}/", "").removeprefix(f"{directory}: ")
+        raise PruningError(f"{source}: what was made of it is no good: {reason}") from e
+
+
+def _run(directory: Path, expected: ModelSpec) -> None:
     checkpoint = open_checkpoint(directory)
     if checkpoint.spec != expected:
-        raise PruningError(f"{directory}: the config reads back as {checkpoint.spec}, expected {expected}")
+        raise PruningError(f"the config reads back as {checkpoint.spec}, expected {expected}")
     checkpoint.check_tensors()
     # Longer than one chunk of the chunked form, in two sequences.
     lengths = (70, 3)
@@ -209,16 +181,14 @@ def check_runs(directory: Path, expected: ModelSpec) -> None:
         m = spec.mixer
         shape = (len(lengths), m.num_v_heads, m.d_k, m.d_v)
         if recurrent.shape != shape:
-            raise PruningError(
-                f"{directory}: layer {layer} has state {list(recurrent.shape)}, expected {list(shape)}"
-            )
+            raise PruningError(f"layer {layer} has state {list(recurrent.shape)}, expected {list(shape)}")
     norm = RMSNorm(expected.hidden_size, expected.norm.eps)
     norm.load_state_dict(checkpoint.parameters("norm."))
     hidden = norm(x)
     head = _stored(checkpoint, "embeddings.weight" if expected.tie_embeddings else "lm_head.weight")
     # A large vocabulary's head in float32 can be larger than a shard.
     if not all(bool(F.linear(hidden, rows.float()).isfinite().all()) for rows in head.split(4096)):
-        raise PruningError(f"{directory}: a forward of the reduced model gives NaN or Inf")
+        raise PruningError("a forward gives NaN or Inf")
 
 
 def _stored(checkpoint: Checkpoint, ours: str) -> Tensor:

@@ -29,6 +29,8 @@ from pruning.estimate import (
     statistics_bytes,
     time_line,
 )
+from pruning.finite import check_finite
+from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import going_on_from, left_behind
 from pruning.on_ray import Job, collect_on_ray, connected, room
 from pruning.options import (
@@ -113,6 +115,10 @@ def calibrate(
     checkpoint = open_checkpoint(src)
     checkpoint.check_tensors()
     names = names_for(needed)
+    if need_gradients(names):
+        check_predicts(source.length)
+    with Busy(err_console, "reading the weights"):
+        check_finite(checkpoint)
     windows, origin = draw(checkpoint, source, numbers)
     plan = [
         *shape_lines(checkpoint.spec),

@@ -14,11 +14,12 @@ from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning import views
-from pruning.budget import DEFAULT_ALIGN, Budget, curve_passes, spend
+from pruning.budget import DEFAULT_ALIGN, Budget, check_spendable, curve_passes, spend
 from pruning.calibration import WINDOW, Origin, bundled_text
 from pruning.commands.calibrate import draw, run_calibration, tell
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
+from pruning.companions import Companions
 from pruning.criteria import CRITERIA, Criterion, criterion_named
 from pruning.errors import PruningError
 from pruning.estimate import (
@@ -32,9 +33,10 @@ from pruning.estimate import (
     shape_lines,
     statistics_bytes,
     time_line,
-    tokenizer_notes,
 )
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_json
+from pruning.finite import check_finite
+from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind
 from pruning.options import (
     Align,
@@ -57,7 +59,7 @@ from pruning.options import (
 )
 from pruning.progress import Busy, tokens_bar
 from pruning.reduction import Provenance, check_output, reduce_checkpoint
-from pruning.selection import Selection, select
+from pruning.selection import Selection, check_statistics, select
 from pruning.statistics import Statistics, load_statistics, names_for
 
 
@@ -125,6 +127,16 @@ def prune(
     stats = stats or out.with_name(f"{out.name}.stats.safetensors")
     if calibrating:
         check_writable(stats)
+    statistics = None
+    if reused:
+        statistics = load_statistics(stats)
+        check_statistics(criterion, statistics, checkpoint)
+    if per_layer:
+        check_spendable(checkpoint.spec, criterion, limit, align, source.length)
+    if calibrating and need_gradients(criterion.statistics):
+        check_predicts(source.length)
+    with Busy(err_console, "reading the weights"):
+        check_finite(checkpoint)
     drawn = draw(checkpoint, source) if calibrating or per_layer else None
     plan = _plan(
         checkpoint,
@@ -142,7 +154,7 @@ def prune(
     if dry_run:
         return
 
-    statistics, budget = None, None
+    budget = None
     if drawn is not None:
         with Busy(err_console, "loading the checkpoint"):
             model = checkpoint.load(device=where)
@@ -151,8 +163,6 @@ def prune(
         statistics = run_calibration(
             checkpoint, model, *drawn, criterion.statistics, stats, overwrite=overwrite
         )
-    elif reused:
-        statistics = load_statistics(stats)
     left = f"nothing was written but {stats}; give --stats {stats} to go on from it"
     with left_behind(left if calibrating else "nothing was written"):
         if per_layer:
@@ -233,7 +243,7 @@ def _plan(
     if times:
         yield time_line(times, device)
     yield disk_line(written, out)
-    yield from tokenizer_notes(checkpoint)
+    yield from Companions(checkpoint).notes()
 
 
 def _spend(

@@ -12,13 +12,13 @@ from modeling.checkpoint import open_checkpoint
 from pruning.calibration import WINDOW
 from pruning.commands.calibrate import tell
 from pruning.commands.console import err_console, out_console
+from pruning.companions import Companions
 from pruning.estimate import (
     disk_line,
     evaluation_seconds,
     shape_lines,
     stored_bytes,
     time_line,
-    tokenizer_notes,
     training_seconds,
 )
 from pruning.evaluation import DEFAULT_TOKENS
@@ -104,7 +104,7 @@ def recover(
         seed=seed,
         evaluations=evaluations,
     )
-    with Busy(err_console, "reading text"):
+    with Busy(err_console, "reading weights and text"):
         run = plan(
             open_checkpoint(dense),
             open_checkpoint(reduced),
@@ -162,4 +162,4 @@ def _plan(run: Run, done: int, device: torch.device) -> Iterator[str]:
     # Value and two moments in float32, and the file before while a new one is written.
     needed = [("the checkpoint", stored_bytes(run.student)), ("its progress", 2 * 12 * trained)]
     yield disk_line(needed, run.out)
-    yield from tokenizer_notes(run.student)
+    yield from Companions(run.student).notes()

@@ -70,6 +70,11 @@ class Criterion(Protocol):
         """Whether it reads the q and k projections."""
         ...
 
+    @property
+    def mixes(self) -> bool:
+        """Whether it keeps mixtures of channels (`Choice.rotation`) instead of channels."""
+        ...
+
     def select(self, head: Head, n: int) -> Choice:
         """Choose n channels, 1 <= n <= d_k; n = d_k keeps all."""
         ...

@@ -94,6 +94,7 @@ class Bilinear:
     summary = "best preserves the products q.k themselves"
     statistics: tuple[StatisticName, ...] = ("q_normalised", "k_normalised")
     weights = False
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         m = head.statistics["q_normalised"] * head.statistics["k_normalised"]

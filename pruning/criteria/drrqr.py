@@ -15,6 +15,7 @@ class DRRQR:
     summary = "strong rank-revealing QR of the stacked queries and keys (the paper's method)"
     statistics: tuple[StatisticName, ...] = ("q", "k")
     weights = False
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         result = strong_rrqr(head.statistics["q"] + head.statistics["k"], n)

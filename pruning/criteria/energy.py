@@ -9,6 +9,7 @@ class Energy:
     summary = "largest mean square of q times that of k"
     statistics: tuple[StatisticName, ...] = ("q_normalised", "k_normalised")
     weights = False
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         q, k = (head.statistics[name].diagonal() for name in self.statistics)

@@ -11,6 +11,7 @@ class L1:
     summary = "largest L1 norm of the q and k projection rows (needs no text)"
     statistics: tuple[StatisticName, ...] = ()
     weights = True
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         assert head.weights is not None

@@ -17,6 +17,7 @@ class LossAware:
     summary = "bilinear, weighed by each channel's effect on the loss (needs gradients)"
     statistics: tuple[StatisticName, ...] = ("q_normalised", "k_normalised", "gate_fisher")
     weights = False
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         fisher = head.statistics["gate_fisher"]

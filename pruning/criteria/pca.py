@@ -22,6 +22,7 @@ class PCA:
     )
     statistics: tuple[StatisticName, ...] = ("k", "k_sum")
     weights = False
+    mixes = True
 
     def select(self, head: Head, n: int) -> Choice:
         keep = np.arange(n)

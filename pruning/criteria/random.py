@@ -11,6 +11,7 @@ class Random:
     summary = "channels drawn at random from --seed"
     statistics: tuple[StatisticName, ...] = ()
     weights = False
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         return Choice(np.sort(head.generator().permutation(head.d_k)[:n]))

@@ -12,6 +12,7 @@ class Taylor:
     summary = "largest weight times gradient of the projection rows (needs gradients)"
     statistics: tuple[StatisticName, ...] = ("q_gradient", "k_gradient")
     weights = True
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         assert head.weights is not None

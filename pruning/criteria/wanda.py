@@ -12,6 +12,7 @@ class Wanda:
     summary = "largest projection rows, each weight times the size of its input"
     statistics: tuple[StatisticName, ...] = ("x_squares",)
     weights = True
+    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         assert head.weights is not None

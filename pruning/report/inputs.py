@@ -9,12 +9,12 @@ from typing import TypeVar
 import msgspec
 
 from modeling.checkpoint import REDUCTION
+from pruning.companions import RECOVERY
 from pruning.errors import PruningError
 from pruning.evaluation.record import KIND as EVALUATION
 from pruning.evaluation.record import Evaluation, read_evaluation
 from pruning.reduction import FORMAT as REDUCTION_FORMAT
 from pruning.statistics import Statistics, load_statistics
-from pruning.surgery import RECOVERY
 
 TABLE = "pruning_table"
 TABLE_FORMAT = 1

@@ -227,7 +227,7 @@ def test_spend_measures_every_aligned_width_and_stays_within_the_limit(checkpoin
 class Strict:
     """Takes no width that a head does not have."""
 
-    name, summary, statistics, weights = "strict", "", (), False
+    name, summary, statistics, weights, mixes = "strict", "", (), False, False
 
     def select(self, head, n):
         assert 1 <= n <= head.d_k

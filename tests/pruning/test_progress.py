@@ -17,10 +17,10 @@ from lowkey.words import counted
 from modeling.checkpoint import open_checkpoint
 from pruning import estimate
 from pruning.cli import app
+from pruning.companions import RECOVERY
 from pruning.interrupts import left_behind, put_off, saving
 from pruning.progress import Busy, Meter, tokens_bar
 from pruning.statistics import load_unfinished
-from pruning.surgery import RECOVERY
 from pruning.training import SAVE_SECONDS
 
 

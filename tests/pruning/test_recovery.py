@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from modeling.checkpoint import REDUCTION, open_checkpoint
 from pruning import recovery
 from pruning.cli import app
-from pruning.surgery import RECOVERY
+from pruning.companions import RECOVERY
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +168,16 @@ def test_peft_is_asked_for_only_where_it_is_used(recover, tmp_path, monkeypatch)
     assert "pip install -e '.[recover]' in a checkout" in said
     recover("dense", "uniform", "out", "--train", "small")
     assert torch.isfinite(open_checkpoint(tmp_path / "out").load().norm.weight).all()
+
+
+def test_a_stored_copy_of_tied_embeddings_stays_one(recover, tmp_path):
+    config = {**GATED, "tie_word_embeddings": True}
+    tensors = random_tensors(config)
+    tensors["lm_head.weight"] = tensors["model.embeddings.weight"].clone()
+    dense = write_checkpoint(tmp_path / "tied", config, tensors)
+    invoke(tmp_path, "prune", dense, "reduced", "--method", "l1", "--keep", 8)
+    recover(dense, tmp_path / "reduced", tmp_path / "out", "--train", "full", "--lr", "3e-3")
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(trained["lm_head.weight"], trained["model.embeddings.weight"])
+    assert not torch.equal(trained["lm_head.weight"], tensors["lm_head.weight"])
+    open_checkpoint(tmp_path / "out").load()

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from lowkey.files import OutputError
 from modeling.checkpoint import REDUCTION, CheckpointError, open_checkpoint
+from pruning.companions import RECOVERY
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
 from pruning.selection import select
-from pruning.surgery import RECOVERY, Cut, check_runs, keep_rows, write_reduced
+from pruning.surgery import Cut, check_runs, keep_rows, write_reduced
 
 CONFIGS = {
     "gated-value-groups": GATED,
@@ -209,9 +210,11 @@ def test_a_config_that_reads_back_otherwise_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     cuts = [Cut(keep) for keep in random_keep(checkpoint.spec, (8, 8, 8))]
     spec = write_reduced(checkpoint, cuts, tmp_path / "out")
-    check_runs(tmp_path / "out", spec)
-    with pytest.raises(PruningError, match="the config reads back as"):
-        check_runs(tmp_path / "out", checkpoint.spec)
+    check_runs(tmp_path / "out", spec, "dense")
+    with pytest.raises(
+        PruningError, match="^dense: what was made of it is no good: the config reads back as"
+    ):
+        check_runs(tmp_path / "out", checkpoint.spec, "dense")
 
 
 def test_weights_that_are_not_finite_leave_no_output(tmp_path):

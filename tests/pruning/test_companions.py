@@ -1,0 +1,259 @@
+"""What comes along of a checkpoint beside its weights: over links, from a hub, and what the user is told is missing."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import GATED, write_checkpoint
+from hub import COMMIT, hub_of
+from typer.testing import CliRunner
+
+from modeling.sources import check_source
+from pruning.cli import app
+
+PRUNE = ("--method", "l1", "--keep", "16")
+OTHERS = ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json"]
+TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.fixture
+def prune(tmp_path, monkeypatch):
+    """Prunes; returns the files that came along and the notes."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def prune(source, out="out"):
+        result = CliRunner().invoke(app, ["prune", str(source), str(tmp_path / out), *PRUNE])
+        assert result.exit_code == 0, result.output + repr(result.exception)
+        written = {"config.json", "model.safetensors", "state_reduction.json"}
+        files = {str(p.relative_to(tmp_path / out)) for p in (tmp_path / out).rglob("*") if not p.is_dir()}
+        assert not any(p.is_symlink() for p in (tmp_path / out).rglob("*"))
+        return sorted(files - written), [x for x in result.stderr.splitlines() if x.startswith("note: ")]
+
+    return prune
+
+
+def whole(path):
+    """A checkpoint with other files than weights and tokenizer."""
+    write_checkpoint(path, GATED)
+    for name in OTHERS:
+        (path / name).write_text("{}" if name.endswith(".json") else name)
+    return path
+
+
+def test_a_directory_of_links_is_as_good_as_the_one_that_they_lead_to(tmp_path, prune):
+    real = whole(tmp_path / "real")
+    (real / "assets").mkdir()
+    (real / "assets/picture.png").write_bytes(b"png")
+    links = tmp_path / "links"
+    (links / "assets").mkdir(parents=True)
+    for path in real.rglob("*"):
+        if path.is_file():
+            (links / path.relative_to(real)).symlink_to(path)
+    came, notes = prune(links)
+    assert (came, notes) == prune(real, "direct")
+    assert came == sorted([*OTHERS, *TOKENIZER, "assets/picture.png"]) and not notes
+    check_source(str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("store", ["flat", "spread"])
+def test_a_hub_cache_whose_blobs_are_links_into_a_shared_store(tmp_path, prune, store):
+    real = whole(tmp_path / "real")
+    cache = tmp_path / "hub/models--org--name"
+    snapshot = cache / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (cache / "blobs").mkdir()
+    for i, path in enumerate(sorted(real.iterdir())):
+        kept = tmp_path / "store" / (f"{i:02x}" if store == "spread" else "") / f"sha256-{i}"
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(kept)
+        (cache / "blobs" / f"b{i}").symlink_to(kept)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / f"b{i}")
+    came, notes = prune(snapshot)
+    assert came == sorted([*OTHERS, *TOKENIZER]) and not notes
+    check_source(str(tmp_path / "out"))
+
+
+def test_blobs_elsewhere_that_a_directory_of_links_was_made_of(tmp_path, prune):
+    """As `huggingface-cli` with a `--local-dir` of links, or a content-addressed store, leaves it."""
+    real, links, blobs = whole(tmp_path / "real"), tmp_path / "links", tmp_path / "blobs"
+    links.mkdir()
+    blobs.mkdir()
+    for i, path in enumerate(sorted(real.iterdir())):
+        path.rename(blobs / f"{i}")
+        (links / path.name).symlink_to(blobs / f"{i}")
+    came, notes = prune(links)
+    assert came == sorted([*OTHERS, *TOKENIZER]) and not notes
+
+
+def secrets(tmp_path):
+    folder = tmp_path / "home"
+    folder.mkdir()
+    for name in ("secret.txt", ".netrc", "tokenizer.json"):
+        (folder / name).write_text("secret")
+    return folder
+
+
+def test_what_links_elsewhere_is_left_out_and_named(tmp_path, prune):
+    home, real = secrets(tmp_path), whole(tmp_path / "real")
+    (real / "leak.txt").symlink_to(home / "secret.txt")
+    (real / "over.txt").symlink_to(real / "leak.txt")
+    (real / "folder").symlink_to(home)
+    (real / "gone.txt").symlink_to(tmp_path / "nowhere")
+    (real / "loop.txt").symlink_to(real / "loop.txt")
+    (real / "up.txt").symlink_to("..")
+    (real / "inside.txt").symlink_to("LICENSE")
+    (real / ".git").mkdir()
+    (real / ".git/config").write_text("token")
+    (real / "token.txt").symlink_to(".git/config")
+    came, [note] = prune(real)
+    assert came == sorted([*OTHERS, *TOKENIZER, "inside.txt"])
+    named = "folder, gone.txt, leak.txt, loop.txt, over.txt, token.txt, up.txt"
+    assert note == f"note: links that lead out of the checkpoint or nowhere are left out: {named}"
+
+
+def test_weights_that_are_links_open_their_own_folder_and_no_other(tmp_path, prune):
+    home, real, links = secrets(tmp_path), whole(tmp_path / "real"), tmp_path / "links"
+    (real / ".hidden").write_text("secret")
+    (real / "below").mkdir()
+    (real / "below/deep.txt").write_text("secret")
+    links.mkdir()
+    for name in ("config.json", "model.safetensors", *TOKENIZER, "LICENSE"):
+        (links / name).symlink_to(real / name)
+    (links / "leak.txt").symlink_to(home / "secret.txt")
+    (links / "netrc.txt").symlink_to(real / ".hidden")
+    (links / "deep.txt").symlink_to(real / "below/deep.txt")
+    came, [note] = prune(links)
+    assert came == sorted(["LICENSE", *TOKENIZER])
+    assert note.endswith(" are left out: deep.txt, leak.txt, netrc.txt")
+
+
+def test_weights_that_pass_through_a_link_of_the_checkpoint_open_nothing_more(tmp_path, prune):
+    """The checkpoint's own folder is one that its weights come through; a link in it may lead anywhere."""
+    home, real, links = secrets(tmp_path), whole(tmp_path / "real"), tmp_path / "links"
+    shutil.copytree(real, links)
+    (links / "model.safetensors").unlink()
+    (links / "weights").symlink_to(real / "model.safetensors")
+    (links / "model.safetensors").symlink_to("weights")
+    (links / "leak.txt").symlink_to("leak")
+    (links / "leak").symlink_to(home / "secret.txt")
+    came, [note] = prune(links)
+    assert "leak.txt" not in came and note.endswith(" are left out: leak, leak.txt")
+
+
+def test_a_tokenizer_that_is_left_out_is_told_with_what_follows(tmp_path, prune):
+    real = whole(tmp_path / "real")
+    (tmp_path / "home").mkdir()
+    (real / "tokenizer.json").rename(tmp_path / "home/tokenizer.json")
+    (real / "tokenizer.json").symlink_to(tmp_path / "home/tokenizer.json")
+    came, notes = prune(real)
+    assert came == sorted([*OTHERS, "tokenizer_config.json"])
+    first, second = notes
+    assert first == "note: links that lead out of the checkpoint or nowhere are left out: tokenizer.json"
+    assert second == (
+        f"note: tokenizer.json of {real} is a link out of the checkpoint, so the output has none: lowkey-serve refuses "
+        "it until one is put there"
+    )
+
+
+# From a hub
+
+
+@pytest.fixture(scope="module")
+def from_hub(tmp_path_factory):
+    """A checkpoint with code of its own, pruned from a hub by a real process: its result and what it said."""
+    folder = tmp_path_factory.mktemp("hub")
+    auto_map = {
+        "AutoModelForCausalLM": "modeling_x.XForCausalLM",
+        "AutoConfig": "org/other--configuration_x.XConfig",
+    }
+    path = whole(folder / "repository")
+    (path / "config.json").write_text(json.dumps({**GATED, "auto_map": auto_map}))
+    slow = {"AutoTokenizer": ["tokenization_x.XTokenizer", None]}
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    (path / "tokenizer_config.json").write_text(json.dumps({**config, "auto_map": slow}))
+    for name in ("modeling_x.py", "tokenization_x.py", "setup.py"):
+        (path / name).write_text("raise SystemExit('remote code was run')")
+    for name in ("NOTICE.txt", "USE_POLICY.md", "pytorch_model.bin", ".gitattributes"):
+        (path / name).write_text(name)
+    with hub_of("org/name", path) as address:
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+            "COLUMNS": "200",
+        }
+        command = [
+            Path(sys.executable).with_name("lowkey-prune"),
+            "prune",
+            "org/name@main",
+            folder / "out",
+            *PRUNE,
+        ]
+        ran = subprocess.run(
+            [*map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+        )
+    assert ran.returncode == 0, ran.stderr
+    return folder / "out", ran.stderr, folder / "home"
+
+
+def test_licence_and_card_come_from_a_hub_and_code_does_not(from_hub):
+    out, _, home = from_hub
+    files = {p.name for p in out.iterdir()}
+    expected = {*OTHERS, *TOKENIZER, "NOTICE.txt", "USE_POLICY.md"}
+    assert files == {"config.json", "model.safetensors", "state_reduction.json", *expected}
+    for name in ("LICENSE", "README.md"):
+        assert (out / name).read_text() == name
+    assert not [*home.rglob("*.py")], "code was downloaded"
+    check_source(str(out))
+
+
+def test_what_names_code_that_is_not_there_loses_it_and_says_so(from_hub):
+    out, said, _ = from_hub
+    config, tokenizer = (
+        json.loads((out / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    )
+    assert "auto_map" not in config and config["model_type"] == "gated_deltanet" and config["head_dim"] == 16
+    assert tokenizer == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    left_out = "is left out: the code that it names is not there"
+    assert (
+        f"note: auto_map of config.json {left_out} (modeling_x.py, org/other--configuration_x.py)\n" in said
+    )
+    assert f"note: auto_map of tokenizer_config.json {left_out} (tokenization_x.py)\n" in said
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_code_that_is_there_stays_named(tmp_path, prune, there):
+    path = whole(tmp_path / "local")
+    auto_map = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (path / "config.json").write_text(json.dumps({**GATED, "auto_map": auto_map}))
+    if there:
+        (path / "modeling_x.py").write_text("raise SystemExit('remote code was run')")
+    came, notes = prune(path)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert (config.get("auto_map") == auto_map, "modeling_x.py" in came, not notes) == (there, there, there)
+
+
+@pytest.mark.parametrize(
+    "odd", ["text", 7, [], {"AutoModel": 5}, {"AutoModel": {"a": "b"}}, [[["x"]]], None, {}]
+)
+def test_an_auto_map_that_is_none_is_no_traceback(tmp_path, prune, odd):
+    path = whole(tmp_path / "local")
+    (path / "config.json").write_text(json.dumps({**GATED, "auto_map": odd}))
+    _, notes = prune(path)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert ("auto_map" in config) == (odd in (None, {}, [])) == (not notes)
+
+
+def test_a_config_that_is_no_json_is_copied_as_it_is(tmp_path, prune):
+    path = whole(tmp_path / "local")
+    (path / "generation_config.json").write_text("{no json")
+    came, _ = prune(path)
+    assert "generation_config.json" in came
+    assert (tmp_path / "out/generation_config.json").read_text() == "{no json"
