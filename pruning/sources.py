@@ -76,7 +76,7 @@ def _not_empty(documents: Sequence[str], where: str) -> list[str]:
     """
     found = [document for document in documents if document]
     if not found:
-        raise PruningError(f"{where} holds no text")
+        raise PruningError(f"{where}: holds no text")
     if empty := len(documents) - len(found):
         logger.warning(
             "note: %s: %s of %s %s empty and left out",
@@ -174,7 +174,7 @@ def dataset_text(
         raise PruningError(
             f"dataset={name!r}, split {split!r}, can't be read: {type(e).__name__}: {e}"
         ) from e
-    return Text(f"{name}, split {split}", _not_empty(documents, f"dataset={name!r}, split {split!r},"))
+    return Text(f"{name}, split {split}", _not_empty(documents, f"dataset={name!r}, split {split!r}"))
 
 
 def _dataset(name: str) -> tuple[str, str | None, str | None]:
