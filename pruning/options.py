@@ -28,7 +28,8 @@ TextFiles = Annotated[
     list[Path] | None,
     typer.Option(
         "--text",
-        help="Text file, folder, glob or .jsonl file; may be given several times. A file is one document.",
+        help="Text file, folder, glob or .jsonl file, gzipped (.gz) or not; may be given several times. A file is one "
+        "document.",
     ),
 ]
 Field = Annotated[
@@ -40,7 +41,9 @@ Field = Annotated[
 ]
 Dataset = Annotated[
     str | None,
-    typer.Option(help="Hugging Face data set instead of --text: org/name[:subset][@revision], streamed."),
+    typer.Option(
+        help="Hugging Face data set instead of --text: org/name[:subset][@revision], streamed; or a local folder."
+    ),
 ]
 DatasetSplit = Annotated[
     str | None,
