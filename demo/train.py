@@ -29,6 +29,7 @@ from lowkey.files import OutputError, check_writable, write_or_keep, writing
 from modeling.checkpoint import export_tensors, write_json, write_safetensors
 from modeling.families import family_of
 from modeling.model import Model
+from modeling.tokenizer import TokenizerFile
 from pruning.corpus import corpus, sha256
 
 EOS = "<|endoftext|>"
@@ -167,7 +168,7 @@ def model(
     torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    tok = Tokenizer.from_file(str(out / "tokenizer.json"))
+    tok, _ = TokenizerFile(out).open()
     train_texts, heldout_texts = corpus("train"), corpus("heldout")
     train, heldout = encode(tok, train_texts), encode(tok, heldout_texts)
     bytes_per_token = sum(len(t.encode()) for t in heldout_texts) / len(heldout)

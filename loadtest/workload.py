@@ -118,7 +118,11 @@ def _parse(path: Path, lines: list[str], vocab: int, draw: random.Random) -> Ite
                         f"{path}:{number}: prompt_tokens={length} is not from 1 to {MAX_TOKENS}"
                     )
                 prompt = [draw.randrange(1, vocab) for _ in range(length)]
-        except (ValueError, AttributeError) as e:
+            if isinstance(prompt, str):
+                prompt.encode()  # JSON may hold half a surrogate pair, which can't be sent
+        except UnicodeEncodeError as e:
+            raise WorkloadError(f"{path}:{number}: prompt holds half a surrogate pair: {e}") from e
+        except (ValueError, AttributeError, RecursionError) as e:
             raise WorkloadError(f"{path}:{number}: is no JSON object: {e}") from e
         ids = isinstance(prompt, list) and all(isinstance(i, int) for i in prompt)
         if not prompt or not (isinstance(prompt, str) or ids):

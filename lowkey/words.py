@@ -1,4 +1,4 @@
-"""Figures for people."""
+"""Figures and other people's texts, put so that they can be shown."""
 
 
 def counted(count: int, noun: str) -> str:
@@ -20,3 +20,9 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s" if seconds >= 1 else "1 s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def writable(text: object) -> str:
+    """What is found in other people's JSON, as text that can be written: half a surrogate pair, which has no UTF-8,
+    becomes its escape."""
+    return str(text).encode(errors="backslashreplace").decode()

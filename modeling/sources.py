@@ -1,7 +1,9 @@
 """What a user means by the name of a checkpoint: a local directory or a hub id. Imports no torch."""
 
+import contextlib
 import difflib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,15 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message names the file or tensor and what would be right."""
 
 
+def as_path(source: str | Path) -> Path:
+    """The path that a user means: as it is written if that is there, else with `~` for the home directory."""
+    path = Path(source)
+    if not os.path.lexists(path):
+        with contextlib.suppress(RuntimeError):  # ~somebody who has no account here
+            return path.expanduser()
+    return path
+
+
 def local_directory(source: str | Path) -> Path | None:
     """The directory that `source` names, or None for a hub id (`org/name` or `org/name@revision`), which is not looked
     up here.
@@ -24,12 +35,13 @@ def local_directory(source: str | Path) -> Path | None:
     Raises:
         CheckpointError: a path that is no directory. Names the directory that is called nearly the same.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = as_path(source)
+    # Unlike Path.is_dir, os.path.isdir is False for a name that is too long or lies where we may not look.
+    if os.path.isdir(path):
         return path
     if path.suffix == ".gguf":
         raise CheckpointError(_no_gguf(path))
-    if path.exists():
+    if os.path.exists(path):
         raise CheckpointError(f"{source} is a file; give the directory of a safetensors checkpoint")
     name, revision, _ = str(source).partition("@")
     near = _nearly(path)
@@ -87,7 +99,7 @@ def _nearly(path: Path) -> Path | None:
     """The directory whose path differs from this one by slips of spelling."""
     found = Path(path.anchor)
     for part in path.relative_to(path.anchor).parts:
-        if not (found / part).is_dir():
+        if not os.path.isdir(found / part):
             try:
                 names = [entry.name for entry in found.iterdir() if entry.is_dir()]
             except OSError:

@@ -1,18 +1,21 @@
 """Text -> token windows for calibration, with a record of where they came from."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from lowkey.words import counted
-from modeling.checkpoint import Checkpoint
+from modeling.checkpoint import Checkpoint, CheckpointError
+from modeling.tokenizer import TokenizerFile
 from pruning.corpus import Split, corpus, sha256
 from pruning.errors import PruningError
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 512
 """Tokens per window, for calibration and evaluation alike."""
@@ -57,30 +60,40 @@ class Origin:
 
 
 def bundled_text(split: Split) -> Text:
-    """One side of the text that ships with CPython (`pruning.corpus`)."""
+    """One side of the text that ships with CPython (`pruning.corpus`).
+
+    Its empty files stay, other than those of users' own text: published figures rest on these draws.
+    """
     return Text(f"bundled CPython text, {split} side", corpus(split))
 
 
 class Encoder:
     """The checkpoint's own tokenizer; each document stands behind the checkpoint's end-of-text token, if it has one.
 
+    Make one for a checkpoint and pass it on: a warning says what is ignored of the tokenizer, each time it is opened.
+
     Raises:
-        PruningError: the checkpoint carries no tokenizer.json, or one that can't be read.
+        PruningError: the checkpoint carries no tokenizer.json, or one that can't be read, or the model has no row for
+            its end-of-text token.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        file = checkpoint.path / "tokenizer.json"
-        if not file.exists():
-            raise PruningError(
-                f"{file} is missing; the text can only be read with the checkpoint's own tokenizer"
-            )
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as e:  # tokenizers raises nothing narrower
-            raise PruningError(f"{file} is not a tokenizer of the tokenizers library: {e}") from e
-        self._file = file
         self._vocab_size = checkpoint.spec.vocab_size
         self.separator = list(checkpoint.spec.eos_token_ids[:1])
+        for token in self.separator:
+            if token >= self._vocab_size:
+                raise PruningError(
+                    f"{checkpoint.path / 'config.json'}: eos_token_id={token} must be below "
+                    f"vocab_size={self._vocab_size}: each document is read behind this token"
+                )
+        try:
+            file = TokenizerFile(checkpoint.path)
+            self._tokenizer, ignored = file.open()
+        except CheckpointError as e:
+            raise PruningError(str(e)) from e
+        if ignored:
+            logger.warning("note: %s", file.ignoring(ignored))
+        self._file = file.path
 
     def __call__(self, document: str) -> list[int]:
         """Token ids of one document. Raises PruningError if the model has no such token."""

@@ -9,7 +9,6 @@ import torch
 import typer
 from torch import Tensor
 
-from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
 from pruning.budget import DEFAULT_ALIGN, aligned_widths, parse_bytes, widths_for_bytes
 from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text, draw_windows
@@ -29,7 +28,8 @@ TextFiles = Annotated[
     list[Path] | None,
     typer.Option(
         "--text",
-        help="Text file, folder, glob or .jsonl file; may be given several times. A file is one document.",
+        help="Text file, folder, glob or .jsonl file, gzipped (.gz) or not; may be given several times. A file is one "
+        "document.",
     ),
 ]
 Field = Annotated[
@@ -41,7 +41,9 @@ Field = Annotated[
 ]
 Dataset = Annotated[
     str | None,
-    typer.Option(help="Hugging Face data set instead of --text: org/name[:subset][@revision], streamed."),
+    typer.Option(
+        help="Hugging Face data set instead of --text: org/name[:subset][@revision], streamed; or a local folder."
+    ),
 ]
 DatasetSplit = Annotated[
     str | None,
@@ -134,8 +136,8 @@ class CalibrationText:
         """Windows to draw."""
         return -(-(DEFAULT_TOKENS if self.tokens is None else self.tokens) // self.length)
 
-    def draw(self, checkpoint: Checkpoint) -> tuple[Tensor, Origin]:
-        """Token windows in the checkpoint's own tokens; see `draw_windows`."""
+    def draw(self, encoder: Encoder) -> tuple[Tensor, Origin]:
+        """Token windows; see `draw_windows`."""
         if self.dataset is None:
             text = text_of(self.files, "train", self.field)
         else:
@@ -146,7 +148,7 @@ class CalibrationText:
                 tokens=self.count * self.length,
                 seed=self.seed,
             )
-        return draw_windows(Encoder(checkpoint), text, count=self.count, length=self.length, seed=self.seed)
+        return draw_windows(encoder, text, count=self.count, length=self.length, seed=self.seed)
 
 
 def shard_numbers(shard: str) -> tuple[int, int]:

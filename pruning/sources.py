@@ -1,17 +1,26 @@
 """Where text comes from: files, folders, globs, JSON lines and Hugging Face data sets."""
 
-import glob
+import gzip
 import json
+import logging
+import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lowkey import how_to_install
+from lowkey.words import counted
+from modeling.sources import as_path
 from pruning.calibration import Text
 from pruning.errors import PruningError
+from pruning.text_files import Identity, text_files
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_FIELD = "text"
-JSON_LINES = ".jsonl"
+GZIPPED = ".gz"
+JSON_LINES = (".jsonl", f".jsonl{GZIPPED}")
 _SHUFFLE_BUFFER = 1000
 """Documents that a streamed data set is shuffled within."""
 _CHARACTERS_PER_TOKEN = 16
@@ -20,10 +29,11 @@ come from many documents."""
 
 
 def read_text(sources: Sequence[str | Path], field: str | None = None) -> Text:
-    """UTF-8 files, folders, globs (`**` included) and JSON lines (`.jsonl`).
+    """UTF-8 files, folders, globs (`**` included) and JSON lines (`.jsonl`), each of them gzipped (`.gz`) or not.
 
-    A file is one document, a JSON line is one. A folder stands for all files in it that are UTF-8 text, at any depth
-    and in the order of their names; what is hidden or no text is left out. A file that two sources name is read once.
+    A file is one document, a JSON line is one; a byte order mark is no part of it. A folder stands for all files in it
+    that are UTF-8 text, at any depth and in the order of their names; what is hidden or no text is left out. A file
+    that two sources name is read once. Empty documents are left out, and a warning says how many.
 
     Args:
         field: which field of the JSON lines is the text; "text" unless given.
@@ -32,70 +42,82 @@ def read_text(sources: Sequence[str | Path], field: str | None = None) -> Text:
         PruningError: a file is missing or no text, a pattern or folder has none, a JSON line lacks the field, `field`
             is given and nothing read has fields, or all the text is empty.
     """
-    files: dict[Path, None] = {}
-    for source in sources:
-        files |= dict.fromkeys(_files(Path(source)))
-    if field is not None and not any(path.suffix == JSON_LINES for path in files):
-        raise PruningError(f"field={field!r} is for {JSON_LINES} files and data sets; none is given")
     documents: list[str] = []
-    for path in files:
-        if path.suffix == JSON_LINES:
-            documents += _json_lines(path, field or DEFAULT_FIELD)
-        else:
-            documents.append(_decoded(path))
-    if not any(documents):
-        raise PruningError(f"text={[str(s) for s in sources]} holds no text")
-    return Text(", ".join(Path(source).name or str(source) for source in sources), documents)
-
-
-def _files(source: Path) -> list[Path]:
-    if source.is_dir():
-        inside = [p for p in sorted(source.rglob("*")) if not _hidden(p.relative_to(source)) and p.is_file()]
-        found = [p for p in inside if p.suffix == JSON_LINES or _is_text(p)]
-        if not found:
+    read: set[Identity] = set()
+    has_fields = False
+    for source in sources:
+        any_text = False
+        for file in text_files(source):
+            if file.identity not in read:
+                lines = file.path.name.endswith(JSON_LINES)
+                try:
+                    text = _decoded(file.path)
+                except _NoTextError:
+                    if file.chosen or lines:
+                        raise
+                    continue
+                read.add(file.identity)
+                has_fields |= lines
+                documents += _json_lines(file.path, text, field or DEFAULT_FIELD) if lines else [text]
+            any_text = True
+        if not any_text:
             raise PruningError(f"text={str(source)!r} is a folder without text files")
-        return found
-    if source.exists() or not glob.has_magic(str(source)):
-        return [source]
-    matches = [Path(p) for p in sorted(glob.glob(str(source), recursive=True))]
-    found = [p for p in matches if p.is_file()]
+    if field is not None and not has_fields:
+        raise PruningError(f"field={field!r} is for {JSON_LINES[0]} files and data sets; none is given")
+    name = ", ".join(Path(source).name or str(source) for source in sources)
+    return Text(name, _not_empty(documents, f"text={[str(s) for s in sources]}"))
+
+
+def _not_empty(documents: Sequence[str], where: str) -> list[str]:
+    """The documents that have text: of the others, windows would get nothing but the end-of-text tokens before them.
+
+    Raises:
+        PruningError: there is none.
+    """
+    found = [document for document in documents if document]
     if not found:
-        raise PruningError(f"text={str(source)!r} matches no file")
+        raise PruningError(f"{where}: holds no text")
+    if empty := len(documents) - len(found):
+        logger.warning(
+            "note: %s: %s of %s %s empty and left out",
+            where,
+            f"{empty:,}",
+            counted(len(documents), "document"),
+            "is" if empty == 1 else "are",
+        )
     return found
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _is_text(path: Path) -> bool:
-    try:
-        _decoded(path)
-    except PruningError:
-        return False
-    return True
+class _NoTextError(PruningError):
+    """The file can be read, but what is in it is no text."""
 
 
 def _decoded(path: Path) -> str:
+    open_text = gzip.open if path.suffix == GZIPPED else open
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise PruningError(f"text={str(path)!r} is not a readable UTF-8 file: {e}") from e
+        with open_text(path, "rt", encoding="utf-8-sig") as f:
+            text = str(f.read())
+    except UnicodeDecodeError as e:
+        line = e.object.count(b"\n", 0, e.start) + 1
+        raise _NoTextError(f"text={str(path)!r} is not a readable UTF-8 file: line {line}: {e}") from e
+    except (OSError, EOFError, zlib.error) as e:
+        kind = "gzip" if path.suffix == GZIPPED else "UTF-8"
+        raise PruningError(f"text={str(path)!r} is not a readable {kind} file: {e}") from e
     if "\0" in text:
-        raise PruningError(
+        raise _NoTextError(
             f"text={str(path)!r} is not a text file: it has a NUL at character {text.index(chr(0))}"
         )
     return text
 
 
-def _json_lines(path: Path, field: str) -> Iterator[str]:
-    for number, line in enumerate(_decoded(path).split("\n"), start=1):
+def _json_lines(path: Path, text: str, field: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:  # no JSON, a number of 5000 digits, 5000 brackets
             raise PruningError(f"{where} is not JSON: {e}") from e
         if not isinstance(value, dict):
             raise PruningError(
@@ -112,6 +134,13 @@ def _field(record: dict[str, Any], field: str, where: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise PruningError(f"{where}: field {field!r} is a {type(text).__name__}; it must be text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        half = f"\\u{ord(text[e.start]):04x} at character {e.start}"
+        raise PruningError(
+            f"{where}: field {field!r} holds half a surrogate pair, {half}; it must be text"
+        ) from e
     return text
 
 
@@ -133,12 +162,11 @@ def dataset_text(
         import datasets
     except ImportError as e:
         raise PruningError(f"reading data sets needs an extra: {how_to_install('eval')}") from e
-    path, _, revision = name.partition("@")
-    path, _, subset = path.partition(":")
+    path, subset, revision = _dataset(name)
     try:
-        stream = datasets.load_dataset(
-            path, subset or None, split=split, revision=revision or None, streaming=True
-        ).shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+        stream = datasets.load_dataset(path, subset, split=split, revision=revision, streaming=True).shuffle(
+            seed=seed, buffer_size=_SHUFFLE_BUFFER
+        )
         documents = list(_enough(iter(stream), field or DEFAULT_FIELD, name, tokens * _CHARACTERS_PER_TOKEN))
     except PruningError:
         raise
@@ -146,9 +174,32 @@ def dataset_text(
         raise PruningError(
             f"dataset={name!r}, split {split!r}, can't be read: {type(e).__name__}: {e}"
         ) from e
-    if not any(documents):
-        raise PruningError(f"dataset={name!r}, split {split!r}, holds no text")
-    return Text(f"{name}, split {split}", documents)
+    return Text(f"{name}, split {split}", _not_empty(documents, f"dataset={name!r}, split {split!r}"))
+
+
+def _dataset(name: str) -> tuple[str, str | None, str | None]:
+    """Path or hub id, subset and revision of a data set's name. What exists is a path, whole.
+
+    Raises:
+        PruningError: a revision of a local folder, which has none.
+    """
+    whole = as_path(name)
+    if os.path.exists(whole):
+        return str(whole), None, None
+    path, _, revision = name.partition("@")
+    path, _, subset = path.partition(":")
+    for end in (i for i in reversed(range(1, len(name))) if name[i] in ":@"):
+        folder, behind = as_path(name[:end]), name[end + 1 :]
+        if os.path.isdir(folder):
+            if name[end] == ":" and not {"@", os.sep} & {*behind}:
+                return str(folder), behind or None, None
+            raise PruningError(
+                f"dataset={name!r} is not there; {name[:end]} is, but local folders have no revisions: "
+                f"give {name[:end]} alone, {name[:end]}:subset, or the right name of another folder"
+            )
+    if revision and name.startswith((os.sep, ".", "~")):
+        raise PruningError(f"dataset={name!r} is not there, and local folders have no revisions")
+    return path, subset or None, revision or None
 
 
 def _enough(records: Iterator[dict[str, Any]], field: str, name: str, characters: int) -> Iterator[str]:

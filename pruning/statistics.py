@@ -231,7 +231,7 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
                 for origin in record["origins"]
             )
             return Statistics(record["source_sha256"], origins, layers), record["unfinished"]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
+    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
         if isinstance(e, PruningError):
             raise
         raise PruningError(

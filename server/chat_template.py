@@ -5,6 +5,7 @@ names that `transformers` gives to templates (`apply_chat_template`).
 """
 
 import json
+import os
 import secrets
 import threading
 from collections.abc import Mapping, Sized
@@ -19,6 +20,8 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from lowkey.words import writable
 
 MAX_CHARACTERS = 2**24
 """A rendering is given up when it is longer: four times the largest body that is let in by default."""
@@ -235,21 +238,40 @@ class ChatTemplate:
 
 def _reason(error: Exception) -> str:
     """An error's message as text that can be sent: some have none, and some quote half a surrogate pair."""
-    return (str(error) or type(error).__name__).encode(errors="backslashreplace").decode()
+    return writable(str(error) or type(error).__name__)
 
 
 def read_tokenizer_config(checkpoint: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, with the template of `chat_template.jinja` in its place if there is one."""
+    """`tokenizer_config.json`, with the template of `chat_template.jinja` in its place if there is one.
+
+    Raises:
+        OSError: one of the files is there and can't be read.
+        ValueError: it is no JSON object, or no UTF-8.
+    """
     config: dict[str, Any] = {}
     file = checkpoint / "tokenizer_config.json"
-    if file.exists():
-        config = json.loads(file.read_text("utf-8"))
+    text = _text(file)
+    if text is not None:
+        try:
+            config = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{file} is not JSON: {e}") from e
         if not isinstance(config, dict):
-            raise ValueError(f"{file.name} must be a JSON object, got {type(config).__name__}")
-    template = checkpoint / "chat_template.jinja"
-    if template.exists():
-        config["chat_template"] = template.read_text("utf-8")
+            raise ValueError(f"{file} must be a JSON object, got {type(config).__name__}")
+    template = _text(checkpoint / "chat_template.jinja")
+    if template is not None:
+        config["chat_template"] = template
     return config
+
+
+def _text(file: Path) -> str | None:
+    """None for a file that is not there; a link that leads nowhere is one that can't be read."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{file} is not UTF-8: {e}") from e
 
 
 def template_of(config: dict[str, Any]) -> str | None:

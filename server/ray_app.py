@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, ge
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import ASGIApp, Message
 
+from modeling.sources import as_path
 from server.api.app import create_app
 from server.api.errors import APIError, unavailable
 from server.api.health import why_not_ready
@@ -381,7 +382,7 @@ def settings_of(args: Args) -> dict[str, Settings]:
 
 
 def _absolute(variant: VariantSettings) -> VariantSettings:
-    source = Path(variant.source)
+    source = as_path(variant.source)
     return variant.model_copy(update={"source": str(source.absolute())}) if source.is_dir() else variant
 
 

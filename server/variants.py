@@ -2,7 +2,6 @@
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import IO, Any
 
 from tokenizers import Tokenizer
 
+from modeling.tokenizer import TokenizerFile
 from server.chat_template import (
     ChatTemplate,
     TemplateRefusedError,
@@ -85,20 +85,21 @@ class Variant:
 
     def load_tokenizer(self, checkpoint: Path) -> None:
         """Read the checkpoint's tokenizer, unless it is the one that is there, and its chat template."""
-        data = (checkpoint / "tokenizer.json").read_bytes()
-        sha256 = hashlib.sha256(data).hexdigest()
-        if sha256 != self.tokenizer_sha256:
-            self._tokenizer = Tokenizer.from_buffer(data)
+        file = TokenizerFile(checkpoint)
+        if file.sha256 != self.tokenizer_sha256:
+            self._tokenizer, ignored = file.open()
+            if ignored:
+                logger.warning("%s: %s", self.name, file.ignoring(ignored))
             self._token_texts = TokenTexts(self._tokenizer)
-            self.tokenizer_sha256 = sha256
+            self.tokenizer_sha256 = file.sha256
             self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
-        self.chat_template = None
+        self.chat_template, self.tokenizer_config = None, {}
         try:
             self.tokenizer_config = read_tokenizer_config(checkpoint)
             source = template_of(self.tokenizer_config)
             if source is not None:
                 self.chat_template = ChatTemplate(source, special_tokens_of(self.tokenizer_config))
-        except (ValueError, RecursionError, TemplateRefusedError) as e:  # completions need neither
+        except (OSError, ValueError, RecursionError, TemplateRefusedError) as e:  # completions need neither
             logger.warning("%s: no chat: %s", self.name, e)
 
 

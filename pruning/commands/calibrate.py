@@ -14,7 +14,8 @@ from lowkey.files import check_new_file, write_or_keep
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
-from pruning.calibration import BATCH, Origin, take_shard
+from modeling.sources import local_directory
+from pruning.calibration import BATCH, Encoder, Origin, take_shard
 from pruning.collection import collect, tokens_to_run
 from pruning.commands.console import err_console, out_console
 from pruning.criteria import criterion_named
@@ -115,11 +116,12 @@ def calibrate(
     checkpoint = open_checkpoint(src)
     checkpoint.check_tensors()
     names = names_for(needed)
+    encoder = Encoder(checkpoint)
     if need_gradients(names):
         check_predicts(source.length)
     with Busy(err_console, "reading the weights"):
         check_finite(checkpoint)
-    windows, origin = draw(checkpoint, source, numbers)
+    windows, origin = draw(encoder, source, numbers)
     plan = [
         *shape_lines(checkpoint.spec),
         *calibration_lines(checkpoint.spec, names, windows),
@@ -152,7 +154,8 @@ def calibrate_on_ray(
     """Collect statistics in shards on the Ray cluster at `address`."""
     batches = -(-len(windows) // BATCH)
     memory = PROCESS_BYTES + sum(calibration_bytes(checkpoint.spec, needed, windows.shape[1]))
-    source = str(checkpoint.path.absolute()) if Path(checkpoint.source).is_dir() else checkpoint.source
+    directory = local_directory(checkpoint.source)
+    source = checkpoint.source if directory is None else str(directory.absolute())
     job = Job(source, str(device), needed, shards or 1, torch.get_num_threads(), memory)
     with connected(address):
         at_once = room(job)
@@ -171,12 +174,10 @@ def tell(plan: Iterable[str], *, dry_run: bool) -> None:
         console.print(line, soft_wrap=True)
 
 
-def draw(
-    checkpoint: Checkpoint, source: CalibrationText, shard: tuple[int, int] = (1, 1)
-) -> tuple[Tensor, Origin]:
+def draw(encoder: Encoder, source: CalibrationText, shard: tuple[int, int] = (1, 1)) -> tuple[Tensor, Origin]:
     """The windows of one shard, int64 `[count, length]`, and where they came from."""
     with Busy(err_console, "reading text"):
-        windows, origin = source.draw(checkpoint)
+        windows, origin = source.draw(encoder)
     return (windows, origin) if shard == (1, 1) else take_shard(windows, origin, *shard)
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from torch import Tensor
 
 from lowkey.files import check_new_file, write_or_keep
-from modeling.checkpoint import Checkpoint, open_checkpoint, write_json
+from modeling.checkpoint import open_checkpoint, write_json
 from modeling.model import Model
 from pruning import views
-from pruning.calibration import WINDOW, Encoder, Text
+from pruning.calibration import WINDOW
 from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
-from pruning.evaluation import DEFAULT_TOKENS, Perplexity, evaluation_windows, perplexity
+from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
 from pruning.evaluation.suite import PARTS, Part, Settings, evaluate_checkpoints
 from pruning.interrupts import left_behind
 from pruning.options import Device, Overwrite, TextFiles, device_named, text_of
@@ -85,9 +86,7 @@ def _bar(description: str, total: int) -> AbstractContextManager[Advance]:
     return tokens_bar(err_console, description, total)
 
 
-def perplexity_of(
-    checkpoint: Checkpoint, model: Model, text: Text, tokens: int, description: str
-) -> Perplexity:
-    windows = evaluation_windows(Encoder(checkpoint), text, tokens=tokens)
+def perplexity_of(model: Model, windows: Tensor, description: str) -> Perplexity:
+    """Perplexity on `evaluation_windows`, with a bar."""
     with tokens_bar(err_console, f"evaluating {description}", windows[:, 1:].numel()) as advance:
         return perplexity(model, windows, advance=advance)

@@ -15,7 +15,7 @@ from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning import views
 from pruning.budget import DEFAULT_ALIGN, Budget, check_spendable, curve_passes, spend
-from pruning.calibration import WINDOW, Origin, bundled_text
+from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text
 from pruning.commands.calibrate import draw, run_calibration, tell
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
@@ -34,7 +34,7 @@ from pruning.estimate import (
     statistics_bytes,
     time_line,
 )
-from pruning.evaluation import DEFAULT_TOKENS, evaluation_json
+from pruning.evaluation import DEFAULT_TOKENS, evaluation_json, evaluation_windows
 from pruning.finite import check_finite
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind
@@ -135,9 +135,12 @@ def prune(
         check_spendable(checkpoint.spec, criterion, limit, align, source.length)
     if calibrating and need_gradients(criterion.statistics):
         check_predicts(source.length)
+    drawing = calibrating or per_layer
+    encoder = Encoder(checkpoint) if drawing or evaluate else None
     with Busy(err_console, "reading the weights"):
         check_finite(checkpoint)
-    drawn = draw(checkpoint, source) if calibrating or per_layer else None
+    drawn = draw(encoder, source) if encoder is not None and drawing else None
+    held_out = _held_out(encoder) if encoder is not None and evaluate else None
     plan = _plan(
         checkpoint,
         criterion,
@@ -176,7 +179,7 @@ def prune(
         write_or_keep(
             out,
             partial(
-                _write, checkpoint, selection, made_by, overwrite=overwrite, evaluate=evaluate, device=where
+                _write, checkpoint, selection, made_by, overwrite=overwrite, held_out=held_out, device=where
             ),
         )
     out_console.print(views.tree(open_checkpoint(out)))
@@ -189,22 +192,33 @@ def _write(
     out: Path,
     *,
     overwrite: bool,
-    evaluate: bool,
+    held_out: tuple[Text, Tensor] | None,
     device: torch.device,
 ) -> None:
     writing = Busy(err_console, "writing the reduced checkpoint and running it once")
 
-    def measure(reduced: Model) -> dict[str, object]:
+    def measure(text: Text, windows: Tensor, reduced: Model) -> dict[str, object]:
         writing.stop()
-        held_out = bundled_text("heldout")
-        dense = perplexity_of(checkpoint, checkpoint.load(device=device), held_out, DEFAULT_TOKENS, "dense")
-        after = perplexity_of(checkpoint, reduced.to(device), held_out, DEFAULT_TOKENS, "reduced")
-        return evaluation_json(held_out, [("dense", dense), ("reduced", after)])
+        dense = perplexity_of(checkpoint.load(device=device), windows, "dense")
+        after = perplexity_of(reduced.to(device), windows, "reduced")
+        return evaluation_json(text, [("dense", dense), ("reduced", after)])
 
     with writing:
         reduce_checkpoint(
-            checkpoint, selection, made_by, out, overwrite=overwrite, evaluate=measure if evaluate else None
+            checkpoint,
+            selection,
+            made_by,
+            out,
+            overwrite=overwrite,
+            evaluate=None if held_out is None else partial(measure, *held_out),
         )
+
+
+def _held_out(encoder: Encoder) -> tuple[Text, Tensor]:
+    """What `--evaluate` measures on, read before any work: a tokenizer that is no good is found now."""
+    with Busy(err_console, "reading held-out text"):
+        text = bundled_text("heldout")
+        return text, evaluation_windows(encoder, text, tokens=DEFAULT_TOKENS)
 
 
 def _plan(

@@ -67,7 +67,7 @@ def read_evaluation(path: Path) -> Evaluation:
     """Raises PruningError if the file is missing, of another format, or something else."""
     try:
         evaluation = msgspec.json.decode(path.read_bytes(), type=Evaluation)
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise PruningError(f"{path} is not a file of lowkey-prune evaluate --json: {e}") from e
     if evaluation.kind != KIND or evaluation.format != FORMAT:
         raise PruningError(

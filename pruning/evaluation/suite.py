@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lowkey.words import writable
 from modeling.backends import TORCH, choose
 from modeling.checkpoint import Checkpoint
 from modeling.model import Model
@@ -57,7 +58,7 @@ def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], settings: Settings, 
     baseline, *others = checkpoints
     windows, prompts = _inputs(baseline, settings)
     for checkpoint in others:
-        if not windows.equal(_windows(checkpoint, settings)):
+        if not windows.equal(_windows(Encoder(checkpoint), settings)):
             raise PruningError(
                 f"{checkpoint.source} reads the text as other tokens than {baseline.source}; "
                 "models of different tokenizers can't be compared token by token, evaluate them apart"
@@ -86,9 +87,9 @@ def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], settings: Settings, 
     )
 
 
-def _windows(checkpoint: Checkpoint, settings: Settings) -> Tensor:
+def _windows(encoder: Encoder, settings: Settings) -> Tensor:
     return evaluation_windows(
-        Encoder(checkpoint),
+        encoder,
         settings.text,
         tokens=settings.tokens,
         window=settings.window,
@@ -97,10 +98,11 @@ def _windows(checkpoint: Checkpoint, settings: Settings) -> Tensor:
 
 
 def _inputs(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, list[Prompts]]:
+    encoder = Encoder(checkpoint)
     prompts: list[Prompts] = []
     if "recall" in settings.parts:
-        prompts = recall_prompts(Encoder(checkpoint), seed=settings.seed)
-    return _windows(checkpoint, settings), prompts
+        prompts = recall_prompts(encoder, seed=settings.seed)
+    return _windows(encoder, settings), prompts
 
 
 def _measure(
@@ -119,7 +121,7 @@ def _measure(
         checkpoint.sha256,
         list(checkpoint.spec.d_k),
         checkpoint.spec.state_bytes(),
-        None if checkpoint.reduction is None else str(checkpoint.reduction.get("method")),
+        None if checkpoint.reduction is None else writable(checkpoint.reduction.get("method")),
     )
     if "perplexity" in parts and dense is None:
         with bar(f"perplexity of {name}", windows[:, 1:].numel()) as advance:

@@ -194,7 +194,7 @@ def _read_json(path: Path, inputs: Inputs) -> None:
 def _decode(path: Path, as_type: type[T]) -> T:
     try:
         return msgspec.json.decode(path.read_bytes(), type=as_type)
-    except (OSError, msgspec.DecodeError) as e:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
         raise PruningError(f"{path} can't be read for a report: {e}") from e
 
 

@@ -1,6 +1,7 @@
 """/tokenize, /detokenize and /tokenizer_info, as vLLM has them."""
 
 import asyncio
+import json
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -77,8 +78,9 @@ async def create_text(body: DetokenizeRequest, request: Request) -> Response:
     return await aside(lambda: json_response({"prompt": json_text(texts[0])}))
 
 
-@router.get("/tokenizer_info")
-async def get_tokenizer_info(request: Request, model: str | None = None) -> dict[str, Any]:
+@router.get("/tokenizer_info", response_model=dict[str, Any])
+async def get_tokenizer_info(request: Request, model: str | None = None) -> Response:
     """The tokenizer's configuration, its chat template included."""
-    variant = _variant(request, model)
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **variant.tokenizer_config}
+    info = {"tokenizer_class": "PreTrainedTokenizerFast", **_variant(request, model).tokenizer_config}
+    # All in ASCII: a configuration may hold half a surrogate pair, which has no UTF-8.
+    return Response(json.dumps(info), media_type="application/json")

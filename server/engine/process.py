@@ -11,14 +11,15 @@ from pathlib import Path
 import msgspec
 import torch
 import zmq
-from tokenizers import Tokenizer
 
+from lowkey.words import writable
 from modeling.backends import choose
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
 from modeling.model import Model
 from modeling.state import StatePool
+from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
 from server.engine.engine import Engine
@@ -96,11 +97,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     began = time.monotonic()
     logger.info("%s: loading %s", config.variant, config.source)
     checkpoint: Checkpoint = open_checkpoint(config.source)
-    tokenizer = checkpoint.path / "tokenizer.json"
-    try:
-        Tokenizer.from_file(str(tokenizer))
-    except Exception as e:  # tokenizers raises nothing narrower
-        raise CheckpointError(f"{tokenizer}: the server tokenises with it, but it can't be read: {e}") from e
+    TokenizerFile(checkpoint.path).open()  # the API process will tokenise with it
     device = device or open_device(config)
     dtype = pick_dtype(config, device.name)
     weights = weights_of(checkpoint, dtype)
@@ -126,7 +123,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         context_length=spec.context_length,
         eos_token_ids=list(spec.eos_token_ids),
         checkpoint_path=str(checkpoint.path.resolve()),
-        method=None if reduction is None else str(reduction.get("method")),
+        method=None if reduction is None else writable(reduction.get("method")),
         state_bytes_per_request=pool.bytes_per_slot,
         state_layout=layout(pool),
         state_dtype=str(pool.state_dtype).removeprefix("torch."),

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 import loadtest.cli
 from loadtest.cli import app
-from loadtest.workload import Lengths, WorkloadError
+from loadtest.workload import Lengths, WorkloadError, read_trace
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +111,19 @@ def test_lengths():
     for bad in ("", "0", "5-3", "x", "lognormal:1,2"):
         with pytest.raises(WorkloadError):
             Lengths(bad)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": "a\\ud800", "max_tokens": 1}',
+        '{"prompt": "a", "max_tokens": %s}' % ("9" * 5000),
+        "[" * 100_000,
+    ],
+    ids=["surrogate", "digits", "brackets"],
+)
+def test_a_line_of_a_trace_that_no_parser_likes_is_named(tmp_path, line):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"prompt": "a", "max_tokens": 1}\n' + line)
+    with pytest.raises(WorkloadError, match=r"trace\.jsonl:2: "):
+        read_trace(trace, 257, 0)

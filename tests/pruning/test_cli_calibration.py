@@ -1,6 +1,8 @@
 """Calibration as a user types it: sources, shards, dry runs."""
 
 import json
+import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from typer.testing import CliRunner
 
 from modeling.checkpoint import REDUCTION
 from pruning.cli import app
+from pruning.commands import calibrate
 from pruning.statistics import load_statistics
 
 
@@ -109,3 +112,20 @@ def test_pca_is_not_measured_with_masks(run, dense, tmp_path):
     options = ("--method", "pca", "--keep", 16, "--per-layer", *JSON, "--tokens", 256)
     assert "method='pca' mixes channels" in run("prune", dense, "out", *options, code=2).output
     assert not (tmp_path / "out").exists()
+
+
+def test_shards_on_a_cluster_open_the_checkpoint_by_its_whole_path(run, dense, monkeypatch):
+    class SeenError(Exception):
+        pass
+
+    def seen(job):
+        raise SeenError(job.source)
+
+    monkeypatch.setenv("HOME", str(dense.parent))
+    monkeypatch.setattr(calibrate, "connected", lambda address: nullcontext())
+    monkeypatch.setattr(calibrate, "room", seen)
+    for source in (str(dense), f"~/{dense.name}", os.path.relpath(dense)):
+        arguments = ["calibrate", source, "out", *map(str, JSON), "--tokens", "256", "--ray", "auto"]
+        result = CliRunner().invoke(app, arguments)
+        assert isinstance(result.exception, SeenError), result.output + repr(result.exception)
+        assert os.path.samefile(str(result.exception), dense) and os.path.isabs(str(result.exception))

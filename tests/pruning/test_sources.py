@@ -1,6 +1,7 @@
 """Where text comes from: every source by itself, and bad ones by name."""
 
 import json
+import re
 
 import pytest
 
@@ -120,3 +121,137 @@ def test_what_a_data_set_does_not_have_is_named(dataset, options, message):
 def test_a_data_set_that_is_not_there_is_named(tmp_path):
     with pytest.raises(PruningError, match=r"dataset='.*nowhere', split 'train', can't be read"):
         dataset_text(str(tmp_path / "nowhere"), tokens=10)
+
+
+HALF = '{"text": "x"}\n{"text": "ab\\ud800"}\n'
+ODD = {
+    "surrogate": (HALF.encode(), r"field 'text' holds half a surrogate pair, \\ud800 at character 2"),
+    "digits": (b'{"text": "x"}\n{"id": ' + b"9" * 5000 + b"}\n", "line 2 is not JSON: .*4300"),
+    "brackets": (b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", "line 2 is not JSON: .*recursion"),
+    "bytes": (b'{"text": "x"}\n{"text": "\xff"}\n', "is not a readable UTF-8 file: line 2: .*0xff"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), ODD.values(), ids=ODD)
+def test_json_lines_that_no_parser_likes_are_named(tmp_path, content, message):
+    file = tmp_path / "odd.jsonl"
+    file.write_bytes(content)
+    for source in (file, tmp_path):
+        with pytest.raises(PruningError, match=r"odd\.jsonl") as error:
+            read_text([source])
+        assert re.search(message, str(error.value)) and "line 2" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_empty_documents_are_left_out_and_counted(tmp_path, caplog):
+    lines = [json.dumps({"text": f"d{i}" if i % 10 == 0 else ""}) for i in range(1000)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    text = read_text([tmp_path / "a.jsonl"])
+    assert text.documents == [f"d{i}" for i in range(0, 1000, 10)]
+    assert caplog.messages == [
+        f"note: text=['{tmp_path}/a.jsonl']: 900 of 1,000 documents are empty and left out"
+    ]
+    caplog.clear()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "empty.txt").touch()
+    (tmp_path / "b" / "full.txt").write_text(" ")
+    assert read_text([tmp_path / "b"]).documents == [" "]
+    assert caplog.messages == [f"note: text=['{tmp_path}/b']: 1 of 2 documents is empty and left out"]
+    (tmp_path / "b" / "full.txt").write_text("")
+    with pytest.raises(PruningError, match="holds no text"):
+        read_text([tmp_path / "b"])
+
+
+def write_set(folder, *texts):
+    folder.mkdir(parents=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return folder
+
+
+@pytest.fixture
+def sets(tmp_path, monkeypatch):
+    """Data sets whose names begin alike: `ds`, with a subset `sub`, `ds@v1` and `ds:sub@x`."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    plain = write_set(tmp_path / "ds", "plain")
+    (plain / "sub.jsonl").write_text('{"text": "subset"}\n')
+    (plain / "README.md").write_text(
+        "---\nconfigs:\n- config_name: all\n  data_files: train.jsonl\n  default: true\n"
+        "- config_name: sub\n  data_files: sub.jsonl\n---\n"
+    )
+    write_set(tmp_path / "ds@v1", "v1")
+    write_set(tmp_path / "ds:sub@x", "x")
+    return tmp_path
+
+
+@pytest.mark.parametrize("where", ["{}/", "", "./", "~/"])
+@pytest.mark.parametrize(
+    ("name", "document"),
+    [("ds", "plain"), ("ds@v1", "v1"), ("ds:sub@x", "x"), ("ds:sub", "subset"), ("ds:", "plain")],
+)
+def test_a_data_set_that_exists_is_a_path_whole(sets, where, name, document):
+    name = where.format(sets) + name
+    assert dataset_text(name, tokens=100) == Text(f"{name}, split train", [document])
+
+
+@pytest.mark.parametrize("where", ["{}/", "", "./", "~/"])
+@pytest.mark.parametrize("behind", ["@v2", ":sub@v2", "@v2:sub", "@", "@refs/pr/1", ":a/b"])
+def test_a_local_folder_has_no_revisions_and_never_stands_for_another(sets, where, behind):
+    folder = f"{where.format(sets)}ds"
+    with pytest.raises(PruningError) as error:
+        dataset_text(folder + behind, tokens=100)
+    message = f"dataset='{folder}{behind}' is not there; {folder} is, but local folders have no revisions"
+    assert str(error.value).startswith(message)
+
+
+def test_a_path_with_a_revision_is_no_hub_id(sets):
+    for name in ("/nowhere/ds@v1", "./nothing@v1", "~/nothing@v1"):
+        with pytest.raises(PruningError, match="is not there, and local folders have no revisions"):
+            dataset_text(name, tokens=100)
+
+
+def test_hub_ids_are_taken_apart(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, subset, *, revision, **_):
+        asked.append((path, subset, revision))
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for name in ("org/name", "org/name:sub", "org/name@main", "org/name:sub@refs/pr/1"):
+        with pytest.raises(PruningError, match="can't be read"):
+            dataset_text(name, tokens=100)
+    assert asked == [
+        ("org/name", None, None),
+        ("org/name", "sub", None),
+        ("org/name", None, "main"),
+        ("org/name", "sub", "refs/pr/1"),
+    ]
+
+
+def test_records_of_a_data_set_that_are_empty_or_no_text(sets, caplog):
+    write_set(sets / "sparse", *["", "a", ""] * 3)
+    assert dataset_text("sparse", tokens=100).documents == ["a"] * 3
+    assert caplog.messages == [
+        "note: dataset='sparse', split 'train': 6 of 9 documents are empty and left out"
+    ]
+    write_set(sets / "none", "", "")
+    with pytest.raises(PruningError, match="dataset='none', split 'train': holds no text"):
+        dataset_text("none", tokens=100)
+
+
+def test_half_a_surrogate_pair_in_a_record_is_named(sets, monkeypatch):
+    import datasets
+
+    class Stream(list):
+        def shuffle(self, **_):
+            return self
+
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: Stream([{"text": "x"}, {"text": "\udfff"}])
+    )
+    with pytest.raises(PruningError, match=r"record 2: field 'text' holds half .*, \\udfff at character 0"):
+        dataset_text("ds", tokens=100)

@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
+from safetensors.torch import save_file
 
 from modeling.checkpoint import open_checkpoint
 from pruning import training
@@ -196,9 +197,13 @@ def test_the_progress_of_another_run_is_refused(load, tmp_path):
     batches = Batches(TOKENS, window=32, batch=2, seed=0)
     with pytest.raises(PruningError, match=r"other run \(1, now 2\); repeat that run's options"):
         train(load(), None, batches, HELDOUT, settings(), saved=saved, fingerprint={"run": 2})
-    saved.write_bytes(b"no safetensors")
-    with pytest.raises(PruningError, match="is no progress of a recovery run"):
-        run(load(), None, settings(), saved)
+    records = [{}, *({"fingerprint": x, "progress": "{}"} for x in ("{}", "[]", "[" * 100_000, "9" * 5000))]
+    for record in (None, *records):
+        saved.write_bytes(b"no safetensors")
+        if record is not None:
+            save_file({"x": torch.zeros(1)}, saved, metadata=record)
+        with pytest.raises(PruningError, match="is no progress of a recovery run"):
+            run(load(), None, settings(), saved)
 
 
 @pytest.mark.parametrize(

@@ -290,17 +290,28 @@ def test_where_templates_and_special_tokens_are_read_from(tmp_path):
         json.dumps({"chat_template": "{% for i in [1] %}" * 30 + "{% endfor %}" * 30}),
         '{"chat_template": [{"name": [], "template": "x"}, {"name": {}}, 5, {"template": "x"}]}',
         '{"chat_template": {"default": "x"}}',
+        '{"model_max_length": ' + "9" * 5000 + "}",
+        b'{"eos_token": "\xff"}',
+        Path.mkdir,
+        lambda file: file.symlink_to("nowhere"),
     ],
-    ids=lambda x: x[:40],
+    ids=lambda x: x[:40] if isinstance(x, str | bytes) else x.__name__,
 )
-def test_a_bad_configuration_costs_the_chat_only(api, config, tmp_path):
+def test_a_bad_configuration_costs_the_chat_only(api, config, tmp_path, caplog):
     variant = api.app.state.lowkey.variants.get("reduced")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / file).write_bytes((Path(variant.source) / file).read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(config)
+    (tmp_path / "tokenizer.json").write_bytes((Path(variant.source) / "tokenizer.json").read_bytes())
+    file = tmp_path / "tokenizer_config.json"
+    if callable(config):
+        config(file)
+    else:
+        file.write_bytes(config if isinstance(config, bytes) else config.encode())
     try:
         variant.load_tokenizer(tmp_path)
         refused(post(api, model="reduced"), "messages", "no chat template")
+        if not isinstance(config, str):
+            assert "reduced: no chat: " in caplog.text and str(file) in caplog.text
+        assert api.post("/v1/completions", json={"model": "reduced", "prompt": "x"}).status_code == 200
+        assert api.get("/tokenizer_info", params={"model": "reduced"}).status_code == 200
     finally:
         variant.load_tokenizer(Path(variant.source))
     chat(api, model="reduced")

@@ -80,6 +80,13 @@ def test_tokenizer_info(api):
     refused(api.get("/tokenizer_info", params={"model": "gpt-4"}), 404, "model")
 
 
+def test_tokenizer_info_with_half_a_surrogate_pair(api, monkeypatch):
+    variant = api.app.state.lowkey.variants.get("dense")
+    monkeypatch.setattr(variant, "tokenizer_config", {"pad_token": "\ud800", "eos_token": "é"})
+    info = ok(api.get("/tokenizer_info"))
+    assert (info["pad_token"], info["eos_token"]) == ("\ud800", "é")
+
+
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
