@@ -18,7 +18,8 @@ import pruning.commands.calibrate
 import pruning.commands.evaluate
 import pruning.commands.prune
 import pruning.recovery
-from lowkey.files import OutputError, check_new_file, check_writable, replacing, write_or_keep
+from lowkey.files import OutputError, check_new_file, check_writable, write_or_keep
+from lowkey.publishing import replacing
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from pruning.cli import app
 from pruning.evaluation.record import read_evaluation
