@@ -75,9 +75,9 @@ def check_writable(path: Path) -> int:
         # Named like the directories that results are made in, so that a name that is too long is found here.
         probe, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
         try:
-            os.write(probe, bytes(4096))
+            with open(probe, "wb") as file:  # goes on where a write was cut short, and then fails
+                file.write(bytes(4096))
         finally:
-            os.close(probe)
             os.unlink(name)
         free = shutil.disk_usage(folder).free
     except OSError as e:

@@ -1,6 +1,7 @@
 """What a user means by the name of a checkpoint: a local directory or a hub id. Imports no torch."""
 
 import difflib
+import os
 from pathlib import Path
 
 INDEX = "model.safetensors.index.json"
@@ -22,7 +23,9 @@ def local_directory(source: str | Path) -> Path | None:
     Raises:
         CheckpointError: a path that is no directory. Names the directory that is called nearly the same.
     """
-    path = Path(source).expanduser()
+    path = Path(
+        os.path.expanduser(source)
+    )  # leaves the name of an unknown user as it is, where `Path` raises
     if path.is_dir():
         return path
     if path.suffix == ".gguf":

@@ -348,7 +348,7 @@ def _load(
         progress["curve"] = [Point(**point) for point in progress["curve"]]
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         return _Progress(**progress)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as e:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise PruningError(f"{file} is no progress of a recovery run: {e}; remove it to start afresh") from e
 
 
@@ -364,7 +364,10 @@ def check_saved(file: Path, fingerprint: Mapping[str, Any]) -> int:
         with safe_open(file, framework="pt") as f:
             metadata = f.metadata() or {}
         found, progress = json.loads(metadata["fingerprint"]), json.loads(metadata["progress"])
-    except (SafetensorError, OSError, KeyError, ValueError) as e:
+        if not isinstance(found, dict):
+            raise TypeError(f"its fingerprint is a {type(found).__name__}")
+        step = int(progress["step"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise PruningError(f"{file} is no progress of a recovery run: {e}; remove it to start afresh") from e
     wanted = json.loads(json.dumps(fingerprint))
     if found != wanted:
@@ -374,4 +377,4 @@ def check_saved(file: Path, fingerprint: Mapping[str, Any]) -> int:
             f"{file} is the progress of a run with other {values}; "
             "repeat that run's options to go on, or remove the file to start afresh"
         )
-    return int(progress["step"])
+    return step
