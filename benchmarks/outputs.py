@@ -28,7 +28,7 @@ def write_figures(file: Path | None, figures: Any) -> None:
         return
     try:
         with ending_on_signals(remove_working_directories):
-            write_or_keep(file, lambda path: new_json(path, figures, replaces=_found[file]))
+            write_or_keep(file, lambda path: new_json(path, figures, replaces=_found.get(file)))
             _found[file] = found_at(file)
     except OutputError as e:
         _end(e)
