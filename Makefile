@@ -119,7 +119,7 @@ venv: $(DEV)
 
 $(REDUCED)/state_reduction.json: $(wildcard $(MODEL)/*) | $(BASE)
 	@[[ -f $(MODEL)/config.json ]] || { echo "error: $(MODEL) is missing from this checkout" >&2; exit 1; }
-	@rm -rf $(REDUCED)
+	@rm -rf $(REDUCED) $(REDUCED).stats.safetensors
 	@mkdir -p $(dir $(REDUCED))
 	$(BIN)/lowkey-prune prune $(MODEL) $(REDUCED) --method drrqr --keep 64
 

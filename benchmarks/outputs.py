@@ -4,17 +4,22 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lowkey.files import OutputError, check_writable, write_or_keep
-from modeling.checkpoint import write_json
+from lowkey.files import Found, OutputError, check_new_file, found_at, write_or_keep
+from lowkey.publishing import new_json, remove_working_directories
+from lowkey.signals import ending_on_signals
+
+_found: dict[Path, Found | None] = {}
+"""What was in the place of each file before the work, or was last written there: it is replaced."""
 
 
 def figures_file(given: str | Path) -> Path:
     """What `--json` names. Ends the process with one line and code 2 if nothing can be written there."""
+    path = Path(given)
     try:
-        check_writable(Path(given))
+        _found[path] = check_new_file(path, "json", overwrite=True)
     except OutputError as e:
         _end(e)
-    return Path(given)
+    return path
 
 
 def write_figures(file: Path | None, figures: Any) -> None:
@@ -22,7 +27,9 @@ def write_figures(file: Path | None, figures: Any) -> None:
     if file is None:
         return
     try:
-        write_or_keep(file, lambda path: write_json(path, figures))
+        with ending_on_signals(remove_working_directories):
+            write_or_keep(file, lambda path: new_json(path, figures, replaces=_found.get(file)))
+            _found[file] = found_at(file)
     except OutputError as e:
         _end(e)
 

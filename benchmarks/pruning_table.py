@@ -29,6 +29,8 @@ from outputs import figures_file, write_figures
 from rich.console import Console
 from rich.table import Table
 
+from lowkey.publishing import remove_working_directories
+from lowkey.signals import ending_on_signals
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning.budget import spend, widths_per_layer
@@ -100,6 +102,7 @@ def cell(rows: Sequence[Row], dense: float) -> str:
     )
 
 
+@ending_on_signals(remove_working_directories)
 def main(
     checkpoint: Annotated[str, typer.Argument(help="Dense checkpoint.")],
     widths: Annotated[

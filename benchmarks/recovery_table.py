@@ -24,6 +24,8 @@ from outputs import figures_file, write_figures
 from rich.console import Console
 from rich.table import Table
 
+from lowkey.publishing import remove_working_directories
+from lowkey.signals import ending_on_signals
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning.budget import spend, widths_per_layer
@@ -95,6 +97,7 @@ def reduce_all(
     return rows
 
 
+@ending_on_signals(remove_working_directories)
 def main(
     checkpoint: Annotated[str, typer.Argument(help="Dense checkpoint.")],
     methods: Annotated[list[str], typer.Option("--method", help="May be given several times.")] = [  # noqa: B006

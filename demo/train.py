@@ -25,8 +25,10 @@ import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-from lowkey.files import OutputError, check_writable, write_or_keep, writing
-from modeling.checkpoint import export_tensors, write_json, write_safetensors
+from lowkey.files import Found, OutputError, check_new_file, found_at, write_or_keep
+from lowkey.publishing import new_file, new_json, remove_working_directories
+from lowkey.signals import ending_on_signals
+from modeling.checkpoint import export_tensors, save_shard
 from modeling.families import family_of
 from modeling.model import Model
 from modeling.tokenizer import TokenizerFile
@@ -63,9 +65,10 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.command()
+@ending_on_signals(remove_working_directories)
 def tokenizer(out: Path) -> None:
     """Train the tokenizer and write it to OUT."""
-    _check(out)
+    found = _found(out, "tokenizer.json", "tokenizer_config.json")
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
@@ -75,19 +78,24 @@ def tokenizer(out: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tok.train_from_iterator(corpus("train"), trainer)
-    out.mkdir(parents=True, exist_ok=True)
-    tok.save(str(out / "tokenizer.json"))
-    write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": EOS,
-            "eos_token": EOS,
-            "pad_token": EOS,
-            "model_max_length": CONFIG["max_position_embeddings"],
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    try:
+        with new_file(out / "tokenizer.json", replaces=found["tokenizer.json"]) as temporary:
+            tok.save(str(temporary))
+        new_json(
+            out / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": EOS,
+                "eos_token": EOS,
+                "pad_token": EOS,
+                "model_max_length": CONFIG["max_position_embeddings"],
+                "clean_up_tokenization_spaces": False,
+            },
+            replaces=found["tokenizer_config.json"],
+        )
+    except OutputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        raise typer.Exit(2) from e
 
 
 def encode(tok: Tokenizer, texts: list[str]) -> Tensor:
@@ -144,15 +152,16 @@ def heldout_loss(model: Model, stream: Tensor, batches: int | None = None) -> fl
     return total / count
 
 
-def save(net: Model, out: Path) -> None:
-    """Write the checkpoint in fla's names, weights in bf16."""
-    write_json(out / "config.json", CONFIG)
-    tensors = export_tensors(net, family_of(CONFIG))
-    with writing(out):
-        write_safetensors(out, ((name, t.to("cpu", torch.bfloat16)) for name, t in tensors))
+def save(net: Model, out: Path, found: dict[str, Found | None]) -> None:
+    """Write the checkpoint in fla's names, weights in bf16, in place of what was `found`."""
+    new_json(out / "config.json", CONFIG, replaces=found["config.json"])
+    tensors = {name: t.to("cpu", torch.bfloat16) for name, t in export_tensors(net, family_of(CONFIG))}
+    with new_file(out / "model.safetensors", replaces=found["model.safetensors"]) as temporary:
+        save_shard(temporary, {name: t.contiguous() for name, t in tensors.items()})
 
 
 @app.command()
+@ending_on_signals(remove_working_directories)
 def model(
     out: Path,
     tokens: Annotated[int, typer.Option(help="Training tokens, rounded down to whole steps.")] = 7_088_128,
@@ -163,7 +172,7 @@ def model(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
 ) -> None:
     """Train the model and write the checkpoint to OUT (bf16 weights, curve.json beside them)."""
-    _check(out)
+    found = _found(out, "config.json", "model.safetensors", "curve.json")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
     torch.manual_seed(seed)
@@ -222,7 +231,10 @@ def model(
             curve.append({"minutes": minutes, "tokens": seen, "heldout_loss_24k": value})
             print(f"held-out (24 k tokens): loss {value:.4f} perplexity {math.exp(value):.2f}", flush=True)
             try:
-                save(net, out)
+                if any(found_at(out / name) != before for name, before in found.items()):
+                    raise OutputError(f"{out} has changed since it was last looked at")
+                save(net, out, found)
+                found = {name: found_at(out / name) for name in found}
             except OutputError as e:  # the end is what counts, and there may be room again by then
                 print(f"going on unsaved: {e}", flush=True)
     net.to(torch.bfloat16).float()  # what is reported is what is saved
@@ -246,8 +258,8 @@ def model(
     print(json.dumps({k: v for k, v in summary.items() if k != "curve"}, indent=2), flush=True)
 
     def finish(folder: Path) -> None:
-        save(net, folder)
-        write_json(folder / "curve.json", summary)
+        save(net, folder, found)
+        new_json(folder / "curve.json", summary, replaces=found["curve.json"])
 
     try:
         write_or_keep(out, finish)
@@ -256,10 +268,10 @@ def model(
         raise typer.Exit(2) from e
 
 
-def _check(out: Path) -> None:
-    """Refuse a folder that takes no file, before an hour of training."""
+def _found(out: Path, *names: str) -> dict[str, Found | None]:
+    """What there is of the files, to be replaced. Refuses a folder that takes no file, before an hour of training."""
     try:
-        check_writable(out / "config.json")
+        return {name: check_new_file(out / name, name, overwrite=True) for name in names}
     except OutputError as e:
         raise typer.BadParameter(str(e)) from e
 

@@ -24,7 +24,9 @@ from loadtest.run import Load, Probe, Target, paired, sweep
 from loadtest.workload import Lengths, Workload, WorkloadError, read_trace
 from lowkey import how_to_install
 from lowkey.cli import Version
-from lowkey.files import OutputError, check_writable, write_or_keep
+from lowkey.files import Found, OutputError, check_new_file, write_or_keep
+from lowkey.publishing import remove_working_directories
+from lowkey.signals import ending_on_signals
 
 try:
     from loadtest import plots, report
@@ -146,7 +148,8 @@ def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def register(function: Callable[..., None]) -> Callable[..., None]:
         def run_with_options(**given: Any) -> None:
             common = Common(**{f.name: given.pop(f.name) for f in fields(Common)})
-            function(common, **given)
+            with ending_on_signals(remove_working_directories):
+                function(common, **given)
 
         shared = list(inspect.signature(Common).parameters.values())
         own = list(inspect.signature(function).parameters.values())[1:]
@@ -204,21 +207,34 @@ def _show(rows: list[list[str]]) -> None:
     Console(width=max(80, console.width)).print(table)
 
 
-def _check_out(out: Path) -> None:
-    """Raises typer.BadParameter if nothing can be written to the directory. Called before any load."""
+def _check_out(out: Path) -> dict[str, Found | None]:
+    """What an earlier test left in the directory, by name: what is going to be replaced. Called before any load.
+
+    Raises:
+        typer.BadParameter: nothing can be written there.
+    """
     try:
-        check_writable(out / "loadtest.html")
+        return {name: check_new_file(out / name, "out", overwrite=True) for name in report.FILES}
     except OutputError as e:
         raise typer.BadParameter(f"--out: {e}") from e
 
 
 def _finish(
-    out: Path, data: dict[str, Any], rows: list[list[str]], drawn: list[plots.Plot], title: str, caption: str
+    out: Path,
+    data: dict[str, Any],
+    rows: list[list[str]],
+    drawn: list[plots.Plot],
+    title: str,
+    caption: str,
+    *,
+    replaces: dict[str, Found | None],
 ) -> None:
     _show(rows)
     typer.echo(title)
     try:
-        write_or_keep(out, lambda folder: report.write(folder, data, rows, drawn, title, caption))
+        write_or_keep(
+            out, lambda folder: report.write(folder, data, rows, drawn, title, caption, replaces=replaces)
+        )
     except OutputError as e:
         typer.echo(f"error: {e}", err=True)
         raise typer.Exit(2) from e
@@ -243,7 +259,7 @@ def run(
     if rate is not None and concurrency is not None:
         raise typer.BadParameter("--rate is an open loop, --concurrency a closed one: give one of them")
     target, seen = common.target()
-    _check_out(out)
+    replaces = _check_out(out)
     if rounds * requests * len(target.variants) > MAX_REQUESTS:
         raise typer.BadParameter(f"--rounds x --requests x variants is over {MAX_REQUESTS}")
     workload = common.workload()
@@ -271,7 +287,7 @@ def run(
     options = {**common.record(), **asdict(load), "rounds": done, "requests": requests, "warm_up": warm_up}
     data = {**seen, "options": options, **described, "requests": report.requests_of(slices)}
     drawn = plots.paired(slices, target.variants, common.objectives)
-    _finish(out, data, report.table(described), drawn, title, report.PAIRED)
+    _finish(out, data, report.table(described), drawn, title, report.PAIRED, replaces=replaces)
 
 
 @command("sweep")
@@ -293,7 +309,7 @@ def sweep_command(
 ) -> None:
     """The highest rate that each variant holds within the objectives: bisection, variants in turns."""
     target, seen = common.target()
-    _check_out(out)
+    replaces = _check_out(out)
     workload, objectives = common.workload(), common.objectives
 
     def on_probe(p: Probe) -> None:
@@ -329,4 +345,4 @@ def sweep_command(
         "probes": [{"variant": p.variant, "rate": p.rate, "held": p.held, "share": p.share} for p in probes],
     }
     drawn = plots.sweep(probes, objectives, attain)
-    _finish(out, data, report.sweep_table(searches), drawn, title, report.SWEPT)
+    _finish(out, data, report.sweep_table(searches), drawn, title, report.SWEPT, replaces=replaces)

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from pathlib import Path
@@ -15,7 +15,8 @@ from loadtest.figures import FIGURES, MIN_ROUNDS, Objectives, Ratio, Slice, obse
 from loadtest.page import page
 from loadtest.plots import Plot
 from loadtest.run import Search
-from lowkey.files import replacing
+from lowkey.files import Found, OutputTakenError
+from lowkey.publishing import new_file
 
 LABELS = {
     "tokens_per_second": "tokens/s",
@@ -41,6 +42,9 @@ SWEPT = (
     "the first variant, in brackets what they can be at the ends of both ranges: no statistical interval."
 )
 """How to read the tables."""
+
+
+FILES = ("loadtest.json", "loadtest.md", "loadtest.html")
 
 
 def clean(value: Any) -> Any:
@@ -155,6 +159,8 @@ def write(
     plots: Sequence[Plot],
     title: str,
     caption: str,
+    *,
+    replaces: Mapping[str, Found | None],
 ) -> None:
     """`loadtest.json`, `loadtest.md` and `loadtest.html` (with plotly in it), each whole or not at all.
 
@@ -163,8 +169,10 @@ def write(
         rows: header and rows of the table of figures.
         title: the test in words.
         caption: how to read the table.
+        replaces: by the names of `FILES`, what the files may replace, as `found_at` saw it before the load.
 
     Raises:
+        OutputTakenError: one of them has appeared meanwhile; the result is beside it. All the others are written.
         OutputError: one of them can't be written.
     """
     texts = {
@@ -172,6 +180,12 @@ def write(
         "loadtest.md": f"{title}.\n\n{_plain(sentence(data))}\n\n{markdown(rows)}",
         "loadtest.html": page(title, caption, data, rows, plots),
     }
+    taken: list[OutputTakenError] = []
     for name, text in texts.items():
-        with replacing(directory / name) as temporary:
-            temporary.write_text(text, "utf-8")
+        try:
+            with new_file(directory / name, replaces=replaces[name]) as temporary:
+                temporary.write_text(text, "utf-8")
+        except OutputTakenError as e:
+            taken.append(e)
+    if taken:
+        raise OutputTakenError("; ".join(map(str, taken)), taken[0].kept)

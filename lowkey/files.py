@@ -1,14 +1,17 @@
-"""Writing files: whether a place takes them, asked before the work, and failures that name the place."""
+"""Outputs: whether a place takes them, asked before the work, and failures that name the place."""
 
+import errno
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
 from safetensors import SafetensorError
+
+from lowkey.leftovers import note_leftovers
 
 T = TypeVar("T")
 
@@ -17,8 +20,36 @@ class OutputError(ValueError):
     """A file or directory that can't be written; the message names it and the reason."""
 
 
+Found = tuple[tuple[str, int, int, int], ...]
+"""What was found at a path: the relative path, device, inode and time of change (ns) of it and of everything in it."""
+
+
+class OutputTakenError(OutputError):
+    """A result is whole, but its name was taken meanwhile. The message says where it is instead."""
+
+    def __init__(self, message: str, kept: Path) -> None:
+        super().__init__(message)
+        self.kept = kept
+        """Where the result is."""
+
+
+def found_at(path: Path) -> Found | None:
+    """What is at `path`, to be told apart later from anything else that may be there; None if there is nothing.
+
+    The time of change is part of it: file systems give the inode of a deleted file to the next one.
+    """
+    below = [os.path.join(top, name) for top, folders, files in os.walk(path) for name in (*folders, *files)]
+    found = []
+    for file in (str(path), *sorted(below)):
+        with suppress(OSError, ValueError):
+            status = os.lstat(file)
+            found.append((os.path.relpath(file, path), status.st_dev, status.st_ino, status.st_mtime_ns))
+    return tuple(found) or None
+
+
 def check_writable(path: Path) -> int:
-    """Find out whether `path`, a file or a directory, can be created or replaced, without creating it.
+    """Find out whether `path`, a file or a directory, can be created or replaced, without creating it. What
+    killed runs have left beside it is named on standard error.
 
     A small file is written into the nearest folder that is there and removed again: permission bits say little (root
     ignores them, and a read-only or full file system has them all the same).
@@ -29,31 +60,58 @@ def check_writable(path: Path) -> int:
     Raises:
         OutputError: it can't.
     """
-    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if path.name in ("", ".."):
+        raise OutputError(f"{str(path)!r} can't be written: it must end in a name")
+    if "\0" in str(path):
+        raise OutputError(f"{str(path)!r} can't be written: no name holds a NUL byte")
+    absolute = path.absolute()
+    folder = next(parent for parent in absolute.parents if os.path.lexists(parent))
     try:
-        # Named like the temporary files of `replacing`, so that a name that is too long is found here.
+        longest = max(len(os.fsencode(name)) for name in absolute.relative_to(folder).parts)
+        # What is made in and beside an output has longer paths than the output.
+        whole = len(os.fsencode(absolute)) + 128
+        if longest > os.pathconf(folder, "PC_NAME_MAX") or whole > os.pathconf(folder, "PC_PATH_MAX"):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        # Named like the directories that results are made in, so that a name that is too long is found here.
         probe, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
         try:
-            os.write(probe, bytes(4096))
+            with open(probe, "wb") as file:  # goes on where a write was cut short, and then fails
+                file.write(bytes(4096))
         finally:
-            os.close(probe)
             os.unlink(name)
-        return shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free
     except OSError as e:
         raise OutputError(f"{path} can't be written: {folder} takes no new file ({e.strerror})") from e
+    note_leftovers(path)
+    return free
 
 
-def check_new_file(path: Path, name: str, *, overwrite: bool) -> None:
+def refuse_link(path: Path, name: str) -> None:
+    """Raises OutputError for an output that is a link, dangling or not: whether the link or what it leads to is meant
+    is not ours to say."""
+    if os.path.islink(path):
+        raise OutputError(
+            f"{name}={str(path)!r} is a link to {os.readlink(path)!r}; name the place itself, or another one"
+        )
+
+
+def check_new_file(path: Path, name: str, *, overwrite: bool) -> Found | None:
     """Refuse the output file `path` of the option or argument `name` before any work is done.
 
+    Returns:
+        What is there and may be replaced, or None if nothing is.
+
     Raises:
-        OutputError: it is there and `overwrite` is off, it is no regular file, or it can't be written.
+        OutputError: it is there and `overwrite` is off, it is a link or no regular file, or it can't be written.
     """
-    if path.exists() and not path.is_file():
+    refuse_link(path, name)
+    # `os.path` says False where `Path` raises: for names that `check_writable` refuses.
+    if os.path.exists(path) and not os.path.isfile(path):
         raise OutputError(f"{name}={str(path)!r} is there and is no regular file; choose another name")
-    if path.exists() and not overwrite:
+    if os.path.exists(path) and not overwrite:
         raise OutputError(f"{name}={str(path)!r} already exists; choose another file or pass --overwrite")
     check_writable(path)
+    return found_at(path)
 
 
 @contextmanager
@@ -66,23 +124,6 @@ def writing(path: Path) -> Iterator[None]:
         raise OutputError(f"{path} can't be written: {reason}") from e
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes `path` when the block ends without an error.
-
-    Raises:
-        OutputError: it can't be written. Nothing is left of it then.
-    """
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            yield temporary
-            temporary.rename(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
 def write_or_keep(path: Path, write: Callable[[Path], T]) -> T:
     """`write(path)`; where that fails, the same in a new folder for temporary files: hours of work are in it.
 
@@ -91,6 +132,8 @@ def write_or_keep(path: Path, write: Callable[[Path], T]) -> T:
     """
     try:
         return write(path)
+    except OutputTakenError:  # the result is whole already, and beside its place
+        raise
     except OutputError as e:
         try:
             with writing(Path(tempfile.gettempdir())):

@@ -1,12 +1,10 @@
 """Checkpoint directories in Hugging Face format: open, read by tensor, hash, write.
 
-Only safetensors are read, one tensor at a time. A directory being written has a temporary name until it is whole.
+Only safetensors are read, one tensor at a time.
 """
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -18,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowkey.files import replacing, writing
+from lowkey.publishing import replacing
 from lowkey.words import counted
 from modeling.families import Family, TensorMap, family_of
 from modeling.model import Model
@@ -292,36 +290,8 @@ def write_safetensors(
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-@contextmanager
-def new_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A directory to fill, which takes its final name `path` only when the block ends without an error.
-
-    Raises:
-        CheckpointError: it is there, and `overwrite` is off.
-        OutputError: it can't be written. Nothing is left of it then.
-    """
-    if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} already exists; choose another output or pass --overwrite")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            yield temporary
-            temporary.chmod(0o755)
-            old = temporary.with_name(f"{temporary.name}.old")
-            if path.exists():  # put aside first: a crash must not lose both
-                path.rename(old)
-            temporary.rename(path)
-            if old.is_symlink():
-                old.unlink()
-            elif old.exists():
-                shutil.rmtree(old)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary name. Raises OutputError if it can't be written."""
+    """Write JSON through a temporary name, in place of what is there. Raises OutputError if it can't be written."""
     text = json.dumps(value, indent=2) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -15,6 +15,8 @@ from typer.core import TyperArgument, TyperGroup, TyperOption
 
 from lowkey.cli import Version
 from lowkey.files import OutputError
+from lowkey.publishing import remove_working_directories
+from lowkey.signals import ending_on_signals
 from modeling.checkpoint import CheckpointError
 from modeling.families import ConfigError
 from pruning.commands.calibrate import calibrate
@@ -40,17 +42,15 @@ class Commands(TyperGroup):
                     parameter.help = escape(parameter.help or "")
 
     def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as e:
-            err_console.print(f"interrupted: {str(e) or 'nothing was written'}", soft_wrap=True)
-            raise
-        except OSError as e:
-            if e.errno == errno.EPIPE:  # whoever read the output has seen enough; typer ends quietly
-                raise
-            raise self._failed(e) from e
-        except (PruningError, CheckpointError, ConfigError, OutputError) as e:
-            raise self._failed(e) from e
+        with ending_on_signals(remove_working_directories):
+            try:
+                return super().invoke(ctx)
+            except OSError as e:
+                if e.errno == errno.EPIPE:  # whoever read the output has seen enough; typer ends quietly
+                    raise
+                raise self._failed(e) from e
+            except (PruningError, CheckpointError, ConfigError, OutputError) as e:
+                raise self._failed(e) from e
 
     def _failed(self, error: Exception) -> typer.Exit:
         err_console.print(f"error: {error}", style="red", soft_wrap=True)

@@ -115,7 +115,7 @@ def collect(
     Raises:
         PruningError: an activation or a gradient is not finite, a layer's tap missed tokens, or `partial` is of another
             calibration.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once what is done is saved.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, once what is done is saved.
         OutputError: it could not be saved then.
     """
     names = names_for(needed)

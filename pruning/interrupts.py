@@ -1,9 +1,7 @@
-"""Ctrl-C in long work: what is done is saved first, and the user is told how to go on."""
+"""Signals in long work: what is done is saved first, and the user is told how to go on."""
 
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,43 +10,36 @@ from types import FrameType
 from typing import Any
 
 from lowkey.files import OutputError, write_or_keep
+from lowkey.signals import INTERRUPTIONS, handled_by
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NOTICE = b"\nstopping once what is done is saved; once more to stop at once\n"
 
 
 @contextmanager
-def put_off() -> Iterator[Callable[[], bool]]:
-    """Puts off Ctrl-C and SIGTERM to where work can be saved; what is yielded says whether one of them came.
+def put_off() -> Iterator[Callable[[], int | None]]:
+    """Puts off Ctrl-C, SIGTERM and SIGHUP to where work can be saved; what is yielded says which of them came, if any.
 
     A second one is not put off. In a thread that is not the main one nothing is: signals are not delivered there.
     """
-    came = False
+    came: int | None = None
 
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
+        if came is not None:
+            raise INTERRUPTIONS[number]
+        came = number
         os.write(2, NOTICE)  # not through a stream, which may be in the middle of a write
 
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
+    with handled_by(note):
         yield lambda: came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iterator[Callable[..., None]]:
     """For long work that can go on from a file. What is yielded is to be called between two steps of the work: it saves
-    every so many seconds, and ends the work once Ctrl-C or SIGTERM has come and what is done is saved.
+    every so many seconds, and ends the work once one of these signals has come and what is done is saved.
 
     Args:
         file: where to save to; None saves nothing.
@@ -56,7 +47,7 @@ def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iter
         every: seconds between two saves. One that fails is a warning.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C or SIGTERM.
+        KeyboardInterrupt: a signal came; `lowkey.signals` has the kinds.
         OutputError: then what is done could not be saved; the message says where it is instead.
     """
     saved_at = time.monotonic()
@@ -64,10 +55,11 @@ def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iter
     def step_done(*, last: bool = False) -> None:
         """After the `last` step it saves in any case."""
         nonlocal saved_at
-        if stopped():
+        number = stopped()
+        if number is not None:
             if file is not None:
                 write_or_keep(file, save)
-            raise KeyboardInterrupt
+            raise INTERRUPTIONS[number]
         if file is not None and (last or time.monotonic() - saved_at >= every):
             try:
                 save(file)
@@ -85,7 +77,7 @@ def left_behind(what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as e:
-        raise KeyboardInterrupt(*(e.args or (what,))) from e
+        raise type(e)(*(e.args or (what,))) from e
 
 
 @contextmanager
@@ -95,4 +87,4 @@ def going_on_from(saved: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt as e:
         kept = f"the same command goes on from {saved}" if saved.exists() else "nothing was saved"
-        raise KeyboardInterrupt(kept) from e
+        raise type(e)(kept) from e

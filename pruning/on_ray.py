@@ -1,6 +1,7 @@
 """Calibration on a Ray cluster: shards of one draw, run where there is room and added up. Needs the extra `ray`."""
 
 import logging
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         PruningError: Ray is not installed, or there is no such cluster.
     """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         import ray
     except ImportError as e:
@@ -95,6 +97,8 @@ def connected(address: str) -> Iterator[None]:
         )
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise PruningError(f"ray={address!r}: {e}") from e
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets one that ends the process with code 15
     try:
         yield
     finally:

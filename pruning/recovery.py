@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowkey.files import write_or_keep
+from lowkey.files import Found, OutputTakenError, check_writable, write_or_keep
+from lowkey.publishing import new_directory
 from modeling.checkpoint import (
     HEAD,
     REDUCTION,
     Checkpoint,
     export_tensors,
-    new_directory,
     open_checkpoint,
     write_json,
     write_safetensors,
@@ -49,7 +49,8 @@ class Run:
     text: Text
     heldout_text: Text
     control: bool
-    overwrite: bool
+    replaces: Found | None
+    """What the output may replace."""
 
     @property
     def student(self) -> Checkpoint:
@@ -63,7 +64,7 @@ class Run:
     @property
     def saved(self) -> Path:
         """Where the progress is kept until the output is there."""
-        return self.out.with_name(f"{self.out.name}.progress.safetensors")
+        return progress_file(self.out)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -81,6 +82,11 @@ class Run:
     def steps_done(self) -> int:
         """Steps that an earlier, interrupted run has done. Raises PruningError if its settings were others."""
         return check_saved(self.saved, self.fingerprint)
+
+
+def progress_file(out: Path) -> Path:
+    """Where a recovery into `out` keeps its progress."""
+    return out.with_name(f"{out.name}.progress.safetensors")
 
 
 def plan(
@@ -107,7 +113,8 @@ def plan(
         CheckpointError: the weights of one are not what its config says.
         OutputError: the output can't be written.
     """
-    check_output((dense, reduced), out, overwrite=overwrite, ours=RECOVERY)
+    replaces = check_output((dense, reduced), out, overwrite=overwrite, ours=RECOVERY)
+    check_writable(progress_file(out))
     for checkpoint in (dense, reduced):
         checkpoint.check_tensors()
     _check_pair(dense, reduced)
@@ -133,7 +140,7 @@ def plan(
         text,
         heldout,
         control,
-        overwrite,
+        replaces,
     )
     check_saved(run.saved, run.fingerprint)
     return run
@@ -147,7 +154,7 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
 
     Raises:
         PruningError, CheckpointError: training diverged, or the result does not load and run.
-        OutputError: the output can't be written; the message says where the result is instead.
+        OutputError: the output can't be written or is there by now; the message says where the result is instead.
     """
     model = run.student.load(device=device)
     teacher = None if run.teacher is None else run.teacher.load(device=device)
@@ -162,13 +169,17 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
         on_step=on_step,
     )
     del teacher
-    record = write_or_keep(run.out, lambda out: _write(run, model, result, out, device))
+    try:
+        record = write_or_keep(run.out, lambda out: _write(run, model, result, out, device))
+    except OutputTakenError:  # the result is whole: there is nothing to go on with
+        run.saved.unlink(missing_ok=True)
+        raise
     run.saved.unlink(missing_ok=True)
     return record
 
 
 def _write(run: Run, model: Model, result: Result, out: Path, device: torch.device) -> dict[str, Any]:
-    with new_directory(out, overwrite=run.overwrite) as directory:
+    with new_directory(out, replaces=run.replaces) as directory:
         companions = Companions(run.student)
         companions.copy(directory)
         write_json(directory / "config.json", companions.without_missing_code(run.student.config))

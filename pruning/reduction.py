@@ -1,5 +1,6 @@
 """Checkpoint in, reduced checkpoint out: surgery, provenance, and the check that the result loads."""
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ import tokenizers
 import torch
 
 from lowkey import __version__
-from lowkey.files import check_writable
-from modeling.checkpoint import REDUCTION, Checkpoint, new_directory, open_checkpoint, write_json
+from lowkey.files import Found, check_writable, found_at, refuse_link
+from lowkey.publishing import new_directory
+from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint, write_json
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
@@ -120,20 +122,27 @@ class Provenance:
     """None where all layers were given the same width."""
 
 
-def check_output(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str = REDUCTION) -> None:
+def check_output(
+    sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str = REDUCTION
+) -> Found | None:
     """Refuse an output that exists or can't be written, before any work is done.
 
     Args:
         sources: what is going to be read.
         ours: the file by which an earlier result of the same command is known.
 
+    Returns:
+        What is there and may be replaced, or None if nothing is.
+
     Raises:
         PruningError: `out` exists and `overwrite` is off, or it is no such result, or it is a source.
-        OutputError: nothing can be written there.
+        OutputError: it is a link, or nothing can be written there.
     """
-    if out.exists():
+    refuse_link(out, "out")
+    if os.path.exists(out):
         _check_replaceable(sources, out, overwrite=overwrite, ours=ours)
     check_writable(out)
+    return found_at(out)
 
 
 def _check_replaceable(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str) -> None:
@@ -154,23 +163,24 @@ def reduce_checkpoint(
     provenance: Provenance,
     out: Path,
     *,
-    overwrite: bool = False,
+    replaces: Found | None = None,
     evaluate: Callable[[Model], dict[str, object]] | None = None,
 ) -> ModelSpec:
     """Write the reduced checkpoint to `out`, which appears only once it is whole and has been run.
 
     Args:
+        replaces: what `out` may replace, as `check_output` found it before any work.
         evaluate: measures the reduced model, loaded whole; what it returns goes into `state_reduction.json`.
 
     Returns:
         The reduced model's spec.
 
     Raises:
-        PruningError, CheckpointError: the output is refused, or the result does not load and run.
+        PruningError, CheckpointError: the result does not load and run.
+        OutputTakenError: something else is at `out`; the result is beside it.
         OutputError: the output can't be written.
     """
-    check_output([checkpoint], out, overwrite=overwrite)
-    with new_directory(out, overwrite=overwrite) as directory:
+    with new_directory(out, replaces=replaces) as directory:
         spec = write_reduced(checkpoint, selection.cuts, directory)
         check_runs(directory, spec, checkpoint.source)
         record = reduction_json(checkpoint, selection, provenance, spec)

@@ -17,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowkey.files import replacing
+from lowkey.files import Found
+from lowkey.publishing import new_file, replacing
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
@@ -167,14 +168,21 @@ def _same_tokens(a: Origin, b: Origin) -> bool:
 
 
 def save_statistics(
-    statistics: Statistics, path: Path, *, unfinished: Mapping[str, int] | None = None
+    statistics: Statistics,
+    path: Path,
+    *,
+    replaces: Found | None = None,
+    unfinished: Mapping[str, int] | None = None,
 ) -> None:
     """Write one safetensors file, through a temporary name.
 
     Args:
-        unfinished: how far a calibration that is still running has come; only `load_unfinished` reads such a file.
+        replaces: what the file may replace, as `check_new_file` found it.
+        unfinished: how far a calibration that is still running has come; only `load_unfinished` reads such a file, and
+            it replaces whatever is there.
 
     Raises:
+        OutputTakenError: something else is there; the statistics are beside it.
         OutputError: it can't be written.
     """
     record = {
@@ -189,7 +197,8 @@ def save_statistics(
         for i, layer in enumerate(statistics.layers)
         for name, values in layer.items()
     }
-    with replacing(path) as temporary:
+    written = new_file(path, replaces=replaces) if unfinished is None else replacing(path)
+    with written as temporary:
         save_file(tensors, temporary, metadata={"lowkey_statistics": json.dumps(record)})
         temporary.chmod(0o644)  # safetensors leaves it readable by its owner only
 

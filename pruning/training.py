@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lowkey.files import replacing
+from lowkey.publishing import replacing
 from modeling.model import Model
 from pruning.batches import Batches
 from pruning.calibration import WINDOW
@@ -162,7 +162,7 @@ def train(
     Raises:
         PruningError: loss or gradient is not finite (`saved` then holds the last good state), `saved` belongs to
             another run, or peft is missing.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, once the progress is saved.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, once the progress is saved.
         OutputError: it could not be saved then.
     """
     torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow

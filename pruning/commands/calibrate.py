@@ -10,7 +10,8 @@ import torch
 import typer
 from torch import Tensor
 
-from lowkey.files import check_new_file, write_or_keep
+from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, write_or_keep
+from lowkey.publishing import sole_user
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
@@ -109,7 +110,8 @@ def calibrate(
             f"device={device!r}: with --ray a shard runs on the GPU that Ray gives it; give cuda"
         )
     needed = {name for method in methods or () for name in criterion_named(method).statistics}
-    check_new_file(out, "out", overwrite=overwrite)
+    replaces = check_new_file(out, "out", overwrite=overwrite)
+    check_writable(unfinished_of(out))
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
     numbers = shard_numbers(shard)
     where = device_named(device)
@@ -134,11 +136,14 @@ def calibrate(
     if ray is not None:
         with left_behind("nothing was saved"):
             statistics = calibrate_on_ray(ray, shards, checkpoint, windows, origin, names, where)
-        write_or_keep(out, partial(save_statistics, statistics))
+        write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     else:
-        with Busy(err_console, "loading the checkpoint"):
-            model = checkpoint.load(device=where)
-        statistics = run_calibration(checkpoint, model, windows, origin, needed, out, overwrite=overwrite)
+        with sole_user(unfinished_of(out)):
+            with Busy(err_console, "loading the checkpoint"):
+                model = checkpoint.load(device=where)
+            statistics = run_calibration(
+                checkpoint, model, windows, origin, needed, out, replaces=replaces, overwrite=overwrite
+            )
     out_console.print(f"{out}: {counted(statistics.tokens, 'token')}", soft_wrap=True)
 
 
@@ -181,6 +186,11 @@ def draw(encoder: Encoder, source: CalibrationText, shard: tuple[int, int] = (1,
     return (windows, origin) if shard == (1, 1) else take_shard(windows, origin, *shard)
 
 
+def unfinished_of(out: Path) -> Path:
+    """Where a calibration into `out` keeps its progress."""
+    return out.with_name(f"{out.name}.partial")
+
+
 def run_calibration(
     checkpoint: Checkpoint,
     model: Model,
@@ -189,10 +199,12 @@ def run_calibration(
     needed: Collection[StatisticName],
     out: Path,
     *,
+    replaces: Found | None,
     overwrite: bool,
 ) -> Statistics:
-    """Collect and save statistics, going on from what an interrupted run left unless `overwrite` is given."""
-    unfinished = out.with_name(f"{out.name}.partial")
+    """Collect and save statistics, going on from what an interrupted run left unless `overwrite` is given. The caller
+    is the `sole_user` of that file."""
+    unfinished = unfinished_of(out)
     if overwrite:
         unfinished.unlink(missing_ok=True)
     with (
@@ -202,6 +214,10 @@ def run_calibration(
         statistics = collect(
             model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=unfinished
         )
-    write_or_keep(out, partial(save_statistics, statistics))
+    try:
+        write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
+    except OutputTakenError:  # the statistics are whole: there is nothing to go on with
+        unfinished.unlink(missing_ok=True)
+        raise
     unfinished.unlink(missing_ok=True)
     return statistics

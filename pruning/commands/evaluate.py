@@ -9,7 +9,8 @@ import typer
 from torch import Tensor
 
 from lowkey.files import check_new_file, write_or_keep
-from modeling.checkpoint import open_checkpoint, write_json
+from lowkey.publishing import new_json
+from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
 from pruning import views
 from pruning.calibration import WINDOW
@@ -61,8 +62,7 @@ def evaluate(
     lowkey-prune evaluate  demo/model reduced-64 --part all --json all.json
     lowkey-prune evaluate  demo/model --text my.txt --tokens 0 --window 2048 --stride 512
     """
-    if json is not None:
-        check_new_file(json, "json", overwrite=overwrite)
+    replaces = None if json is None else check_new_file(json, "json", overwrite=overwrite)
     settings = Settings(
         text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
     )
@@ -72,7 +72,7 @@ def evaluate(
         out_console.print(views.evaluation_table(evaluation))
     finally:  # a place that takes the one may not take the other
         if json is not None:
-            write_or_keep(json, lambda file: write_json(file, asdict(evaluation)))
+            write_or_keep(json, lambda file: new_json(file, asdict(evaluation), replaces=replaces))
 
 
 def _parts(names: list[str]) -> tuple[Part, ...]:

@@ -1,11 +1,12 @@
 """`lowkey-prune merge`: statistics files -> one."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lowkey.files import check_new_file
+from lowkey.files import check_new_file, write_or_keep
 from lowkey.words import counted
 from pruning.commands.console import out_console
 from pruning.options import Overwrite
@@ -24,7 +25,7 @@ def merge_files(
     \b
     lowkey-prune merge  part1.safetensors part2.safetensors --out all.safetensors
     """
-    check_new_file(out, "out", overwrite=overwrite)
+    replaces = check_new_file(out, "out", overwrite=overwrite)
     statistics = merge([load_statistics(part) for part in parts])
-    save_statistics(statistics, out)
+    write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     out_console.print(f"{out}: {counted(statistics.tokens, 'token')}", soft_wrap=True)

@@ -1,6 +1,7 @@
 """`lowkey-prune prune`: checkpoint -> reduced checkpoint."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -9,14 +10,15 @@ import torch
 import typer
 from torch import Tensor
 
-from lowkey.files import check_writable, write_or_keep
+from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, write_or_keep
+from lowkey.publishing import sole_user
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning import views
 from pruning.budget import DEFAULT_ALIGN, Budget, check_spendable, curve_passes, spend
 from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text
-from pruning.commands.calibrate import draw, run_calibration, tell
+from pruning.commands.calibrate import draw, run_calibration, tell, unfinished_of
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
 from pruning.companions import Companions
@@ -119,14 +121,13 @@ def prune(
             f"stats={str(stats)!r} exists and is used as it is; drop the options of its text, "
             "or name a new file to calibrate again"
         )
-    check_output([checkpoint], out, overwrite=overwrite)
+    replaces = check_output([checkpoint], out, overwrite=overwrite)
     where = device_named(device)
 
     reused = stats is not None and stats.exists()
     calibrating = bool(criterion.statistics) and not reused
     stats = stats or out.with_name(f"{out.name}.stats.safetensors")
-    if calibrating:
-        check_writable(stats)
+    stats_replaces = _check_new_statistics(stats, overwrite=overwrite) if calibrating else None
     statistics = None
     if reused:
         statistics = load_statistics(stats)
@@ -158,14 +159,24 @@ def prune(
         return
 
     budget = None
-    if drawn is not None:
-        with Busy(err_console, "loading the checkpoint"):
-            model = checkpoint.load(device=where)
-    if calibrating:
-        assert drawn is not None
-        statistics = run_calibration(
-            checkpoint, model, *drawn, criterion.statistics, stats, overwrite=overwrite
-        )
+    with sole_user(unfinished_of(stats)) if calibrating else nullcontext():
+        if drawn is not None:
+            with Busy(err_console, "loading the checkpoint"):
+                model = checkpoint.load(device=where)
+        if calibrating:
+            assert drawn is not None
+            try:
+                statistics = run_calibration(
+                    checkpoint,
+                    model,
+                    *drawn,
+                    criterion.statistics,
+                    stats,
+                    replaces=stats_replaces,
+                    overwrite=overwrite,
+                )
+            except OutputTakenError as e:
+                raise OutputTakenError(f"{e}; give --stats {e.kept} to go on from it", e.kept) from e
     left = f"nothing was written but {stats}; give --stats {stats} to go on from it"
     with left_behind(left if calibrating else "nothing was written"):
         if per_layer:
@@ -179,10 +190,19 @@ def prune(
         write_or_keep(
             out,
             partial(
-                _write, checkpoint, selection, made_by, overwrite=overwrite, held_out=held_out, device=where
+                _write, checkpoint, selection, made_by, replaces=replaces, held_out=held_out, device=where
             ),
         )
     out_console.print(views.tree(open_checkpoint(out)))
+
+
+def _check_new_statistics(stats: Path, *, overwrite: bool) -> Found | None:
+    """As `check_new_file`, for the file that calibration is going to write."""
+    if stats.exists() and not overwrite:
+        raise PruningError(f"{stats} is there already; give --stats {stats} to use it, or --overwrite")
+    replaces = check_new_file(stats, "stats", overwrite=overwrite)
+    check_writable(unfinished_of(stats))
+    return replaces
 
 
 def _write(
@@ -191,7 +211,7 @@ def _write(
     made_by: Provenance,
     out: Path,
     *,
-    overwrite: bool,
+    replaces: Found | None,
     held_out: tuple[Text, Tensor] | None,
     device: torch.device,
 ) -> None:
@@ -209,7 +229,7 @@ def _write(
             selection,
             made_by,
             out,
-            overwrite=overwrite,
+            replaces=replaces,
             evaluate=None if held_out is None else partial(measure, *held_out),
         )
 

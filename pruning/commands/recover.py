@@ -7,6 +7,7 @@ from typing import Annotated, cast
 import torch
 import typer
 
+from lowkey.publishing import sole_user
 from lowkey.words import counted
 from modeling.checkpoint import open_checkpoint
 from pruning.calibration import WINDOW
@@ -121,6 +122,7 @@ def recover(
     description = "training the control" if control else "recovering"
     per_step = settings.tokens_per_step
     with (
+        sole_user(run.saved),
         going_on_from(run.saved),
         training_bar(err_console, description, settings.steps * per_step, done=done * per_step) as on_step,
     ):

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from lowkey import how_to_install
-from lowkey.files import check_new_file, check_writable, replacing
+from lowkey.files import check_new_file, check_writable, refuse_link
+from lowkey.publishing import new_file
 from lowkey.words import counted, in_units
 from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
@@ -45,21 +46,21 @@ def report(
     from pruning.report.page import all_figures, page
     from pruning.report.png import browser, write_png
 
-    check_new_file(out, "out", overwrite=overwrite)
+    replaces = check_new_file(out, "out", overwrite=overwrite)
     if png is not None:
         browser()
+        refuse_link(png, "png")
         check_writable(png / "figure.png")
     with Busy(err_console, "reading") as busy:
         given = read_inputs(inputs)
         busy.say("drawing")
         drawn = all_figures(given)
         pictures = {} if png is None else {png / f"{figure.name}.png": figure for figure in drawn}
-        for picture in pictures:
-            check_new_file(picture, "png", overwrite=overwrite)
+        replaced = {picture: check_new_file(picture, "png", overwrite=overwrite) for picture in pictures}
         html = page(title, given, drawn)
-        with replacing(out) as temporary:
+        with new_file(out, replaces=replaces) as temporary:
             temporary.write_text(html, encoding="utf-8")
         for picture, figure in pictures.items():
             busy.say(f"drawing {picture.name}")
-            write_png(figure, picture)
+            write_png(figure, picture, replaces=replaced[picture])
     out_console.print(f"{out}: {counted(len(drawn), 'figure')}, {in_units(len(html))}", soft_wrap=True)

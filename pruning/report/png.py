@@ -6,7 +6,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from lowkey.files import replacing
+from lowkey.files import Found
+from lowkey.publishing import new_file
 from pruning.errors import PruningError
 from pruning.report.page import document
 from pruning.report.style import Figure
@@ -27,11 +28,15 @@ def browser() -> str:
     )
 
 
-def write_png(figure: Figure, file: Path, *, width: int = WIDTH) -> None:
+def write_png(figure: Figure, file: Path, *, width: int = WIDTH, replaces: Found | None = None) -> None:
     """One figure on white, `width` CSS pixels wide, two pixels each.
+
+    Args:
+        replaces: what the file may replace, as `check_new_file` found it.
 
     Raises:
         PruningError: there is no browser, or it drew nothing.
+        OutputTakenError: something else is there; the picture is beside it.
         OutputError: the file can't be written.
     """
     height = int(figure.figure.layout.height)
@@ -41,7 +46,7 @@ def write_png(figure: Figure, file: Path, *, width: int = WIDTH) -> None:
         html, drawn = Path(scratch) / "figure.html", Path(scratch) / "figure.png"
         html.write_text(document(figure.title, style + body, [figure]), encoding="utf-8")
         screenshot(html, drawn, width, height, scale=2)
-        with replacing(file) as temporary_file:
+        with new_file(file, replaces=replaces) as temporary_file:
             shutil.copyfile(drawn, temporary_file)
 
 

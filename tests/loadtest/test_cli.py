@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import tempfile
 
 import pytest
@@ -92,6 +93,46 @@ def test_what_was_measured_is_kept_when_the_directory_is_lost_meanwhile(server, 
     assert "tokens/s" in result.output, "the table is shown all the same"
     assert json.loads((kept / "loadtest.json").read_text())["requests"]
     assert {p.name for p in kept.iterdir()} == {"loadtest.json", "loadtest.md", "loadtest.html"}
+
+
+def at_the_end_of_the_load(monkeypatch, do):
+    real = loadtest.cli.paired
+
+    async def paired(*arguments):
+        slices = await real(*arguments)
+        do()
+        return slices
+
+    monkeypatch.setattr(loadtest.cli, "paired", paired)
+
+
+FEW = ("--rounds", 1, "--requests", 2, "--warm-up", 1, *SMALL[:4])
+
+
+def test_a_report_replaces_the_one_before_and_nothing_that_appeared_meanwhile(server, tmp_path, monkeypatch):
+    arguments = ("run", "--url", server.url, *FEW, "--out", tmp_path / "out")
+    assert run(*arguments).exit_code == 0
+    before = (tmp_path / "out" / "loadtest.json").read_text()
+    assert run(*arguments).exit_code == 0
+    assert (tmp_path / "out" / "loadtest.json").read_text() != before
+    at_the_end_of_the_load(monkeypatch, lambda: (tmp_path / "out" / "loadtest.md").write_text("mine"))
+    result = run(*arguments)
+    assert result.exit_code == 2 and "loadtest.md has appeared or changed since" in result.output
+    assert (tmp_path / "out" / "loadtest.md").read_text() == "mine"
+    (kept,) = (tmp_path / "out").glob("loadtest.*.md")
+    assert kept.name in result.output.replace("\n", "") and "errors" in kept.read_text()
+    assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_with_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, number):
+    at_the_end_of_the_load(monkeypatch, lambda: signal.raise_signal(number))
+    result = run("run", "--url", server.url, *FEW, "--out", tmp_path / "out")
+    assert result.exit_code == 128 + number and result.output.endswith("interrupted: nothing was written\n")
+    monkeypatch.undo()
+    monkeypatch.setattr(loadtest.report, "page", lambda *_: signal.raise_signal(number))
+    result = run("run", "--url", server.url, *FEW, "--out", tmp_path / "out")
+    assert result.exit_code == 128 + number and not (tmp_path / "out").exists()
 
 
 def test_other_machines_are_not_loaded():

@@ -9,10 +9,10 @@ import torch
 from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
 from safetensors.torch import load_file
 
+from lowkey.files import OutputTakenError, found_at
+from lowkey.publishing import new_directory
 from modeling.checkpoint import (
-    CheckpointError,
     export_tensors,
-    new_directory,
     open_checkpoint,
     write_json,
     write_safetensors,
@@ -98,7 +98,7 @@ def test_an_error_leaves_nothing_new_and_nothing_lost(tmp_path, existing):
         (target / "old").write_text("old")
 
     def fill():
-        with new_directory(target, overwrite=existing) as directory:
+        with new_directory(target, replaces=found_at(target)) as directory:
             (directory / "half").write_text("x")
             raise RuntimeError("stop")
 
@@ -114,11 +114,12 @@ def test_an_existing_directory_is_replaced_only_when_asked(tmp_path):
     target.mkdir()
     (target / "old").write_text("old")
     with pytest.raises(
-        CheckpointError, match=r"out already exists; choose another output or pass --overwrite"
-    ):
-        with new_directory(target):
-            pytest.fail("entered")
-    with new_directory(target, overwrite=True) as directory:
+        OutputTakenError, match="out has appeared or changed since the command began"
+    ) as taken:
+        with new_directory(target) as directory:
+            (directory / "new").write_text("new")
+    assert (target / "old").read_text() == "old" and (taken.value.kept / "new").read_text() == "new"
+    with new_directory(target, replaces=found_at(target)) as directory:
         (directory / "new").write_text("new")
         assert (target / "old").exists()
     assert [p.name for p in target.iterdir()] == ["new"]

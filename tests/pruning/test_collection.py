@@ -90,12 +90,14 @@ def test_what_another_calibration_left_is_refused_with_what_differs(checkpoint, 
         run(other, partial=partial)
     with pytest.raises(PruningError, match="is of a calibration that has not ended"):
         load_statistics(partial)
+    partial.unlink()
     save_statistics(run(checkpoint), partial)
     with pytest.raises(PruningError, match="is a finished statistics file"):
         run(checkpoint, partial=partial)
 
 
 SCRIPT = """
+import os
 import signal
 import pruning.collection
 from pruning.cli import app
@@ -103,8 +105,11 @@ pruning.collection.collect.__kwdefaults__["save_every"] = 0.0
 save = pruning.collection.save_statistics
 def save_and_wait(*args, **kwargs):
     pruning.collection.save_statistics = save
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
     save(*args, **kwargs)
-    signal.pause()  # the signal finds it at work
+    os.read(reader, 1)  # the signal finds it at work, also one that came as soon as the file was there
 pruning.collection.save_statistics = save_and_wait
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 app()
@@ -131,7 +136,7 @@ def test_a_killed_command_goes_on_to_the_same_file(checkpoint, tmp_path, number)
         time.sleep(0.01)
     process.send_signal(number)
     _, errors = process.communicate(timeout=240)
-    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 128 + number)
     assert not out.exists()
     if number == signal.SIGINT:
         assert f"the same command goes on from {partial}" in errors

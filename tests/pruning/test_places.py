@@ -18,7 +18,8 @@ import pruning.commands.calibrate
 import pruning.commands.evaluate
 import pruning.commands.prune
 import pruning.recovery
-from lowkey.files import OutputError, check_new_file, check_writable, replacing, write_or_keep
+from lowkey.files import OutputError, check_new_file, check_writable, write_or_keep
+from lowkey.publishing import replacing
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from pruning.cli import app
 from pruning.evaluation.record import read_evaluation
@@ -155,12 +156,15 @@ SMALL_FILES = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2**16, 2**16))
 """No file larger than 64 KB can be written, anywhere: a quota that is used up."""
 
 
-@pytest.mark.parametrize("command", ["merge", "prune"])
+@pytest.mark.parametrize("command", ["calibrate", "merge", "prune", "recover", "report"])
 def test_where_nothing_large_can_be_written_one_line_says_so_and_nothing_is_left(made, tmp_path, command):
-    out = tmp_path / "out"
+    out, text = tmp_path / "out", ("--text", made / "text", "--heldout", made / "text")
     arguments = {
         "merge": ("merge", made / "s.safetensors", "--out", out),
         "prune": ("prune", made / "dense", out, "--method", "l1", "--keep", 8),
+        "calibrate": ("calibrate", made / "dense", out, "--text", made / "text", *TEXT),
+        "recover": ("recover", made / "dense", made / "reduced", out, *text, *RECOVER),
+        "report": ("report", out, made / "reduced"),
     }[command]
     done = in_a_process(SMALL_FILES, *arguments)
     last = done.stderr.splitlines()[-1]
@@ -171,6 +175,13 @@ def test_where_nothing_large_can_be_written_one_line_says_so_and_nothing_is_left
     )
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_at_all_can_be_written_it_is_found_out_before_the_work(made, tmp_path):
+    options = ("--text", made / "text", *EVALUATE, "--json", tmp_path / "out")
+    done = in_a_process(SMALL_FILES.replace("2**16", "2**10"), "evaluate", made / "dense", *options)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.endswith("takes no new file (File too large)\n") and not list(tmp_path.iterdir())
 
 
 def test_figures_that_cannot_be_printed_are_written(made, tmp_path):

@@ -135,7 +135,7 @@ def test_a_calibration_saves_at_once_when_it_is_stopped(made, tmp_path, monkeypa
     out, partial = tmp_path / "s", tmp_path / "s.partial"
     stop_after(monkeypatch, pruning.commands.calibrate, "tokens_bar", number, step)
     stopped = calibrate(made, out)
-    assert stopped.exit_code == 130
+    assert stopped.exit_code == 128 + number
     assert f"interrupted: the same command goes on from {partial}\n" in stopped.stderr
     _, done = load_unfinished(partial)
     assert done == {"forward": 4 * min(step, 4), "backward": max(step - 4, 0), "batch": 4}
@@ -151,7 +151,7 @@ def test_a_recovery_saves_at_once_when_it_is_stopped(made, tmp_path, monkeypatch
     out, saved = tmp_path / "out", tmp_path / "out.progress.safetensors"
     stop_after(monkeypatch, pruning.commands.recover, "training_bar", number, 2)
     stopped = recover(made, out)
-    assert stopped.exit_code == 130
+    assert stopped.exit_code == 128 + number
     assert f"interrupted: the same command goes on from {saved}\n" in stopped.stderr
     monkeypatch.undo()
     resumed = recover(made, out)

@@ -2,7 +2,7 @@
 
 import torch
 
-from pruning.reduction import Provenance, reduce_checkpoint
+from pruning.reduction import Provenance, check_output, reduce_checkpoint
 from pruning.selection import Selection
 
 
@@ -19,9 +19,11 @@ def random_keep(spec, widths, seed=0):
     )
 
 
-def reduce(checkpoint, keep, out, **kwargs):
+def reduce(checkpoint, keep, out, *, overwrite=False, evaluate=None):
+    replaces = check_output([checkpoint], out, overwrite=overwrite)
     report = [[{} for _ in layer] for layer in keep]
-    return reduce_checkpoint(checkpoint, Selection(tuple(keep), report), Provenance("test", 0), out, **kwargs)
+    selection, made_by = Selection(tuple(keep), report), Provenance("test", 0)
+    return reduce_checkpoint(checkpoint, selection, made_by, out, replaces=replaces, evaluate=evaluate)
 
 
 def difference(a, b):

@@ -1,0 +1,224 @@
+"""Results get their final names when they are whole, and never in place of something that appeared meanwhile.
+
+A result is made in a hidden directory beside its place, `.NAME.xxxxxxxx`, which its process has locked.
+It gets its name by an operation that fails if the name is taken: a hard link for a file; for a directory `mkdir`, which
+claims the name, and a rename onto the empty directory, which fails once anything is in it. Unlike `renameat2` with
+RENAME_NOREPLACE these are in Python and work on network file systems.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from lowkey.files import Found, OutputError, OutputTakenError, found_at, writing
+from lowkey.leftovers import OLD, locked, note_leftovers
+from lowkey.signals import uninterrupted
+
+_NEW = "new"
+_own: dict[Path, int] = {}
+"""The working directories of this process, each with the descriptor that holds its lock."""
+
+
+@contextmanager
+def new_file(path: Path, *, replaces: Found | None = None) -> Iterator[Path]:
+    """A name to write a file to, which becomes `path` when the block ends without an error.
+
+    Args:
+        replaces: what may be replaced, as `found_at` saw it before the work.
+
+    Raises:
+        OutputTakenError: something else is at `path`; it stays, and the file is kept beside it.
+        OutputError: it can't be written. Nothing is left of it then.
+    """
+    with _working_directory(path) as directory:
+        yield directory / _NEW
+        _publish(directory, path, replaces)
+
+
+def new_json(path: Path, value: Any, *, replaces: Found | None = None) -> None:
+    """Write JSON. Arguments and errors are those of `new_file`."""
+    text = json.dumps(value, indent=2) + "\n"
+    with new_file(path, replaces=replaces) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def new_directory(path: Path, *, replaces: Found | None = None) -> Iterator[Path]:
+    """A directory to fill, which becomes `path` when the block ends without an error. Otherwise as `new_file`."""
+    with _working_directory(path) as directory:
+        made = directory / _NEW
+        made.mkdir()
+        yield made
+        made.chmod(0o755)
+        _publish(directory, path, replaces)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """As `new_file`, for files of the command's own, such as its progress: whatever is at `path` is replaced.
+
+    Raises:
+        OutputError: it can't be written. Nothing is left of it then.
+    """
+    with _working_directory(path) as directory:
+        yield directory / _NEW
+        (directory / _NEW).rename(path)
+
+
+@contextmanager
+def sole_user(path: Path) -> Iterator[None]:
+    """Keeps a progress file to one running command, by a lock on `.NAME.lock` beside it.
+
+    Raises:
+        OutputError: another command is using it, or the lock can't be written.
+    """
+    lock, descriptor = path.with_name(f".{path.name}.lock"), None
+    try:
+        with uninterrupted():
+            descriptor = _lock_of(path, lock)
+        note_leftovers(path)
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):  # where its folder is lost there is nothing to remove
+                lock.unlink()
+            os.close(descriptor)
+
+
+def _lock_of(path: Path, lock: Path) -> int:
+    with writing(lock):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+            if locked(descriptor) is False:
+                os.close(descriptor)
+                raise OutputError(f"{path} is in use by another run; wait for that, or name another output")
+            # The run before may have removed the file between its being opened and locked here.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                    return descriptor
+            os.close(descriptor)
+
+
+def remove_working_directories() -> None:
+    """Remove the working directories that this process has still open: for its end."""
+    for directory in list(_own):
+        _remove(directory)
+
+
+@contextmanager
+def _working_directory(path: Path) -> Iterator[Path]:
+    directory = None
+    with writing(path):
+        try:
+            with uninterrupted():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+                _own[directory] = os.open(directory, os.O_RDONLY)
+                with suppress(OSError):  # a file system without locks
+                    fcntl.flock(_own[directory], fcntl.LOCK_EX)
+            yield directory
+        finally:
+            if directory is not None:
+                with uninterrupted():
+                    _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    descriptor = _own.pop(directory, None)
+    if descriptor is not None:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _publish(directory: Path, path: Path, replaces: Found | None) -> None:
+    """Give what was made in `directory` its name, or another one beside it if that is taken."""
+    new, old = directory / _NEW, directory / OLD
+    with uninterrupted():
+        try:
+            _put_aside(path, old, replaces)
+            try:
+                _place(new, path)
+            except OSError:
+                if os.path.lexists(old):
+                    _put_back(directory, path)
+                raise
+        except FileExistsError as e:
+            kept = _keep(new, path, directory.name[-8:])
+            before = f"; what was there before is in {old}" if os.path.lexists(old) else ""
+            raise OutputTakenError(
+                f"{path} has appeared or changed since the command began, and stays as it is; "
+                f"what was computed is in {kept}{before}",
+                kept,
+            ) from e
+
+
+def _put_aside(path: Path, old: Path, replaces: Found | None) -> None:
+    """Move what may be replaced to `old`: a crash must not lose both.
+
+    Raises:
+        FileExistsError: something else is there.
+    """
+    if replaces is None or not os.path.lexists(path):
+        return
+    if found_at(path) == replaces:
+        path.rename(old)
+        # Some file systems give what is moved another inode, so now only the names and times are compared.
+        if [(name, time) for name, *_, time in found_at(old) or ()] == [
+            (name, time) for name, *_, time in replaces
+        ]:
+            return
+        _put_back(old.parent, path)
+    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+
+
+def _put_back(directory: Path, path: Path) -> None:
+    """What was put aside gets its name again. If it can't, its directory is left for the user, not removed."""
+    try:
+        _place(directory / OLD, path)
+    except OSError:
+        os.close(_own.pop(directory))
+        raise
+
+
+def _place(made: Path, path: Path) -> None:
+    """Give `made` the name `path`. Raises FileExistsError if something has that name."""
+    if made.is_dir():
+        path.mkdir()
+        try:
+            made.rename(path)
+        except OSError as e:
+            with suppress(OSError):
+                path.rmdir()
+            if e.errno == errno.ENOTEMPTY:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from e
+            raise
+        return
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: an empty file claims the name
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            made.rename(path)
+        except OSError:
+            path.unlink()
+            raise
+    else:
+        made.unlink()
+
+
+def _keep(made: Path, path: Path, token: str) -> Path:
+    """Give `made` a name beside `path`, which is not that of a working directory."""
+    stem, suffix = (path.name, "") if made.is_dir() else (path.stem, path.suffix)
+    kept = path.with_name(f"{stem}.{token}{suffix}")
+    _place(made, kept)
+    return kept
