@@ -122,7 +122,7 @@ def collect(
     running = Statistics(source_sha256, (origin,), zeros(model.spec, names))
     done = {"forward": 0, "backward": 0, "batch": batch}
     if partial is not None and partial.exists():
-        running, done = resumed(partial, running, batch)
+        running, done = resumed(partial, source_sha256, origin, shapes(model.spec, names), batch)
         advance((done["forward"] + done["backward"]) * windows.shape[1])
 
     def save(path: Path) -> None:
@@ -148,19 +148,28 @@ def collect(
     return running
 
 
-def resumed(partial: Path, expected: Statistics, batch: int) -> tuple[Statistics, dict[str, int]]:
+def resumed(
+    partial: Path,
+    source_sha256: str,
+    origin: Origin,
+    expected: Sequence[Mapping[StatisticName, tuple[int, ...]]],
+    batch: int = BATCH,
+) -> tuple[Statistics, dict[str, int]]:
     """What an interrupted calibration left, and how many windows it had done.
 
+    Args:
+        expected: shapes of what is going to be collected (`statistics.shapes`).
+
     Raises:
-        PruningError: the file is of another checkpoint, text or set of statistics than `expected`.
+        PruningError: the file is of another checkpoint, text or set of statistics.
     """
     found, done = load_unfinished(partial)
     differs = [
         what
         for what, a, b in (
-            ("the checkpoint", found.source_sha256, expected.source_sha256),
-            ("the text or how it is drawn", found.origins, expected.origins),
-            ("what is collected", found.shapes, expected.shapes),
+            ("the checkpoint", found.source_sha256, source_sha256),
+            ("the text or how it is drawn", found.origins, (origin,)),
+            ("what is collected", found.shapes, expected),
             ("the batch", done["batch"], batch),
         )
         if a != b

@@ -17,7 +17,7 @@ from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from modeling.sources import local_directory
 from pruning.calibration import BATCH, Encoder, Origin, take_shard
-from pruning.collection import collect, tokens_to_run
+from pruning.collection import collect, resumed, tokens_to_run
 from pruning.commands.console import err_console, out_console
 from pruning.criteria import criterion_named
 from pruning.errors import PruningError
@@ -53,7 +53,7 @@ from pruning.options import (
     shard_numbers,
 )
 from pruning.progress import Busy, tokens_bar
-from pruning.statistics import StatisticName, Statistics, names_for, save_statistics
+from pruning.statistics import StatisticName, Statistics, names_for, save_statistics, shapes
 
 
 def calibrate(
@@ -124,6 +124,8 @@ def calibrate(
     with Busy(err_console, "reading the weights"):
         check_finite(checkpoint)
     windows, origin = draw(encoder, source, numbers)
+    if ray is None and not overwrite:
+        check_unfinished(out, checkpoint, origin, names)
     plan = [
         *shape_lines(checkpoint.spec),
         *calibration_lines(checkpoint.spec, names, windows),
@@ -189,6 +191,15 @@ def draw(encoder: Encoder, source: CalibrationText, shard: tuple[int, int] = (1,
 def unfinished_of(out: Path) -> Path:
     """Where a calibration into `out` keeps its progress."""
     return out.with_name(f"{out.name}.partial")
+
+
+def check_unfinished(
+    out: Path, checkpoint: Checkpoint, origin: Origin, names: Collection[StatisticName]
+) -> None:
+    """Raises PruningError if an interrupted calibration into `out` was another one, which this one can't go on with."""
+    unfinished = unfinished_of(out)
+    if unfinished.exists():
+        resumed(unfinished, checkpoint.sha256, origin, shapes(checkpoint.spec, names))
 
 
 def run_calibration(

@@ -18,7 +18,7 @@ from modeling.model import Model
 from pruning import views
 from pruning.budget import DEFAULT_ALIGN, Budget, check_spendable, curve_passes, spend
 from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text
-from pruning.commands.calibrate import draw, run_calibration, tell, unfinished_of
+from pruning.commands.calibrate import check_unfinished, draw, run_calibration, tell, unfinished_of
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
 from pruning.companions import Companions
@@ -141,6 +141,8 @@ def prune(
     with Busy(err_console, "reading the weights"):
         check_finite(checkpoint)
     drawn = draw(encoder, source) if encoder is not None and drawing else None
+    if calibrating and drawn is not None and not overwrite:
+        check_unfinished(stats, checkpoint, drawn[1], names_for(criterion.statistics))
     held_out = _held_out(encoder) if encoder is not None and evaluate else None
     plan = _plan(
         checkpoint,

@@ -15,6 +15,7 @@ from pruning.cli import app
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
 from pruning.finite import check_finite, finite
+from pruning.statistics import load_statistics, save_statistics
 from pruning.surgery import Cut, write_shards
 
 EMBEDDINGS = "model.embeddings.weight"
@@ -196,6 +197,24 @@ def test_what_is_refused_is_refused_before_the_work_and_by_a_dry_run(made, tmp_p
     result = run("prune", made / "dense", tmp_path / "out", *options, *more)
     assert said in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert result.stdout == "" and not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["run", "dry run"])
+@pytest.mark.parametrize("command", ["calibrate", "prune"])
+def test_what_another_calibration_left_is_found_before_the_model_is_loaded(
+    made, tmp_path, monkeypatch, command, more
+):
+    monkeypatch.setattr(Checkpoint, "load", lambda *a, **k: pytest.fail("work began"))
+    left = load_statistics(made / "dense.safetensors")
+    out = tmp_path / "out.stats.safetensors"
+    done = {"forward": 1, "backward": 0, "batch": 4}
+    save_statistics(left, out.with_name(f"{out.name}.partial"), unfinished=done)
+    prune = ("prune", made / "dense", tmp_path / "out", "--method", "drrqr", "--keep", 8)
+    arguments = {"calibrate": ("calibrate", made / "dense", out), "prune": prune}[command]
+    result = run(*arguments, "--tokens", 512, "--window-length", 64, *more)
+    said = "is of an interrupted calibration that differs in the text or how it is drawn"
+    assert said in result.stderr and result.stdout == ""
+    assert [p.name for p in tmp_path.iterdir()] == [f"{out.name}.partial"]
 
 
 def test_gradients_need_a_token_to_predict_before_any_window_is_run(made, tmp_path, monkeypatch):
