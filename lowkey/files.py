@@ -106,12 +106,13 @@ def check_new_file(path: Path, name: str, *, overwrite: bool) -> Found | None:
     """
     refuse_link(path, name)
     # `os.path` says False where `Path` raises: for names that `check_writable` refuses.
-    if os.path.exists(path) and not os.path.isfile(path):
+    there = os.path.exists(path)
+    if there and not os.path.isfile(path):
         raise OutputError(f"{name}={str(path)!r} is there and is no regular file; choose another name")
-    if os.path.exists(path) and not overwrite:
+    if there and not overwrite:
         raise OutputError(f"{name}={str(path)!r} already exists; choose another file or pass --overwrite")
     check_writable(path)
-    return found_at(path)
+    return found_at(path) if there else None  # what has appeared since may not be replaced
 
 
 @contextmanager

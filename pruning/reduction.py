@@ -139,10 +139,11 @@ def check_output(
         OutputError: it is a link, or nothing can be written there.
     """
     refuse_link(out, "out")
-    if os.path.exists(out):
+    there = os.path.exists(out)
+    if there:
         _check_replaceable(sources, out, overwrite=overwrite, ours=ours)
     check_writable(out)
-    return found_at(out)
+    return found_at(out) if there else None  # what has appeared since may not be replaced
 
 
 def _check_replaceable(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str) -> None:
