@@ -1,5 +1,9 @@
 """Figures and other people's texts, put so that they can be shown."""
 
+import re
+
+_UNWRITABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
 
 def counted(count: int, noun: str) -> str:
     """`1 checkpoint`, `2,000 checkpoints`; for nouns whose plural ends in s, or in es after h or s."""
@@ -23,6 +27,6 @@ def duration(seconds: float) -> str:
 
 
 def writable(text: object) -> str:
-    """What is found in other people's JSON, as text that can be written: half a surrogate pair, which has no UTF-8,
-    becomes its escape."""
-    return str(text).encode(errors="backslashreplace").decode()
+    """What is found in other people's files, as text that can be written and shown: half a surrogate pair, which has no
+    UTF-8, and control characters, which would steer a terminal, become their escapes. Tabs and line ends stay."""
+    return _UNWRITABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))

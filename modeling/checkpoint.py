@@ -26,8 +26,8 @@ from modeling.spec import ModelSpec
 from modeling.weights import difference, weight_files
 
 REDUCTION = "state_reduction.json"
-FLOATS = ("F64", "F32", "BF16", "F16")
-"""Types of weights that are read, as safetensors calls them."""
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types of weights that are read, by safetensors' names."""
 HEAD = "lm_head.weight"
 """The output projection, as every family calls it. It may be stored also where it is tied to the embeddings."""
 _TERMS = ["LICENSE*", "LICENCE*", "license*", "NOTICE*", "Notice*", "COPYING*", "*.md"]
@@ -81,7 +81,8 @@ class Checkpoint:
         return tensor
 
     def dtype_and_shape(self, name: str) -> tuple[str, list[int]]:
-        """A tensor's dtype as safetensors calls it (`BF16`) and its shape, from the file's header alone.
+        """A tensor's dtype as safetensors calls it (`BF16`, a key of `FLOATS`) and its shape, from the file's header
+        alone.
 
         Raises:
             CheckpointError: as `tensor`.
@@ -196,8 +197,9 @@ class Checkpoint:
         if self._head_differs is not None:
             raise CheckpointError(
                 f"{self.path}: config.json says tie_word_embeddings=true, but {HEAD} is stored and is not "
-                f"{self._embeddings}: {self._head_differs}. transformers would use the head, vLLM the embeddings: say "
-                f"tie_word_embeddings=false, or remove {HEAD}"
+                f"{self.name_of('embeddings.weight')}: {self._head_differs}. transformers would use the head, vLLM the "
+                "embeddings: set tie_word_embeddings to false in config.json to keep the head, or remove "
+                f"{HEAD} to use the embeddings"
             )
 
     @cached_property
@@ -206,13 +208,12 @@ class Checkpoint:
         if not self.spec.tie_embeddings or HEAD not in self.files:
             return None
         self.dtype_and_shape(HEAD)
-        name = self._embeddings
+        name = self.name_of("embeddings.weight")
         return difference(self.files[HEAD], HEAD, self.files[name], name)
 
-    @property
-    def _embeddings(self) -> str:
-        """The checkpoint's name of the embeddings."""
-        ((name,),) = (m.theirs for m in self.family.tensors(self.spec) if m.ours == "embeddings.weight")
+    def name_of(self, ours: str) -> str:
+        """The checkpoint's name of a tensor that is one of ours and one of theirs as well."""
+        ((name,),) = (m.theirs for m in self.family.tensors(self.spec) if m.ours == ours)
         return name
 
     def _join(self, m: TensorMap, shape: torch.Size) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TOKENIZER = "tokenizer.json"
 _LIKE = 0.7
 """How alike two names are, from 0 to 1, where one may be a slip of the other."""
 
@@ -71,7 +72,7 @@ def check_source(source: str) -> None:
     if directory is None:
         return
     refuse_gguf(directory)
-    for needed in (("config.json",), (SINGLE, INDEX), ("tokenizer.json",)):
+    for needed in (("config.json",), (SINGLE, INDEX), (TOKENIZER,)):
         if not any((directory / file).exists() for file in needed):
             raise CheckpointError(f"{source} has no {' or '.join(needed)}")
 

@@ -6,9 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, models
 
-from modeling.sources import CheckpointError
-
-TOKENIZER = "tokenizer.json"
+from modeling.sources import TOKENIZER, CheckpointError
 
 
 class TokenizerFile:
@@ -66,4 +64,4 @@ class TokenizerFile:
 
     def ignoring(self, ignored: list[str]) -> str:
         """A sentence for people that says what `open` has ignored."""
-        return f"{self.path} asks for {' and '.join(ignored)}, which is ignored: text is read whole"
+        return f"{self.path} stores {' and '.join(ignored)}; this is ignored, text is read whole"

@@ -1,5 +1,6 @@
 """Where a checkpoint directory keeps its weights, and whether two stored tensors are the same."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -45,7 +46,7 @@ def _indexed(directory: Path) -> dict[str, Path]:
     for file in sorted(set(files.values())):
         if file.suffix != ".safetensors":
             raise CheckpointError(f"{directory / INDEX} names {file.name}, which is no safetensors file")
-        if not file.exists():
+        if not os.path.exists(file):  # unlike Path.exists, False for a name that is too long
             raise CheckpointError(f"{directory / INDEX} names {file.name}, which is missing")
     return files
 
@@ -71,7 +72,7 @@ def _refuse_another(directory: Path, single: dict[str, Path], indexed: dict[str,
                 continue
             differs = f"differs between {SINGLE} and {indexed[name].name}: {found}"
         raise CheckpointError(
-            f"{directory} holds both {SINGLE} and {INDEX}, which name different weights: tensor {name!r} {differs}. "
+            f"{directory} holds both {SINGLE} and {INDEX}, which hold different weights: tensor {name!r} {differs}. "
             f"transformers would read the first, vLLM the second: remove {INDEX} and its files, or {SINGLE}"
         )
 

@@ -62,7 +62,7 @@ class Origin:
 def bundled_text(split: Split) -> Text:
     """One side of the text that ships with CPython (`pruning.corpus`).
 
-    Its empty files stay, other than those of users' own text: published figures rest on these draws.
+    Unlike those of users' own text its empty files are kept: published figures were measured with them.
     """
     return Text(f"bundled CPython text, {split} side", corpus(split))
 

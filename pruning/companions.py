@@ -1,14 +1,15 @@
 """The files of a checkpoint beside its weights, and which of them come along into one that is made of it."""
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from modeling.checkpoint import REDUCTION, Checkpoint, write_json
-from modeling.sources import CheckpointError, read_json
+from modeling.sources import TOKENIZER, CheckpointError, read_json
 
 RECOVERY = "recovery.json"
 """What `lowkey-prune recover` writes about a run, beside the weights that it trained."""
@@ -28,9 +29,8 @@ _WEIGHTS = {
 _WRITTEN_ANEW = ("config.json", REDUCTION, RECOVERY)
 _CODE = "auto_map"
 """The key under which a JSON file of a checkpoint names classes in Python files beside it, or in another repository."""
-_TOKENIZER = Path("tokenizer.json")
-_MOST_LINKS = 40
-"""Links over links that are followed; Linux follows as many."""
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""How a hub cache names the files that its snapshots are links to."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,8 @@ class Companions:
     """What comes along of a checkpoint's other files: tokenizer, generation config, licence and the like.
 
     Weights in other formats, hidden files and what is written anew stay behind. A checkpoint must not be able to pull
-    files of the machine into what its user may publish, so a link is followed only if it leads, directly or over other
-    links, into the checkpoint, into the hub cache's own store (every file of a hub snapshot is such a link), or into a
-    folder through which the checkpoint's own weights came.
+    files of the machine into what its user may publish, so a link is followed only to a file in the checkpoint, to one
+    in a folder in which its weights lie, and from a snapshot of a hub cache to one in its store or named by a hash.
     """
 
     checkpoint: Checkpoint
@@ -52,7 +51,7 @@ class Companions:
 
     @property
     def left_out(self) -> list[Path]:
-        """Links that are not followed or lead nowhere."""
+        """Links that are not followed."""
         return [name for name, follow in self._found.items() if not follow]
 
     def copy(self, directory: Path) -> None:
@@ -73,22 +72,29 @@ class Companions:
         return {key: value for key, value in config.items() if key != _CODE or not self._missing_code(config)}
 
     def notes(self) -> Iterator[str]:
-        """Says what the output will lack."""
+        """Says what the output will lack.
+
+        Raises:
+            CheckpointError: a file that comes along can't be read.
+        """
+        for name in self.names:
+            _open(self.checkpoint.path / name).close()
         if self.left_out:
-            yield (
-                f"note: links that lead out of the checkpoint or nowhere are left out: "
-                f"{', '.join(map(str, self.left_out))}"
-            )
-        if _TOKENIZER not in self.names:
+            names = ", ".join(map(str, self.left_out))
+            yield f"note: left out, because they are links to folders, to other places or to nothing: {names}"
+        if Path(TOKENIZER) not in self.names:
             source = self.checkpoint.source
-            linked = f"tokenizer.json of {source} is a link out of the checkpoint"
-            reason = linked if _TOKENIZER in self.left_out else f"{source} has no tokenizer.json"
+            linked = f"{TOKENIZER} of {source} is a link out of the checkpoint"
+            reason = linked if Path(TOKENIZER) in self.left_out else f"{source} has no {TOKENIZER}"
             yield f"note: {reason}, so the output has none: lowkey-serve refuses it until one is put there"
         without = {name: self._missing_code(config) for name, config in self._without_code.items()}
         without[Path("config.json")] = self._missing_code(self.checkpoint.config)
         for name, files in without.items():
             if files:
-                yield f"note: {_CODE} of {name} is left out: the code that it names is not there ({', '.join(files)})"
+                yield (
+                    f"note: {name} is written without its {_CODE}: the Python files that it names are not in the "
+                    f"checkpoint ({', '.join(files)})"
+                )
 
     @cached_property
     def _found(self) -> dict[Path, bool]:
@@ -104,31 +110,22 @@ class Companions:
         return found
 
     def _safe(self, path: Path, name: Path) -> bool:
-        places = _places(path)
-        if self._visible(places[-1]):
+        """Whether a file is the checkpoint's own. Only where it lies in the end counts: a link on the way there may be
+        as much a stranger's work as the checkpoint."""
+        last, root = path.resolve(), self.checkpoint.path.resolve()
+        if last.is_relative_to(root) and not _hidden(
+            last.relative_to(root)
+        ):  # git keeps passwords in .git/config
             return True
-        return any(
-            place in (folder / place.name, folder / name)
-            for place in places[1:]
-            for folder in self._trusted
-            if not place.name.startswith(".")
-        )
-
-    def _visible(self, place: Path) -> bool:
-        """Whether a real path lies in the checkpoint and is not hidden there, as what git keeps is."""
-        root = self.checkpoint.path.resolve()
-        return place.is_relative_to(root) and not _hidden(place.relative_to(root))
-
-    @cached_property
-    def _trusted(self) -> set[Path]:
-        """Folders outside the checkpoint through which its weights came, their own links resolved."""
-        root = self.checkpoint.path.resolve()
-        folders = {
-            place.parent for file in set(self.checkpoint.files.values()) for place in _places(file)[1:]
-        }
-        if root.parent.name == "snapshots":
-            folders.add(root.parent.parent / "blobs")
-        return {folder for folder in folders if not self._visible(folder)}
+        if last.name.startswith("."):
+            return False
+        cached = root.parent.name == "snapshots"
+        if cached and _HASH.fullmatch(last.name):  # whoever knows a file's hash has the file
+            return True
+        stores = {file.resolve().parent for file in self.checkpoint.files.values()}
+        if cached:
+            stores.add(root.parent.parent / "blobs")
+        return any(last in (store / last.name, store / name) for store in stores)
 
     @cached_property
     def _without_code(self) -> dict[Path, dict[str, Any]]:
@@ -155,25 +152,16 @@ class Companions:
 
 
 def _copy(source: Path, target: Path) -> None:
+    with _open(source) as read, target.open("wb") as written:
+        shutil.copyfileobj(read, written)
+
+
+def _open(source: Path) -> BinaryIO:
     try:
-        read = source.open("rb")
+        return source.open("rb")
     except OSError as e:
         raise CheckpointError(f"{source} can't be read: {e.strerror}") from e
-    with read, target.open("wb") as written:
-        shutil.copyfileobj(read, written)
 
 
 def _hidden(name: Path) -> bool:
     return any(part.startswith(".") for part in name.parts)
-
-
-def _places(path: Path) -> list[Path]:
-    """The path and where it leads, link by link, each in its real folder."""
-    places = []
-    for _ in range(_MOST_LINKS):
-        path = path.parent.resolve() / path.name
-        places.append(path)
-        if not path.is_symlink():
-            break
-        path = path.parent / path.readlink()
-    return places

@@ -4,6 +4,7 @@ Sizes are computed from shapes. Time is measured: one window through one layer o
 that the real work runs on.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lowkey.files import check_writable
 from lowkey.words import counted, duration, in_units
-from modeling.checkpoint import Checkpoint
+from modeling.checkpoint import FLOATS, Checkpoint
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.calibration import BATCH
@@ -241,7 +242,8 @@ def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     for name in checkpoint.family.key_rows(checkpoint.spec):
         layer = int(ours[name].split(".")[1])
         d_k = checkpoint.spec.d_k[layer]
-        total -= checkpoint.tensor(name).nbytes * (d_k - widths[layer]) // d_k
+        dtype, shape = checkpoint.dtype_and_shape(name)
+        total -= math.prod(shape) * FLOATS[dtype].itemsize * (d_k - widths[layer]) // d_k
     return total
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lowkey.files import Found, OutputTakenError, check_writable, write_or_keep
 from lowkey.publishing import new_directory
 from modeling.checkpoint import (
+    FLOATS,
     HEAD,
     REDUCTION,
     Checkpoint,
@@ -200,12 +201,13 @@ def _as_stored(model: Model, source: Checkpoint) -> Iterator[tuple[str, Tensor]]
     Raises:
         PruningError: one is NaN or Inf, or is not finite in the checkpoint's dtype.
     """
-    trained = f"{source.source}, trained and in its own dtypes"
+    trained = f"{source.source}: after training, in the checkpoint's own dtype"
     for name, tensor in export_tensors(model, source.family):
-        stored = source.tensor(name)
-        yield name, finite(tensor.detach().to("cpu", stored.dtype).view(stored.shape), name, trained)
-    if model.spec.tie_embeddings and HEAD in source.files:  # a copy of the embeddings stays one
-        yield HEAD, model.lm_head.weight.detach().to("cpu", source.tensor(HEAD).dtype, copy=True)
+        dtype, shape = source.dtype_and_shape(name)
+        stored = finite(tensor.detach().to("cpu", FLOATS[dtype]).view(shape), name, trained)
+        yield name, stored
+        if name == source.name_of("embeddings.weight") and model.spec.tie_embeddings and HEAD in source.files:
+            yield HEAD, stored.clone()  # what is stored as a copy stays one, in the same dtype
 
 
 def _record(run: Run, trained_parameters: int, before: float, after: float) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Where text comes from: files, folders, globs, JSON lines and Hugging Face data sets."""
 
+import codecs
 import gzip
+import io
 import json
 import logging
 import os
@@ -21,6 +23,8 @@ logger = logging.getLogger(__name__)
 DEFAULT_FIELD = "text"
 GZIPPED = ".gz"
 JSON_LINES = (".jsonl", f".jsonl{GZIPPED}")
+_BLOCK = 2**20
+"""Bytes of a file that are decoded at once."""
 _SHUFFLE_BUFFER = 1000
 """Documents that a streamed data set is shuffled within."""
 _CHARACTERS_PER_TOKEN = 16
@@ -69,7 +73,7 @@ def read_text(sources: Sequence[str | Path], field: str | None = None) -> Text:
 
 
 def _not_empty(documents: Sequence[str], where: str) -> list[str]:
-    """The documents that have text: of the others, windows would get nothing but the end-of-text tokens before them.
+    """The documents that have text: an empty one would add nothing to a window but an end-of-text token.
 
     Raises:
         PruningError: there is none.
@@ -93,21 +97,33 @@ class _NoTextError(PruningError):
 
 
 def _decoded(path: Path) -> str:
-    open_text = gzip.open if path.suffix == GZIPPED else open
+    """The text of a file, read in pieces: what is no text is found at its first byte that is none, and not when all of
+    it has been unpacked."""
+    zipped = path.suffix == GZIPPED
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
+    pieces: list[str] = []
     try:
-        with open_text(path, "rt", encoding="utf-8-sig") as f:
-            text = str(f.read())
+        with open(path, "rb") as raw:
+            if zipped and raw.peek(2)[:2] != b"\x1f\x8b":
+                raise _NoTextError(f"text={str(path)!r} is not a gzip file")
+            f = gzip.GzipFile(fileobj=raw) if zipped else raw
+            while block := f.read(_BLOCK):
+                pieces.append(_without_nul(decoder.decode(block), path, pieces))
+            pieces.append(decoder.decode(b"", final=True))
     except UnicodeDecodeError as e:
-        line = e.object.count(b"\n", 0, e.start) + 1
+        line = 1 + sum(piece.count("\n") for piece in pieces) + e.object.count(b"\n", 0, e.start)
         raise _NoTextError(f"text={str(path)!r} is not a readable UTF-8 file: line {line}: {e}") from e
     except (OSError, EOFError, zlib.error) as e:
-        kind = "gzip" if path.suffix == GZIPPED else "UTF-8"
+        kind = "gzip" if zipped else "UTF-8"
         raise PruningError(f"text={str(path)!r} is not a readable {kind} file: {e}") from e
-    if "\0" in text:
-        raise _NoTextError(
-            f"text={str(path)!r} is not a text file: it has a NUL at character {text.index(chr(0))}"
-        )
-    return text
+    return "".join(pieces)
+
+
+def _without_nul(piece: str, path: Path, before: list[str]) -> str:
+    if "\0" in piece:
+        at = sum(map(len, before)) + piece.index("\0")
+        raise _NoTextError(f"text={str(path)!r} is not a text file: it has a NUL at character {at}")
+    return piece
 
 
 def _json_lines(path: Path, text: str, field: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.backends import TORCH
-from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint, save_shard, write_json
+from modeling.checkpoint import HEAD, Checkpoint, CheckpointError, open_checkpoint, save_shard, write_json
 from modeling.families import ConfigError
 from modeling.layers import Block, RMSNorm
 from modeling.sources import INDEX, SINGLE
@@ -158,7 +158,9 @@ def check_runs(directory: Path, expected: ModelSpec, source: str) -> None:
         _run(directory, expected)
     except (PruningError, CheckpointError, ConfigError) as e:
         reason = str(e).replace(f"{directory}/", "").removeprefix(f"{directory}: ")
-        raise PruningError(f"{source}: what was made of it is no good: {reason}") from e
+        raise PruningError(
+            f"{source}: the checkpoint that was made of it does not load or run: {reason}"
+        ) from e
 
 
 def _run(directory: Path, expected: ModelSpec) -> None:
@@ -169,7 +171,9 @@ def _run(directory: Path, expected: ModelSpec) -> None:
     # Longer than one chunk of the chunked form, in two sequences.
     lengths = (70, 3)
     offsets = [0, *itertools.accumulate(lengths)]
-    x = _stored(checkpoint, "embeddings.weight")[torch.arange(sum(lengths)) % expected.vocab_size].float()
+    x = checkpoint.tensor(checkpoint.name_of("embeddings.weight"))[
+        torch.arange(sum(lengths)) % expected.vocab_size
+    ].float()
     block = None
     for layer, spec in enumerate(expected.layers):
         if block is None or spec != expected.layers[layer - 1]:
@@ -185,13 +189,7 @@ def _run(directory: Path, expected: ModelSpec) -> None:
     norm = RMSNorm(expected.hidden_size, expected.norm.eps)
     norm.load_state_dict(checkpoint.parameters("norm."))
     hidden = norm(x)
-    head = _stored(checkpoint, "embeddings.weight" if expected.tie_embeddings else "lm_head.weight")
+    head = checkpoint.tensor(checkpoint.name_of("embeddings.weight" if expected.tie_embeddings else HEAD))
     # A large vocabulary's head in float32 can be larger than a shard.
     if not all(bool(F.linear(hidden, rows.float()).isfinite().all()) for rows in head.split(4096)):
         raise PruningError("a forward gives NaN or Inf")
-
-
-def _stored(checkpoint: Checkpoint, ours: str) -> Tensor:
-    """A tensor that is one of theirs as well, as it is stored and without reading all of it."""
-    ((name,),) = (m.theirs for m in checkpoint.family.tensors(checkpoint.spec) if m.ours == ours)
-    return checkpoint.tensor(name)

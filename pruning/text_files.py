@@ -21,7 +21,8 @@ class TextFile:
     path: Path
     identity: Identity
     chosen: bool
-    """Whether the user chose it, by name or by a glob; of a folder, what is no text is left out."""
+    """True if the user named it or a glob matched it: it has to be text then. Files that are found in a folder are left
+    out if they are no text."""
 
 
 def text_files(source: str | Path) -> list[TextFile]:

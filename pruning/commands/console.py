@@ -4,7 +4,23 @@ Strings are shown as they are: paths, names and messages may hold square bracket
 to be bold is built as `rich.text.Text`.
 """
 
-from rich.console import Console
+from collections.abc import Iterable
 
-out_console = Console(markup=False, emoji=False, highlight=False)
-err_console = Console(markup=False, emoji=False, highlight=False, stderr=True)
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+from lowkey.words import writable
+
+
+class _Console(Console):
+    """Shows what checkpoints and other files say, so nothing in it may steer the terminal or fail to be written."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=writable(segment.text))
+
+
+out_console = _Console(markup=False, emoji=False, highlight=False)
+err_console = _Console(markup=False, emoji=False, highlight=False, stderr=True)

@@ -127,7 +127,7 @@ def prune(
     reused = stats is not None and stats.exists()
     calibrating = bool(criterion.statistics) and not reused
     stats = stats or out.with_name(f"{out.name}.stats.safetensors")
-    stats_replaces = _check_new_statistics(stats, overwrite=overwrite) if calibrating else None
+    stats_replaces = _check_new_statistics(stats, out, overwrite=overwrite) if calibrating else None
     statistics = None
     if reused:
         statistics = load_statistics(stats)
@@ -198,8 +198,12 @@ def prune(
     out_console.print(views.tree(open_checkpoint(out)))
 
 
-def _check_new_statistics(stats: Path, *, overwrite: bool) -> Found | None:
-    """As `check_new_file`, for the file that calibration is going to write."""
+def _check_new_statistics(stats: Path, out: Path, *, overwrite: bool) -> Found | None:
+    """As `check_new_file`, for the file that calibration is going to write before `out` is made."""
+    if stats.absolute().is_relative_to(out.absolute()):
+        raise PruningError(
+            f"stats={str(stats)!r} is in out={str(out)!r}, which is made later; name another place"
+        )
     if stats.exists() and not overwrite:
         raise PruningError(f"{stats} is there already; give --stats {stats} to use it, or --overwrite")
     replaces = check_new_file(stats, "stats", overwrite=overwrite)

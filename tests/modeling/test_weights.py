@@ -40,7 +40,8 @@ def test_a_head_that_differs_from_the_embeddings_it_is_tied_to_is_refused(tmp_pa
         assert str(e.value) == (
             f"{tmp_path / 'c'}: config.json says tie_word_embeddings=true, but lm_head.weight is stored and is not "
             "model.embeddings.weight: 1 of 257 rows differ, by up to 0.25. transformers would use the head, vLLM the "
-            "embeddings: say tie_word_embeddings=false, or remove lm_head.weight"
+            "embeddings: set tie_word_embeddings to false in config.json to keep the head, or remove lm_head.weight to "
+            "use the embeddings"
         )
 
 

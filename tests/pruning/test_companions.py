@@ -1,5 +1,6 @@
 """What comes along of a checkpoint beside its weights: over links, from a hub, and what the user is told is missing."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from checkpoints import GATED, write_checkpoint
 from hub import COMMIT, hub_of
 from typer.testing import CliRunner
 
+import pruning.commands.prune
 from modeling.sources import check_source
 from pruning.cli import app
 
@@ -66,12 +68,13 @@ def test_a_hub_cache_whose_blobs_are_links_into_a_shared_store(tmp_path, prune, 
     snapshot = cache / "snapshots" / COMMIT
     snapshot.mkdir(parents=True)
     (cache / "blobs").mkdir()
-    for i, path in enumerate(sorted(real.iterdir())):
-        kept = tmp_path / "store" / (f"{i:02x}" if store == "spread" else "") / f"sha256-{i}"
+    for path in sorted(real.iterdir()):
+        name = hashlib.sha256(path.read_bytes()).hexdigest()
+        kept = tmp_path / "store" / (name[:2] if store == "spread" else "") / name
         kept.parent.mkdir(parents=True, exist_ok=True)
         path.rename(kept)
-        (cache / "blobs" / f"b{i}").symlink_to(kept)
-        (snapshot / path.name).symlink_to(Path("../../blobs") / f"b{i}")
+        (cache / "blobs" / name).symlink_to(kept)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / name)
     came, notes = prune(snapshot)
     assert came == sorted([*OTHERS, *TOKENIZER]) and not notes
     check_source(str(tmp_path / "out"))
@@ -112,7 +115,9 @@ def test_what_links_elsewhere_is_left_out_and_named(tmp_path, prune):
     came, [note] = prune(real)
     assert came == sorted([*OTHERS, *TOKENIZER, "inside.txt"])
     named = "folder, gone.txt, leak.txt, loop.txt, over.txt, token.txt, up.txt"
-    assert note == f"note: links that lead out of the checkpoint or nowhere are left out: {named}"
+    assert (
+        note == f"note: left out, because they are links to folders, to other places or to nothing: {named}"
+    )
 
 
 def test_weights_that_are_links_open_their_own_folder_and_no_other(tmp_path, prune):
@@ -128,7 +133,7 @@ def test_weights_that_are_links_open_their_own_folder_and_no_other(tmp_path, pru
     (links / "deep.txt").symlink_to(real / "below/deep.txt")
     came, [note] = prune(links)
     assert came == sorted(["LICENSE", *TOKENIZER])
-    assert note.endswith(" are left out: deep.txt, leak.txt, netrc.txt")
+    assert note.endswith(" or to nothing: deep.txt, leak.txt, netrc.txt")
 
 
 def test_weights_that_pass_through_a_link_of_the_checkpoint_open_nothing_more(tmp_path, prune):
@@ -141,7 +146,41 @@ def test_weights_that_pass_through_a_link_of_the_checkpoint_open_nothing_more(tm
     (links / "leak.txt").symlink_to("leak")
     (links / "leak").symlink_to(home / "secret.txt")
     came, [note] = prune(links)
-    assert "leak.txt" not in came and note.endswith(" are left out: leak, leak.txt")
+    assert "leak.txt" not in came and note.endswith(" or to nothing: leak, leak.txt")
+
+
+@pytest.mark.parametrize("way", ["a hidden folder", "blobs that came along", "a name like a hash"])
+def test_a_link_on_the_way_may_be_a_strangers_work_too(tmp_path, prune, way):
+    """A tar or a git clone brings its links with it: where a file lies in the end is what counts."""
+    home, path = secrets(tmp_path), whole(tmp_path / "cache/snapshots" / COMMIT)
+    hop = {
+        "a hidden folder": path / ".store/leak",
+        "blobs that came along": tmp_path / "cache/blobs/leak",
+        "a name like a hash": tmp_path / "cache/blobs" / COMMIT,
+    }[way]
+    hop.parent.mkdir()
+    hop.symlink_to(home / "secret.txt")
+    (path / "leak.txt").symlink_to(hop)
+    (path / "model.safetensors").rename(hop.parent / "weights")
+    (path / "model.safetensors").symlink_to(hop.parent / "weights")
+    came, [note] = prune(path)
+    assert came == sorted([*OTHERS, *TOKENIZER]) and note.endswith(" or to nothing: leak.txt")
+
+
+def test_what_cannot_be_read_is_found_before_the_work(tmp_path, monkeypatch):
+    real = whole(tmp_path / "real")
+    asked = Path.open
+
+    def failing(self, *args, **kwargs):
+        if self.name == "LICENSE":
+            raise PermissionError(13, "Permission denied")
+        return asked(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", failing)  # root may read everything
+    monkeypatch.setattr(pruning.commands.prune, "select", lambda *a, **k: pytest.fail("work began"))
+    result = CliRunner().invoke(app, ["prune", str(real), str(tmp_path / "out"), *PRUNE])
+    assert result.exit_code == 2 and not (tmp_path / "out").exists()
+    assert result.stderr.endswith(f"error: {real / 'LICENSE'} can't be read: Permission denied\n")
 
 
 def test_a_tokenizer_that_is_left_out_is_told_with_what_follows(tmp_path, prune):
@@ -152,7 +191,10 @@ def test_a_tokenizer_that_is_left_out_is_told_with_what_follows(tmp_path, prune)
     came, notes = prune(real)
     assert came == sorted([*OTHERS, "tokenizer_config.json"])
     first, second = notes
-    assert first == "note: links that lead out of the checkpoint or nowhere are left out: tokenizer.json"
+    assert (
+        first
+        == "note: left out, because they are links to folders, to other places or to nothing: tokenizer.json"
+    )
     assert second == (
         f"note: tokenizer.json of {real} is a link out of the checkpoint, so the output has none: lowkey-serve refuses "
         "it until one is put there"
@@ -221,11 +263,9 @@ def test_what_names_code_that_is_not_there_loses_it_and_says_so(from_hub):
     )
     assert "auto_map" not in config and config["model_type"] == "gated_deltanet" and config["head_dim"] == 16
     assert tokenizer == {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
-    left_out = "is left out: the code that it names is not there"
-    assert (
-        f"note: auto_map of config.json {left_out} (modeling_x.py, org/other--configuration_x.py)\n" in said
-    )
-    assert f"note: auto_map of tokenizer_config.json {left_out} (tokenization_x.py)\n" in said
+    without = "is written without its auto_map: the Python files that it names are not in the checkpoint"
+    assert f"note: config.json {without} (modeling_x.py, org/other--configuration_x.py)\n" in said
+    assert f"note: tokenizer_config.json {without} (tokenization_x.py)\n" in said
 
 
 @pytest.mark.parametrize("there", [True, False])

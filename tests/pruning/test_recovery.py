@@ -170,10 +170,13 @@ def test_peft_is_asked_for_only_where_it_is_used(recover, tmp_path, monkeypatch)
     assert torch.isfinite(open_checkpoint(tmp_path / "out").load().norm.weight).all()
 
 
-def test_a_stored_copy_of_tied_embeddings_stays_one(recover, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stored_copy_of_tied_embeddings_stays_one(recover, tmp_path, dtype):
+    """Also where it was stored wider than the embeddings: rounded apart, the two would no longer be the same."""
     config = {**GATED, "tie_word_embeddings": True}
     tensors = random_tensors(config)
-    tensors["lm_head.weight"] = tensors["model.embeddings.weight"].clone()
+    tensors["model.embeddings.weight"] = tensors["model.embeddings.weight"].bfloat16()
+    tensors["lm_head.weight"] = tensors["model.embeddings.weight"].to(dtype, copy=True)
     dense = write_checkpoint(tmp_path / "tied", config, tensors)
     invoke(tmp_path, "prune", dense, "reduced", "--method", "l1", "--keep", 8)
     recover(dense, tmp_path / "reduced", tmp_path / "out", "--train", "full", "--lr", "3e-3")

@@ -212,7 +212,8 @@ def test_a_config_that_reads_back_otherwise_is_refused(tmp_path):
     spec = write_reduced(checkpoint, cuts, tmp_path / "out")
     check_runs(tmp_path / "out", spec, "dense")
     with pytest.raises(
-        PruningError, match="^dense: what was made of it is no good: the config reads back as"
+        PruningError,
+        match="^dense: the checkpoint that was made of it does not load or run: the config reads back as",
     ):
         check_runs(tmp_path / "out", checkpoint.spec, "dense")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import GATED, write_checkpoint
 
+import pruning.sources
 from pruning.errors import PruningError
 from pruning.sources import read_text
 from pruning.text_files import text_files
@@ -162,7 +163,6 @@ WHOLE = gzip.compress(b"some text, " + bytes(range(32, 127)) * 50)
         (WHOLE[:-20], "ended before"),
         (WHOLE[:30] + bytes(20) + WHOLE[50:], "."),
         (WHOLE[:-8] + bytes(8), "CRC"),
-        (b"some text", "Not a gzipped file"),
     ],
 )
 @pytest.mark.parametrize("name", ["x.txt.gz", "x.jsonl.gz"])
@@ -172,6 +172,37 @@ def test_a_gzipped_file_that_is_broken_is_named(tmp_path, content, reason, name)
     for source in (tmp_path / name, tmp_path, tmp_path / "*.gz"):
         with pytest.raises(PruningError, match=rf"{name}' is not a readable gzip file: .*{reason}"):
             read_text([source])
+
+
+@pytest.mark.parametrize("content", [b"some text", b"\x1f", gzip.compress(b"\0" * 2**24 + b"text")])
+def test_what_is_no_gzipped_text_is_left_out_of_folders(tmp_path, content):
+    (tmp_path / "x.txt.gz").write_bytes(content)
+    (tmp_path / "good.txt").write_text("good")
+    assert read_text([tmp_path]).documents == ["good"]
+    with pytest.raises(PruningError, match=r"x\.txt\.gz' is not a (gzip|text) file"):
+        read_text([tmp_path / "x.txt.gz"])
+
+
+def test_a_gzipped_file_is_unpacked_up_to_its_first_byte_that_is_no_text(tmp_path, monkeypatch):
+    unpacked = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, n=-1: unpacked.append(n) or read(self, n))
+    (tmp_path / "x.tar.gz").write_bytes(gzip.compress(b"x" * 2**21 + b"\0" * 2**24))
+    with pytest.raises(PruningError, match=f"has a NUL at character {2**21}"):
+        read_text([tmp_path / "x.tar.gz"])
+    assert unpacked == [2**20] * 3
+
+
+def test_lines_and_characters_are_counted_over_blocks_and_kinds_of_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning.sources, "_BLOCK", 3)
+    (tmp_path / "a.txt").write_bytes("ä\r\nö\rü\n€".encode())
+    assert read_text([tmp_path / "a.txt"]).documents == ["ä\nö\nü\n€"]
+    (tmp_path / "b.txt").write_bytes("ä\r\nö\n".encode() + b"\xff")
+    with pytest.raises(PruningError, match="line 3: .*0xff"):
+        read_text([tmp_path / "b.txt"])
+    (tmp_path / "c.txt").write_bytes("€€".encode()[:-1])
+    with pytest.raises(PruningError, match="line 1: .*unexpected end of data"):
+        read_text([tmp_path / "c.txt"])
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):

@@ -48,7 +48,7 @@ def used(tmp_path_factory):
 
 def test_stored_truncation_and_padding_do_not_change_a_calibration(used, dense, text, tmp_path):
     said = lowkey_prune("calibrate", used, "used.safetensors", "--text", text, *SMALL, cwd=tmp_path)
-    note = "asks for truncation to 128 tokens and padding to 128 tokens, which is ignored: text is read whole"
+    note = "stores truncation to 128 tokens and padding to 128 tokens; this is ignored, text is read whole"
     assert said.count(note) == 1 and f"note: {used}/tokenizer.json {note}" in said.replace("\n", " ")
     said = lowkey_prune("calibrate", dense, "clean.safetensors", "--text", text, *SMALL, cwd=tmp_path)
     assert "ignored" not in said
@@ -72,7 +72,7 @@ def test_stored_truncation_and_padding_do_not_change_a_calibration(used, dense, 
 )
 def test_what_is_ignored_is_said_once_a_checkpoint(used, text, tmp_path, command, times):
     arguments = [part.format(used=used, text=text) for part in command]
-    assert lowkey_prune(*arguments, cwd=tmp_path).count("which is ignored") == times
+    assert lowkey_prune(*arguments, cwd=tmp_path).count("this is ignored") == times
 
 
 def write_eos(path, token):

@@ -54,7 +54,7 @@ def test_what_is_ignored_is_said_once_a_variant_and_not_at_each_restart(server):
     def said(text):
         return server.log.read_text().count(text)
 
-    note = "asks for truncation to 128 tokens and padding to 128 tokens, which is ignored: text is read whole"
+    note = "stores truncation to 128 tokens and padding to 128 tokens; this is ignored, text is read whole"
     assert said(note) == said(f"used: {server_path(server)}/tokenizer.json {note}") == 1
     server.engines()["used"].kill()
     poll(lambda: said("used: ready on") == 2, "the engine is there again")
