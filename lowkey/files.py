@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -113,6 +113,26 @@ def check_new_file(path: Path, name: str, *, overwrite: bool) -> Found | None:
         raise OutputError(f"{name}={str(path)!r} already exists; choose another file or pass --overwrite")
     check_writable(path)
     return found_at(path) if there else None  # what has appeared since may not be replaced
+
+
+def refuse_input(path: Path, name: str, inputs: Iterable[Path]) -> None:
+    """Refuse an output file that is there and that the command itself reads.
+
+    Args:
+        name: the option or argument that names it.
+        inputs: files and directories that are read.
+
+    Raises:
+        OutputError: it is one of the files, or in one of the directories.
+    """
+    if not os.path.exists(path):
+        return
+    for read in filter(os.path.exists, inputs):
+        within = read.is_dir() and path.resolve().is_relative_to(read.resolve())
+        if within or path.samefile(read):
+            raise OutputError(
+                f"{name}={str(path)!r} {'is in' if within else 'is'} {str(read)!r}, which is read; choose another file"
+            )
 
 
 @contextmanager

@@ -4,11 +4,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from modeling.checkpoint import REDUCTION, Checkpoint, write_json
+from modeling.checkpoint import HUB_FILES, REDUCTION, Checkpoint, write_json
 from modeling.sources import TOKENIZER, CheckpointError, read_json
 
 RECOVERY = "recovery.json"
@@ -38,8 +39,14 @@ class Companions:
     """What comes along of a checkpoint's other files: tokenizer, generation config, licence and the like.
 
     Weights in other formats, hidden files and what is written anew stay behind. A checkpoint must not be able to pull
-    files of the machine into what its user may publish, so a link is followed only to a file in the checkpoint, to one
-    in a folder in which its weights lie, and from a snapshot of a hub cache to one in its store or named by a hash.
+    files of the machine into what its user may publish, so a link is followed only
+
+    - to a file in the checkpoint;
+    - to a file of the same name beside the weights, where those are links too, or to any beside weights that have lost
+      their ending, as in a store that names files by their content;
+    - from a snapshot of a hub cache to a file in the cache's store, or to one that is named by a hash.
+
+    From such a snapshot only what would be downloaded comes along, so no code.
     """
 
     checkpoint: Checkpoint
@@ -79,13 +86,18 @@ class Companions:
         """
         for name in self.names:
             _open(self.checkpoint.path / name).close()
+        linked = [
+            name for name in self.names if not self._cached and not self._inside(self.checkpoint.path / name)
+        ]
+        if linked:
+            yield f"note: copied over links to where the weights are: {', '.join(map(str, linked))}"
         if self.left_out:
             names = ", ".join(map(str, self.left_out))
             yield f"note: left out, because they are links to folders, to other places or to nothing: {names}"
         if Path(TOKENIZER) not in self.names:
             source = self.checkpoint.source
-            linked = f"{TOKENIZER} of {source} is a link out of the checkpoint"
-            reason = linked if Path(TOKENIZER) in self.left_out else f"{source} has no {TOKENIZER}"
+            elsewhere = f"{TOKENIZER} of {source} is a link out of the checkpoint"
+            reason = elsewhere if Path(TOKENIZER) in self.left_out else f"{source} has no {TOKENIZER}"
             yield f"note: {reason}, so the output has none: lowkey-serve refuses it until one is put there"
         without = {name: self._missing_code(config) for name, config in self._without_code.items()}
         without[Path("config.json")] = self._missing_code(self.checkpoint.config)
@@ -100,32 +112,51 @@ class Companions:
     def _found(self) -> dict[Path, bool]:
         """Files and links beside the weights, relative to the checkpoint, and whether they come along."""
         root = self.checkpoint.path
+        paths = {path.relative_to(root): path for path in sorted(root.rglob("*"))}
+        results = {name.parent for name in paths if name.name == REDUCTION and name.parent.parts}
         found = {}
-        for path in sorted(root.rglob("*")):
-            name = path.relative_to(root)
+        for name, path in paths.items():
             anew = name.name.endswith(".index.json") or str(name) in _WRITTEN_ANEW
-            if _hidden(name) or anew or name.suffix in _WEIGHTS or not (path.is_file() or path.is_symlink()):
-                continue
-            found[name] = path.is_file() and self._safe(path, name)
+            code = self._cached and not any(fnmatch(str(name), pattern) for pattern in HUB_FILES)
+            left = _hidden(name) or anew or code or name.suffix in _WEIGHTS or results & {*name.parents}
+            if not left and (path.is_file() or path.is_symlink()):
+                found[name] = path.is_file() and self._own(path, name)
         return found
 
-    def _safe(self, path: Path, name: Path) -> bool:
+    def _own(self, path: Path, name: Path) -> bool:
         """Whether a file is the checkpoint's own. Only where it lies in the end counts: a link on the way there may be
         as much a stranger's work as the checkpoint."""
-        last, root = path.resolve(), self.checkpoint.path.resolve()
-        if last.is_relative_to(root) and not _hidden(
-            last.relative_to(root)
-        ):  # git keeps passwords in .git/config
+        if self._inside(path):
             return True
+        last = path.resolve()
         if last.name.startswith("."):
             return False
-        cached = root.parent.name == "snapshots"
-        if cached and _HASH.fullmatch(last.name):  # whoever knows a file's hash has the file
+        if self._cached and (last.parent == self._blobs or _HASH.fullmatch(last.name)):
+            return True  # whoever knows the hash of a file has the file
+        weights = {file.resolve() for file in self.checkpoint.files.values()}
+        if any(last == file.parent / name for file in weights):
             return True
-        stores = {file.resolve().parent for file in self.checkpoint.files.values()}
-        if cached:
-            stores.add(root.parent.parent / "blobs")
-        return any(last in (store / last.name, store / name) for store in stores)
+        blobs = all(file.suffix != ".safetensors" for file in weights)
+        return blobs and last.parent in {file.parent for file in weights}
+
+    def _inside(self, path: Path) -> bool:
+        """Whether a path leads to what is in the checkpoint and not hidden, as passwords are in .git/config."""
+        last, root = path.resolve(), self._root
+        return last.is_relative_to(root) and not _hidden(last.relative_to(root))
+
+    @property
+    def _root(self) -> Path:
+        return self.checkpoint.path.resolve()
+
+    @property
+    def _cached(self) -> bool:
+        """Whether the checkpoint is a snapshot in a hub cache, all of whose files are links into its store."""
+        return self._root.parent.name == "snapshots"
+
+    @property
+    def _blobs(self) -> Path:
+        """The store of the hub cache."""
+        return self._root.parent.parent / "blobs"
 
     @cached_property
     def _without_code(self) -> dict[Path, dict[str, Any]]:

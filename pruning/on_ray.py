@@ -75,6 +75,14 @@ def run_shard(
     return None, found
 
 
+def check_installed() -> None:
+    """Raises PruningError if Ray is not installed."""
+    try:
+        import ray  # noqa: F401
+    except ImportError as e:
+        raise PruningError(f"--ray needs an extra: {how_to_install('ray')}") from e
+
+
 @contextmanager
 def connected(address: str) -> Iterator[None]:
     """Connected to the cluster at `address`: host:port, `auto` for the one that this machine is in, or `local` to start

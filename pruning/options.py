@@ -21,6 +21,14 @@ from pruning.views import width
 DEFAULT_TOKENS = 16 * WINDOW
 DEFAULT_SPLIT = "train"
 
+
+def _not_nothing(path: str) -> Path:
+    """An empty name would be the working directory: it comes from a shell variable that is not set."""
+    if not path:
+        raise typer.BadParameter("'' names nothing; give a file, a folder or a glob")
+    return Path(path)
+
+
 Source = Annotated[
     str, typer.Argument(help="Checkpoint directory, or hub id (org/name[@revision]).", metavar="SRC")
 ]
@@ -28,6 +36,8 @@ TextFiles = Annotated[
     list[Path] | None,
     typer.Option(
         "--text",
+        parser=_not_nothing,
+        metavar="PATH",
         help="Text file, folder, glob or .jsonl file, gzipped (.gz) or not; may be given several times. A file is one "
         "document.",
     ),

@@ -3,11 +3,13 @@
 import codecs
 import gzip
 import io
+import itertools
 import json
 import logging
 import os
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ from lowkey.words import counted
 from modeling.sources import as_path
 from pruning.calibration import Text
 from pruning.errors import PruningError
-from pruning.text_files import Identity, text_files
+from pruning.text_files import Identity, TextFile, text_files
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_FIELD = "text"
 GZIPPED = ".gz"
-JSON_LINES = (".jsonl", f".jsonl{GZIPPED}")
+JSON_LINES = (".jsonl", ".ndjson")
 _BLOCK = 2**20
 """Bytes of a file that are decoded at once."""
 _SHUFFLE_BUFFER = 1000
@@ -33,7 +35,7 @@ come from many documents."""
 
 
 def read_text(sources: Sequence[str | Path], field: str | None = None) -> Text:
-    """UTF-8 files, folders, globs (`**` included) and JSON lines (`.jsonl`), each of them gzipped (`.gz`) or not.
+    """UTF-8 files, folders, globs (`**` included) and JSON lines (`.jsonl`, `.ndjson`), each gzipped (`.gz`) or not.
 
     A file is one document, a JSON line is one; a byte order mark is no part of it. A folder stands for all files in it
     that are UTF-8 text, at any depth and in the order of their names; what is hidden or no text is left out. A file
@@ -46,30 +48,35 @@ def read_text(sources: Sequence[str | Path], field: str | None = None) -> Text:
         PruningError: a file is missing or no text, a pattern or folder has none, a JSON line lacks the field, `field`
             is given and nothing read has fields, or all the text is empty.
     """
+    by_source = [text_files(source) for source in sources]
+    files: dict[Identity, TextFile] = {}
+    for file in itertools.chain(*by_source):
+        known = files.setdefault(file.identity, file)
+        # Of several names the file's own counts, not a link's, then one that says that it has lines, then the first.
+        told = min(known, file, key=lambda f: (f.path.is_symlink(), not _has_lines(f)))
+        files[file.identity] = replace(told, chosen=known.chosen or file.chosen)
     documents: list[str] = []
     read: set[Identity] = set()
-    has_fields = False
-    for source in sources:
-        any_text = False
-        for file in text_files(source):
-            if file.identity not in read:
-                lines = file.path.name.endswith(JSON_LINES)
-                try:
-                    text = _decoded(file.path)
-                except _NoTextError:
-                    if file.chosen or lines:
-                        raise
-                    continue
-                read.add(file.identity)
-                has_fields |= lines
-                documents += _json_lines(file.path, text, field or DEFAULT_FIELD) if lines else [text]
-            any_text = True
-        if not any_text:
+    for file in files.values():
+        try:
+            text = _decoded(file.path)
+        except _NoTextError:
+            if file.chosen or _has_lines(file):
+                raise
+            continue
+        read.add(file.identity)
+        documents += _json_lines(file.path, text, field or DEFAULT_FIELD) if _has_lines(file) else [text]
+    for source, found in zip(sources, by_source, strict=True):
+        if not read & {file.identity for file in found}:
             raise PruningError(f"text={str(source)!r} is a folder without text files")
-    if field is not None and not has_fields:
+    if field is not None and not any(map(_has_lines, files.values())):
         raise PruningError(f"field={field!r} is for {JSON_LINES[0]} files and data sets; none is given")
     name = ", ".join(Path(source).name or str(source) for source in sources)
     return Text(name, _not_empty(documents, f"text={[str(s) for s in sources]}"))
+
+
+def _has_lines(file: TextFile) -> bool:
+    return file.path.name.lower().removesuffix(GZIPPED).endswith(JSON_LINES)
 
 
 def _not_empty(documents: Sequence[str], where: str) -> list[str]:
@@ -99,7 +106,7 @@ class _NoTextError(PruningError):
 def _decoded(path: Path) -> str:
     """The text of a file, read in pieces: what is no text is found at its first byte that is none, and not when all of
     it has been unpacked."""
-    zipped = path.suffix == GZIPPED
+    zipped = path.name.lower().endswith(GZIPPED)
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")(), translate=True)
     pieces: list[str] = []
     try:
@@ -199,6 +206,8 @@ def _dataset(name: str) -> tuple[str, str | None, str | None]:
     Raises:
         PruningError: a revision of a local folder, which has none.
     """
+    if not name:
+        raise PruningError("dataset='' names nothing; give org/name or a folder")
     whole = as_path(name)
     if os.path.exists(whole):
         return str(whole), None, None

@@ -222,6 +222,8 @@ def load_unfinished(path: Path) -> tuple[Statistics, dict[str, int]]:
 
 
 def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
+    if path.is_dir():  # safetensors would say that there is no such device
+        raise PruningError(f"{path} is a directory, not a statistics file of lowkey-prune")
     try:
         with safe_open(path, framework="pt") as f:
             record: dict[str, Any] = json.loads((f.metadata() or {})["lowkey_statistics"])

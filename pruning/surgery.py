@@ -3,7 +3,9 @@
 Where the key axis is comes from the family (`key_rows`), so nothing here knows a tensor's name.
 """
 
+import errno
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,10 +155,13 @@ def check_runs(directory: Path, expected: ModelSpec, source: str) -> None:
 
     Raises:
         PruningError: it can't be loaded, its shapes are not the expected ones, or the output is not finite.
+        FileNotFoundError: it is gone.
     """
     try:
         _run(directory, expected)
     except (PruningError, CheckpointError, ConfigError) as e:
+        if not directory.exists():  # the place was lost, and the checkpoint has no part in it
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(directory)) from e
         reason = str(e).replace(f"{directory}/", "").removeprefix(f"{directory}: ")
         raise PruningError(
             f"{source}: the checkpoint that was made of it does not load or run: {reason}"

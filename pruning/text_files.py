@@ -71,7 +71,7 @@ def _expand(root: str, pattern: Sequence[str], entered: dict[int, set[Identity]]
     follow loops of links for as long as a path may be.
 
     Args:
-        entered: the directories that each `**` has gone through, by the number of parts behind it.
+        entered: the directories that each `**` has gone through, by the number of parts from it on.
     """
     if "**" not in pattern:
         for name in glob.iglob(os.sep.join(pattern), root_dir=root or None):
@@ -84,7 +84,7 @@ def _expand(root: str, pattern: Sequence[str], entered: dict[int, set[Identity]]
     else:
         tops = sorted(_expand(root, head, entered)) if head else [root]
     for top in tops:
-        for directory, found in _walk(Path(top), entered.setdefault(len(tail), set())):
+        for directory, found in _walk(Path(top), entered.setdefault(len(pattern) - at, set())):
             if stat.S_ISDIR(found.st_mode):
                 yield from _expand(str(directory), tail, entered)
 

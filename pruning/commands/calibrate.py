@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor
 
-from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, write_or_keep
+from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import sole_user
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
@@ -34,7 +34,7 @@ from pruning.estimate import (
 from pruning.finite import check_finite
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import going_on_from, left_behind
-from pruning.on_ray import Job, collect_on_ray, connected, room
+from pruning.on_ray import Job, check_installed, collect_on_ray, connected, room
 from pruning.options import (
     CalibrationText,
     Dataset,
@@ -53,7 +53,7 @@ from pruning.options import (
     shard_numbers,
 )
 from pruning.progress import Busy, tokens_bar
-from pruning.statistics import StatisticName, Statistics, names_for, save_statistics, shapes
+from pruning.statistics import StatisticName, Statistics, load_unfinished, names_for, save_statistics, shapes
 
 
 def calibrate(
@@ -109,6 +109,8 @@ def calibrate(
         raise PruningError(
             f"device={device!r}: with --ray a shard runs on the GPU that Ray gives it; give cuda"
         )
+    if ray is not None:
+        check_installed()
     needed = {name for method in methods or () for name in criterion_named(method).statistics}
     replaces = check_new_file(out, "out", overwrite=overwrite)
     check_writable(unfinished_of(out))
@@ -116,6 +118,7 @@ def calibrate(
     numbers = shard_numbers(shard)
     where = device_named(device)
     checkpoint = open_checkpoint(src)
+    refuse_input(out, "out", [checkpoint.path, *(file for file in text or () if not file.is_dir())])
     checkpoint.check_tensors()
     names = names_for(needed)
     encoder = Encoder(checkpoint)
@@ -124,8 +127,8 @@ def calibrate(
     with Busy(err_console, "reading the weights"):
         check_finite(checkpoint)
     windows, origin = draw(encoder, source, numbers)
-    if ray is None and not overwrite:
-        check_unfinished(out, checkpoint, origin, names)
+    if ray is None:
+        check_unfinished(out, checkpoint, origin, names, overwrite=overwrite)
     plan = [
         *shape_lines(checkpoint.spec),
         *calibration_lines(checkpoint.spec, names, windows),
@@ -194,11 +197,17 @@ def unfinished_of(out: Path) -> Path:
 
 
 def check_unfinished(
-    out: Path, checkpoint: Checkpoint, origin: Origin, names: Collection[StatisticName]
+    out: Path, checkpoint: Checkpoint, origin: Origin, names: Collection[StatisticName], *, overwrite: bool
 ) -> None:
-    """Raises PruningError if an interrupted calibration into `out` was another one, which this one can't go on with."""
+    """Look at what an interrupted calibration into `out` left: this one goes on from it, or replaces it.
+
+    Raises:
+        PruningError: it was another calibration, and `overwrite` is off; or it is no calibration's at all.
+    """
     unfinished = unfinished_of(out)
-    if unfinished.exists():
+    if overwrite and unfinished.exists():
+        load_unfinished(unfinished)
+    elif unfinished.exists():
         resumed(unfinished, checkpoint.sha256, origin, shapes(checkpoint.spec, names))
 
 

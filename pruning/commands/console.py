@@ -15,9 +15,7 @@ from lowkey.words import writable
 class _Console(Console):
     """Shows what checkpoints and other files say, so nothing in it may steer the terminal or fail to be written."""
 
-    def render(
-        self, renderable: RenderableType, options: ConsoleOptions | None = None
-    ) -> Iterable[Segment]:
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=writable(segment.text))
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lowkey.files import check_new_file, write_or_keep
+from lowkey.files import check_new_file, refuse_input, write_or_keep
 from lowkey.words import counted
 from pruning.commands.console import out_console
 from pruning.options import Overwrite
@@ -26,6 +26,7 @@ def merge_files(
     lowkey-prune merge  part1.safetensors part2.safetensors --out all.safetensors
     """
     replaces = check_new_file(out, "out", overwrite=overwrite)
+    refuse_input(out, "out", parts)
     statistics = merge([load_statistics(part) for part in parts])
     write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     out_console.print(f"{out}: {counted(statistics.tokens, 'token')}", soft_wrap=True)

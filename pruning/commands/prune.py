@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor
 
-from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, write_or_keep
+from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import sole_user
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
@@ -127,7 +127,10 @@ def prune(
     reused = stats is not None and stats.exists()
     calibrating = bool(criterion.statistics) and not reused
     stats = stats or out.with_name(f"{out.name}.stats.safetensors")
-    stats_replaces = _check_new_statistics(stats, out, overwrite=overwrite) if calibrating else None
+    stats_replaces = None
+    if calibrating:
+        stats_replaces = _check_new_statistics(stats, out, overwrite=overwrite)
+        refuse_input(stats, "stats", [checkpoint.path])
     statistics = None
     if reused:
         statistics = load_statistics(stats)
@@ -141,8 +144,8 @@ def prune(
     with Busy(err_console, "reading the weights"):
         check_finite(checkpoint)
     drawn = draw(encoder, source) if encoder is not None and drawing else None
-    if calibrating and drawn is not None and not overwrite:
-        check_unfinished(stats, checkpoint, drawn[1], names_for(criterion.statistics))
+    if calibrating and drawn is not None:
+        check_unfinished(stats, checkpoint, drawn[1], names_for(criterion.statistics), overwrite=overwrite)
     held_out = _held_out(encoder) if encoder is not None and evaluate else None
     plan = _plan(
         checkpoint,

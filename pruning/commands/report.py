@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lowkey import how_to_install
-from lowkey.files import check_new_file, check_writable, refuse_link
+from lowkey.files import check_new_file, check_writable, refuse_input, refuse_link
 from lowkey.publishing import new_file
 from lowkey.words import counted, in_units
 from pruning.commands.console import err_console, out_console
@@ -47,6 +47,7 @@ def report(
     from pruning.report.png import browser, write_png
 
     replaces = check_new_file(out, "out", overwrite=overwrite)
+    refuse_input(out, "out", inputs)
     if png is not None:
         browser()
         refuse_link(png, "png")

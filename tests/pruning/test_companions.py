@@ -19,6 +19,7 @@ from pruning.cli import app
 
 PRUNE = ("--method", "l1", "--keep", "16")
 OTHERS = ["LICENSE", "README.md", "chat_template.jinja", "generation_config.json"]
+LEFT_OUT = "note: left out, because they are links to folders, to other places or to nothing"
 TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 
 
@@ -56,8 +57,9 @@ def test_a_directory_of_links_is_as_good_as_the_one_that_they_lead_to(tmp_path, 
         if path.is_file():
             (links / path.relative_to(real)).symlink_to(path)
     came, notes = prune(links)
-    assert (came, notes) == prune(real, "direct")
-    assert came == sorted([*OTHERS, *TOKENIZER, "assets/picture.png"]) and not notes
+    assert came == sorted([*OTHERS, *TOKENIZER, "assets/picture.png"])
+    assert notes == [f"note: copied over links to where the weights are: {', '.join(came)}"]
+    assert prune(real, "direct") == (came, [])
     check_source(str(tmp_path / "out"))
 
 
@@ -89,7 +91,8 @@ def test_blobs_elsewhere_that_a_directory_of_links_was_made_of(tmp_path, prune):
         path.rename(blobs / f"{i}")
         (links / path.name).symlink_to(blobs / f"{i}")
     came, notes = prune(links)
-    assert came == sorted([*OTHERS, *TOKENIZER]) and not notes
+    assert came == sorted([*OTHERS, *TOKENIZER])
+    assert notes == [f"note: copied over links to where the weights are: {', '.join(came)}"]
 
 
 def secrets(tmp_path):
@@ -115,9 +118,7 @@ def test_what_links_elsewhere_is_left_out_and_named(tmp_path, prune):
     came, [note] = prune(real)
     assert came == sorted([*OTHERS, *TOKENIZER, "inside.txt"])
     named = "folder, gone.txt, leak.txt, loop.txt, over.txt, token.txt, up.txt"
-    assert (
-        note == f"note: left out, because they are links to folders, to other places or to nothing: {named}"
-    )
+    assert note == f"{LEFT_OUT}: {named}"
 
 
 def test_weights_that_are_links_open_their_own_folder_and_no_other(tmp_path, prune):
@@ -131,9 +132,13 @@ def test_weights_that_are_links_open_their_own_folder_and_no_other(tmp_path, pru
     (links / "leak.txt").symlink_to(home / "secret.txt")
     (links / "netrc.txt").symlink_to(real / ".hidden")
     (links / "deep.txt").symlink_to(real / "below/deep.txt")
-    came, [note] = prune(links)
+    (links / "NOTICE").symlink_to(real / "README.md")
+    came, notes = prune(links)
     assert came == sorted(["LICENSE", *TOKENIZER])
-    assert note.endswith(" or to nothing: deep.txt, leak.txt, netrc.txt")
+    assert notes == [
+        f"note: copied over links to where the weights are: {', '.join(came)}",
+        f"{LEFT_OUT}: NOTICE, deep.txt, leak.txt, netrc.txt",
+    ]
 
 
 def test_weights_that_pass_through_a_link_of_the_checkpoint_open_nothing_more(tmp_path, prune):
@@ -146,7 +151,7 @@ def test_weights_that_pass_through_a_link_of_the_checkpoint_open_nothing_more(tm
     (links / "leak.txt").symlink_to("leak")
     (links / "leak").symlink_to(home / "secret.txt")
     came, [note] = prune(links)
-    assert "leak.txt" not in came and note.endswith(" or to nothing: leak, leak.txt")
+    assert "leak.txt" not in came and note.endswith(" or to nothing: leak, leak.txt, weights")
 
 
 @pytest.mark.parametrize("way", ["a hidden folder", "blobs that came along", "a name like a hash"])
@@ -191,14 +196,20 @@ def test_a_tokenizer_that_is_left_out_is_told_with_what_follows(tmp_path, prune)
     came, notes = prune(real)
     assert came == sorted([*OTHERS, "tokenizer_config.json"])
     first, second = notes
-    assert (
-        first
-        == "note: left out, because they are links to folders, to other places or to nothing: tokenizer.json"
-    )
+    assert first == f"{LEFT_OUT}: tokenizer.json"
     assert second == (
         f"note: tokenizer.json of {real} is a link out of the checkpoint, so the output has none: lowkey-serve refuses "
         "it until one is put there"
     )
+
+
+def test_earlier_results_in_the_source_stay_behind(tmp_path, prune):
+    real = whole(tmp_path / "real")
+    prune(real, "real/reduced")
+    (real / "assets").mkdir()
+    (real / "assets/picture.png").write_bytes(b"png")
+    came, notes = prune(real)
+    assert came == sorted([*OTHERS, *TOKENIZER, "assets/picture.png"]) and not notes
 
 
 # From a hub
@@ -266,6 +277,18 @@ def test_what_names_code_that_is_not_there_loses_it_and_says_so(from_hub):
     without = "is written without its auto_map: the Python files that it names are not in the checkpoint"
     assert f"note: config.json {without} (modeling_x.py, org/other--configuration_x.py)\n" in said
     assert f"note: tokenizer_config.json {without} (tokenization_x.py)\n" in said
+
+
+def test_code_that_the_cache_holds_stays_there(tmp_path, prune):
+    """transformers leaves it in the snapshot when it is told to trust it."""
+    path = whole(tmp_path / "cache/snapshots" / COMMIT)
+    auto_map = {"AutoModelForCausalLM": "modeling_x.XForCausalLM"}
+    (path / "config.json").write_text(json.dumps({**GATED, "auto_map": auto_map}))
+    (path / "modeling_x.py").write_text("raise SystemExit('remote code was run')")
+    came, [note] = prune(path)
+    assert came == sorted([*OTHERS, *TOKENIZER]) and note.startswith(
+        "note: config.json is written without its auto_map"
+    )
 
 
 @pytest.mark.parametrize("there", [True, False])

@@ -1,5 +1,6 @@
 """What is printed is what was meant: help and messages with brackets in them, requests that would change nothing."""
 
+import json
 import re
 
 import pytest
@@ -103,3 +104,26 @@ def test_an_output_that_the_server_will_refuse_is_announced(run, tmp_path):
     assert f"note: {dense} {note}" in run(*prune, "plan", "--dry-run")
     assert f"note: {dense} {note}" in run(*prune, "bare")
     assert not (tmp_path / "bare" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("option", ["--text", "--dataset"])
+def test_an_empty_name_is_not_the_working_directory(run, tmp_path, option):
+    """It comes from a shell variable that is not set."""
+    write_checkpoint(tmp_path / "dense", GATED)
+    pytest.importorskip("datasets") if option == "--dataset" else None
+    assert "names nothing" in plain(run("calibrate", "dense", "s.safetensors", option, "", code=2))
+    assert [p.name for p in tmp_path.iterdir()] == ["dense"]
+
+
+def test_what_a_checkpoint_says_cannot_steer_the_terminal_or_fail_to_be_shown(run, tmp_path):
+    path = write_checkpoint(tmp_path / "dense", GATED)
+    config = {**GATED, "auto_map": {"AutoModel": "\x1b[2J.C", "AutoConfig": "\ud800.C"}}
+    (path / "config.json").write_text(json.dumps(config))
+    said = run("prune", "dense", "out", "--method", "l1", "--keep", 16, "--dry-run")
+    assert "(\\ud800.py, \\x1b[2J.py)" in said.replace("\n", "") or "(\\x1b[2J.py, \\ud800.py)" in said
+    run("prune", "dense", "out", "--method", "l1", "--keep", 16)
+    record = json.loads((tmp_path / "out/state_reduction.json").read_text())
+    record["source"]["name"] = "\x1b]0;title\x07 \ud800"
+    (tmp_path / "out/state_reduction.json").write_text(json.dumps(record))
+    shown = run("inspect", "out")
+    assert "from \\x1b]0;title" in shown and " \\ud800," in shown and "\x1b" not in shown

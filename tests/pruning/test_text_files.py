@@ -221,3 +221,25 @@ def test_what_a_shell_makes_of_a_command_is_read(tmp_path):
     done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "out.safetensors: 256 tokens" in done.stdout
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_json_lines_stay_lines_under_another_name(tmp_path, link):
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    link(tmp_path / "x.jsonl", tmp_path / "data.txt")
+    for sources in ([tmp_path], [tmp_path / "data.txt", tmp_path / "x.jsonl"], [tmp_path / "*"]):
+        assert read_text(sources, "text").documents == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["x.ndjson", "X.JSONL", "x.JSONL.GZ"])
+def test_json_lines_by_their_other_names(tmp_path, name):
+    data = b'{"text": "one"}\n{"text": "two"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("GZ") else data)
+    assert read_text([tmp_path / name]).documents == read_text([tmp_path]).documents == ["one", "two"]
+
+
+@pytest.mark.parametrize("pattern", ["**/**", "**/**/**", "**/**/*", "b/**/**", "**/c/**/**"])
+def test_stars_behind_stars_find_what_glob_finds(tree, monkeypatch, pattern):
+    monkeypatch.chdir(tree)
+    expected = {os.path.realpath(p) for p in glob.glob(pattern, recursive=True) if os.path.isfile(p)}
+    assert {os.path.realpath(f.path) for f in text_files(pattern)} == expected
