@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,41 @@ def new_file(path: Path, *, replaces: Found | None = None) -> Iterator[Path]:
 
 def new_json(path: Path, value: Any, *, replaces: Found | None = None) -> None:
     """Write JSON. Arguments and errors are those of `new_file`."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = _json_text(value)
     with new_file(path, replaces=replaces) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a file of a directory that is being made, in place of what is there. Raises OutputError if it can't
+    be written."""
+    text = _json_text(value)
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def write_all(*writes: Callable[[], object]) -> None:
+    """Write several results, the most precious first: one whose name is taken does not keep the others from being
+    written.
+
+    Raises:
+        OutputTakenError: one or more did not get their names; the message says where each is. All others are written.
+        OutputError: one can't be written. Those after it were not tried.
+    """
+    taken: list[OutputTakenError] = []
+    for write in writes:
+        try:
+            write()
+        except OutputTakenError as e:
+            taken.append(e)
+        except OutputError as e:
+            raise OutputError("; ".join(map(str, (*taken, e)))) from e
+    if taken:
+        raise OutputTakenError("; ".join(map(str, taken)), taken[0].kept)
 
 
 @contextmanager

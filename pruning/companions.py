@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from modeling.checkpoint import REDUCTION, Checkpoint, write_json
+from lowkey.publishing import write_json
+from modeling.checkpoint import REDUCTION, Checkpoint
 from modeling.sources import CheckpointError, read_json
 
 RECOVERY = "recovery.json"

@@ -15,8 +15,8 @@ import torch
 
 from lowkey import __version__
 from lowkey.files import Found, check_writable, found_at, refuse_link
-from lowkey.publishing import new_directory
-from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint, write_json
+from lowkey.publishing import new_directory, write_json
+from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
