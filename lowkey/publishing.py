@@ -2,8 +2,9 @@
 
 A result is made in a hidden directory beside its place, `.NAME.xxxxxxxx`, which its process has locked.
 It gets its name by an operation that fails if the name is taken: a hard link for a file; for a directory `mkdir`, which
-claims the name, and a rename onto the empty directory, which fails once anything is in it. Unlike `renameat2` with
-RENAME_NOREPLACE these are in Python and work on network file systems.
+claims the name, and a rename onto the empty directory, which fails once anything is in it. Python has no `renameat2`
+with RENAME_NOREPLACE, and network file systems often lack it. Where there are no hard links, an empty file claims the
+name.
 """
 
 import errno
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from lowkey.files import Found, OutputError, OutputTakenError, found_at, writing
-from lowkey.leftovers import OLD, locked, note_leftovers
+from lowkey.leftovers import LOCK, NEW, OLD, locked, note_leftovers
 from lowkey.signals import uninterrupted
 
-_NEW = "new"
+_TRIES = 10
 _own: dict[Path, int] = {}
 """The working directories of this process, each with the descriptor that holds its lock."""
 
@@ -38,7 +39,7 @@ def new_file(path: Path, *, replaces: Found | None = None) -> Iterator[Path]:
         OutputError: it can't be written. Nothing is left of it then.
     """
     with _working_directory(path) as directory:
-        yield directory / _NEW
+        yield directory / NEW
         _publish(directory, path, replaces)
 
 
@@ -85,7 +86,7 @@ def write_all(*writes: Callable[[], object]) -> None:
 def new_directory(path: Path, *, replaces: Found | None = None) -> Iterator[Path]:
     """A directory to fill, which becomes `path` when the block ends without an error. Otherwise as `new_file`."""
     with _working_directory(path) as directory:
-        made = directory / _NEW
+        made = directory / NEW
         made.mkdir()
         yield made
         made.chmod(0o755)
@@ -94,14 +95,15 @@ def new_directory(path: Path, *, replaces: Found | None = None) -> Iterator[Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """As `new_file`, for files of the command's own, such as its progress: whatever is at `path` is replaced.
+    """Like `new_file`, but replaces whatever is at `path`. Only for files that the command itself keeps, such as its
+    progress.
 
     Raises:
         OutputError: it can't be written. Nothing is left of it then.
     """
     with _working_directory(path) as directory:
-        yield directory / _NEW
-        (directory / _NEW).rename(path)
+        yield directory / NEW
+        (directory / NEW).rename(path)
 
 
 @contextmanager
@@ -127,7 +129,7 @@ def sole_user(path: Path) -> Iterator[None]:
 def _lock_of(path: Path, lock: Path) -> int:
     with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        while True:
+        for _ in range(_TRIES):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
             if locked(descriptor) is False:
                 os.close(descriptor)
@@ -137,6 +139,8 @@ def _lock_of(path: Path, lock: Path) -> int:
                 if os.path.samestat(os.fstat(descriptor), lock.stat()):
                     return descriptor
             os.close(descriptor)
+        # Here the two never agree about the file: go on as on a file system without locks.
+        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def remove_working_directories() -> None:
@@ -153,7 +157,8 @@ def _working_directory(path: Path) -> Iterator[Path]:
             with uninterrupted():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-                _own[directory] = os.open(directory, os.O_RDONLY)
+                # A file, since NFS locks no directories, and open for writing, without which it locks no file.
+                _own[directory] = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(_own[directory], fcntl.LOCK_EX)
             yield directory
@@ -172,7 +177,7 @@ def _remove(directory: Path) -> None:
 
 def _publish(directory: Path, path: Path, replaces: Found | None) -> None:
     """Give what was made in `directory` its name, or another one beside it if that is taken."""
-    new, old = directory / _NEW, directory / OLD
+    new, old = directory / NEW, directory / OLD
     with uninterrupted():
         try:
             _put_aside(path, old, replaces)

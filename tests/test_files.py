@@ -182,55 +182,6 @@ make({kind!r}, Path({str(tmp_path / "out")!r}), sys.argv[1], meanwhile=wait)
     assert sorted(content(p) for p in tmp_path.iterdir()) == ["0", "1", "2", "3"]
 
 
-WORK = """
-import sys
-from pathlib import Path
-from lowkey.publishing import new_directory
-with new_directory(Path(sys.argv[1])) as directory:
-    (directory / "half").write_bytes(bytes(3 * 10**6))
-    print("working", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_what_a_killed_run_left_is_named_and_never_removed(tmp_path, caplog):
-    out = tmp_path / "out"
-    working = [
-        subprocess.Popen([sys.executable, "-c", WORK, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    for process in working:
-        assert process.stdout.readline() == b"working\n"
-    check_writable(out)
-    assert not caplog.records, "both are at work"
-    working[0].kill()
-    working[0].wait()
-    make("directory", tmp_path / "out.kept")
-    check_writable(out)
-    (note,) = caplog.messages
-    left = Path(note.removeprefix("note: ").split(" (")[0])
-    assert note == f"note: {left} (3.0 MB) was left by a run that was killed; remove it"
-    assert (left / "new/half").stat().st_size == 3 * 10**6
-    working[1].stdin.close()
-    assert working[1].wait(240) == 0
-    for process in working:
-        process.stdout.close()
-    working[0].stdin.close()
-    assert sorted(tmp_path.iterdir()) == sorted([left, out, tmp_path / "out.kept"])
-
-
-def test_a_progress_file_has_one_user(tmp_path):
-    progress = tmp_path / "deep" / "out.partial"
-    with sole_user(progress):
-        with pytest.raises(OutputError, match=r"out\.partial is in use by another run"), sole_user(progress):
-            pytest.fail("entered")
-        with sole_user(tmp_path / "deep" / "another"):
-            pass
-    with sole_user(progress):
-        pass
-    assert not list(progress.parent.iterdir())
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_wait_for_what_is_done_whole(number, capsys):
     done = []
