@@ -12,6 +12,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from lowkey.leftovers import note_leftovers
+from lowkey.signals import written
 
 T = TypeVar("T")
 
@@ -144,8 +145,11 @@ def write_or_keep(path: Path, write: Callable[[Path], T]) -> T:
                 folder = Path(tempfile.mkdtemp(prefix="lowkey-"))
             try:
                 write(folder / path.name)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
+            except BaseException as again:
+                # A signal may have come after the copy was written.
+                whole = any(file.is_relative_to(folder) for file in written)
+                if isinstance(again, OutputError) or not whole:
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
         except OutputError as again:
             raise OutputError(f"{e}; and neither can a copy: {again}") from e

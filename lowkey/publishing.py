@@ -20,7 +20,7 @@ from typing import Any
 
 from lowkey.files import Found, OutputError, OutputTakenError, found_at, writing
 from lowkey.leftovers import LOCK, NEW, OLD, locked, note_leftovers
-from lowkey.signals import uninterrupted
+from lowkey.signals import uninterrupted, written
 
 _TRIES = 10
 _own: dict[Path, int] = {}
@@ -176,25 +176,39 @@ def _remove(directory: Path) -> None:
 
 
 def _publish(directory: Path, path: Path, replaces: Found | None) -> None:
-    """Give what was made in `directory` its name, or another one beside it if that is taken."""
+    """Give what was made in `directory` its name, or another one beside it if that is taken.
+
+    Raises:
+        OutputTakenError: the name is taken, or what was there before could not be put back. The message says where
+            both are; if one is still in `directory`, that stays.
+    """
     new, old = directory / NEW, directory / OLD
-    with uninterrupted():
+    with uninterrupted(), writing(path):
         try:
             _put_aside(path, old, replaces)
             try:
                 _place(new, path)
             except OSError:
                 if os.path.lexists(old):
-                    _put_back(directory, path)
+                    _place(old, path)
                 raise
-        except FileExistsError as e:
-            kept = _keep(new, path, directory.name[-8:])
-            before = f"; what was there before is in {old}" if os.path.lexists(old) else ""
-            raise OutputTakenError(
-                f"{path} has appeared or changed since the command began, and stays as it is; "
-                f"what was computed is in {kept}{before}",
-                kept,
-            ) from e
+        except OSError as e:
+            stranded = os.path.lexists(old)
+            taken = isinstance(e, FileExistsError)
+            if not stranded and not taken:
+                raise
+            if stranded:
+                os.close(_own.pop(directory))  # it is the user's now
+            kept = _keep(directory, path, or_leave=stranded)
+            written.append(kept)
+            why = (
+                "has appeared or changed since the command began, and stays as it is"
+                if taken
+                else f"can't be written: {e.strerror or e}"
+            )
+            before = f"; what was there before is in {old}" if stranded else ""
+            raise OutputTakenError(f"{path} {why}; what was computed is in {kept}{before}", kept) from e
+        written.append(path)
 
 
 def _put_aside(path: Path, old: Path, replaces: Found | None) -> None:
@@ -212,17 +226,8 @@ def _put_aside(path: Path, old: Path, replaces: Found | None) -> None:
             (name, time) for name, *_, time in replaces
         ]:
             return
-        _put_back(old.parent, path)
+        _place(old, path)
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-
-
-def _put_back(directory: Path, path: Path) -> None:
-    """What was put aside gets its name again. If it can't, its directory is left for the user, not removed."""
-    try:
-        _place(directory / OLD, path)
-    except OSError:
-        os.close(_own.pop(directory))
-        raise
 
 
 def _place(made: Path, path: Path) -> None:
@@ -249,13 +254,24 @@ def _place(made: Path, path: Path) -> None:
         except OSError:
             path.unlink()
             raise
-    else:
+        return
+    with suppress(OSError):  # its directory is removed anyway
         made.unlink()
 
 
-def _keep(made: Path, path: Path, token: str) -> Path:
-    """Give `made` a name beside `path`, which is not that of a working directory."""
+def _keep(directory: Path, path: Path, *, or_leave: bool) -> Path:
+    """Give what was made in `directory` a name beside `path`, which is not that of a working directory.
+
+    Args:
+        or_leave: where it can't get one, leave it where it is. Otherwise an OSError is raised.
+    """
+    made = directory / NEW
     stem, suffix = (path.name, "") if made.is_dir() else (path.stem, path.suffix)
-    kept = path.with_name(f"{stem}.{token}{suffix}")
-    _place(made, kept)
+    kept = path.with_name(f"{stem}.{directory.name[-8:]}{suffix}")
+    try:
+        _place(made, kept)
+    except OSError:
+        if not or_leave:
+            raise
+        return made
     return kept

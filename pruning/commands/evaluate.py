@@ -18,7 +18,6 @@ from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
 from pruning.evaluation.suite import PARTS, Part, Settings, evaluate_checkpoints
-from pruning.interrupts import left_behind
 from pruning.options import Device, Overwrite, TextFiles, device_named, text_of
 from pruning.progress import Advance, tokens_bar
 
@@ -66,8 +65,7 @@ def evaluate(
     settings = Settings(
         text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
     )
-    with left_behind("nothing was written"):
-        evaluation = evaluate_checkpoints([open_checkpoint(c) for c in checkpoints], settings, _bar)
+    evaluation = evaluate_checkpoints([open_checkpoint(c) for c in checkpoints], settings, _bar)
     try:
         out_console.print(views.evaluation_table(evaluation))
     finally:  # a place that takes the one may not take the other
