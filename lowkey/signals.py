@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -32,6 +32,15 @@ written: list[Path] = []
 
 _running = 0
 """How many blocks of `ending_on_signals` are entered, one in the other."""
+_ending = False
+"""Whether the running command is ending, so that no further signal may disturb it."""
+
+
+def interrupt(number: int) -> NoReturn:
+    """Ends work as the signal `number` does, by its exception. A running command ignores signals from here on."""
+    global _ending
+    _ending = _running > 0
+    raise INTERRUPTIONS[number]
 
 
 @contextmanager
@@ -45,9 +54,14 @@ def handled_by(handler: Handler) -> Iterator[None]:
     if now[signal.SIGHUP] is signal.SIG_IGN:
         del now[signal.SIGHUP]
     before = {number: known for number, known in now.items() if known is not None}  # others can't be restored
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _ending:
+            handler(number, frame)
+
     try:
         for number in before:
-            signal.signal(number, handler)
+            signal.signal(number, handle)
         yield
     finally:
         for number, handler_before in before.items():
@@ -84,31 +98,26 @@ def ending_on_signals(clean_up: Callable[[], object]) -> Iterator[None]:
         clean_up: called at the end of the block in any case, undisturbed by signals. It removes what an interruption
             kept from being removed by ordinary means, because it came while they were at work.
     """
-    global _running
-    ending = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal ending
-        if not ending:
-            ending = True
-            raise INTERRUPTIONS[number]
-
+    global _running, _ending
     if not _running:
         written.clear()
     _running += 1
-    with handled_by(stop):
-        try:
-            yield
-        except KeyboardInterrupt as e:
-            ending = True
-            with suppress(OSError):  # a terminal that is gone
-                sys.stderr.write(f"interrupted: {str(e) or _what_is_written()}\n")
-            numbers = {kind: number for number, kind in INTERRUPTIONS.items()}
-            raise SystemExit(128 + numbers.get(type(e), signal.SIGINT)) from e
-        finally:
-            ending = True
-            clean_up()
-            _running -= 1
+    try:
+        with handled_by(lambda number, frame: interrupt(number)):
+            try:
+                yield
+            except KeyboardInterrupt as e:
+                _ending = True
+                with suppress(OSError):  # a terminal that is gone
+                    sys.stderr.write(f"interrupted: {str(e) or _what_is_written()}\n")
+                numbers = {kind: number for number, kind in INTERRUPTIONS.items()}
+                raise SystemExit(128 + numbers.get(type(e), signal.SIGINT)) from e
+            finally:
+                _ending = True
+                clean_up()
+    finally:
+        _running -= 1
+        _ending = False
 
 
 def _what_is_written() -> str:

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from lowkey.files import OutputError, write_or_keep
-from lowkey.signals import INTERRUPTIONS, handled_by, written
+from lowkey.signals import handled_by, interrupt, written
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def put_off() -> Iterator[Callable[[], int | None]]:
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
         if came is not None:
-            raise INTERRUPTIONS[number]
+            interrupt(number)
         came = number
         os.write(2, NOTICE)  # not through a stream, which may be in the middle of a write
 
@@ -59,7 +59,7 @@ def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iter
         if number is not None:
             if file is not None:
                 write_or_keep(file, save)
-            raise INTERRUPTIONS[number]
+            interrupt(number)
         if file is not None and (last or time.monotonic() - saved_at >= every):
             try:
                 save(file)

@@ -13,18 +13,8 @@ import pytest
 from results import KINDS, appear, content, make
 
 import lowkey.publishing
-from lowkey.files import (
-    OutputError,
-    OutputTakenError,
-    check_new_file,
-    check_writable,
-    found_at,
-)
-from lowkey.publishing import (
-    replacing,
-    sole_user,
-    write_all,
-)
+from lowkey.files import OutputError, OutputTakenError, check_new_file, check_writable, found_at
+from lowkey.publishing import replacing, sole_user, write_all
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,15 +10,10 @@ import pytest
 from results import content, make
 
 import lowkey.publishing
-from lowkey.files import (
-    OutputError,
-    write_or_keep,
-)
-from lowkey.publishing import (
-    remove_working_directories,
-    replacing,
-)
+from lowkey.files import OutputError, write_or_keep
+from lowkey.publishing import remove_working_directories, replacing
 from lowkey.signals import Terminated, ending_on_signals, handled_by, uninterrupted
+from pruning.interrupts import going_on_from, saving
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -79,6 +74,25 @@ with ending_on_signals(clean_up):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (143, "undone\ncleaned up\n")
     assert done.stderr == "interrupted: nothing was written\n"
+
+
+def test_a_signal_after_the_progress_was_saved_does_not_take_the_words_away(tmp_path, capsys):
+    saved = tmp_path / "progress"
+
+    def work():
+        with going_on_from(saved):
+            try:
+                with saving(saved, lambda path: path.write_text("x"), 1000.0) as step_done:
+                    signal.raise_signal(signal.SIGTERM)
+                    step_done()
+            finally:
+                signal.raise_signal(signal.SIGINT)
+
+    for _ in range(2):  # the first command's end leaves nothing to the second one
+        with pytest.raises(SystemExit) as e, ending_on_signals(list):
+            work()
+        assert e.value.code == 143
+        assert capsys.readouterr().err == f"interrupted: the same command goes on from {saved}\n"
 
 
 def test_another_kind_of_keyboard_interrupt_ends_a_command_like_ctrl_c():

@@ -14,17 +14,9 @@ import pytest
 from results import make
 
 import lowkey.publishing
-from lowkey.files import (
-    OutputError,
-    check_new_file,
-    check_writable,
-)
+from lowkey.files import OutputError, check_new_file, check_writable
 from lowkey.leftovers import note_leftovers
-from lowkey.publishing import (
-    new_directory,
-    new_file,
-    sole_user,
-)
+from lowkey.publishing import new_directory, new_file, sole_user
 
 WORK = """
 import sys
