@@ -32,7 +32,8 @@ import torch
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from modeling.checkpoint import open_checkpoint, write_json, write_safetensors
+from lowkey.publishing import write_json
+from modeling.checkpoint import open_checkpoint, write_safetensors
 from modeling.families import family_of
 from pruning.calibration import BATCH, Encoder, bundled_text, cu_seqlens, draw_windows
 from pruning.collection import Collector, zeros

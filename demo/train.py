@@ -26,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from lowkey.files import Found, OutputError, check_new_file, found_at, write_or_keep
-from lowkey.publishing import new_file, new_json, remove_working_directories
+from lowkey.publishing import new_file, new_json, remove_working_directories, write_all
 from lowkey.signals import ending_on_signals
 from modeling.checkpoint import export_tensors, save_shard
 from modeling.families import family_of
@@ -78,20 +78,23 @@ def tokenizer(out: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tok.train_from_iterator(corpus("train"), trainer)
-    try:
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "model_max_length": CONFIG["max_position_embeddings"],
+        "clean_up_tokenization_spaces": False,
+    }
+
+    def merges() -> None:
         with new_file(out / "tokenizer.json", replaces=found["tokenizer.json"]) as temporary:
             tok.save(str(temporary))
-        new_json(
-            out / "tokenizer_config.json",
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": EOS,
-                "eos_token": EOS,
-                "pad_token": EOS,
-                "model_max_length": CONFIG["max_position_embeddings"],
-                "clean_up_tokenization_spaces": False,
-            },
-            replaces=found["tokenizer_config.json"],
+
+    try:
+        write_all(
+            merges,
+            lambda: new_json(out / "tokenizer_config.json", config, replaces=found["tokenizer_config.json"]),
         )
     except OutputError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -153,11 +156,14 @@ def heldout_loss(model: Model, stream: Tensor, batches: int | None = None) -> fl
 
 
 def save(net: Model, out: Path, found: dict[str, Found | None]) -> None:
-    """Write the checkpoint in fla's names, weights in bf16, in place of what was `found`."""
-    new_json(out / "config.json", CONFIG, replaces=found["config.json"])
-    tensors = {name: t.to("cpu", torch.bfloat16) for name, t in export_tensors(net, family_of(CONFIG))}
-    with new_file(out / "model.safetensors", replaces=found["model.safetensors"]) as temporary:
-        save_shard(temporary, {name: t.contiguous() for name, t in tensors.items()})
+    """Write the checkpoint in fla's names, weights in bf16, in place of what was `found`. Raises OutputError."""
+
+    def weights() -> None:
+        tensors = {name: t.to("cpu", torch.bfloat16) for name, t in export_tensors(net, family_of(CONFIG))}
+        with new_file(out / "model.safetensors", replaces=found["model.safetensors"]) as temporary:
+            save_shard(temporary, {name: t.contiguous() for name, t in tensors.items()})
+
+    write_all(weights, lambda: new_json(out / "config.json", CONFIG, replaces=found["config.json"]))
 
 
 @app.command()
@@ -258,8 +264,10 @@ def model(
     print(json.dumps({k: v for k, v in summary.items() if k != "curve"}, indent=2), flush=True)
 
     def finish(folder: Path) -> None:
-        save(net, folder, found)
-        new_json(folder / "curve.json", summary, replaces=found["curve.json"])
+        write_all(
+            lambda: save(net, folder, found),
+            lambda: new_json(folder / "curve.json", summary, replaces=found["curve.json"]),
+        )
 
     try:
         write_or_keep(out, finish)

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from loadtest.figures import FIGURES, MIN_ROUNDS, Objectives, Ratio, Slice, obse
 from loadtest.page import page
 from loadtest.plots import Plot
 from loadtest.run import Search
-from lowkey.files import Found, OutputTakenError
-from lowkey.publishing import new_file
+from lowkey.files import Found
+from lowkey.publishing import new_file, write_all
 
 LABELS = {
     "tokens_per_second": "tokens/s",
@@ -180,12 +181,9 @@ def write(
         "loadtest.md": f"{title}.\n\n{_plain(sentence(data))}\n\n{markdown(rows)}",
         "loadtest.html": page(title, caption, data, rows, plots),
     }
-    taken: list[OutputTakenError] = []
-    for name, text in texts.items():
-        try:
-            with new_file(directory / name, replaces=replaces[name]) as temporary:
-                temporary.write_text(text, "utf-8")
-        except OutputTakenError as e:
-            taken.append(e)
-    if taken:
-        raise OutputTakenError("; ".join(map(str, taken)), taken[0].kept)
+
+    def write_one(name: str) -> None:
+        with new_file(directory / name, replaces=replaces[name]) as temporary:
+            temporary.write_text(texts[name], "utf-8")
+
+    write_all(*(partial(write_one, name) for name in texts))

@@ -12,6 +12,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from lowkey.leftovers import note_leftovers
+from lowkey.signals import written
 
 T = TypeVar("T")
 
@@ -21,11 +22,13 @@ class OutputError(ValueError):
 
 
 Found = tuple[tuple[str, int, int, int], ...]
-"""What was found at a path: the relative path, device, inode and time of change (ns) of it and of everything in it."""
+"""One entry for the path and one for everything in it: relative path, device, inode and time of last modification in
+ns."""
 
 
 class OutputTakenError(OutputError):
-    """A result is whole, but its name was taken meanwhile. The message says where it is instead."""
+    """A result is whole, but did not get its name, mostly because that was taken meanwhile. The message says where it
+    is instead."""
 
     def __init__(self, message: str, kept: Path) -> None:
         super().__init__(message)
@@ -36,7 +39,7 @@ class OutputTakenError(OutputError):
 def found_at(path: Path) -> Found | None:
     """What is at `path`, to be told apart later from anything else that may be there; None if there is nothing.
 
-    The time of change is part of it: file systems give the inode of a deleted file to the next one.
+    The time is part of it: file systems give the inode of a deleted file to the next one.
     """
     below = [os.path.join(top, name) for top, folders, files in os.walk(path) for name in (*folders, *files)]
     found = []
@@ -48,8 +51,7 @@ def found_at(path: Path) -> Found | None:
 
 
 def check_writable(path: Path) -> int:
-    """Find out whether `path`, a file or a directory, can be created or replaced, without creating it. What
-    killed runs have left beside it is named on standard error.
+    """Find out whether `path`, a file or a directory, can be created or replaced, without creating it.
 
     A small file is written into the nearest folder that is there and removed again: permission bits say little (root
     ignores them, and a read-only or full file system has them all the same).
@@ -68,10 +70,11 @@ def check_writable(path: Path) -> int:
     folder = next(parent for parent in absolute.parents if os.path.lexists(parent))
     try:
         longest = max(len(os.fsencode(name)) for name in absolute.relative_to(folder).parts)
-        # What is made in and beside an output has longer paths than the output.
+        # Room for what is made beside an output, `.NAME.xxxxxxxx/new`, and for the names of files in it.
         whole = len(os.fsencode(absolute)) + 128
-        if longest > os.pathconf(folder, "PC_NAME_MAX") or whole > os.pathconf(folder, "PC_PATH_MAX"):
-            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+        for which, length in (("PC_NAME_MAX", longest), ("PC_PATH_MAX", whole)):
+            if 0 < os.pathconf(folder, which) < length:  # -1 or 0: the file system states no limit
+                raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
         # Named like the directories that results are made in, so that a name that is too long is found here.
         probe, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
         try:
@@ -82,7 +85,6 @@ def check_writable(path: Path) -> int:
         free = shutil.disk_usage(folder).free
     except OSError as e:
         raise OutputError(f"{path} can't be written: {folder} takes no new file ({e.strerror})") from e
-    note_leftovers(path)
     return free
 
 
@@ -96,7 +98,8 @@ def refuse_link(path: Path, name: str) -> None:
 
 
 def check_new_file(path: Path, name: str, *, overwrite: bool) -> Found | None:
-    """Refuse the output file `path` of the option or argument `name` before any work is done.
+    """Refuse the output file `path` of the option or argument `name` before any work is done. What killed runs have
+    left beside it is named on standard error.
 
     Returns:
         What is there and may be replaced, or None if nothing is.
@@ -112,6 +115,7 @@ def check_new_file(path: Path, name: str, *, overwrite: bool) -> Found | None:
     if there and not overwrite:
         raise OutputError(f"{name}={str(path)!r} already exists; choose another file or pass --overwrite")
     check_writable(path)
+    note_leftovers(path)
     return found_at(path) if there else None  # what has appeared since may not be replaced
 
 
@@ -161,8 +165,11 @@ def write_or_keep(path: Path, write: Callable[[Path], T]) -> T:
                 folder = Path(tempfile.mkdtemp(prefix="lowkey-"))
             try:
                 write(folder / path.name)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
+            except BaseException as again:
+                # A signal may have come after the copy was written.
+                whole = any(file.is_relative_to(folder) for file in written)
+                if isinstance(again, OutputError) or not whole:
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
         except OutputError as again:
             raise OutputError(f"{e}; and neither can a copy: {again}") from e

@@ -4,14 +4,19 @@ import fcntl
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from lowkey.words import in_units
 
 logger = logging.getLogger(__name__)
 
+NEW = "new"
+"""The name, in a working directory, of what is being made."""
 OLD = "old"
 """The name, in a working directory, of what is being replaced."""
+LOCK = "lock"
+"""The name, in a working directory, of the file that its process has locked."""
 
 
 def note_leftovers(path: Path) -> None:
@@ -23,15 +28,25 @@ def note_leftovers(path: Path) -> None:
     except OSError:
         return
     for entry in entries:
-        if name.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink() and not _in_use(entry):
-            files = [Path(folder, file) for folder, _, names in os.walk(entry) for file in names]
-            size = in_units(sum(file.lstat().st_size for file in files))
-            old = f"its {OLD} is what {path} was before; " if (entry / OLD).exists() else ""
-            logger.warning("note: %s (%s) was left by a run that was killed; %sremove it", entry, size, old)
+        if not name.fullmatch(entry.name) or entry.is_symlink():
+            continue
+        with suppress(OSError):  # no directory, or one that goes while it is looked at
+            if {file.name for file in entry.iterdir()} <= {NEW, OLD, LOCK} and not _in_use(entry):
+                _note(entry, path)
+
+
+def _note(entry: Path, path: Path) -> None:
+    files = [Path(folder, file) for folder, _, names in os.walk(entry) for file in names]
+    size = in_units(sum(file.lstat().st_size for file in files))
+    what = "remove it"
+    if os.path.lexists(entry / OLD):
+        kind = "folder" if (entry / OLD).is_dir() else "file"
+        what = f"its {kind} {OLD} holds what {path} was before: move that back if you need it, then remove the rest"
+    logger.warning("note: %s (%s) was left by a run that was killed; %s", entry, size, what)
 
 
 def locked(descriptor: int) -> bool | None:
-    """Lock an open file or directory; False if another holds the lock, None where the file system knows none."""
+    """Lock an open file; False if another holds the lock, None where the file system knows none."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -42,11 +57,8 @@ def locked(descriptor: int) -> bool | None:
 
 
 def _in_use(directory: Path) -> bool:
-    """Whether a process works in it, or that can't be told."""
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-    except OSError:
-        return True
+    """Whether a process works in it, or that can't be told. Raises OSError if it has no lock."""
+    descriptor = os.open(directory / LOCK, os.O_RDWR)
     try:
         return locked(descriptor) is not True
     finally:

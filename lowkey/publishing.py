@@ -2,8 +2,9 @@
 
 A result is made in a hidden directory beside its place, `.NAME.xxxxxxxx`, which its process has locked.
 It gets its name by an operation that fails if the name is taken: a hard link for a file; for a directory `mkdir`, which
-claims the name, and a rename onto the empty directory, which fails once anything is in it. Unlike `renameat2` with
-RENAME_NOREPLACE these are in Python and work on network file systems.
+claims the name, and a rename onto the empty directory, which fails once anything is in it. Python has no `renameat2`
+with RENAME_NOREPLACE, and network file systems often lack it. Where there are no hard links, an empty file claims the
+name.
 """
 
 import errno
@@ -12,16 +13,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from lowkey.files import Found, OutputError, OutputTakenError, found_at, writing
-from lowkey.leftovers import OLD, locked, note_leftovers
-from lowkey.signals import uninterrupted
+from lowkey.leftovers import LOCK, NEW, OLD, locked, note_leftovers
+from lowkey.signals import uninterrupted, written
 
-_NEW = "new"
+_TRIES = 10
 _own: dict[Path, int] = {}
 """The working directories of this process, each with the descriptor that holds its lock."""
 
@@ -38,22 +39,54 @@ def new_file(path: Path, *, replaces: Found | None = None) -> Iterator[Path]:
         OutputError: it can't be written. Nothing is left of it then.
     """
     with _working_directory(path) as directory:
-        yield directory / _NEW
+        yield directory / NEW
         _publish(directory, path, replaces)
 
 
 def new_json(path: Path, value: Any, *, replaces: Found | None = None) -> None:
     """Write JSON. Arguments and errors are those of `new_file`."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = _json_text(value)
     with new_file(path, replaces=replaces) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON to a file of a directory that is being made, in place of what is there. Raises OutputError if it can't
+    be written."""
+    text = _json_text(value)
+    with writing(path):
+        path.write_text(text, encoding="utf-8")
+
+
+def _json_text(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def write_all(*writes: Callable[[], object]) -> None:
+    """Write several results, the most precious first: one whose name is taken does not keep the others from being
+    written.
+
+    Raises:
+        OutputTakenError: one or more did not get their names; the message says where each is. All others are written.
+        OutputError: one can't be written. Those after it were not tried.
+    """
+    taken: list[OutputTakenError] = []
+    for write in writes:
+        try:
+            write()
+        except OutputTakenError as e:
+            taken.append(e)
+        except OutputError as e:
+            raise OutputError("; ".join(map(str, (*taken, e)))) from e
+    if taken:
+        raise OutputTakenError("; ".join(map(str, taken)), taken[0].kept)
 
 
 @contextmanager
 def new_directory(path: Path, *, replaces: Found | None = None) -> Iterator[Path]:
     """A directory to fill, which becomes `path` when the block ends without an error. Otherwise as `new_file`."""
     with _working_directory(path) as directory:
-        made = directory / _NEW
+        made = directory / NEW
         made.mkdir()
         yield made
         made.chmod(0o755)
@@ -62,14 +95,15 @@ def new_directory(path: Path, *, replaces: Found | None = None) -> Iterator[Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """As `new_file`, for files of the command's own, such as its progress: whatever is at `path` is replaced.
+    """Like `new_file`, but replaces whatever is at `path`. Only for files that the command itself keeps, such as its
+    progress.
 
     Raises:
         OutputError: it can't be written. Nothing is left of it then.
     """
     with _working_directory(path) as directory:
-        yield directory / _NEW
-        (directory / _NEW).rename(path)
+        yield directory / NEW
+        (directory / NEW).rename(path)
 
 
 @contextmanager
@@ -95,7 +129,7 @@ def sole_user(path: Path) -> Iterator[None]:
 def _lock_of(path: Path, lock: Path) -> int:
     with writing(lock):
         lock.parent.mkdir(parents=True, exist_ok=True)
-        while True:
+        for _ in range(_TRIES):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
             if locked(descriptor) is False:
                 os.close(descriptor)
@@ -105,6 +139,8 @@ def _lock_of(path: Path, lock: Path) -> int:
                 if os.path.samestat(os.fstat(descriptor), lock.stat()):
                     return descriptor
             os.close(descriptor)
+        # Here the two never agree about the file: go on as on a file system without locks.
+        return os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
 
 
 def remove_working_directories() -> None:
@@ -121,7 +157,8 @@ def _working_directory(path: Path) -> Iterator[Path]:
             with uninterrupted():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 directory = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-                _own[directory] = os.open(directory, os.O_RDONLY)
+                # A file, since NFS locks no directories, and open for writing, without which it locks no file.
+                _own[directory] = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
                 with suppress(OSError):  # a file system without locks
                     fcntl.flock(_own[directory], fcntl.LOCK_EX)
             yield directory
@@ -139,25 +176,39 @@ def _remove(directory: Path) -> None:
 
 
 def _publish(directory: Path, path: Path, replaces: Found | None) -> None:
-    """Give what was made in `directory` its name, or another one beside it if that is taken."""
-    new, old = directory / _NEW, directory / OLD
-    with uninterrupted():
+    """Give what was made in `directory` its name, or another one beside it if that is taken.
+
+    Raises:
+        OutputTakenError: the name is taken, or what was there before could not be put back. The message says where
+            both are; if one is still in `directory`, that stays.
+    """
+    new, old = directory / NEW, directory / OLD
+    with uninterrupted(), writing(path):
         try:
             _put_aside(path, old, replaces)
             try:
                 _place(new, path)
             except OSError:
                 if os.path.lexists(old):
-                    _put_back(directory, path)
+                    _place(old, path)
                 raise
-        except FileExistsError as e:
-            kept = _keep(new, path, directory.name[-8:])
-            before = f"; what was there before is in {old}" if os.path.lexists(old) else ""
-            raise OutputTakenError(
-                f"{path} has appeared or changed since the command began, and stays as it is; "
-                f"what was computed is in {kept}{before}",
-                kept,
-            ) from e
+        except OSError as e:
+            stranded = os.path.lexists(old)
+            taken = isinstance(e, FileExistsError)
+            if not stranded and not taken:
+                raise
+            if stranded:
+                os.close(_own.pop(directory))  # it is the user's now
+            kept = _keep(directory, path, or_leave=stranded)
+            written.append(kept)
+            why = (
+                "has appeared or changed since the command began, and stays as it is"
+                if taken
+                else f"can't be written: {e.strerror or e}"
+            )
+            before = f"; what was there before is in {old}" if stranded else ""
+            raise OutputTakenError(f"{path} {why}; what was computed is in {kept}{before}", kept) from e
+        written.append(path)
 
 
 def _put_aside(path: Path, old: Path, replaces: Found | None) -> None:
@@ -175,17 +226,8 @@ def _put_aside(path: Path, old: Path, replaces: Found | None) -> None:
             (name, time) for name, *_, time in replaces
         ]:
             return
-        _put_back(old.parent, path)
+        _place(old, path)
     raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-
-
-def _put_back(directory: Path, path: Path) -> None:
-    """What was put aside gets its name again. If it can't, its directory is left for the user, not removed."""
-    try:
-        _place(directory / OLD, path)
-    except OSError:
-        os.close(_own.pop(directory))
-        raise
 
 
 def _place(made: Path, path: Path) -> None:
@@ -212,13 +254,24 @@ def _place(made: Path, path: Path) -> None:
         except OSError:
             path.unlink()
             raise
-    else:
+        return
+    with suppress(OSError):  # its directory is removed anyway
         made.unlink()
 
 
-def _keep(made: Path, path: Path, token: str) -> Path:
-    """Give `made` a name beside `path`, which is not that of a working directory."""
+def _keep(directory: Path, path: Path, *, or_leave: bool) -> Path:
+    """Give what was made in `directory` a name beside `path`, which is not that of a working directory.
+
+    Args:
+        or_leave: where it can't get one, leave it where it is. Otherwise an OSError is raised.
+    """
+    made = directory / NEW
     stem, suffix = (path.name, "") if made.is_dir() else (path.stem, path.suffix)
-    kept = path.with_name(f"{stem}.{token}{suffix}")
-    _place(made, kept)
+    kept = path.with_name(f"{stem}.{directory.name[-8:]}{suffix}")
+    try:
+        _place(made, kept)
+    except OSError:
+        if not or_leave:
+            raise
+        return made
     return kept

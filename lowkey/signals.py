@@ -5,8 +5,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 Handler = Callable[[int, FrameType | None], Any]
 
@@ -26,18 +27,41 @@ INTERRUPTIONS: dict[int, type[KeyboardInterrupt]] = {
 }
 """The signals that end work, and the exceptions that they are turned into."""
 
+written: list[Path] = []
+"""The results that the running command has given their names, for its last line. `lowkey.publishing` adds them."""
+
+_running = 0
+"""How many blocks of `ending_on_signals` are entered, one in the other."""
+_ending = False
+"""Whether the running command is ending, so that no further signal may disturb it."""
+
+
+def interrupt(number: int) -> NoReturn:
+    """Ends work as the signal `number` does, by its exception. A running command ignores signals from here on."""
+    global _ending
+    _ending = _running > 0
+    raise INTERRUPTIONS[number]
+
 
 @contextmanager
-def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
-    """The signals of `INTERRUPTIONS` call `handler` in the block, but for SIGHUP where it is ignored, as after `nohup`.
-    In a thread that is not the main one nothing changes: signals are not delivered there."""
+def handled_by(handler: Handler) -> Iterator[None]:
+    """The signals of `INTERRUPTIONS` call `handler` in the block. SIGHUP is left alone if the process ignores it, as it
+    does under nohup. In a thread that is not the main one nothing changes: signals are not delivered there."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    numbers = [n for n in INTERRUPTIONS if not (ignored and n == signal.SIGHUP)]
-    before = {number: signal.signal(number, handler) for number in numbers}
+    now = {number: signal.getsignal(number) for number in INTERRUPTIONS}
+    if now[signal.SIGHUP] is signal.SIG_IGN:
+        del now[signal.SIGHUP]
+    before = {number: known for number, known in now.items() if known is not None}  # others can't be restored
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if not _ending:
+            handler(number, frame)
+
     try:
+        for number in before:
+            signal.signal(number, handle)
         yield
     finally:
         for number, handler_before in before.items():
@@ -46,36 +70,58 @@ def handled_by(handler: Handler | signal.Handlers) -> Iterator[None]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts off these signals to the end of the block: for steps of which none may be left out."""
+    """Delays Ctrl-C, SIGTERM and SIGHUP until the block has ended. Use it around steps that must all happen or none.
+
+    Where a signal that came ends the work, the words of an exception that the block raised are the interruption's.
+    """
     came: list[int] = []
     try:
         with handled_by(lambda number, frame: came.append(number)):
             yield
-    finally:
+    except BaseException as e:
         if came:
-            signal.raise_signal(came[0])
+            try:
+                signal.raise_signal(came[0])
+            except KeyboardInterrupt as stop:
+                raise type(stop)(str(e)) from e
+        raise
+    if came:
+        signal.raise_signal(came[0])
 
 
 @contextmanager
 def ending_on_signals(clean_up: Callable[[], object]) -> Iterator[None]:
     """For a whole command: these signals end the process with a line that says what is left, and with exit code 130
-    (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP).
+    (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP). All that come after the first are ignored: the process is ending already.
 
     Args:
-        clean_up: called at the end of the block in any case, with signals ignored. It removes what a signal kept from
-            being removed by ordinary means, because it came while they were at work.
+        clean_up: called at the end of the block in any case, undisturbed by signals. It removes what an interruption
+            kept from being removed by ordinary means, because it came while they were at work.
     """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise INTERRUPTIONS[number]
-
+    global _running, _ending
+    if not _running:
+        written.clear()
+    _running += 1
     try:
-        with handled_by(stop):
-            yield
-    except KeyboardInterrupt as e:
-        with suppress(OSError):  # a terminal that is gone
-            sys.stderr.write(f"interrupted: {str(e) or 'nothing was written'}\n")
-        raise SystemExit(128 + next(n for n, kind in INTERRUPTIONS.items() if type(e) is kind)) from e
+        with handled_by(lambda number, frame: interrupt(number)):
+            try:
+                yield
+            except KeyboardInterrupt as e:
+                _ending = True
+                with suppress(OSError):  # a terminal that is gone
+                    sys.stderr.write(f"interrupted: {str(e) or _what_is_written()}\n")
+                numbers = {kind: number for number, kind in INTERRUPTIONS.items()}
+                raise SystemExit(128 + numbers.get(type(e), signal.SIGINT)) from e
+            finally:
+                _ending = True
+                clean_up()
     finally:
-        with handled_by(signal.SIG_IGN):
-            clean_up()
+        _running -= 1
+        _ending = False
+
+
+def _what_is_written() -> str:
+    *others, last = [str(path) for path in dict.fromkeys(written)] or ["nothing"]
+    if others:
+        return f"{', '.join(others)} and {last} are written"
+    return f"{last} is written" if written else "nothing was written"

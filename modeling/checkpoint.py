@@ -4,7 +4,6 @@ Only safetensors are read, one tensor at a time.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowkey.publishing import replacing
+from lowkey.publishing import write_json
 from lowkey.words import counted
 from modeling.families import Family, TensorMap, family_of
 from modeling.model import Model
@@ -289,10 +288,3 @@ def write_safetensors(
         (directory / f"shard-{i:05d}.safetensors").rename(directory / file)
         weight_map |= dict.fromkeys(shard_names, file)
     write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON through a temporary name, in place of what is there. Raises OutputError if it can't be written."""
-    text = json.dumps(value, indent=2) + "\n"
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")

@@ -9,7 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from modeling.checkpoint import HUB_FILES, REDUCTION, Checkpoint, write_json
+from lowkey.publishing import write_json
+from modeling.checkpoint import HUB_FILES, REDUCTION, Checkpoint
 from modeling.sources import TOKENIZER, CheckpointError, read_json
 
 RECOVERY = "recovery.json"

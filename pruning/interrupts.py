@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from lowkey.files import OutputError, write_or_keep
-from lowkey.signals import INTERRUPTIONS, handled_by
+from lowkey.signals import handled_by, interrupt, written
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def put_off() -> Iterator[Callable[[], int | None]]:
     def note(number: int, frame: FrameType | None) -> None:
         nonlocal came
         if came is not None:
-            raise INTERRUPTIONS[number]
+            interrupt(number)
         came = number
         os.write(2, NOTICE)  # not through a stream, which may be in the middle of a write
 
@@ -59,7 +59,7 @@ def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iter
         if number is not None:
             if file is not None:
                 write_or_keep(file, save)
-            raise INTERRUPTIONS[number]
+            interrupt(number)
         if file is not None and (last or time.monotonic() - saved_at >= every):
             try:
                 save(file)
@@ -73,18 +73,27 @@ def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iter
 
 @contextmanager
 def left_behind(what: str) -> Iterator[None]:
-    """Gives a KeyboardInterrupt of the block the words that the user is told, unless it has some already."""
+    """Gives a KeyboardInterrupt of the block the words that the user is told, unless it has some already or a result
+    was written by then, which the command's last line names."""
+    before = len(written)
     try:
         yield
     except KeyboardInterrupt as e:
-        raise type(e)(*(e.args or (what,))) from e
+        if e.args or len(written) > before:
+            raise
+        raise type(e)(what) from e
 
 
 @contextmanager
 def going_on_from(saved: Path) -> Iterator[None]:
-    """As `left_behind`, for work that saves to a file: says that the same command goes on from there."""
+    """As `left_behind`, for work that saves to a file and then writes its result: says that the same command goes on
+    from there. Once the result is written there is nothing to go on with, and the file is removed."""
+    before = len(written)
     try:
         yield
     except KeyboardInterrupt as e:
+        if len(written) > before:
+            saved.unlink(missing_ok=True)
+            raise
         kept = f"the same command goes on from {saved}" if saved.exists() else "nothing was saved"
         raise type(e)(kept) from e

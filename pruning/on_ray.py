@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,7 +107,9 @@ def connected(address: str) -> Iterator[None]:
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise PruningError(f"ray={address!r}: {e}") from e
     finally:
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets one that ends the process with code 15
+        # Ray sets one that ends the process with code 15, though in the main thread only.
+        if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowkey.files import Found, OutputTakenError, check_writable, write_or_keep
-from lowkey.publishing import new_directory
+from lowkey.publishing import new_directory, write_json
 from modeling.checkpoint import (
     FLOATS,
     HEAD,
@@ -18,7 +18,6 @@ from modeling.checkpoint import (
     Checkpoint,
     export_tensors,
     open_checkpoint,
-    write_json,
     write_safetensors,
 )
 from modeling.model import Model

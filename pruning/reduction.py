@@ -15,8 +15,9 @@ import torch
 
 from lowkey import __version__
 from lowkey.files import Found, check_writable, found_at, refuse_link
-from lowkey.publishing import new_directory
-from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint, write_json
+from lowkey.leftovers import note_leftovers
+from lowkey.publishing import new_directory, write_json
+from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
@@ -143,6 +144,7 @@ def check_output(
     if there:
         _check_replaceable(sources, out, overwrite=overwrite, ours=ours)
     check_writable(out)
+    note_leftovers(out)
     return found_at(out) if there else None  # what has appeared since may not be replaced
 
 

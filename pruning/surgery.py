@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowkey.publishing import write_json
 from modeling.backends import TORCH
-from modeling.checkpoint import HEAD, Checkpoint, CheckpointError, open_checkpoint, save_shard, write_json
+from modeling.checkpoint import HEAD, Checkpoint, CheckpointError, open_checkpoint, save_shard
 from modeling.families import ConfigError
 from modeling.layers import Block, RMSNorm
 from modeling.sources import INDEX, SINGLE

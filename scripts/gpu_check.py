@@ -80,8 +80,8 @@ def main() -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from lowkey.files import OutputError
-    from modeling.checkpoint import write_json
+    from lowkey.files import OutputError, found_at
+    from lowkey.publishing import new_json
 
     console = Console(width=160)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -128,7 +128,7 @@ def main() -> int:
             """Write the report, or say why it can't be: what was found out is on the screen all the same."""
             run.report["failures"] = run.failures
             try:
-                write_json(args.out, run.report)
+                new_json(args.out, run.report, replaces=found_at(args.out))
             except OutputError as e:
                 console.print(f"error: {e}", style="red", markup=False, highlight=False, soft_wrap=True)
                 return False

@@ -13,8 +13,9 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
+from lowkey.publishing import write_json
 from modeling.backends import TORCH, Backend, by_layer, triton_backend
-from modeling.checkpoint import Checkpoint, export_tensors, write_json, write_safetensors
+from modeling.checkpoint import Checkpoint, export_tensors, write_safetensors
 from modeling.families import family_of
 from modeling.families.gated_deltanet import expand_v_for
 from modeling.graphs import CudaRecorder, DecodeGraphs, Recorder

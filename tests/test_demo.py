@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ import httpx
 import pytest
 import torch
 from interpret_fla import ask_stock_fla
+from safetensors.torch import load_file
 
+from lowkey.files import OutputTakenError
 from modeling.checkpoint import open_checkpoint
 from pruning.calibration import Encoder, bundled_text
 from pruning.corpus import corpus
@@ -34,6 +37,19 @@ def test_shape_and_size(checkpoint):
     assert spec.with_d_k((64,) * 6).state_bytes() == 430_080
     assert (MODEL / "model.safetensors").stat().st_size < 16e6
     assert {checkpoint.tensor(name).dtype for name in checkpoint.files} == {torch.bfloat16}
+
+
+def test_trained_weights_are_written_though_a_config_appeared_meanwhile(checkpoint, tmp_path):
+    train = runpy.run_path(str(MODEL.parent / "train.py"), run_name="train")
+    (tmp_path / "config.json").write_text("mine")
+    with pytest.raises(OutputTakenError, match=r"config\.json has appeared or changed"):
+        train["save"](checkpoint.load(), tmp_path, {"config.json": None, "model.safetensors": None})
+    assert (tmp_path / "config.json").read_text() == "mine"
+    written, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path, MODEL))
+    assert written.keys() == shipped.keys()
+    assert all(torch.equal(written[name], shipped[name]) for name in shipped)
+    (kept,) = tmp_path.glob("config.*.json")
+    assert json.loads(kept.read_text()) == train["CONFIG"]
 
 
 @pytest.mark.slow

@@ -3,42 +3,18 @@ moment."""
 
 import errno
 import os
-import signal
+import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from results import KINDS, appear, content, make
 
 import lowkey.publishing
 from lowkey.files import OutputError, OutputTakenError, check_new_file, check_writable, found_at
-from lowkey.publishing import new_directory, new_file, remove_working_directories, replacing, sole_user
-from lowkey.signals import Terminated, ending_on_signals, uninterrupted
-
-KINDS = ("file", "directory")
-
-
-def make(kind, path, what="new", *, replaces=None, meanwhile=lambda: None):
-    if kind == "file":
-        with new_file(path, replaces=replaces) as temporary:
-            temporary.write_text(what)
-            meanwhile()
-    else:
-        with new_directory(path, replaces=replaces) as directory:
-            (directory / "content").write_text(what)
-            meanwhile()
-
-
-def content(path):
-    return (path if path.is_file() else path / "content").read_text()
-
-
-def appear(path, kind, what="mine"):
-    path.parent.mkdir(exist_ok=True)
-    if kind == "directory":
-        path.mkdir()
-        path = path / "content"
-    path.write_text(what)
+from lowkey.publishing import replacing, sole_user, write_all
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -50,7 +26,8 @@ def test_what_appears_meanwhile_stays_and_the_result_is_kept_beside_it(tmp_path,
     assert content(out) == "mine" and content(e.value.kept) == "new" and str(e.value.kept) in str(e.value)
     assert sorted(tmp_path.iterdir()) == sorted([out, e.value.kept])
     assert not e.value.kept.name.startswith("."), "no remains of a killed run"
-    assert e.value.kept.suffix == (".x" if kind == "file" else e.value.kept.suffix)
+    name = r"out\.[a-z0-9_]{8}\.x" if kind == "file" else r"out\.x\.[a-z0-9_]{8}"
+    assert re.fullmatch(name, e.value.kept.name), "a file keeps its suffix"
     assert e.value.kept.stat().st_mode & 0o777 == (0o755 if kind == "directory" else 0o644)
 
 
@@ -105,6 +82,44 @@ def test_the_old_one_comes_back_if_the_new_one_cannot_be_placed(tmp_path, monkey
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changed", [False, True])
+def test_where_neither_the_new_nor_the_old_one_can_be_placed_both_are_named(
+    tmp_path, monkeypatch, kind, changed
+):
+    """`changed`: what was to be replaced is not what was found, which shows only once it was put aside."""
+    out = tmp_path / "out"
+    make(kind, out, "old")
+    found = found_at(out)
+    if changed:
+        looks = iter([found, None])
+        monkeypatch.setattr(lowkey.publishing, "found_at", lambda path: next(looks))
+
+    def fail(made, path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(lowkey.publishing, "_place", fail)
+    with pytest.raises(OutputTakenError, match="out can't be written: Input/output error; ") as e:
+        make(kind, out, replaces=found)
+    assert str(e.value).endswith(
+        f"; what was computed is in {e.value.kept}; what was there before is in {e.value.kept.parent / 'old'}"
+    )
+    assert content(e.value.kept) == "new" and content(e.value.kept.parent / "old") == "old"
+
+
+def test_a_second_name_that_cannot_be_removed_does_not_matter(tmp_path, monkeypatch):
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.name == "new":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    make("file", tmp_path / "out")
+    assert content(tmp_path / "out") == "new" and list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_three_are_kept_if_one_appears_just_as_the_old_one_was_put_aside(tmp_path, monkeypatch, kind):
     out = tmp_path / "out"
     make(kind, out, "old")
@@ -153,9 +168,9 @@ def test_a_file_system_without_hard_links_is_no_worse(tmp_path, monkeypatch):
 def test_of_processes_that_make_one_output_one_wins_and_all_results_are_kept(tmp_path, kind):
     script = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path.insert(0, {str(Path(__file__).parent / "support")!r})
 from pathlib import Path
-from test_files import make
+from results import make
 def wait():
     print("made", flush=True)
     sys.stdin.read()
@@ -182,101 +197,21 @@ make({kind!r}, Path({str(tmp_path / "out")!r}), sys.argv[1], meanwhile=wait)
     assert sorted(content(p) for p in tmp_path.iterdir()) == ["0", "1", "2", "3"]
 
 
-WORK = """
-import sys
-from pathlib import Path
-from lowkey.publishing import new_directory
-with new_directory(Path(sys.argv[1])) as directory:
-    (directory / "half").write_bytes(bytes(3 * 10**6))
-    print("working", flush=True)
-    sys.stdin.read()
-"""
+def test_of_several_results_each_is_written_and_each_that_was_kept_is_named(tmp_path):
+    (tmp_path / "one").write_text("mine")
+    (tmp_path / "three").write_text("mine")
+    names = ("one", "two", "three")
+    with pytest.raises(OutputTakenError) as e:
+        write_all(*(partial(make, "file", tmp_path / name, name) for name in names))
+    kept = [next(tmp_path.glob(f"{name}.*")) for name in ("one", "three")]
+    assert [content(path) for path in (tmp_path / "two", *kept)] == ["two", "one", "three"]
+    assert all(str(path) in str(e.value) for path in kept) and e.value.kept == kept[0]
 
-
-def test_what_a_killed_run_left_is_named_and_never_removed(tmp_path, caplog):
-    out = tmp_path / "out"
-    working = [
-        subprocess.Popen([sys.executable, "-c", WORK, out], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        for _ in range(2)
-    ]
-    for process in working:
-        assert process.stdout.readline() == b"working\n"
-    check_writable(out)
-    assert not caplog.records, "both are at work"
-    working[0].kill()
-    working[0].wait()
-    make("directory", tmp_path / "out.kept")
-    check_writable(out)
-    (note,) = caplog.messages
-    left = Path(note.removeprefix("note: ").split(" (")[0])
-    assert note == f"note: {left} (3.0 MB) was left by a run that was killed; remove it"
-    assert (left / "new/half").stat().st_size == 3 * 10**6
-    working[1].stdin.close()
-    assert working[1].wait(240) == 0
-    for process in working:
-        process.stdout.close()
-    working[0].stdin.close()
-    assert sorted(tmp_path.iterdir()) == sorted([left, out, tmp_path / "out.kept"])
-
-
-def test_a_progress_file_has_one_user(tmp_path):
-    progress = tmp_path / "deep" / "out.partial"
-    with sole_user(progress):
-        with pytest.raises(OutputError, match=r"out\.partial is in use by another run"), sole_user(progress):
-            pytest.fail("entered")
-        with sole_user(tmp_path / "deep" / "another"):
-            pass
-    with sole_user(progress):
-        pass
-    assert not list(progress.parent.iterdir())
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_wait_for_what_is_done_whole(number, capsys):
-    done = []
-
-    def work():
-        with uninterrupted():
-            signal.raise_signal(number)
-            signal.raise_signal(number)
-            done.append("whole")
-        done.append("went on")
-
-    with pytest.raises(SystemExit) as e, ending_on_signals(lambda: done.append("cleaned")):
-        work()
-    assert e.value.code == 128 + number and done == ["whole", "cleaned"]
-    assert capsys.readouterr().err == "interrupted: nothing was written\n"
-
-
-@pytest.mark.parametrize("step", ["rmtree", "link", "mkdtemp"])
-def test_a_signal_while_it_publishes_or_cleans_leaves_nothing_half(tmp_path, monkeypatch, step):
-    module = {"rmtree": lowkey.publishing.shutil, "link": os, "mkdtemp": lowkey.publishing.tempfile}[step]
-    real = getattr(module, step)
-
-    def interrupted(*args, **kwargs):
-        signal.raise_signal(signal.SIGTERM)
-        result = real(*args, **kwargs)
-        signal.raise_signal(signal.SIGTERM)
-        return result
-
-    monkeypatch.setattr(module, step, interrupted)
-    out = tmp_path / "out"
-    with pytest.raises(SystemExit), ending_on_signals(remove_working_directories):
-        make("file", out)
-    assert list(tmp_path.iterdir()) == ([] if step == "mkdtemp" else [out])
-
-
-def test_the_end_of_a_command_removes_what_a_signal_kept_from_being_removed(tmp_path, monkeypatch):
-    remove = lowkey.publishing._remove
-
-    def interrupted(directory):
-        monkeypatch.setattr(lowkey.publishing, "_remove", remove)
-        raise Terminated
-
-    monkeypatch.setattr(lowkey.publishing, "_remove", interrupted)
-    with pytest.raises(SystemExit) as e, ending_on_signals(remove_working_directories):
-        make("directory", tmp_path / "out", meanwhile=lambda: signal.raise_signal(signal.SIGINT))
-    assert e.value.code == 143 and not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(
+        OutputError, match=r"what was computed is in .*; .*file/out can't be written: File exists"
+    ):
+        write_all(*(partial(make, "file", tmp_path / name) for name in ("one", "file/out")))
 
 
 def test_a_link_is_no_output(tmp_path):
@@ -307,6 +242,12 @@ def test_names_that_are_none_are_refused_before_the_work(tmp_path, name, said):
     with pytest.raises(OutputError, match=f"can't be written: .*{said}"):
         check_new_file(tmp_path / name, "out", overwrite=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("none", [-1, 0])
+def test_a_file_system_that_states_no_limit_has_none(tmp_path, monkeypatch, none):
+    monkeypatch.setattr(os, "pathconf", lambda path, name: none)
+    assert check_writable(tmp_path / "out") > 0
 
 
 def test_the_longest_names_that_are_let_through_work(tmp_path):

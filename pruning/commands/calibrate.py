@@ -227,17 +227,15 @@ def run_calibration(
     unfinished = unfinished_of(out)
     if overwrite:
         unfinished.unlink(missing_ok=True)
-    with (
-        going_on_from(unfinished),
-        tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance,
-    ):
-        statistics = collect(
-            model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=unfinished
-        )
-    try:
-        write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
-    except OutputTakenError:  # the statistics are whole: there is nothing to go on with
+    with going_on_from(unfinished):
+        with tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance:
+            statistics = collect(
+                model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=unfinished
+            )
+        try:
+            write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
+        except OutputTakenError:  # the statistics are whole: there is nothing to go on with
+            unfinished.unlink(missing_ok=True)
+            raise
         unfinished.unlink(missing_ok=True)
-        raise
-    unfinished.unlink(missing_ok=True)
     return statistics

@@ -19,7 +19,6 @@ from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
 from pruning.evaluation.suite import PARTS, Part, Settings, evaluate_checkpoints
 from pruning.finite import check_finite
-from pruning.interrupts import left_behind
 from pruning.options import Device, Overwrite, TextFiles, device_named, text_of
 from pruning.progress import Advance, Busy, tokens_bar
 
@@ -67,17 +66,14 @@ def evaluate(
     settings = Settings(
         text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
     )
-    with left_behind("nothing was written"):
-        opened = [open_checkpoint(c) for c in checkpoints]
-        if json is not None:
-            refuse_input(
-                json, "json", [*(c.path for c in opened), *(f for f in text or () if not f.is_dir())]
-            )
-        with Busy(err_console, "reading the weights"):
-            for checkpoint in opened:
-                checkpoint.check_tensors()
-                check_finite(checkpoint)
-        evaluation = evaluate_checkpoints(opened, settings, _bar)
+    opened = [open_checkpoint(c) for c in checkpoints]
+    if json is not None:
+        refuse_input(json, "json", [*(c.path for c in opened), *(f for f in text or () if not f.is_dir())])
+    with Busy(err_console, "reading the weights"):
+        for checkpoint in opened:
+            checkpoint.check_tensors()
+            check_finite(checkpoint)
+    evaluation = evaluate_checkpoints(opened, settings, _bar)
     try:
         out_console.print(views.evaluation_table(evaluation))
     finally:  # a place that takes the one may not take the other

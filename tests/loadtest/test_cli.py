@@ -10,6 +10,7 @@ from live_server import LiveServer, write_variants
 from typer.testing import CliRunner
 
 import loadtest.cli
+import lowkey.publishing
 from loadtest.cli import app
 from loadtest.workload import Lengths, WorkloadError, read_trace
 
@@ -133,6 +134,21 @@ def test_a_signal_ends_it_with_one_line_and_leaves_nothing(server, tmp_path, mon
     monkeypatch.setattr(loadtest.report, "page", lambda *_: signal.raise_signal(number))
     result = run("run", "--url", server.url, *FEW, "--out", tmp_path / "out")
     assert result.exit_code == 128 + number and not (tmp_path / "out").exists()
+
+
+def test_a_signal_after_the_first_file_names_what_is_written(server, tmp_path, monkeypatch):
+    out, place = tmp_path / "out", lowkey.publishing._place
+
+    def interrupted(made, path):
+        if path.name == "loadtest.md":
+            signal.raise_signal(signal.SIGTERM)
+        place(made, path)
+
+    monkeypatch.setattr(lowkey.publishing, "_place", interrupted)
+    result = run("run", "--url", server.url, *FEW, "--out", out)
+    assert result.exit_code == 143
+    said = f"interrupted: {out / 'loadtest.json'} and {out / 'loadtest.md'} are written\n"
+    assert result.output.endswith(said) and len(list(out.iterdir())) == 2
 
 
 def test_other_machines_are_not_loaded():

@@ -10,7 +10,8 @@ import torch
 from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
 from safetensors.torch import load_file, save_file
 
-from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint, write_json
+from lowkey.publishing import write_json
+from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 
 INDEX = "model.safetensors.index.json"

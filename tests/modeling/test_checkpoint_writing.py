@@ -10,11 +10,10 @@ from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
 from safetensors.torch import load_file
 
 from lowkey.files import OutputTakenError, found_at
-from lowkey.publishing import new_directory
+from lowkey.publishing import new_directory, write_json
 from modeling.checkpoint import (
     export_tensors,
     open_checkpoint,
-    write_json,
     write_safetensors,
 )
 

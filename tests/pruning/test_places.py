@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from checkpoints import GATED, write_checkpoint
-from typer.testing import CliRunner
+from pruning_runs import EVALUATE, arguments, invoke, make_inputs
 
 import pruning.commands.calibrate
 import pruning.commands.evaluate
@@ -21,27 +20,13 @@ import pruning.recovery
 from lowkey.files import OutputError, check_new_file, check_writable, write_or_keep
 from lowkey.publishing import replacing
 from modeling.checkpoint import Checkpoint, open_checkpoint
-from pruning.cli import app
 from pruning.evaluation.record import read_evaluation
 from pruning.statistics import load_statistics
-
-TEXT = ("--tokens", 256, "--window-length", 64)
-RECOVER = ("--tokens", 200, "--window-length", 32, "--batch", 2, "--heldout-tokens", 512, "--evaluations", 1)
-EVALUATE = ("--tokens", 512, "--window", 64)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A dense checkpoint, a reduced one, statistics, and text."""
-    folder = tmp_path_factory.mktemp("places")
-    write_checkpoint(folder / "dense", GATED)
-    (folder / "text").write_text(" ".join(f"{i * i}" for i in range(2000)))
-    for arguments in (
-        ("prune", folder / "dense", folder / "reduced", "--method", "l1", "--keep", 8),
-        ("calibrate", folder / "dense", folder / "s.safetensors", "--text", folder / "text", *TEXT),
-    ):
-        assert CliRunner().invoke(app, [*map(str, arguments)]).exit_code == 0
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("places"))
 
 
 @pytest.fixture
@@ -51,18 +36,13 @@ def run(made, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
 
     def run(command, out, *more, code=2):
-        dense, reduced, text = made / "dense", made / "reduced", ("--text", made / "text")
-        arguments = {
-            "calibrate": ("calibrate", dense, out, *text, *TEXT),
-            "merge": ("merge", made / "s.safetensors", "--out", out),
-            "prune": ("prune", dense, out, "--method", "drrqr", "--keep", 8, *text, *TEXT),
-            "stats": ("prune", dense, tmp_path / "new", "--method", "drrqr", "--keep", 8, "--stats", out, *text, *TEXT),
-            "recover": ("recover", dense, reduced, out, *text, "--heldout", made / "text", *RECOVER),
-            "evaluate": ("evaluate", dense, reduced, *text, *EVALUATE, "--json", out),
-            "report": ("report", out, reduced),
-            "pictures": ("report", tmp_path / "new.html", reduced, "--png", out),
-        }[command]  # fmt: skip
-        result = CliRunner().invoke(app, [*map(str, arguments), *map(str, more)])
+        if command == "stats":
+            given = (*arguments(made, "prune with statistics", tmp_path / "new"), "--stats", out)
+        elif command == "pictures":
+            given = (*arguments(made, "report", tmp_path / "new.html"), "--png", out)
+        else:
+            given = arguments(made, "prune with statistics" if command == "prune" else command, out)
+        result = invoke(*given, *more)
         assert result.exit_code == code, result.output + repr(result.exception)
         return result
 
@@ -158,15 +138,8 @@ SMALL_FILES = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (2**16, 2**16))
 
 @pytest.mark.parametrize("command", ["calibrate", "merge", "prune", "recover", "report"])
 def test_where_nothing_large_can_be_written_one_line_says_so_and_nothing_is_left(made, tmp_path, command):
-    out, text = tmp_path / "out", ("--text", made / "text", "--heldout", made / "text")
-    arguments = {
-        "merge": ("merge", made / "s.safetensors", "--out", out),
-        "prune": ("prune", made / "dense", out, "--method", "l1", "--keep", 8),
-        "calibrate": ("calibrate", made / "dense", out, "--text", made / "text", *TEXT),
-        "recover": ("recover", made / "dense", made / "reduced", out, *text, *RECOVER),
-        "report": ("report", out, made / "reduced"),
-    }[command]
-    done = in_a_process(SMALL_FILES, *arguments)
+    out = tmp_path / "out"
+    done = in_a_process(SMALL_FILES, *arguments(made, command, out))
     last = done.stderr.splitlines()[-1]
     assert (
         done.returncode == 2

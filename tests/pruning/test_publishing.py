@@ -6,8 +6,7 @@ import sys
 import tempfile
 
 import pytest
-from checkpoints import GATED, write_checkpoint
-from typer.testing import CliRunner
+from pruning_runs import arguments, invoke, make_inputs
 
 import pruning.commands.calibrate
 import pruning.commands.evaluate
@@ -16,37 +15,13 @@ import pruning.commands.prune
 import pruning.recovery
 import pruning.report.page
 from modeling.checkpoint import open_checkpoint
-from pruning.cli import app
 from pruning.evaluation.record import read_evaluation
 from pruning.statistics import load_statistics
-
-TEXT = ("--tokens", 256, "--window-length", 64)
-RECOVER = ("--tokens", 200, "--window-length", 32, "--batch", 2, "--heldout-tokens", 512, "--evaluations", 1)
-
-
-def arguments(made, command, out):
-    dense, reduced, text = made / "dense", made / "reduced", ("--text", made / "text")
-    return {
-        "calibrate": ("calibrate", dense, out, *text, *TEXT),
-        "merge": ("merge", made / "s.safetensors", "--out", out),
-        "prune": ("prune", dense, out, "--method", "l1", "--keep", 8),
-        "prune with statistics": ("prune", dense, out, "--method", "drrqr", "--keep", 8, *text, *TEXT),
-        "recover": ("recover", dense, reduced, out, *text, "--heldout", made / "text", *RECOVER),
-        "evaluate": ("evaluate", dense, reduced, *text, "--tokens", 512, "--window", 64, "--json", out),
-        "report": ("report", out, reduced),
-    }[command]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A dense checkpoint, a reduced one, statistics, and text."""
-    folder = tmp_path_factory.mktemp("publishing")
-    write_checkpoint(folder / "dense", GATED)
-    (folder / "text").write_text(" ".join(f"{i * i}" for i in range(2000)))
-    for command, out in (("prune", "reduced"), ("calibrate", "s.safetensors")):
-        given = arguments(folder, command, folder / out)
-        assert CliRunner().invoke(app, [*map(str, given)]).exit_code == 0
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("publishing"))
 
 
 @pytest.fixture
@@ -55,7 +30,7 @@ def run(made, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
 
     def run(command, out, *more, code=0):
-        result = CliRunner().invoke(app, [*map(str, (*arguments(made, command, out), *more))])
+        result = invoke(*arguments(made, command, out), *more)
         assert result.exit_code == code, result.output + repr(result.exception)
         return result
 
@@ -156,7 +131,7 @@ def test_statistics_that_are_there_are_neither_replaced_nor_used_unasked(run, ma
     run("prune with statistics", out, "--overwrite")
     assert load_statistics(stats).tokens == 256
     given = ("prune", made / "dense", tmp_path / "again", "--method", "drrqr", "--keep", 8, "--stats", stats)
-    assert CliRunner().invoke(app, [*map(str, given)]).exit_code == 0
+    assert invoke(*given).exit_code == 0
 
 
 def test_prune_says_how_to_go_on_from_statistics_whose_name_was_taken(run, made, tmp_path, monkeypatch):
@@ -167,7 +142,7 @@ def test_prune_says_how_to_go_on_from_statistics_whose_name_was_taken(run, made,
     assert result.stderr.splitlines()[-1].endswith(f"; give --stats {kept} to go on from it")
     assert stats.read_text() == "mine" and not out.exists()
     given = ("prune", made / "dense", out, "--method", "drrqr", "--keep", 8, "--stats", kept)
-    assert CliRunner().invoke(app, [*map(str, given)]).exit_code == 0
+    assert invoke(*given).exit_code == 0
 
 
 RACER = """
@@ -221,7 +196,7 @@ def test_a_second_run_with_the_same_progress_file_is_refused_at_once(made, tmp_p
     out = tmp_path / "out"
     (first,) = racers(made, command, out, 1)
     assert first.stdout.readline() == "made\n", first.stderr.read()
-    result = CliRunner().invoke(app, [*map(str, arguments(made, command, out))])
+    result = invoke(*arguments(made, command, out))
     progress = out.with_name("out.partial" if command == "calibrate" else "out.progress.safetensors")
     assert result.exit_code == 2
     assert result.stderr.splitlines()[-1].startswith(f"error: {progress} is in use by another run; ")

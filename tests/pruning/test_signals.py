@@ -1,19 +1,19 @@
 """SIGTERM and the like, at any moment of any command: one line, an exit code of its own, and nothing left."""
 
+import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import GATED, write_checkpoint
-from typer.testing import CliRunner
+from pruning_runs import arguments, invoke, make_inputs
 
-from pruning.cli import app
+import lowkey.publishing
+import pruning.commands.calibrate
+import pruning.commands.merge
 from pruning.on_ray import connected
-
-TEXT = ("--tokens", 256, "--window-length", 64)
-RECOVER = ("--tokens", 200, "--window-length", 32, "--batch", 2, "--heldout-tokens", 512, "--evaluations", 1)
 
 STOPPED = """
 import sys
@@ -42,29 +42,7 @@ app()
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A dense checkpoint, a reduced one, statistics, and text."""
-    folder = tmp_path_factory.mktemp("signals")
-    write_checkpoint(folder / "dense", GATED)
-    (folder / "text").write_text(" ".join(f"{i * i}" for i in range(2000)))
-    for arguments in (
-        ("prune", folder / "dense", folder / "reduced", "--method", "l1", "--keep", 8),
-        ("calibrate", folder / "dense", folder / "s.safetensors", "--text", folder / "text", *TEXT),
-    ):
-        assert CliRunner().invoke(app, [*map(str, arguments)]).exit_code == 0
-    return folder
-
-
-def arguments(made, command, out):
-    dense, reduced, text = made / "dense", made / "reduced", ("--text", made / "text")
-    return {
-        "calibrate": ("calibrate", dense, out, *text, *TEXT),
-        "merge": ("merge", made / "s.safetensors", "--out", out),
-        "prune": ("prune", dense, out, "--method", "l1", "--keep", 8, "--evaluate"),
-        "recover": ("recover", dense, reduced, out, *text, "--heldout", made / "text", *RECOVER),
-        "evaluate": ("evaluate", dense, reduced, *text, "--tokens", 512, "--window", 64, "--json", out),
-        "report": ("report", out, reduced),
-        "inspect": ("inspect", dense),
-    }[command]  # fmt: skip
+    return make_inputs(tmp_path_factory.mktemp("signals"))
 
 
 PHASES = {
@@ -85,9 +63,15 @@ PHASES = {
 
 def stopped(made, phase, out, number):
     command, *where = PHASES[phase]
-    line = [sys.executable, "-c", STOPPED, *where, *map(str, arguments(made, command, out))]
+    more = ["--evaluate"] if command == "prune" else []
+    return held(where, *arguments(made, command, out), *more, number=number)
+
+
+def held(where, *given, number, **options):
+    """Exit code and standard error of a command that gets a signal while it is held."""
+    line = [sys.executable, "-c", STOPPED, *where, *map(str, given)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(line, text=True, **pipes)
+    process = subprocess.Popen(line, text=True, **pipes, **options)
     said = ""
     while said != "there\n":
         said = process.stdout.readline()
@@ -123,14 +107,111 @@ def test_what_sigkill_leaves_is_named_by_the_next_run(made, tmp_path):
     assert code == -signal.SIGKILL
     (left,) = tmp_path.iterdir()
     size = sum(p.stat().st_size for p in left.rglob("*") if p.is_file())
-    line = [sys.executable, "-c", "from pruning.cli import app; app()", *arguments(made, "prune", out)[:-1]]
+    line = [sys.executable, "-c", "from pruning.cli import app; app()", *arguments(made, "prune", out)]
     for _ in range(2):  # it is only named, and again by the next one
         done = subprocess.run(
             [*map(str, line), "--overwrite"], capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0 and sorted(tmp_path.iterdir()) == sorted([out, left])
         note = f"note: {left} ({size / 1000:.1f} KB) was left by a run that was killed; remove it"
-        assert note in done.stderr.splitlines()
+        assert [line for line in done.stderr.splitlines() if "was left by" in line] == [note]
+
+
+def test_after_its_result_has_its_name_a_command_does_not_say_that_nothing_was_written(made, tmp_path):
+    out = tmp_path / "out"
+    code, errors = held(
+        ("pruning.views", "tree", "before"), *arguments(made, "prune", out), number=signal.SIGTERM
+    )
+    assert code == 143 and errors.splitlines()[-1] == f"interrupted: {out} is written"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_signal_among_the_pictures_of_a_report_names_what_is_written(made, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "chromium").write_text("")
+    (tmp_path / "bin" / "chromium").chmod(0o755)
+    out = tmp_path / "o" / "out"
+    given = (*arguments(made, "report", out), "--png", tmp_path / "pictures")
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    where = ("pruning.report.png", "write_png", "before")
+    code, errors = held(where, *given, number=signal.SIGTERM, env=environment)
+    assert code == 143 and errors.splitlines()[-1] == f"interrupted: {out} is written"
+
+
+COMMANDS = ("calibrate", "merge", "prune", "recover", "evaluate", "report")
+
+
+def while_it_gets_its_name(monkeypatch, out, do):
+    """Calls `do` when the command is about to give its result the name `out`."""
+    place = lowkey.publishing._place
+
+    def interrupted(made, path):
+        if path == out:
+            do()
+        place(made, path)
+
+    monkeypatch.setattr(lowkey.publishing, "_place", interrupted)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_while_the_result_gets_its_name_says_that_it_is_written(
+    made, tmp_path, monkeypatch, command
+):
+    out = tmp_path / "out"
+    while_it_gets_its_name(monkeypatch, out, lambda: signal.raise_signal(signal.SIGTERM))
+    result = invoke(*arguments(made, command, out))
+    assert result.exit_code == 143, result.output
+    assert result.stderr.splitlines()[-1] == f"interrupted: {out} is written"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_signal_does_not_hide_where_a_result_was_kept(made, tmp_path, monkeypatch, command):
+    out = tmp_path / "out"
+
+    def appear():
+        if not out.exists():
+            out.write_text("mine")
+            signal.raise_signal(signal.SIGTERM)
+
+    while_it_gets_its_name(monkeypatch, out, appear)
+    result = invoke(*arguments(made, command, out))
+    last = result.stderr.splitlines()[-1]
+    assert result.exit_code == 143, result.output
+    assert last.startswith(f"interrupted: {out} has appeared or changed since the command began")
+    kept = tmp_path / os.path.basename(last.split("what was computed is in ")[1])
+    assert out.read_text() == "mine" and sorted(tmp_path.iterdir()) == sorted([out, kept])
+
+
+def test_of_several_results_all_that_are_written_are_named(made, tmp_path, monkeypatch):
+    out, stats = tmp_path / "out", tmp_path / "out.stats.safetensors"
+    while_it_gets_its_name(monkeypatch, out, lambda: signal.raise_signal(signal.SIGINT))
+    result = invoke(*arguments(made, "prune with statistics", out))
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == f"interrupted: {stats} and {out} are written"
+    monkeypatch.undo()
+    monkeypatch.setattr(pruning.commands.merge, "merge", lambda *_: signal.raise_signal(signal.SIGINT))
+    said = invoke(*arguments(made, "merge", tmp_path / "merged")).stderr
+    assert said.splitlines()[-1] == "interrupted: nothing was written", (
+        "of the command before nothing is said"
+    )
+
+
+def test_a_calibration_interrupted_while_it_writes_its_result_can_go_on(made, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    save_every = pruning.commands.calibrate.collect.__kwdefaults__
+    monkeypatch.setitem(save_every, "save_every", 0.0)
+    save = pruning.commands.calibrate.save_statistics
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(pruning.commands.calibrate, "save_statistics", interrupted)
+    result = invoke(*arguments(made, "calibrate", out))
+    progress = tmp_path / "out.partial"
+    assert result.stderr.splitlines()[-1] == f"interrupted: the same command goes on from {progress}"
+    assert list(tmp_path.iterdir()) == [progress]
 
 
 def test_ray_does_not_take_the_signals_over(monkeypatch):
@@ -142,3 +223,18 @@ def test_ray_does_not_take_the_signals_over(monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     with connected("local"):
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_signals_that_ray_may_not_touch_are_left_alone(monkeypatch):
+    """Only the main thread sets handlers, and one that is not Python's can't be set again."""
+    ray = SimpleNamespace(init=lambda **options: None, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+
+    def connect():
+        with connected("local"):
+            return "connected"
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(connect).result() == "connected"
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    assert connect() == "connected"
