@@ -66,6 +66,10 @@ def check_writable(path: Path) -> int:
         raise OutputError(f"{str(path)!r} can't be written: it must end in a name")
     if "\0" in str(path):
         raise OutputError(f"{str(path)!r} can't be written: no name holds a NUL byte")
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as e:  # safetensors writes to no other
+        raise OutputError(f"{str(path)!r} can't be written: its name is not UTF-8") from e
     absolute = path.absolute()
     folder = next(parent for parent in absolute.parents if os.path.lexists(parent))
     try:

@@ -1,8 +1,10 @@
 """Ctrl-C, SIGTERM and SIGHUP: they end a command with a line and an exit code, once nothing half-written is left."""
 
+import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,14 +34,20 @@ written: list[Path] = []
 
 _running = 0
 """How many blocks of `ending_on_signals` are entered, one in the other."""
-_ending = False
-"""Whether the running command is ending, so that no further signal may disturb it."""
+_GRACE = 10.0
+"""Seconds in which a command that a signal ends ignores further ones, so that they don't take its last words away.
+After that they count again: code that is not Python's may have swallowed the exception."""
+_deaf_until = 0.0
+"""When signals count again, by the monotonic clock."""
+_came: int | None = None
+"""The signal that ends the running command."""
 
 
 def interrupt(number: int) -> NoReturn:
-    """Ends work as the signal `number` does, by its exception. A running command ignores signals from here on."""
-    global _ending
-    _ending = _running > 0
+    """Ends work as the signal `number` does, by its exception. A running command ignores further ones for a while."""
+    global _deaf_until, _came
+    if _running:
+        _deaf_until, _came = time.monotonic() + _GRACE, number
     raise INTERRUPTIONS[number]
 
 
@@ -56,7 +64,7 @@ def handled_by(handler: Handler) -> Iterator[None]:
     before = {number: known for number, known in now.items() if known is not None}  # others can't be restored
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if not _ending:
+        if time.monotonic() >= _deaf_until:
             handler(number, frame)
 
     try:
@@ -98,26 +106,31 @@ def ending_on_signals(clean_up: Callable[[], object]) -> Iterator[None]:
         clean_up: called at the end of the block in any case, undisturbed by signals. It removes what an interruption
             kept from being removed by ordinary means, because it came while they were at work.
     """
-    global _running, _ending
+    global _running, _deaf_until, _came
     if not _running:
         written.clear()
+        _came = None
     _running += 1
     try:
         with handled_by(lambda number, frame: interrupt(number)):
             try:
                 yield
-            except KeyboardInterrupt as e:
-                _ending = True
+            except BaseException as e:
+                # Foreign code may make another exception of the one that a signal raised in it.
+                if not isinstance(e, KeyboardInterrupt) and _came is None:
+                    raise
+                _deaf_until = math.inf
+                words = str(e) if isinstance(e, KeyboardInterrupt) else ""
                 with suppress(OSError):  # a terminal that is gone
-                    sys.stderr.write(f"interrupted: {str(e) or _what_is_written()}\n")
-                numbers = {kind: number for number, kind in INTERRUPTIONS.items()}
-                raise SystemExit(128 + numbers.get(type(e), signal.SIGINT)) from e
+                    sys.stderr.write(f"interrupted: {words or _what_is_written()}\n")
+                numbers = [number for number, kind in INTERRUPTIONS.items() if type(e) is kind]
+                raise SystemExit(128 + (numbers or [_came or signal.SIGINT])[0]) from e
             finally:
-                _ending = True
+                _deaf_until = math.inf
                 clean_up()
     finally:
         _running -= 1
-        _ending = False
+        _deaf_until = 0.0
 
 
 def _what_is_written() -> str:

@@ -39,6 +39,10 @@ def local_directory(source: str | Path) -> Path | None:
     path = as_path(source)
     # Unlike Path.is_dir, os.path.isdir is False for a name that is too long or lies where we may not look.
     if os.path.isdir(path):
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as e:
+            raise CheckpointError(f"{str(source)!r}: safetensors reads only names that are UTF-8") from e
         return path
     if path.suffix == ".gguf":
         raise CheckpointError(_no_gguf(path))

@@ -92,11 +92,10 @@ def connected(address: str) -> Iterator[None]:
     Raises:
         PruningError: Ray is not installed, or there is no such cluster.
     """
+    check_installed()
+    import ray
+
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        import ray
-    except ImportError as e:
-        raise PruningError(f"--ray needs an extra: {how_to_install('ray')}") from e
     try:
         ray.init(
             address=address,

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 
 import pytest
 from results import content, make
 
 import lowkey.publishing
+import lowkey.signals
 from lowkey.files import OutputError, write_or_keep
 from lowkey.publishing import remove_working_directories, replacing
 from lowkey.signals import Terminated, ending_on_signals, handled_by, uninterrupted
@@ -102,6 +104,40 @@ def test_another_kind_of_keyboard_interrupt_ends_a_command_like_ctrl_c():
     with pytest.raises(SystemExit) as e, ending_on_signals(list):
         raise Other
     assert e.value.code == 130
+
+
+def test_foreign_code_that_makes_another_exception_of_a_signal_is_interrupted_all_the_same(capsys):
+    """As safetensors does where one comes while it makes a tensor."""
+
+    def work():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape") from None
+
+    with pytest.raises(SystemExit) as e, ending_on_signals(list):
+        work()
+    assert e.value.code == 143 and capsys.readouterr().err == "interrupted: nothing was written\n"
+    with pytest.raises(ValueError, match="of its own"), ending_on_signals(list):
+        raise ValueError("of its own")
+
+
+def test_signals_count_again_where_foreign_code_has_swallowed_the_first(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(lowkey.signals.time, "monotonic", lambda: now[0])
+    went_on = []
+
+    def work():
+        for _ in range(2):
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGTERM)
+            went_on.append(now[0])
+        now[0] += 11
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SystemExit) as e, ending_on_signals(list):
+        work()
+    assert e.value.code == 130 and went_on == [0.0, 0.0]
 
 
 def test_a_command_in_another_command_forgets_nothing(tmp_path, capsys):

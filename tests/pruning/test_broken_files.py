@@ -6,34 +6,19 @@ import struct
 
 import pytest
 import torch
-from checkpoints import GATED, write_checkpoint
+from pruning_runs import RECOVER, TEXT, invoke, make_inputs
 from safetensors.torch import save_file
-from typer.testing import CliRunner
-
-from pruning.cli import app
-
-TEXT = ("--tokens", 256, "--window-length", 64)
-RECOVER = ("--tokens", 200, "--window-length", 32, "--batch", 2, "--heldout-tokens", 512, "--evaluations", 1)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A dense checkpoint, a reduced one, statistics, and text."""
-    folder = tmp_path_factory.mktemp("broken")
-    write_checkpoint(folder / "dense", GATED)
-    (folder / "text").write_text(" ".join(f"{i * i}" for i in range(2000)))
-    for arguments in (
-        ("prune", folder / "dense", folder / "reduced", "--method", "l1", "--keep", 8),
-        ("calibrate", folder / "dense", folder / "s.safetensors", "--text", folder / "text", *TEXT),
-    ):
-        assert CliRunner().invoke(app, [*map(str, arguments)]).exit_code == 0
-    return folder
+    return make_inputs(tmp_path_factory.mktemp("broken"))
 
 
 def refused(tmp_path, *arguments):
     """The one line of the error; nothing has changed."""
     before = sorted(tmp_path.rglob("*"))
-    result = CliRunner().invoke(app, [*map(str, arguments)])
+    result = invoke(*arguments)
     assert result.exit_code == 2 and isinstance(result.exception, SystemExit), repr(result.exception)
     *_, last = result.stderr.splitlines()
     assert last.startswith("error: ") and "Traceback" not in result.stderr
@@ -132,3 +117,19 @@ def test_a_link_is_no_output_and_what_it_leads_to_stays(made, tmp_path, command,
         out = out.rename(tmp_path / "new.stats.safetensors")
     assert f"={str(out)!r} is a link to " in refused(tmp_path, *arguments, "--overwrite")
     assert (tmp_path / "file").read_text() == "mine" and out.is_symlink()
+
+
+def test_names_that_are_not_utf_8_are_refused_before_the_work(made, tmp_path):
+    """Which safetensors can't open; a terminal in another encoding, or an old archive, makes them."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    arguments = ("prune", made / "dense", odd, "--method", "l1", "--keep", 8)
+    assert refused(tmp_path, *arguments).endswith("can't be written: its name is not UTF-8")
+    shutil.copytree(made / "dense", odd)
+    assert refused(tmp_path, "inspect", odd).endswith(": safetensors reads only names that are UTF-8")
+
+
+@pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
+def test_a_directory_in_the_place_of_progress_is_named(made, tmp_path, overwrite):
+    (tmp_path / "s.safetensors.partial").mkdir()
+    last = refused(tmp_path, "calibrate", made / "dense", tmp_path / "s.safetensors", *TEXT, *overwrite)
+    assert last.endswith("s.safetensors.partial is a directory, not a statistics file of lowkey-prune")
