@@ -142,8 +142,9 @@ format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Two processes, with the tests of a file in one of them, since they share servers and checkpoints.
 test: lint
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist loadfile
 
 test-all: lint $(CLIENTS) $(JS_CLIENTS) $(RAY) $(TOOLS)
 	$(BIN)/pytest

@@ -31,7 +31,8 @@ def note_leftovers(path: Path) -> None:
         if not name.fullmatch(entry.name) or entry.is_symlink():
             continue
         with suppress(OSError):  # no directory, or one that goes while it is looked at
-            if {file.name for file in entry.iterdir()} <= {NEW, OLD, LOCK} and not _in_use(entry):
+            inside = {file.name for file in entry.iterdir()}
+            if inside <= {NEW, OLD, LOCK} and inside & {NEW, OLD} and not _in_use(entry):
                 _note(entry, path)
 
 

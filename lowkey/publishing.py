@@ -170,9 +170,16 @@ def _working_directory(path: Path) -> Iterator[Path]:
 
 def _remove(directory: Path) -> None:
     descriptor = _own.pop(directory, None)
-    if descriptor is not None:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(descriptor)
+    if descriptor is None:
+        return
+    with suppress(OSError):
+        for made in directory.iterdir():
+            if made.is_dir() and not made.is_symlink():
+                shutil.rmtree(made, ignore_errors=True)
+            elif made.name != LOCK:
+                made.unlink()
+    os.close(descriptor)  # before its file is removed: NFS keeps the directory of one that is open
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _publish(directory: Path, path: Path, replaces: Found | None) -> None:

@@ -4,13 +4,12 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lowkey.publishing import write_json
-from modeling.checkpoint import HUB_FILES, REDUCTION, Checkpoint
+from modeling.checkpoint import REDUCTION, Checkpoint
 from modeling.sources import TOKENIZER, CheckpointError, read_json
 
 RECOVERY = "recovery.json"
@@ -47,7 +46,7 @@ class Companions:
       their ending, as in a store that names files by their content;
     - from a snapshot of a hub cache to a file in the cache's store, or to one that is named by a hash.
 
-    From such a snapshot only what would be downloaded comes along, so no code.
+    From such a snapshot no code comes along: none would be downloaded.
     """
 
     checkpoint: Checkpoint
@@ -118,7 +117,7 @@ class Companions:
         found = {}
         for name, path in paths.items():
             anew = name.name.endswith(".index.json") or str(name) in _WRITTEN_ANEW
-            code = self._cached and not any(fnmatch(str(name), pattern) for pattern in HUB_FILES)
+            code = self._cached and name.suffix == ".py"
             left = _hidden(name) or anew or code or name.suffix in _WEIGHTS or results & {*name.parents}
             if not left and (path.is_file() or path.is_symlink()):
                 found[name] = path.is_file() and self._own(path, name)

@@ -7,6 +7,7 @@ one from a stranger is safe. `pruning.collection` collects them.
 """
 
 import json
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +223,7 @@ def load_unfinished(path: Path) -> tuple[Statistics, dict[str, int]]:
 
 
 def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
-    if path.is_dir():  # safetensors would say that there is no such device
+    if os.path.isdir(path):  # safetensors would say that there is no such device
         raise PruningError(f"{path} is a directory, not a statistics file of lowkey-prune")
     try:
         with safe_open(path, framework="pt") as f:

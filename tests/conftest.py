@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # No test reaches for the hub.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # consoles take it for good when they are made; tests set their own
 
 from hypothesis import HealthCheck, settings
 

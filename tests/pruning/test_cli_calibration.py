@@ -122,6 +122,7 @@ def test_shards_on_a_cluster_open_the_checkpoint_by_its_whole_path(run, dense, m
         raise SeenError(job.source)
 
     monkeypatch.setenv("HOME", str(dense.parent))
+    monkeypatch.setattr(calibrate, "check_installed", lambda: None)
     monkeypatch.setattr(calibrate, "connected", lambda address: nullcontext())
     monkeypatch.setattr(calibrate, "room", seen)
     for source in (str(dense), f"~/{dense.name}", os.path.relpath(dense)):
