@@ -2,6 +2,8 @@
 
 import errno
 import os
+import sys
+from contextlib import suppress
 
 # Before torch is imported: threads that spin between operations slow down everything else on the machine.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -48,13 +50,21 @@ class Commands(TyperGroup):
             except OSError as e:
                 if e.errno == errno.EPIPE:  # whoever read the output has seen enough; typer ends quietly
                     raise
-                raise self._failed(e) from e
+                failed = self._failed(e)
+                _give_up_output()
+                raise failed from e
             except (PruningError, CheckpointError, ConfigError, OutputError) as e:
                 raise self._failed(e) from e
 
     def _failed(self, error: Exception) -> typer.Exit:
         err_console.print(f"error: {error}", style="red", soft_wrap=True)
         return typer.Exit(2)
+
+
+def _give_up_output() -> None:
+    """Let go of what standard output could not take: Python would try it again at its end, and exit with code 120."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)

@@ -129,6 +129,7 @@ def in_a_process(preamble, *arguments, stdout=subprocess.PIPE):
     return subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
         stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=800, check=False,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # as users have it
     )  # fmt: skip
 
 
