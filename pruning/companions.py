@@ -51,7 +51,7 @@ class Companions:
 
     checkpoint: Checkpoint
 
-    @property
+    @cached_property
     def names(self) -> list[Path]:
         """Paths of what comes along, relative to the checkpoint."""
         return [name for name, follow in self._found.items() if follow]
@@ -133,18 +133,22 @@ class Companions:
             return False
         if self._cached and (last.parent == self._blobs or _HASH.fullmatch(last.name)):
             return True  # whoever knows the hash of a file has the file
-        weights = {file.resolve() for file in self.checkpoint.files.values()}
-        if any(last == file.parent / name for file in weights):
+        if any(last == file.parent / name for file in self._weights):
             return True
-        blobs = all(file.suffix != ".safetensors" for file in weights)
-        return blobs and last.parent in {file.parent for file in weights}
+        blobs = all(file.suffix != ".safetensors" for file in self._weights)
+        return blobs and last.parent in {file.parent for file in self._weights}
+
+    @cached_property
+    def _weights(self) -> set[Path]:
+        """Where the weights lie in the end, over all links."""
+        return {file.resolve() for file in set(self.checkpoint.files.values())}
 
     def _inside(self, path: Path) -> bool:
         """Whether a path leads to what is in the checkpoint and not hidden, as passwords are in .git/config."""
         last, root = path.resolve(), self._root
         return last.is_relative_to(root) and not _hidden(last.relative_to(root))
 
-    @property
+    @cached_property
     def _root(self) -> Path:
         return self.checkpoint.path.resolve()
 
@@ -176,9 +180,8 @@ class Companions:
         classes = config.get(_CODE)
         by_use = classes.values() if isinstance(classes, dict) else [classes]
         named = [c for use in by_use for c in (use if isinstance(use, list) else [use]) if c is not None]
-        files = {
-            f"{str(c).rpartition('.')[0]}.py" for c in named
-        }  # "modeling_x.Model"; "org/name--modeling_x.Model"
+        # A class is named as "modeling_x.Model", or as "org/name--modeling_x.Model" in another repository.
+        files = {f"{str(c).rpartition('.')[0]}.py" for c in named}
         return sorted(file for file in files if Path(file) not in self.names)
 
 

@@ -208,6 +208,11 @@ def uniform_widths(
     return widths, limit
 
 
+def named_files(text: list[Path] | None) -> list[Path]:
+    """What `--text` names as single files: these are no outputs, while results may lie in a folder of text."""
+    return [file for file in text or () if not file.is_dir()]
+
+
 def text_of(files: list[Path] | None, split: Split, field: str | None = None) -> Text:
     """The files, folders and globs, or one side of the bundled text."""
     return read_text(files, field) if files else bundled_text(split)

@@ -50,6 +50,7 @@ from pruning.options import (
     Tokens,
     WindowLength,
     device_named,
+    named_files,
     shard_numbers,
 )
 from pruning.progress import Busy, tokens_bar
@@ -118,7 +119,7 @@ def calibrate(
     numbers = shard_numbers(shard)
     where = device_named(device)
     checkpoint = open_checkpoint(src)
-    refuse_input(out, "out", [checkpoint.path, *(file for file in text or () if not file.is_dir())])
+    refuse_input(out, "out", [checkpoint.path, *named_files(text)])
     checkpoint.check_tensors()
     names = names_for(needed)
     encoder = Encoder(checkpoint)

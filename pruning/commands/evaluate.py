@@ -19,7 +19,7 @@ from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
 from pruning.evaluation.suite import PARTS, Part, Settings, evaluate_checkpoints
 from pruning.finite import check_finite
-from pruning.options import Device, Overwrite, TextFiles, device_named, text_of
+from pruning.options import Device, Overwrite, TextFiles, device_named, named_files, text_of
 from pruning.progress import Advance, Busy, tokens_bar
 
 ALL = "all"
@@ -68,7 +68,7 @@ def evaluate(
     )
     opened = [open_checkpoint(c) for c in checkpoints]
     if json is not None:
-        refuse_input(json, "json", [*(c.path for c in opened), *(f for f in text or () if not f.is_dir())])
+        refuse_input(json, "json", [*(c.path for c in opened), *named_files(text)])
     with Busy(err_console, "reading the weights"):
         for checkpoint in opened:
             checkpoint.check_tensors()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checkpoints import GATED, random_tensors, write_checkpoint
+from pruning_runs import RECOVER, TEXT
 from reducing import random_keep
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
@@ -19,7 +20,6 @@ from pruning.statistics import load_statistics, save_statistics
 from pruning.surgery import Cut, write_shards
 
 EMBEDDINGS = "model.embeddings.weight"
-TEXT = ("--tokens", 256, "--window-length", 64)
 
 
 def run(*arguments, code=2):
@@ -125,20 +125,8 @@ def test_training_that_overflows_the_stored_dtype_writes_nothing(tmp_path, monke
         return result
 
     monkeypatch.setattr(pruning.recovery, "train", overflowing)
-    options = (
-        "--window-length",
-        32,
-        "--batch",
-        2,
-        "--heldout-tokens",
-        512,
-        "--evaluations",
-        1,
-        "--tokens",
-        100,
-    )
     text = ("--text", tmp_path / "text", "--heldout", tmp_path / "text")
-    result = run("recover", dense, reduced, tmp_path / "out", *options, *text)
+    result = run("recover", dense, reduced, tmp_path / "out", *RECOVER, *text)
     said = f"error: {reduced}: after training, in the checkpoint's own dtype: tensor 'model.norm.weight' holds NaN"
     assert result.stderr.splitlines()[-1].startswith(said) and not (tmp_path / "out").exists()
 
