@@ -18,9 +18,9 @@ import numpy as np
 from fastapi import FastAPI
 
 from server.api.app import create_app
-from server.engine.messages import Generate, Token
+from server.api.serving.variants import Variant
 from server.settings import load_settings
-from server.variants import Variant
+from server.wire.messages import Generate, Token
 
 KEY = secrets.token_hex(16)
 WARM_UP = 50

@@ -19,9 +19,9 @@ import uvicorn
 from lowkey.cli import Version
 from modeling.sources import CheckpointError, check_source
 from server.api.app import create_app
-from server.api.serving import ServerState
+from server.api.http.protocol import HttpProtocol
+from server.api.serving.service import ServerState
 from server.logs import configure
-from server.protocol import HttpProtocol
 from server.settings import ConfigurationError, Settings, load_settings
 
 logger = logging.getLogger("lowkey.server")

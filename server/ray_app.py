@@ -22,12 +22,12 @@ from starlette.types import ASGIApp, Message
 
 from modeling.sources import as_path
 from server.api.app import create_app
-from server.api.errors import APIError, unavailable
-from server.api.health import why_not_ready
-from server.api.streaming import DONE, sse
-from server.engine.messages import DEFAULT_SLOTS
+from server.api.http.errors import APIError, unavailable
+from server.api.http.streaming import DONE, sse
+from server.api.operations.health import why_not_ready
 from server.logs import configure
 from server.settings import ConfigurationError, Settings, VariantSettings, load_settings
+from server.wire.messages import DEFAULT_SLOTS
 
 logger = logging.getLogger("lowkey.ray")
 

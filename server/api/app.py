@@ -8,20 +8,26 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from lowkey import __version__
-from server.ab import ABWindow
-from server.api import ab, chat, compare, completions, errors, health, models, states, tokenize, ui
-from server.api.answers import ERRORS
-from server.api.auth import Clients
-from server.api.context import current
-from server.api.generation import Generation
-from server.api.middleware import Guard, Limits, RequestFrame
-from server.api.saved import SavedStates
-from server.api.serving import ServerState
-from server.api.shadow import Shadow
-from server.metrics import Metrics
-from server.routing import Routing
+from server.api.ab import compare
+from server.api.ab import summary as ab
+from server.api.ab.shadow import Shadow
+from server.api.ab.window import ABWindow
+from server.api.completions import chat, completions
+from server.api.completions.answers import ERRORS
+from server.api.completions.generation import Generation
+from server.api.http import errors
+from server.api.http.auth import Clients
+from server.api.http.context import current
+from server.api.http.middleware import Guard, Limits, RequestFrame
+from server.api.operations import health, models, ui
+from server.api.serving.metrics import Metrics
+from server.api.serving.routing import Routing
+from server.api.serving.service import ServerState
+from server.api.serving.variants import Variants
+from server.api.states import routes as states
+from server.api.states.saved import SavedStates
+from server.api.tokens import tokenize
 from server.settings import Settings
-from server.variants import Variants
 
 
 def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> FastAPI:

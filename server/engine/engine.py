@@ -6,7 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.engine.messages import (
+from server.engine.request import Request
+from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
+from server.engine.scheduler import Batch, Scheduler
+from server.engine.state_writer import StateWriter
+from server.wire.messages import (
     Abort,
     FinishReason,
     Input,
@@ -20,10 +24,6 @@ from server.engine.messages import (
     StepOutput,
     Token,
 )
-from server.engine.request import Request
-from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
-from server.engine.scheduler import Batch, Scheduler
-from server.engine.state_writer import StateWriter
 
 
 class IntegrityError(RuntimeError):

@@ -24,7 +24,11 @@ from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
 from server.engine.engine import Engine
 from server.engine.memory import DoesNotFitError, MemoryPlan, check_weights, measure, plan_memory, weights_of
-from server.engine.messages import (
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.engine.state_file import layout
+from server.logs import configure
+from server.wire.messages import (
     CANNOT_LOAD,
     EngineConfig,
     Output,
@@ -33,10 +37,6 @@ from server.engine.messages import (
     input_decoder,
     one_or_all,
 )
-from server.engine.runner import Runner
-from server.engine.scheduler import Scheduler
-from server.engine.state_file import layout
-from server.logs import configure
 
 logger = logging.getLogger("lowkey.engine")
 
@@ -229,7 +229,7 @@ def serve(config: EngineConfig) -> None:
 
 
 def main() -> None:
-    """`python -P -m server.engine.process CONFIG_JSON`, started by `server.engine.client` only."""
+    """`python -P -m server.engine.process CONFIG_JSON`, started by `server.wire.client` only."""
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
     configure(config.log_level, config.log_format)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it drains, then closes our stdin

@@ -4,7 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 
 from server.engine.cache import Allocation, Entry, Prefix
-from server.engine.messages import FinishReason, Generate, PackedTop, SaveState, Score
+from server.wire.messages import FinishReason, Generate, PackedTop, SaveState, Score
 
 TwinKey = tuple[bytes, bytes, str | None]
 """Salt, prompt, and the saved state that it goes on from."""

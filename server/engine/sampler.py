@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from modeling.device import upload
-from server.engine.messages import Generate, Sampling
 from server.engine.request import Request
+from server.wire.messages import Generate, Sampling
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from server.engine.cache import Allocation, StateCache
-from server.engine.messages import Failed, FinishReason, Generate, SaveState, Score
 from server.engine.request import Request, TwinKey
 from server.engine.state_file import StateFileError
+from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
 
 PREFILL_ALIGN = 64
 """A prompt is cut at multiples of the chunk that the prefill kernels work in."""

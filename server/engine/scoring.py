@@ -9,8 +9,8 @@ from torch import Tensor
 from modeling.device import upload
 from server.engine.device import Download
 from server.engine.forward import Forward
-from server.engine.messages import KLReference, Score, TopLogprobs, pack_top
 from server.engine.request import Request
+from server.wire.messages import KLReference, Score, TopLogprobs, pack_top
 
 LOGIT_ROWS = 64
 """Logits are made for at most this many positions at a time: a row is as long as the vocabulary."""

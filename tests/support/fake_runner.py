@@ -4,10 +4,10 @@ the tokens that its request has fed, through every copy."""
 from typing import Any
 
 from modeling.state import StatePool
-from server.engine.messages import Generate, Score
 from server.engine.request import Request
 from server.engine.runner import NewToken, StepResult
 from server.engine.scheduler import PREFILL_ALIGN, Batch
+from server.wire.messages import Generate, Score
 
 _PRIME = 8388593
 """Below 2^23, so that float32 holds every hash exactly."""

@@ -1,0 +1,100 @@
+"""Shadow traffic: a fraction of one variant's requests is measured on another in the background, for metrics only.
+
+Both variants score the user's completion, teacher forced, once the user has it. Nobody waits for that: it runs at the
+lowest priority, one at a time, and is given up as soon as anything else is waiting.
+"""
+
+import asyncio
+import logging
+
+from server.api.ab.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
+from server.api.completions.generation import Generation
+from server.api.http.context import current
+from server.api.http.errors import APIError
+from server.api.serving.service import ServerState
+from server.api.serving.variants import Variant
+from server.wire.exchange import EngineError
+
+logger = logging.getLogger("lowkey.shadow")
+
+PRIORITY = 2**31
+"""Priority of shadow passes in the engine: behind everything that a request may ask for (`SamplingFields.priority`)."""
+POLL_S = 0.01
+"""How long shadow traffic may go on after something else began to wait."""
+
+
+class Shadow:
+    """Offered every generation that ends; repeats those that the rules draw."""
+
+    def __init__(self, state: ServerState) -> None:
+        self._state = state
+        self._running: asyncio.Task[None] | None = None
+
+    def offer(self, generation: Generation) -> None:
+        """Never raises and never waits."""
+        if generation.endpoint == "compare" or generation.finish_reason not in ("stop", "length"):
+            return
+        if generation.from_state or not generation.token_ids:  # a state is no other variant's
+            return
+        base, targets = generation.variant, []
+        for name in self._state.routing.shadows(base.name):
+            target = self._state.variants.get(name)
+            if target is not None and self._has_room(generation, target):
+                targets.append(target)
+            else:
+                self._count(name, base.name, "dropped")
+        if targets:
+            token = current.set(None)  # the user's request is over
+            self._running = asyncio.create_task(self._run(generation, targets))
+            current.reset(token)
+
+    async def close(self) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
+
+    def _has_room(self, generation: Generation, target: Variant) -> bool:
+        pair = (generation.variant, target)
+        return (
+            (self._running is None or self._running.done())
+            and not self._state.draining
+            and all(variant.client.up and not variant.waiting for variant in pair)
+            and same_vocabulary(*pair)
+            and score_bytes(len(generation.token_ids), target) <= self._state.settings.shadow_bytes
+            and len(generation.prompt_ids) + len(generation.token_ids) <= target.info.context_length
+        )
+
+    async def _run(self, generation: Generation, targets: list[Variant]) -> None:
+        variants = [generation.variant, *targets]
+        outcome = "failed"
+        passes = asyncio.create_task(
+            score(
+                self._state.variants.runtime_dir,
+                variants,
+                generation.prompt_ids,
+                generation.token_ids,
+                salt=generation.salt,
+                priority=PRIORITY,
+            )
+        )
+        try:
+            while not (await asyncio.wait([passes], timeout=POLL_S))[0]:
+                if any(variant.waiting for variant in variants):
+                    outcome = "dropped"
+                    return
+            self._observe(passes.result(), variants)
+            outcome = "scored"
+        except (APIError, EngineError) as e:
+            logger.warning("shadow of %s: %s", generation.variant.name, e)
+        finally:
+            passes.cancel()
+            for target in targets:
+                self._count(target.name, generation.variant.name, outcome)
+
+    def _observe(self, scores: dict[str, Scores], variants: list[Variant]) -> None:
+        base, *targets = (variant.name for variant in variants)
+        for name in targets:
+            self._state.observe_pair(name, base, "shadow", pair_of(scores[base], scores[name]))
+
+    def _count(self, variant: str, baseline: str, outcome: str) -> None:
+        self._state.metrics.shadow_requests.labels(variant, baseline, outcome).inc()
