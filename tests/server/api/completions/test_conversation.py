@@ -10,7 +10,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from server.api.http import bodies
 from server.text.chat_template import ChatTemplate, TemplateRefusedError
-from server.text.detokenizer import chat_template
+from server.text import chat_template
 
 TOKENIZER = byte_tokenizer()
 HELLO = {"role": "user", "content": "Hello"}
