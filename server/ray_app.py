@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message
 from modeling.sources import as_path
 from server.api.app import create_app
 from server.api.http.errors import APIError, unavailable
-from server.api.http.streaming import DONE, sse
+from server.api.http.events import DONE, sse
 from server.api.operations.health import why_not_ready
 from server.logs import configure
 from server.settings import ConfigurationError, Settings, VariantSettings, load_settings
@@ -134,11 +134,11 @@ class Replica:
         configure(settings.log_level, settings.log_format)
         self._unloadable: str | None = None
         self._app = create_app(settings, on_fatal=self._fail)
-        self._state = self._app.state.lowkey
+        self._service = self._app.state.service
         self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
         try:
-            while not all(variant.loaded for variant in self._state.variants):
+            while not all(variant.loaded for variant in self._service.variants):
                 if self._unloadable is not None:
                     raise ConfigurationError(self._unloadable)
                 await asyncio.sleep(0.05)
@@ -157,7 +157,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Ray, which replaces a replica that fails three times: what /ready says, as an error."""
-        reason = self._unloadable or why_not_ready(self._state)
+        reason = self._unloadable or why_not_ready(self._service)
         if reason:
             raise RuntimeError(reason)
 
@@ -166,7 +166,7 @@ class Replica:
         from ray import serve
 
         context = serve.get_replica_context()
-        return labelled(self._state.metrics.registry, context.deployment, context.replica_id.unique_id)
+        return labelled(self._service.metrics.registry, context.deployment, context.replica_id.unique_id)
 
     async def close(self) -> None:
         """End the engines."""

@@ -7,11 +7,12 @@ lowest priority, one at a time, and is given up as soon as anything else is wait
 import asyncio
 import logging
 
+from server.api.ab.comparisons import Comparisons
 from server.api.ab.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
 from server.api.completions.generation import Generation
 from server.api.http.context import current
 from server.api.http.errors import APIError
-from server.api.serving.service import ServerState
+from server.api.serving.service import Service
 from server.api.serving.variants import Variant
 from server.wire.exchange import EngineError
 
@@ -24,21 +25,26 @@ POLL_S = 0.01
 
 
 class Shadow:
-    """Offered every generation that ends; repeats those that the rules draw."""
+    """Offered every generation of completions and chat that ends; repeats those that the rules draw.
 
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
+    Args:
+        comparisons: told what was measured.
+    """
+
+    def __init__(self, service: Service, comparisons: Comparisons) -> None:
+        self._service = service
+        self._comparisons = comparisons
         self._running: asyncio.Task[None] | None = None
 
     def offer(self, generation: Generation) -> None:
         """Never raises and never waits."""
-        if generation.endpoint == "compare" or generation.finish_reason not in ("stop", "length"):
+        if generation.finish_reason not in ("stop", "length"):
             return
         if generation.from_state or not generation.token_ids:  # a state is no other variant's
             return
         base, targets = generation.variant, []
-        for name in self._state.routing.shadows(base.name):
-            target = self._state.variants.get(name)
+        for name in self._service.routing.shadows(base.name):
+            target = self._service.variants.get(name)
             if target is not None and self._has_room(generation, target):
                 targets.append(target)
             else:
@@ -57,10 +63,10 @@ class Shadow:
         pair = (generation.variant, target)
         return (
             (self._running is None or self._running.done())
-            and not self._state.draining
+            and not self._service.draining
             and all(variant.client.up and not variant.waiting for variant in pair)
             and same_vocabulary(*pair)
-            and score_bytes(len(generation.token_ids), target) <= self._state.settings.shadow_bytes
+            and score_bytes(len(generation.token_ids), target) <= self._service.settings.shadow_bytes
             and len(generation.prompt_ids) + len(generation.token_ids) <= target.info.context_length
         )
 
@@ -69,11 +75,11 @@ class Shadow:
         outcome = "failed"
         passes = asyncio.create_task(
             score(
-                self._state.variants.runtime_dir,
+                self._service.variants.runtime_dir,
                 variants,
                 generation.prompt_ids,
                 generation.token_ids,
-                salt=generation.salt,
+                salt=generation.origin.salt,
                 priority=PRIORITY,
             )
         )
@@ -94,7 +100,7 @@ class Shadow:
     def _observe(self, scores: dict[str, Scores], variants: list[Variant]) -> None:
         base, *targets = (variant.name for variant in variants)
         for name in targets:
-            self._state.observe_pair(name, base, "shadow", pair_of(scores[base], scores[name]))
+            self._comparisons.add_pair(name, base, "shadow", pair_of(scores[base], scores[name]))
 
     def _count(self, variant: str, baseline: str, outcome: str) -> None:
-        self._state.metrics.shadow_requests.labels(variant, baseline, outcome).inc()
+        self._service.metrics.shadow_requests.labels(variant, baseline, outcome).inc()

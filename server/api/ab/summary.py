@@ -1,12 +1,12 @@
-"""GET /v1/ab/summary, and what is recorded for it."""
+"""GET /v1/ab/summary."""
 
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from server.api.ab import window as ab
-from server.api.completions.generation import Generation
-from server.api.serving.service import server_state
+from server.api.ab.comparisons import comparisons_of
+from server.api.ab.window import CONFIDENCE
+from server.api.serving.service import service_of
 
 router = APIRouter()
 
@@ -18,35 +18,21 @@ def summary(
 ) -> dict[str, Any]:
     """What each variant did in the last `window` seconds, and how they differed on the same prompts."""
     # Not async, so in a thread: over full rings it takes a fraction of a second.
-    state = server_state(request)
+    known = comparisons_of(request).window
     variants = {
         variant.name: {
-            **state.ab.traffic(variant.name, window),
+            **known.traffic(variant.name, window),
             "state_bytes": variant.info.state_bytes_per_request if variant.loaded else None,
         }
-        for variant in state.variants
+        for variant in service_of(request).variants
     }
-    pairs = state.ab.pairs(window)
+    pairs = known.pairs(window)
     return {
         "object": "ab.summary",
         "window_s": window,
-        "confidence": ab.CONFIDENCE,
+        "confidence": CONFIDENCE,
         "variants": variants,
         "pairs": pairs,
         "verdict": "; ".join(pair["verdict"] for pair in pairs)
         or "too little data: no pair of variants was compared; use /v1/compare or shadow traffic",
     }
-
-
-def record(generation: Generation, window: ab.ABWindow) -> None:
-    """A generation that has ended, if it belongs to the variant's traffic: a comparison does not."""
-    if generation.endpoint == "compare":
-        return
-    request = ab.Request(
-        completion_tokens=len(generation.token_ids),
-        decode_s=generation.decode_s,
-        ttft_s=generation.ttft_s,
-        gaps_s=generation.gaps_s,
-        failed=generation.finish_reason == "error",
-    )
-    window.add_request(generation.variant.name, request)

@@ -48,7 +48,7 @@ class Ring:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class EndedRequest:
     """One request of the variant's traffic that has ended. What it didn't reach is None."""
 
     completion_tokens: int
@@ -100,7 +100,7 @@ class ABWindow:
     _traffic: dict[str, _Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str, Source], Ring] = field(default_factory=dict)
 
-    def add_request(self, variant: str, request: Request) -> None:
+    def add_request(self, variant: str, request: EndedRequest) -> None:
         traffic = self._traffic.get(variant)
         if traffic is None:
             traffic = _Traffic(Ring(self.samples, 4), Ring(self.samples * GAPS_PER_REQUEST, 1))

@@ -1,36 +1,34 @@
 """All choices of one request: several prompts, several choices for each, the prompt's own tokens before them."""
 
 import asyncio
-import math
-import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
-from server.api.completions.generation import MIN_TIMED_TOKENS, Chunk, Entry, Generation, Saved, usage
+from server.api.completions.echo import echoed, in_parts, joined, shifted
+from server.api.completions.generation import MIN_TIMED_TOKENS, Chunk, Generation, Origin, usage
 from server.api.completions.schemas import ChoiceFields
 from server.api.http.aside import aside
 from server.api.http.errors import APIError
-from server.api.http.streaming import merged, together
-from server.api.serving.service import Places, ServerState
+from server.api.http.tasks import merged, together
+from server.api.serving.service import Places
+from server.api.states.store import SavedState
 from server.settings import Settings
-from server.text.detokenizer import Detokenizer
-from server.wire.exchange import BrokenOutputError
-from server.wire.messages import Score, Scored
 
 NOTHING = Chunk("", [])
 
-PART_ENTRIES = 100
-"""Tokens with log-probabilities in one event of a stream, at most."""
 
+@dataclass(frozen=True)
+class Prompts:
+    """What is completed: prompts of which each has room in the context, and what stands before them."""
 
-def _parts(chunk: Chunk) -> list[Chunk]:
-    """A chunk, whose entries' offsets count from its first character, as chunks of few entries: to encode a long one
-    would hold up all streams."""
-    parts = [chunk.entries[at : at + PART_ENTRIES] for at in range(0, len(chunk.entries), PART_ENTRIES)]
-    cuts = [0, *(part[0].offset for part in parts[1:]), len(chunk.text)]
-    return [Chunk(chunk.text[a:b], part) for (a, b), part in zip(pairwise(cuts), parts or [[]], strict=True)]
+    ids: list[list[int]]
+    """Token ids of each, that `encode_prompt` has checked."""
+    echo: list[str] | None = None
+    """What to give back before each one's choices; None to give nothing."""
+    saved: SavedState | None = None
+    """The state that all go on from."""
 
 
 def per_choice(settings: Settings, fields: ChoiceFields, prompts: int = 1) -> int:
@@ -40,11 +38,12 @@ def per_choice(settings: Settings, fields: ChoiceFields, prompts: int = 1) -> in
     return settings.max_answer_entries // (prompts * fields.choices_each * each)
 
 
-def _check_size(settings: Settings, fields: ChoiceFields, prompts: list[list[int]], *, echo: bool) -> None:
+def _check_size(settings: Settings, fields: ChoiceFields, prompts: Prompts) -> None:
     """400 for an answer of more entries than `max_answer_entries`."""
     alternatives = fields.alternatives
-    listed = 0 if alternatives is None else fields.token_limit * len(prompts)
-    tokens = fields.choices_each * (listed + (sum(map(len, prompts)) if echo else 0))
+    listed = 0 if alternatives is None else fields.token_limit * len(prompts.ids)
+    echoed_tokens = 0 if prompts.echo is None else sum(map(len, prompts.ids))
+    tokens = fields.choices_each * (listed + echoed_tokens)
     each = 1 + (alternatives or 0)
     if tokens * each > settings.max_answer_entries:
         param = "n" if alternatives is None else "logprobs"
@@ -57,60 +56,40 @@ def _check_size(settings: Settings, fields: ChoiceFields, prompts: list[list[int
 
 
 class Choices:
-    """Choice p * n + i is the i-th of prompt p.
+    """Choice p * n + i is the i-th of prompt p. Take their `chunks` or `run` them, once.
 
     Args:
         places: in the variant's queue, one for each choice, that are left when the engine is done with each.
-        prompts: token ids that `encode_prompt` has checked.
-        salt: what their prefixes are kept under (`cache_salt`).
-        echo: what to give back before each prompt's choices: the text of each prompt, or None to give nothing.
 
     Raises:
-        APIError: 400, the answer may come to more than `max_answer_entries`.
+        APIError: 400, the answer may come to more than `max_answer_entries`, or a field has token ids that the model
+            lacks.
     """
 
     def __init__(
-        self,
-        state: ServerState,
-        places: Places,
-        fields: ChoiceFields,
-        prompts: list[list[int]],
-        *,
-        endpoint: str,
-        arrived: float,
-        priority: int,
-        salt: bytes,
-        saved: Saved | None = None,
-        echo: list[str] | None = None,
+        self, settings: Settings, places: Places, fields: ChoiceFields, prompts: Prompts, origin: Origin
     ) -> None:
-        _check_size(state.settings, fields, prompts, echo=echo is not None)
-        self.variant = variant = places.variant
-        self.each = fields.choices_each
+        _check_size(settings, fields, prompts)
+        self._variant = places.variant
+        self._each = fields.choices_each
         self._fields = fields
-        self._priority = priority
-        self._salt = salt
+        self._origin = origin
         self._prompts = prompts
-        self._echo = echo
-        self._echoed: list[Chunk] = []
         # A reader who keeps up leaves a token or two waiting. A whole answer takes each token as it comes.
-        most_unread = state.settings.stream_buffer_bytes / (len(prompts) * self.each)
+        most_unread = settings.stream_buffer_bytes / (len(prompts.ids) * self._each)
         self.generations = [
             Generation(
-                state,
-                variant,
+                places.variant,
                 fields,
                 ids,
-                endpoint=endpoint,
-                arrived=arrived,
-                salt=salt,
+                origin,
                 choice=choice,
-                priority=priority,
-                saved=saved,
+                saved=prompts.saved,
                 most_unread=most_unread,
                 on_sampled=places.leave,
             )
-            for ids in prompts
-            for choice in range(self.each)
+            for ids in prompts.ids
+            for choice in range(self._each)
         ]
 
     async def run(self) -> list[Chunk]:
@@ -119,97 +98,53 @@ class Choices:
         Raises:
             EngineError: the engine went away, or the model's output is broken.
         """
-        await self._read_prompts()
+        echo = await self._echo()
         chunks = await together([generation.run() for generation in self.generations])
 
-        def joined() -> list[Chunk]:
-            echoed = [self._before(index) for index in range(len(self.generations))]
-            return [
-                Chunk(before.text + chunk.text, before.entries + self._shifted(chunk.entries, before))
-                for before, chunk in zip(echoed, chunks, strict=True)
-            ]
+        def whole() -> list[Chunk]:
+            return [joined(before, chunk) for before, chunk in zip(echo, chunks, strict=True)]
 
-        return joined() if self._fields.alternatives is None else await aside(joined)
+        return whole() if self._fields.alternatives is None else await aside(whole)
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk, str | None]]:
         """(choice, what is new, finish reason) as they come; the reason with the last chunk of each, whose text is
         empty. Leaving early aborts all. Raises as `run` does."""
-        await self._read_prompts()
-        async with aclosing(merged([self._one(i) for i in range(len(self.generations))])) as items:
+        echo = await self._echo()
+        streams = [self._stream(*each) for each in zip(self.generations, echo, strict=True)]
+        async with aclosing(merged(streams)) as items:
             async for index, (chunk, reason) in items:
                 yield index, chunk, reason
 
-    async def _one(self, index: int) -> AsyncGenerator[tuple[Chunk, str | None]]:
-        generation, before = self.generations[index], self._before(index)
-        if self._echo is not None:
-            for part in _parts(before):
+    async def _echo(self) -> list[Chunk]:
+        """What stands before each choice."""
+        if self._prompts.echo is None:
+            return [NOTHING for _ in self.generations]
+        chunks = await echoed(
+            self._variant, self._fields, self._origin, self._prompts.ids, self._prompts.echo
+        )
+        return [chunk for chunk in chunks for _ in range(self._each)]
+
+    async def _stream(
+        self, generation: Generation, before: Chunk
+    ) -> AsyncGenerator[tuple[Chunk, str | None]]:
+        if self._prompts.echo is not None:
+            for part in in_parts(before):
                 yield part, None
                 await asyncio.sleep(0)  # let others run: a fast reader never makes this wait
         rest = NOTHING
         async with aclosing(generation.chunks()) as chunks:
             async for chunk in chunks:
-                shifted = Chunk(chunk.text, self._shifted(chunk.entries, before))
+                after = Chunk(chunk.text, shifted(chunk.entries, before))
                 if chunk.text:
-                    yield shifted, None
+                    yield after, None
                 else:
-                    rest = shifted
+                    rest = after
         yield rest, generation.finish_reason
-
-    def _before(self, index: int) -> Chunk:
-        return NOTHING if self._echo is None else self._echoed[index // self.each]
-
-    @staticmethod
-    def _shifted(entries: list[Entry], before: Chunk) -> list[Entry]:
-        if not before.text:
-            return entries
-        return [Entry(e.token_id, e.offset + len(before.text), e.logprob, e.top) for e in entries]
-
-    async def _read_prompts(self) -> None:
-        """With echo, the prompts' own tokens; with log-probabilities too, what the model thinks of each."""
-        if self._echo is None:
-            return
-        if self._fields.alternatives is None:
-            self._echoed = [Chunk(text, []) for text in self._echo]
-            return
-        scored = await together([self._entries(ids) for ids in self._prompts])
-        self._echoed = [Chunk(text, entries) for text, entries in zip(self._echo, scored, strict=True)]
-
-    async def _entries(self, ids: list[int]) -> list[Entry]:
-        scored: Scored | None = None
-        if len(ids) > 1:
-            message = Score(
-                request_id=secrets.token_hex(8),
-                token_ids=ids,
-                from_position=1,
-                top_logprobs=self._fields.alternatives or 0,
-                priority=self._priority,
-                cache_salt=self._salt,
-            )
-            scored = await self.variant.client.score(message)
-        return await aside(self._listed, ids, scored)
-
-    def _listed(self, ids: list[int], scored: Scored | None) -> list[Entry]:
-        """A prompt's tokens. Raises BrokenOutputError."""
-        logprobs = [] if scored is None else scored.logprobs
-        tops = [None for _ in logprobs] if scored is None or not scored.top else scored.top
-        if not all(map(math.isfinite, logprobs)):
-            raise BrokenOutputError(f"variant {self.variant.name!r} gave NaN or Inf for this prompt")
-        skip = self._fields.skip_special_tokens is not False
-        detokenizer = Detokenizer(self.variant.tokenizer, skip_special_tokens=skip)
-        offsets = [0]
-        for token_id in ids:
-            offsets.append(offsets[-1] + len(detokenizer.add(token_id)))
-        return [
-            Entry(token_id, at, logprob, top)
-            for token_id, (at, _), logprob, top in zip(
-                ids, pairwise(offsets), [None, *logprobs], [None, *tops], strict=True
-            )
-        ]
 
     @property
     def usage(self) -> dict[str, Any]:
         """Over all choices; a prompt counts once, however many choices it has."""
-        firsts = self.generations[:: self.each]
+        firsts = self.generations[:: self._each]
         return usage(
             sum(g.prompt_tokens for g in firsts),
             sum(len(g.token_ids) for g in self.generations),

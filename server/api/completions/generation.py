@@ -1,80 +1,77 @@
-"""One completion under way: from a validated request to text, with its timings and metrics."""
+"""One completion under way: from the engine's tokens to text, with its timings and metrics."""
 
 import contextlib
 import math
-import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
+from fastapi import Request
 
+from server.api.completions.sampling import generate_message
 from server.api.completions.schemas import SamplingFields
-from server.api.http.errors import APIError
-from server.api.serving.prompts import check_vocabulary
-from server.api.serving.service import ServerState
+from server.api.http.auth import capped_priority
+from server.api.http.context import current
+from server.api.serving.service import cache_salt
 from server.api.serving.variants import Variant
+from server.api.states.store import SavedState
 from server.text.detokenizer import Detokenizer, StopMatcher
 from server.wire.exchange import EngineError
-from server.wire.messages import (
-    FinishReason,
-    Generate,
-    PackedTop,
-    Sampling,
-    Token,
-    TopLogprobs,
-    pack_top,
-)
+from server.wire.messages import FinishReason, PackedTop, Token, TopLogprobs, pack_top
 
 MIN_TIMED_TOKENS = 8
 """Tokens after the first that a speed needs: fewer are over in a few steps, and say more of chance than of speed."""
 
 
-def checked_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
-    """Token id -> bias. 400 for an id that the model lacks. The variant has loaded."""
-    bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
-    check_vocabulary(bias, variant, "logit_bias")
-    return bias
-
-
-def checked_allowed(fields: SamplingFields, variant: Variant) -> list[int]:
-    """The only ids that may be generated; empty for all. 400 for one that the model lacks, or if `min_tokens` leaves
-    none of them. The variant has loaded."""
-    allowed = fields.allowed_token_ids or []
-    check_vocabulary(allowed, variant, "allowed_token_ids")
-    if allowed and fields.min_tokens and set(allowed) <= stop_ids(fields, variant):
-        message = "allowed_token_ids: each of them ends the completion, which min_tokens forbids"
-        raise APIError(400, message, param="allowed_token_ids")
-    return allowed
-
-
-def stop_ids(fields: SamplingFields, variant: Variant) -> set[int]:
-    """The tokens that end a completion. The variant has loaded."""
-    own = [] if fields.ignore_eos else variant.info.eos_token_ids
-    return {*(fields.stop_token_ids or []), *own}
+Observer = Callable[["Generation"], None]
+"""Told of a generation that has ended, well or not."""
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A saved state that a prompt goes on from."""
+class Origin:
+    """What a generation has from the HTTP request that it belongs to."""
 
-    path: Path
-    tokens: int
-    """How many tokens it stands for."""
+    endpoint: str
+    """The label that its metrics get."""
+    arrived: float
+    """time.monotonic() at which the request came."""
+    priority: int
+    """Its priority in the engine; lower runs first."""
+    salt: bytes
+    """What its prefixes are kept under (`cache_salt`)."""
+    observers: Sequence[Observer] = ()
+    """Who is told of each generation that has ended."""
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        fields: SamplingFields,
+        endpoint: str,
+        observers: Sequence[Observer] = (),
+    ) -> "Origin":
+        """The origin of all generations that a request asks for."""
+        return cls(
+            endpoint,
+            request.scope["lowkey.arrived"],
+            capped_priority(request, fields.priority or 0),
+            cache_salt(request, fields.cache_salt),
+            observers,
+        )
 
 
-class Entry(msgspec.Struct, frozen=True, gc=False):
+class TokenEntry(msgspec.Struct, frozen=True, gc=False):
     """A token and what the model thought of it."""
 
     token_id: int
     offset: int
     """Where its text begins, in characters of all text up to here."""
     logprob: float | None
-    """Natural; None for the first token of a prompt."""
+    """Natural log-probability; None for the first token of a prompt."""
     top: PackedTop | None = None
-    """Alternatives; None: there are none."""
+    """The most likely tokens at this position; None: they were not asked for."""
 
 
 def _packed(top: TopLogprobs | None) -> PackedTop | None:
@@ -86,7 +83,7 @@ class Chunk:
     """Text that a choice goes on by, and the tokens since the last chunk if log-probabilities were asked for."""
 
     text: str
-    entries: list[Entry]
+    entries: list[TokenEntry]
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
@@ -112,42 +109,37 @@ class Generation:
 
     def __init__(
         self,
-        state: ServerState,
         variant: Variant,
         fields: SamplingFields,
         prompt_ids: list[int],
+        origin: Origin,
         *,
-        endpoint: str,
-        arrived: float,
-        salt: bytes,
         choice: int = 0,
-        priority: int = 0,
-        saved: Saved | None = None,
+        saved: SavedState | None = None,
         most_unread: float = math.inf,
         on_sampled: Callable[[], None] = lambda: None,
     ) -> None:
+        self.variant = variant
         self.prompt_ids = prompt_ids
+        self.origin = origin
         self.token_ids: list[int] = []
         self.text = ""
         self.cached_tokens = 0
         """Tokens of the prompt that were not computed: those of a saved state or a cached prefix."""
         self.finish_reason: FinishReason | None = None
-        self.variant = variant
-        self.endpoint = endpoint
-        self.choice = choice
         self.gaps_s: list[float] = []
         """Seconds between the tokens, as the engine made them."""
         self.ttft_s: float | None = None
         """Seconds from the arrival of the HTTP request to the first token; None before that."""
-        self._on_finish = state.on_finish
+        self._choice = choice
         self._most_unread = most_unread
         self._on_sampled = on_sampled
-        self._arrived = arrived
         self._first: float | None = None
-        """When the engine made the first token, and the last one so far (`Token.at`)."""
+        """When the engine made the first token (`Token.at`)."""
         self._last: float | None = None
+        """When the engine made the last token so far."""
         self._queue_s: float | None = None
-        self._saved_tokens = 0 if saved is None else saved.tokens
+        self._saved_tokens = 0 if saved is None else saved.header.tokens
         self._decoded = 0
         """Characters so far, those that are held back for a stop string included."""
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
@@ -155,29 +147,14 @@ class Generation:
         self._matcher = StopMatcher(stops, keep=self._keep_stop)
         skip = fields.skip_special_tokens is not False
         self._detokenizer = Detokenizer(variant.tokenizer, skip_special_tokens=skip)
-        self._message = Generate(
-            request_id=secrets.token_hex(8),
-            token_ids=self.prompt_ids,
-            max_tokens=fields.token_limit,
-            sampling=Sampling(
-                temperature=1.0 if fields.temperature is None else fields.temperature,
-                top_p=1.0 if fields.top_p is None else fields.top_p,
-                top_k=max(fields.top_k or 0, 0),
-                min_p=fields.min_p or 0.0,
-                seed=secrets.randbits(63) if fields.seed is None else fields.seed,
-                choice=choice,
-                presence_penalty=fields.presence_penalty or 0.0,
-                frequency_penalty=fields.frequency_penalty or 0.0,
-                repetition_penalty=1.0 if fields.repetition_penalty is None else fields.repetition_penalty,
-                logit_bias=checked_bias(fields, variant),
-                allowed_token_ids=checked_allowed(fields, variant),
-            ),
-            stop_token_ids=sorted(stop_ids(fields, variant)),
-            min_tokens=fields.min_tokens or 0,
-            logprobs=fields.alternatives,
-            priority=priority,
+        self._message = generate_message(
+            fields,
+            variant,
+            prompt_ids,
+            choice=choice,
+            priority=origin.priority,
+            salt=origin.salt,
             state_path=None if saved is None else str(saved.path),
-            cache_salt=salt,
         )
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
@@ -192,7 +169,7 @@ class Generation:
             if self._message.max_tokens == 0:  # the prompt alone was asked for
                 self.finish_reason = "length"
                 return
-            entries: list[Entry] = []
+            entries: list[TokenEntry] = []
             steps = self.variant.client.generate(
                 self._message, most_unread=self._most_unread, on_sampled=self._on_sampled
             )
@@ -214,20 +191,20 @@ class Generation:
 
     async def run(self) -> Chunk:
         """All of it at once. Raises as `chunks` does."""
-        entries: list[Entry] = []
+        entries: list[TokenEntry] = []
         async with contextlib.aclosing(self.chunks()) as chunks:
             async for chunk in chunks:
                 entries += chunk.entries
         return Chunk(self.text, entries)
 
-    def _take(self, tokens: list[Token], entries: list[Entry]) -> str:
+    def _take(self, tokens: list[Token], entries: list[TokenEntry]) -> str:
         """Account for tokens, up to the one that completes a stop string; returns the text to show. Adds what the
         model thought of each to `entries`, if log-probabilities were asked for."""
         pieces: list[str] = []
         for token in tokens:
             self._measure(token)
             if token.logprob is not None:
-                entries.append(Entry(token.token_id, self._decoded, token.logprob, _packed(token.top)))
+                entries.append(TokenEntry(token.token_id, self._decoded, token.logprob, _packed(token.top)))
             pieces.append(self._text_of(token))
             if self.finish_reason is not None:
                 break
@@ -255,7 +232,7 @@ class Generation:
         metrics = self.variant.metrics
         if self._last is None:
             self._first = token.at
-            self.ttft_s = time.monotonic() - self._arrived
+            self.ttft_s = time.monotonic() - self.origin.arrived
             self.cached_tokens = self._saved_tokens + token.cached_tokens
             metrics.prompt_tokens.inc(self.prompt_tokens)
             metrics.cached_prompt_tokens.inc(token.cached_tokens)
@@ -273,21 +250,33 @@ class Generation:
 
     def _record(self, reason: FinishReason) -> None:
         metrics = self.variant.metrics
-        metrics.on_end(self.endpoint, reason)
-        metrics.request_seconds.observe(time.monotonic() - self._arrived)
+        metrics.on_end(self.origin.endpoint, reason)
+        metrics.request_seconds.observe(time.monotonic() - self.origin.arrived)
         if self.decode_s is not None:
             metrics.request_state_bytes.observe(self.variant.info.state_bytes_per_request)
             metrics.decode.observe(self.decode_s)
         speed = self.tokens_per_second
         if speed is not None:
             metrics.request_tokens_per_second.observe(speed)
-        for tell in self._on_finish:
+        self._account(reason)
+        for tell in self.origin.observers:
             tell(self)
 
-    @property
-    def salt(self) -> bytes:
-        """What its prefixes are kept under (`cache_salt`)."""
-        return self._message.cache_salt
+    def _account(self, reason: FinishReason) -> None:
+        """Charge the HTTP request that this was a part of."""
+        context = current.get()
+        if context is None:
+            return
+        context.add(
+            self.variant.name,
+            prompt_tokens=0 if self._choice else len(self.prompt_ids),  # a prompt counts once
+            completion_tokens=len(self.token_ids),
+            finish_reason=reason,
+            ttft_s=self.ttft_s,
+        )
+        if context.log_texts:
+            prompt = self.variant.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
+            context.texts.append({"variant": self.variant.name, "prompt": prompt, "completion": self.text})
 
     @property
     def from_state(self) -> bool:

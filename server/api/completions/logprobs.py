@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from server.api.completions.generation import Entry
+from server.api.completions.generation import TokenEntry
 from server.api.http.encoding import json_list
 from server.text.detokenizer import TokenTexts
 from server.wire.messages import TopLogprobs, unpack_top
@@ -11,7 +11,7 @@ LEAST = -9999.0
 """JSON has no infinity."""
 
 
-def legacy(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
+def legacy(texts: TokenTexts, entries: list[TokenEntry]) -> dict[str, Any]:
     """As completions have them: parallel lists. The token itself is among its alternatives, however few were asked
     for; of two tokens of one text the likelier one stands there."""
     return {
@@ -22,11 +22,11 @@ def legacy(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
     }
 
 
-def _top(entry: Entry) -> TopLogprobs:
+def _top(entry: TokenEntry) -> TopLogprobs:
     return [] if entry.top is None else unpack_top(entry.top)
 
 
-def _alternatives(texts: TokenTexts, entry: Entry) -> dict[str, float] | None:
+def _alternatives(texts: TokenTexts, entry: TokenEntry) -> dict[str, float] | None:
     if entry.logprob is None:
         return None
     found: dict[str, float] = {}
@@ -36,7 +36,7 @@ def _alternatives(texts: TokenTexts, entry: Entry) -> dict[str, float] | None:
     return found
 
 
-def chat(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
+def chat(texts: TokenTexts, entries: list[TokenEntry]) -> dict[str, Any]:
     """As chat has them: a table for each token."""
 
     def one(token_id: int, logprob: float | None) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def chat(texts: TokenTexts, entries: list[Entry]) -> dict[str, Any]:
             "bytes": list(texts.bytes(token_id)),
         }
 
-    def table(e: Entry) -> dict[str, Any]:
+    def table(e: TokenEntry) -> dict[str, Any]:
         return {**one(e.token_id, e.logprob), "top_logprobs": [one(*alternative) for alternative in _top(e)]}
 
     return {"content": json_list(entries, table), "refusal": None}

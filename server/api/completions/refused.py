@@ -4,11 +4,7 @@ To ignore one would be to answer another question than the one that was asked. S
 that changes nothing. A field that is in no table here and in no schema changes nothing, or is nobody's: it is ignored.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
-NoOps = Mapping[str, tuple[Any, ...]]
-"""Name of a field -> its values that change nothing."""
+from server.api.http.fields import NoOps
 
 RENDERING: NoOps = {
     # What a conversation is made into.
@@ -94,22 +90,3 @@ CHAT: NoOps = {
     "stream_reasoning": (None, True),
     "state_id": (None,),
 }
-
-COMPARE: NoOps = {
-    **GENERATION,
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "logprobs": (None, False),
-    "state_id": (None,),
-}
-
-
-def unsupported(fields: Mapping[str, Any], no_ops: NoOps) -> list[str]:
-    """The fields that ask for something that we don't do, in the order of the table."""
-    return [
-        name
-        for name, values in no_ops.items()
-        if name in fields
-        and not any(type(fields[name]) is type(no_op) and fields[name] == no_op for no_op in values)
-    ]

@@ -1,6 +1,9 @@
-"""What requests may say. Unknown fields are ignored; a known field with a bad value is an error that names it."""
+"""What requests for completions may say, and what the answers to them look like.
 
-from typing import Annotated, Any, ClassVar, Self
+The answers are here for the OpenAPI document only: the handlers send plain tables. Tests hold the two together.
+"""
+
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -10,29 +13,22 @@ from pydantic import (
     Field,
     StringConstraints,
     Tag,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from server.api.completions import refused
+from server.api.http.fields import CacheSalt, CheckedFields, Fields, TokenIds, refusal
 from server.text.chat_template import RESERVED
 
 MAX_PROMPTS = 1024
 """Most prompts in one request; the queue of a variant may hold fewer."""
 MAX_CHOICES = 128
 """Most choices for one prompt."""
-MAX_TOKEN_ID = 2**31 - 1
 MAX_BIASES = 1024
 """Most tokens whose logits one request changes."""
 MAX_LOGPROBS = 20
 """Most alternatives reported at a position."""
-
-
-def _refuse(field: str, text: str) -> PydanticCustomError:
-    """An error of a field, found where more than one is looked at."""
-    return PydanticCustomError("refused", "{field} {text}", {"field": field, "text": text})
 
 
 def _few_biases(value: Any) -> Any:
@@ -51,28 +47,7 @@ def _prompt_kind(value: Any) -> str:
     return "texts" if isinstance(first, str) else "id_lists" if isinstance(first, list) else "ids"
 
 
-def _one_prompt_kind(value: Any) -> str:
-    return "ids" if isinstance(value, list) else "text"
-
-
-Name = Annotated[str, StringConstraints(max_length=64)]
 NonEmpty = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-
-
-class CheckedIds(list[int]):
-    """Token ids that were checked when they were read. To look through a million of them once more takes too long."""
-
-
-def _unless_checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
-    return value if type(value) is CheckedIds else check(value)
-
-
-TokenIds = Annotated[list[TokenId], Field(fail_fast=True), WrapValidator(_unless_checked)]
-"""Fails at the first bad id: a million of them would make a million errors, of which ten are shown."""
-Prompt = Annotated[
-    Annotated[str, Tag("text")] | Annotated[TokenIds, Tag("ids")], Discriminator(_one_prompt_kind)
-]
 Prompts = Annotated[
     Annotated[str, Tag("text")]
     | Annotated[list[str], Field(fail_fast=True, max_length=MAX_PROMPTS), Tag("texts")]
@@ -83,33 +58,6 @@ Prompts = Annotated[
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 BiasKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
-CacheSalt = Annotated[
-    Annotated[str, StringConstraints(min_length=1, max_length=256)] | None,
-    Field(
-        description="Cached prefixes are shared only with requests of the same salt (and key); by default with all of "
-        "the key's."
-    ),
-]
-
-
-class Fields(BaseModel):
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-
-class CheckedFields(Fields):
-    """Fields beside which others are known, and refused where their value changes something."""
-
-    no_ops: ClassVar[refused.NoOps] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _check_unsupported(cls, data: Any) -> Any:
-        found = refused.unsupported(data, cls.no_ops) if isinstance(data, dict) else []
-        if found:
-            raise _refuse(
-                found[0], "; ".join(["is not supported", *(f"{x} is not supported" for x in found[1:10])])
-            )
-        return data
 
 
 class SamplingFields(CheckedFields):
@@ -187,13 +135,13 @@ class SamplingFields(CheckedFields):
     @model_validator(mode="after")
     def _check_limits(self) -> Self:
         if self.max_tokens == 0 and not self._nothing_to_generate():
-            raise _refuse("max_tokens", "must be at least 1 (0 only with echo), got 0")
+            raise refusal("max_tokens", "must be at least 1 (0 only with echo), got 0")
         if self.given_limit is not None and (self.min_tokens or 0) > self.given_limit:
-            raise _refuse(
+            raise refusal(
                 "min_tokens", f"must not be above max_tokens {self.given_limit}, got {self.min_tokens}"
             )
         if self.truncate_prompt_tokens == 0:
-            raise _refuse("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
+            raise refusal("truncate_prompt_tokens", "must be -1 or at least 1, got 0")
         return self
 
 
@@ -223,13 +171,13 @@ class ChoiceFields(SamplingFields):
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
         if self.best_of is not None and self.best_of != self.choices_each:
-            raise _refuse("best_of", "is not supported")
+            raise refusal("best_of", "is not supported")
         return self
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise _refuse("stream_options", "needs stream: true")
+            raise refusal("stream_options", "needs stream: true")
         return self
 
 
@@ -264,9 +212,9 @@ class CompletionRequest(ChoiceFields):
     @model_validator(mode="after")
     def _check_state(self) -> Self:
         if self.state_id is not None and self.echo:
-            raise _refuse("echo", "is not possible with state_id: the text before the state is not kept")
+            raise refusal("echo", "is not possible with state_id: the text before the state is not kept")
         if self.state_id is not None and self.repetition_penalty not in (None, 1):
-            raise _refuse(
+            raise refusal(
                 "repetition_penalty",
                 "is not possible with state_id: the tokens before the state are not kept",
             )
@@ -307,12 +255,12 @@ class TemplateFields(Fields):
     @model_validator(mode="after")
     def _check_template(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt is not False:
-            raise _refuse(
+            raise refusal(
                 "continue_final_message", "needs add_generation_prompt: false, which is true by default"
             )
         taken = sorted(RESERVED & (self.chat_template_kwargs or {}).keys())
         if taken:
-            raise _refuse("chat_template_kwargs", f"may not set {', '.join(taken)}")
+            raise refusal("chat_template_kwargs", f"may not set {', '.join(taken)}")
         return self
 
 
@@ -343,66 +291,113 @@ class ChatRequest(ChoiceFields, TemplateFields):
     def _check_chat(self) -> Self:
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) == 2:
-            raise _refuse(
+            raise refusal(
                 "max_completion_tokens",
                 f"is another name of max_tokens, but they are {self.max_completion_tokens} and {self.max_tokens}",
             )
         if self.top_logprobs is not None and not self.logprobs:
-            raise _refuse("top_logprobs", "needs logprobs: true")
+            raise refusal("top_logprobs", "needs logprobs: true")
         return self
 
 
-class CompareRequest(SamplingFields):
-    """POST /v1/compare."""
+FinishReason = Literal["stop", "length"]
 
-    no_ops = refused.COMPARE
 
-    prompt: Prompt = Field(description="Text, or token ids of the model's own tokenizer.")
-    variants: Annotated[list[Name], Field(min_length=2, max_length=16, fail_fast=True)] | None = Field(
-        None, description="Which variants; all of them if not given."
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The completion; with `stream: true` server-sent events that end with `data: [DONE]`.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int = Field(description="Of a saved state or a cached prefix: not computed anew.")
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Lowkey(BaseModel):
+    """What the request held and how fast it was."""
+
+    variant: str
+    state_bytes: int = Field(description="Recurrent and convolution state of all choices.")
+    state_dtype: str
+    d_k: int | list[int]
+    queue_s: float | None
+    ttft_s: float | None = Field(description="From the arrival of the HTTP request to the first token.")
+    decode_s: float | None = Field(
+        description="From the first token to the last, by the times at which the engine made them."
     )
-    baseline: Name | None = Field(
-        None, description="What the others are compared with; the first one if not given."
+    tokens_per_second: float | None = Field(
+        description="(tokens - 1) / decode_s; null for fewer than 8 tokens after the first."
     )
-    parallel: bool | None = Field(
-        False, description="Decode at the same time: faster, but the speeds are then not comparable."
-    )
-    stream: bool | None = Field(False, description="Events of each variant as they come, then the answer.")
+    cached_tokens: int
+    finish_reason: str | None = Field(description="Null where several choices differ.")
 
 
-class TokenizeRequest(CheckedFields, TemplateFields):
-    """POST /tokenize: a prompt, or messages through the chat template."""
-
-    no_ops = refused.RENDERING
-
-    model: str | None = Field(None, max_length=256, description="The first variant if not given.")
-    prompt: str | None = None
-    messages: Messages | None = None
-    add_special_tokens: bool | None = Field(
-        None, description="As the tokenizer does by itself; default true for a prompt, false for messages."
-    )
-    return_token_strs: bool | None = Field(False, description="The vocabulary's entry of each token too.")
-
-    @model_validator(mode="after")
-    def _check_one(self) -> Self:
-        if (self.prompt is None) == (self.messages is None):
-            raise _refuse("prompt", "or messages: exactly one of them is needed")
-        for field in ("continue_final_message", "chat_template_kwargs"):
-            if self.messages is None and getattr(self, field):
-                raise _refuse(field, "needs messages, not a prompt")
-        return self
+class Logprobs(BaseModel):
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
 
 
-class DetokenizeRequest(Fields):
-    """POST /detokenize."""
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: FinishReason
 
-    model: str | None = Field(None, max_length=256, description="The first variant if not given.")
-    tokens: TokenIds
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str = Field(description="The variant that answered.")
+    choices: list[CompletionChoice]
+    usage: Usage
+    lowkey: Lowkey
 
 
-class StateRequest(Fields):
-    """POST /v1/states."""
+class Alternative(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
 
-    model: str = Field(description="A variant's name or an alias.", max_length=256)
-    prompt: Prompt = Field(description="Text, or token ids of the model's own tokenizer.")
-    cache_salt: CacheSalt = None
+
+class ContentToken(Alternative):
+    top_logprobs: list[Alternative]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ContentToken]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: FinishReason
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str = Field(description="The variant that answered.")
+    choices: list[ChatChoice]
+    usage: Usage
+    lowkey: Lowkey

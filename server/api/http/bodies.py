@@ -17,9 +17,9 @@ from msgspec import UNSET, Raw, UnsetType
 from pydantic import BaseModel, ValidationError
 from starlette.types import Receive, Scope
 
-from server.api.completions.schemas import MAX_TOKEN_ID, CheckedFields, CheckedIds
 from server.api.http.aside import aside
 from server.api.http.errors import APIError, from_validation
+from server.api.http.fields import MAX_TOKEN_ID, CheckedFields, CheckedIds
 
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]

@@ -2,12 +2,9 @@
 
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from server.api.http.auth import Client
-
-if TYPE_CHECKING:
-    from server.api.completions.generation import Generation
 
 
 @dataclass
@@ -15,32 +12,35 @@ class RequestContext:
     """Filled in while the request runs; logged as one line at its end."""
 
     request_id: str
+    log_texts: bool = False
+    """Whether prompts and completions are logged too."""
     client: Client | None = None
-    """None until it is known."""
+    """Who sent the request; None until that is known."""
     variants: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     completion_tokens: int = 0
     ttft_s: float | None = None
     finish_reason: str | None = None
     texts: list[dict[str, str]] = field(default_factory=list)
-    """Prompts and completions; empty unless the settings ask for them."""
+    """Prompts and completions; empty unless `log_texts`."""
 
-    def add(self, generation: "Generation", *, with_text: bool) -> None:
+    def add(
+        self,
+        variant: str,
+        *,
+        prompt_tokens: int,
+        completion_tokens: int,
+        finish_reason: str,
+        ttft_s: float | None,
+    ) -> None:
         """Account for a generation that has ended, well or not. One that never ran costs nothing."""
-        name = generation.variant.name
-        # A prompt counts once, however many choices it has.
-        prompt = 0 if generation.choice else len(generation.prompt_ids)
-        completion = len(generation.token_ids)
-        if name not in self.variants:
-            self.variants.append(name)
-        self.finish_reason = generation.finish_reason
-        if completion or generation.finish_reason == "length":  # of no tokens: the prompt alone was asked for
-            self.charge(prompt, completion)
+        if variant not in self.variants:
+            self.variants.append(variant)
+        self.finish_reason = finish_reason
+        if completion_tokens or finish_reason == "length":  # of no tokens: the prompt alone was asked for
+            self.charge(prompt_tokens, completion_tokens)
         if self.ttft_s is None:
-            self.ttft_s = generation.ttft_s
-        if with_text:
-            text = generation.variant.tokenizer.decode(generation.prompt_ids, skip_special_tokens=False)
-            self.texts.append({"variant": name, "prompt": text, "completion": generation.text})
+            self.ttft_s = ttft_s
 
     def charge(self, prompt: int, completion: int = 0) -> None:
         """Tokens that were run count for the log and for the key's limit."""
@@ -50,7 +50,7 @@ class RequestContext:
             self.client.take_tokens(prompt + completion)
 
     def fields(self) -> dict[str, Any]:
-        """For the log; what there is nothing to say of is left out."""
+        """What the log says of the request; what is unknown or zero is left out."""
         given: dict[str, Any] = {
             "key": "" if self.client is None else self.client.name,
             "variant": ",".join(self.variants),

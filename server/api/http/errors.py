@@ -6,12 +6,15 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from server.wire.exchange import EngineError, EngineUnavailableError, StateError
 
 MAX_LISTED = 10
+"""How many of a request's validation errors an answer lists."""
 MAX_ECHO = 200
+"""How many characters of a bad value an error shows."""
 
 _TYPES = {
     400: "invalid_request_error",
@@ -23,6 +26,22 @@ _TYPES = {
     503: "service_unavailable",
     504: "timeout_error",
 }
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: int = Field(description="The HTTP status.")
+
+
+class Error(BaseModel):
+    error: ErrorDetail
+
+
+_ERROR: dict[str, Any] = {"model": Error, "description": "An error; `param` names the field at fault."}
+ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
+"""How the OpenAPI document describes errors."""
 
 
 class APIError(Exception):

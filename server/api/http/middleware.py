@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.http.auth import Client, Clients
 from server.api.http.context import RequestContext, current
 from server.api.http.errors import APIError
-from server.api.http.streaming import DONE, sse
+from server.api.http.events import DONE, sse
 
 logger = logging.getLogger("lowkey.api")
 request_logger = logging.getLogger("lowkey.request")
@@ -29,11 +29,13 @@ class RequestFrame:
     Args:
         leaving: whether the server has been asked to stop. Each answer then ends its connection: behind a load balancer
             that picks a server per connection, a client that keeps its own would never come to the others.
+        log_texts: whether prompts and completions are logged too.
     """
 
-    def __init__(self, app: ASGIApp, leaving: Callable[[], bool]) -> None:
+    def __init__(self, app: ASGIApp, leaving: Callable[[], bool], *, log_texts: bool) -> None:
         self._app = app
         self._leaving = leaving
+        self._log_texts = log_texts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -42,7 +44,7 @@ class RequestFrame:
         arrived = scope["lowkey.arrived"] = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        context = RequestContext(request_id)
+        context = RequestContext(request_id, self._log_texts)
         token = current.set(context)
         status = 0
 

@@ -6,7 +6,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from lowkey import __version__
 from server.api.http.errors import unavailable
-from server.api.serving.service import ServerState, named_variant, server_state
+from server.api.serving.service import Service, service_of
 
 router = APIRouter()
 
@@ -21,25 +21,25 @@ async def health() -> dict[str, str]:
 async def ready(request: Request, variant: str | None = None) -> dict[str, str]:
     """Whether to send requests here: every variant has loaded once, one answers, and the server has not been asked
     to stop. With `?variant=` that one must answer."""
-    state = server_state(request)
-    if variant is not None and not state.leaving:
-        if not named_variant(state, variant, "variant").client.up:
+    service = service_of(request)
+    if variant is not None and not service.leaving:
+        if not service.named(variant, "variant").client.up:
             raise unavailable(f"variant {variant!r} is not up")
         return {"status": "ready"}
-    reason = why_not_ready(state)
+    reason = why_not_ready(service)
     if reason is not None:
         raise unavailable(reason)
     return {"status": "ready"}
 
 
-def why_not_ready(state: ServerState) -> str | None:
+def why_not_ready(service: Service) -> str | None:
     """None for a server that requests should be sent to."""
-    if state.leaving:
+    if service.leaving:
         return "the server is shutting down"
-    loading = [v.name for v in state.variants if not v.loaded]
+    loading = [v.name for v in service.variants if not v.loaded]
     if loading:
         return f"still loading: {', '.join(loading)}"
-    if not any(v.client.up for v in state.variants):
+    if not any(v.client.up for v in service.variants):
         return "no variant is up"
     return None
 
@@ -52,4 +52,4 @@ async def get_version() -> dict[str, str]:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text exposition."""
-    return Response(server_state(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -4,7 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from server.api.serving.service import ServerState, find_variant, server_state
+from server.api.serving.service import Service, service_of
 from server.api.serving.variants import Variant
 
 router = APIRouter()
@@ -41,13 +41,13 @@ def _describe(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _describe_alias(state: ServerState, name: str) -> dict[str, Any]:
-    weights = state.routing.aliases[name]
+def _describe_alias(service: Service, name: str) -> dict[str, Any]:
+    weights = service.routing.aliases[name]
     total = sum(weights.values())
     return {
         "id": name,
         "object": "model",
-        "created": max(v.created for v in state.variants if v.name in weights),
+        "created": max(v.created for v in service.variants if v.name in weights),
         "owned_by": "lowkey",
         "lowkey": {"alias": {variant: weight / total for variant, weight in weights.items()}},
     }
@@ -56,15 +56,15 @@ def _describe_alias(state: ServerState, name: str) -> dict[str, Any]:
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """All variants, then all aliases with the shares of their variants."""
-    state = server_state(request)
-    aliases = [_describe_alias(state, name) for name in state.routing.aliases]
-    return {"object": "list", "data": [_describe(v) for v in state.variants] + aliases}
+    service = service_of(request)
+    aliases = [_describe_alias(service, name) for name in service.routing.aliases]
+    return {"object": "list", "data": [_describe(v) for v in service.variants] + aliases}
 
 
 @router.get("/v1/models/{model_id}")
 async def get_model(model_id: str, request: Request) -> dict[str, Any]:
     """One variant or alias."""
-    state = server_state(request)
-    if model_id in state.routing.aliases:
-        return _describe_alias(state, model_id)
-    return _describe(find_variant(state, model_id, "model"))
+    service = service_of(request)
+    if model_id in service.routing.aliases:
+        return _describe_alias(service, model_id)
+    return _describe(service.find(model_id, "model"))

@@ -203,6 +203,10 @@ class VariantMetrics:
         self._engine_up = metrics.engine_up.labels(*engine)
         self._engine_restarts = metrics.engine_restarts.labels(*engine)
 
+    def on_rejected(self, reason: Rejection) -> None:
+        """A request was refused before it ran."""
+        self._metrics.rejected.labels(self._name, reason).inc()
+
     def on_end(self, endpoint: str, reason: FinishReason) -> None:
         """A request has ended."""
         self._metrics.requests.labels(self._name, endpoint, reason).inc()

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Iterable
 
 from server.api.http.errors import APIError
-from server.api.serving.service import ServerState
 from server.api.serving.variants import Variant
 
 
@@ -16,7 +15,6 @@ async def tokenize(variant: Variant, text: str, *, special: bool = True) -> list
 
 
 async def encode_prompt(
-    state: ServerState,
     variant: Variant,
     prompt: str | list[int],
     max_tokens: int,
@@ -41,7 +39,7 @@ async def encode_prompt(
         # No need to tokenise what can't fit.
         least = len(prompt) // variant.longest_token
         if least > limit and last is None:
-            raise _too_long(state, variant, f"the prompt has at least {least}", param)
+            raise _too_long(variant, f"the prompt has at least {least}", param)
         ids = await tokenize(variant, prompt, special=special)
     else:
         ids = prompt
@@ -53,7 +51,7 @@ async def encode_prompt(
     if length + max_tokens > limit:
         at_fault = "max_tokens" if length < limit else param
         counts = f"the prompt has {length} and max_tokens is {max_tokens}, {length + max_tokens} together"
-        raise _too_long(state, variant, counts, at_fault)
+        raise _too_long(variant, counts, at_fault)
     check_vocabulary(ids, variant, param)  # for a text too: a tokenizer may know more tokens than the model
     return ids
 
@@ -66,8 +64,8 @@ def check_vocabulary(ids: Iterable[int], variant: Variant, param: str) -> None:
         raise APIError(400, message, param=param)
 
 
-def _too_long(state: ServerState, variant: Variant, counts: str, param: str) -> APIError:
-    state.metrics.rejected.labels(variant.name, "too_long").inc()
+def _too_long(variant: Variant, counts: str, param: str) -> APIError:
+    variant.metrics.on_rejected("too_long")
     limit = variant.info.context_length
     message = f"prompt and max_tokens: the context length is {limit} tokens, but {counts}"
     return APIError(400, message, param=param)

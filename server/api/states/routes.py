@@ -9,27 +9,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 from starlette.requests import ClientDisconnect
 
-from server.api.completions.answers import DeletedState, State, StateList
-from server.api.completions.generation import Saved
-from server.api.completions.schemas import StateRequest
 from server.api.http.auth import owner_of
 from server.api.http.bodies import JSONRoute
 from server.api.http.context import current
 from server.api.http.errors import APIError, from_engine, unavailable
+from server.api.http.tasks import unless_disconnected
 from server.api.serving.prompts import encode_prompt
-from server.api.serving.service import (
-    ServerState,
-    admitted,
-    cache_salt,
-    find_variant,
-    server_state,
-    unless_disconnected,
-)
+from server.api.serving.service import Service, cache_salt, service_of
 from server.api.serving.variants import Variant
+from server.api.states.saved import SavedStates, saved_states, unknown
+from server.api.states.schemas import DeletedState, State, StateList, StateRequest
 from server.api.states.store import (
     Header,
     OtherModelError,
-    SavedState,
     StateFileError,
     StateStore,
     check_opens,
@@ -45,35 +37,6 @@ IMPORT_ROOM = 2**20
 """What a file may have over the budget, so that the answer can say which limit it breaks."""
 
 
-async def saved_state(request: Request, variant: Variant, state_id: str | None) -> Saved | None:
-    """The saved state that a completion goes on from. 404 if there is none, 409 if it is another model's."""
-    if state_id is None:
-        return None
-    states = server_state(request).states
-    found = await _find(states.store, state_id, request)
-    try:
-        await states.check(variant, found.header)
-        await asyncio.to_thread(states.store.touch, found)
-    except (OtherModelError, StateFileError) as e:
-        raise APIError(409, f"state_id: {state_id}: {e}", param="state_id") from e
-    except FileNotFoundError:
-        raise _unknown(state_id) from None
-    return Saved(found.path, found.header.tokens)
-
-
-async def _find(store: StateStore, state_id: str, request: Request) -> SavedState:
-    found = await asyncio.to_thread(store.find, state_id, owner_of(request))
-    if found is None:
-        raise _unknown(state_id)
-    return found
-
-
-def _unknown(state_id: str) -> APIError:
-    return APIError(
-        404, f"state_id: no state {state_id[:64]!r}; it may have expired or been deleted", param="state_id"
-    )
-
-
 def _check_budget(store: StateStore, size: int) -> None:
     if size > store.budget_bytes:
         raise APIError(
@@ -84,17 +47,17 @@ def _check_budget(store: StateStore, size: int) -> None:
 @router.post("", response_model=State)
 async def create_state(body: StateRequest, request: Request) -> dict[str, Any]:
     """Run a prompt and keep the state after its last token."""
-    state = server_state(request)
-    store = state.states.store
-    variant = find_variant(state, body.model, "model")
-    with admitted(state, variant):
+    service, states = service_of(request), saved_states(request)
+    store = states.store
+    variant = service.find(body.model, "model")
+    with service.admit(variant):
         # One token must have room after it.
-        ids = await encode_prompt(state, variant, body.prompt, 1)
+        ids = await encode_prompt(variant, body.prompt, 1)
         _check_budget(store, variant.info.state_bytes_per_request)
         salt = cache_salt(request, body.cache_salt)
         path = store.new_file()
         try:
-            await unless_disconnected(request, state.states.save(variant, ids, path, salt))
+            await unless_disconnected(request, states.save(variant, ids, path, salt))
             context = current.get()
             if context is not None:
                 context.charge(len(ids))
@@ -109,22 +72,22 @@ async def create_state(body: StateRequest, request: Request) -> dict[str, Any]:
 @router.get("", response_model=StateList)
 async def list_states(request: Request) -> dict[str, Any]:
     """The caller's states, the newest first."""
-    found = await asyncio.to_thread(server_state(request).states.store.list, owner_of(request))
+    found = await asyncio.to_thread(saved_states(request).store.list, owner_of(request))
     return {"object": "list", "data": [saved.describe() for saved in found]}
 
 
 @router.get("/{state_id}", response_model=State)
 async def get_state(state_id: str, request: Request) -> dict[str, Any]:
     """What a state is, and until when it is kept if nobody uses it."""
-    return (await _find(server_state(request).states.store, state_id, request)).describe()
+    return (await saved_states(request).find(state_id, owner_of(request))).describe()
 
 
 @router.delete("/{state_id}", response_model=DeletedState)
 async def delete_state(state_id: str, request: Request) -> dict[str, Any]:
     """Forget a state."""
-    store = server_state(request).states.store
+    store = saved_states(request).store
     if not await asyncio.to_thread(store.delete, state_id, owner_of(request)):
-        raise _unknown(state_id)
+        raise unknown(state_id)
     return {"id": state_id, "object": "state", "deleted": True}
 
 
@@ -135,11 +98,11 @@ async def delete_state(state_id: str, request: Request) -> dict[str, Any]:
 )
 async def get_content(state_id: str, request: Request) -> Response:
     """The state as a safetensors file, its fingerprint in the metadata."""
-    found = await _find(server_state(request).states.store, state_id, request)
+    found = await saved_states(request).find(state_id, owner_of(request))
     try:
         file = await asyncio.to_thread(found.path.open, "rb")
     except FileNotFoundError:
-        raise _unknown(state_id) from None
+        raise unknown(state_id) from None
     headers = {
         "content-length": str(os.fstat(file.fileno()).st_size),
         "content-disposition": f'attachment; filename="{found.id}.safetensors"',
@@ -165,9 +128,9 @@ async def _pieces(file: IO[bytes]) -> AsyncGenerator[bytes]:
 )
 async def import_state(request: Request, model: str | None = None) -> dict[str, Any]:
     """Take in a state that a server has given out as a file; for `model`, or whichever variant it fits."""
-    state = server_state(request)
-    store = state.states.store
-    variants = list(state.variants) if model is None else [find_variant(state, model, "model")]
+    service, states = service_of(request), saved_states(request)
+    store = states.store
+    variants = list(service.variants) if model is None else [service.find(model, "model")]
     path = store.new_file()
     body = _Body(request)
     try:
@@ -175,7 +138,7 @@ async def import_state(request: Request, model: str | None = None) -> dict[str, 
         text = await body.take(header_length(start))
         header = parse_header(text)
         _check_budget(store, header.size)
-        await _check_fits_one(state, variants, header)
+        await _check_fits_one(service, states, variants, header)
         with await asyncio.to_thread(path.open, "xb") as f:
             await asyncio.to_thread(f.write, start + text)
             await body.copy(f, header.data_bytes)
@@ -192,14 +155,16 @@ async def import_state(request: Request, model: str | None = None) -> dict[str, 
     return saved.describe()
 
 
-async def _check_fits_one(state: ServerState, variants: list[Variant], header: Header) -> None:
-    """Unless a variant can go on from this state: 503 if one that is not up might, 400 if it is of a variant's model
-    but other tensors, else 409 with the first one's reason."""
+async def _check_fits_one(
+    service: Service, states: SavedStates, variants: list[Variant], header: Header
+) -> None:
+    """Raise an APIError unless a variant can go on from this state: 503 if one that is not up might, 400 if it is of a
+    variant's model but has other tensors, else 409 with the first variant's reason."""
     refusals: list[Exception] = []
     for variant in variants:
         try:
-            with admitted(state, variant):
-                await state.states.check(variant, header)
+            with service.admit(variant):
+                await states.check(variant, header)
                 if header.tokens >= variant.info.context_length:
                     raise StateFileError(f"stands for {header.tokens} tokens, which fill the context")
                 return

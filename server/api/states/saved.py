@@ -1,4 +1,4 @@
-"""What the saved states of each variant look like, and the store that they are in."""
+"""The saved states of a server: the store that they are in, and which of them each variant can go on from."""
 
 import asyncio
 import logging
@@ -6,11 +6,15 @@ import secrets
 import tempfile
 from pathlib import Path
 
+from fastapi import Request
+
 from server.api.http.errors import APIError, unavailable
 from server.api.serving.variants import Variant
 from server.api.states.store import (
     Fingerprint,
     Header,
+    OtherModelError,
+    SavedState,
     StateFileError,
     StateStore,
     weights_sha256,
@@ -26,7 +30,7 @@ SWEEP_S = 60.0
 
 
 class SavedStates:
-    """The store, and what the states of each variant look like. Only where a directory is configured.
+    """The store of saved states, if a directory for it is configured, and what those of each variant look like.
 
     What a variant's file must hold, name by name and shape by shape, its engine has said when it loaded.
 
@@ -40,10 +44,30 @@ class SavedStates:
 
     @property
     def store(self) -> StateStore:
-        """404 where there is none."""
+        """The files. 404 where no directory is configured."""
         if self._store is None:
             raise APIError(404, "saved states are off: the server's configuration names no state_dir")
         return self._store
+
+    async def find(self, state_id: str, owner: str) -> SavedState:
+        """A state of this owner. 404 if there is none."""
+        found = await asyncio.to_thread(self.store.find, state_id, owner)
+        if found is None:
+            raise unknown(state_id)
+        return found
+
+    async def to_continue(self, variant: Variant, state_id: str, owner: str) -> SavedState:
+        """The state that a completion by the variant goes on from, marked as used. 404 if there is none, 409 if it is
+        another model's."""
+        found = await self.find(state_id, owner)
+        try:
+            await self.check(variant, found.header)
+            await asyncio.to_thread(self.store.touch, found)
+        except (OtherModelError, StateFileError) as e:
+            raise APIError(409, f"state_id: {state_id}: {e}", param="state_id") from e
+        except FileNotFoundError:
+            raise unknown(state_id) from None
+        return found
 
     async def sweep(self) -> None:
         """Remove what has expired, also where nobody saves anything. Goes on until it is cancelled."""
@@ -55,7 +79,7 @@ class SavedStates:
             await asyncio.sleep(SWEEP_S)
 
     async def fingerprint(self, variant: Variant) -> Fingerprint:
-        """The variant's; worked out once for each load."""
+        """The variant's fingerprint; it is worked out once for each load."""
         ready, known = variant.info, self._fingerprints.get(variant.name)
         if known is not None and known[0] is ready:
             return known[1]
@@ -89,6 +113,19 @@ class SavedStates:
         except StateError as e:  # a full disk; the message names the file, which is nobody's business outside
             logger.error("%s: %s", variant.name, e)
             raise unavailable("the state could not be written; the server's log has the details") from e
+
+
+def saved_states(request: Request) -> SavedStates:
+    """Those of the server that the request came to."""
+    saved: SavedStates = request.app.state.saved_states
+    return saved
+
+
+def unknown(state_id: str) -> APIError:
+    """The answer to a request for a state that is not there."""
+    return APIError(
+        404, f"state_id: no state {state_id[:64]!r}; it may have expired or been deleted", param="state_id"
+    )
 
 
 def _open_store(settings: Settings, directory: Path) -> StateStore:

@@ -7,16 +7,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.completions.answers import Detokenized, Tokenized
 from server.api.completions.conversation import conversation
-from server.api.completions.schemas import DetokenizeRequest, TokenizeRequest
 from server.api.http.aside import aside
 from server.api.http.bodies import JSONRoute
 from server.api.http.encoding import json_list, json_response, json_text
 from server.api.http.errors import APIError, unavailable
 from server.api.serving.prompts import tokenize
-from server.api.serving.service import find_variant, server_state
+from server.api.serving.service import service_of
 from server.api.serving.variants import Variant
+from server.api.tokens.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
 router = APIRouter(route_class=JSONRoute)
 
@@ -27,9 +26,9 @@ MAX_IDS = 2**19
 
 
 def _variant(request: Request, model: str | None) -> Variant:
-    """The one that is named, or the first. 503 while it is still loading."""
-    state = server_state(request)
-    variant = find_variant(state, model or state.variants.names[0], "model")
+    """The variant that is named, or the first. 503 while it is still loading."""
+    service = service_of(request)
+    variant = service.find(model or service.variants.names[0], "model")
     if not variant.loaded:
         raise unavailable(f"variant {variant.name!r} is still loading")
     return variant

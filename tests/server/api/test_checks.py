@@ -10,13 +10,16 @@ import pytest
 from checkpoints import byte_tokenizer
 
 from server.api.ab import compare, scoring
+from server.api.ab.schemas import CompareRequest
 from server.api.app import create_app
-from server.api.completions.schemas import CompareRequest
 from server.api.http.errors import APIError
 from server.api.serving.metrics import Metrics
 from server.api.serving.prompts import encode_prompt
 from server.api.serving.routing import Routing
+from server.api.serving.service import Service
 from server.settings import Settings
+
+METRICS = Metrics()
 
 
 def variant(name="dense", **info):
@@ -29,19 +32,19 @@ def variant(name="dense", **info):
         longest_token=13,
         loaded=True,
         admitted=0,
+        metrics=METRICS.add_variant(name),
         client=SimpleNamespace(up=True),
         info=SimpleNamespace(**{**defaults, **info}),
     )
 
 
-def state(*variants, **settings):
+def service(*variants, **settings):
     by_name = {v.name: v for v in variants}
-    return SimpleNamespace(
-        settings=Settings(**settings),
-        metrics=Metrics(),
-        draining=False,
-        variants=SimpleNamespace(get=by_name.get, names=list(by_name)),
-        routing=Routing(Settings()),
+    return Service(
+        Settings(**settings),
+        SimpleNamespace(get=by_name.get, names=list(by_name)),
+        METRICS,
+        Routing(Settings()),
     )
 
 
@@ -56,7 +59,7 @@ def test_an_unexpected_error_has_the_shape_and_the_request_id(caplog):
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
             response = await client.get("/broken", headers={"x-request-id": "me-1"})
-        await app.state.lowkey.variants.close()
+        await app.state.service.variants.close()
         return response
 
     response = asyncio.run(work())
@@ -71,29 +74,30 @@ def test_text_that_the_tokenizer_knows_and_the_model_does_not():
     # A tokenizer may have more tokens than the model has embeddings: one such id would end the engine.
     small = variant(vocab_size=60)
     with pytest.raises(APIError, match="token id .* is not below the vocabulary size 60") as error:
-        asyncio.run(encode_prompt(state(small), small, "\xff", 1))
+        asyncio.run(encode_prompt(small, "\xff", 1))
     assert error.value.status == 400 and error.value.param == "prompt"
 
 
 def test_a_prompt_may_fill_the_context_to_the_last_token():
     v = variant()
-    assert len(asyncio.run(encode_prompt(state(v), v, "x" * 90, 10))) == 90
-    s = state(v)
+    assert len(asyncio.run(encode_prompt(v, "x" * 90, 10))) == 90
+    rejected = METRICS.rejected.labels("dense", "too_long")._value
+    before = rejected.get()
     with pytest.raises(
         APIError, match="100 tokens, but the prompt has 90 and max_tokens is 11, 101 together"
     ):
-        asyncio.run(encode_prompt(s, v, "x" * 90, 11))
-    assert s.metrics.rejected.labels("dense", "too_long")._value.get() == 1
+        asyncio.run(encode_prompt(v, "x" * 90, 11))
+    assert rejected.get() == before + 1
     # Far too long to be worth tokenising: no token has more than 13 characters.
     v.tokenizer = None
     with pytest.raises(APIError, match="100 tokens, but the prompt has at least 107"):
-        asyncio.run(encode_prompt(s, v, "x" * 1400, 1))
+        asyncio.run(encode_prompt(v, "x" * 1400, 1))
 
 
 def chosen(s, **fields):
     body = CompareRequest(prompt="x", **fields)
     variants = compare._chosen(s, body)
-    compare._check_comparable(s, body, variants)
+    compare._check_comparable(s.settings, body, variants)
     return variants
 
 
@@ -102,7 +106,7 @@ def test_variants_that_cannot_be_compared():
     same, other_vocab = variant("b"), variant("c", vocab_size=258)
     other_tokenizer = variant("d")
     other_tokenizer.tokenizer_sha256 = "b"
-    s = state(base, same, other_vocab, other_tokenizer)
+    s = service(base, same, other_vocab, other_tokenizer)
     assert chosen(s, variants=["a", "b"]) == [base, same]
     # The log-probabilities of one vocabulary can't be read as those of another.
     for names in (["a", "c"], ["c", "a"], ["b", "d"]):
@@ -112,7 +116,7 @@ def test_variants_that_cannot_be_compared():
 
 
 def test_a_comparison_takes_no_more_memory_than_allowed():
-    s = state(variant("a"), variant("b"), compare_bytes=2**20)
+    s = service(variant("a"), variant("b"), compare_bytes=2**20)
     most = 2**20 // (257 * 4)
     assert chosen(s, max_tokens=most)
     with pytest.raises(APIError, match=f"at most {most} in a comparison") as error:

@@ -370,10 +370,10 @@ def test_models_say_what_memory_goes_to(monkeypatch, tmp_path):
 
     async def work():
         app = create_app(Settings(variants={"dense": str(path)}), on_fatal=print)
-        app.state.lowkey.variants.start()
+        app.state.service.variants.start()
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
             answer = (await http.get("/v1/models/dense")).json()
-        await app.state.lowkey.variants.close()
+        await app.state.service.variants.close()
         return answer["lowkey"]
 
     said = asyncio.run(work())

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from server.api.ab import window as ab
-from server.api.ab.window import ABWindow, Pair, Request, Ring, bootstrap_mean
+from server.api.ab.window import ABWindow, EndedRequest, Pair, Ring, bootstrap_mean
 
 
 @pytest.fixture
@@ -23,7 +23,9 @@ def clock(monkeypatch):
 
 
 def request(tokens=20, decode=0.2, ttft=0.1, gaps=(), failed=False):
-    return Request(completion_tokens=tokens, decode_s=decode, ttft_s=ttft, gaps_s=list(gaps), failed=failed)
+    return EndedRequest(
+        completion_tokens=tokens, decode_s=decode, ttft_s=ttft, gaps_s=list(gaps), failed=failed
+    )
 
 
 def test_a_ring_keeps_the_last_rows_and_knows_what_it_gave_up():

@@ -8,12 +8,12 @@ import pytest
 from engine_process import until
 from live_server import ENDLESS, LiveServer, poll, suspended
 
+from server.api.ab.comparisons import Comparisons
 from server.api.ab.shadow import Shadow
 from server.api.ab.window import ABWindow
 from server.api.serving.metrics import Metrics
 from server.api.serving.routing import Routing
-from server.api.serving.service import ServerState
-from server.api.states.saved import SavedStates
+from server.api.serving.service import Service
 from server.settings import Settings
 from server.wire.exchange import EngineUnavailableError
 
@@ -135,69 +135,67 @@ class Stub:
 
 @pytest.fixture
 def bench(tmp_path):
-    """(state, shadow, generation, variants) of a server with stubs for engines."""
+    """(service, shadow, generation, variants) of a server with stubs for engines."""
     rules = [{"from": "a", "to": "b", "fraction": 1}]
     settings = Settings(variants={"a": "x/a", "b": "x/b"}, shadow=rules)
     variants = {name: Stub(name) for name in "ab"}
     metrics = Metrics()
-    state = ServerState(
-        settings,
-        SimpleNamespace(get=variants.get, runtime_dir=tmp_path),
-        metrics,
-        SavedStates(settings),
-        Routing(settings),
-        ABWindow(100),
-    )
+    running = SimpleNamespace(get=variants.get, runtime_dir=tmp_path)
+    service = Service(settings, running, metrics, Routing(settings))
+    shadow = Shadow(service, Comparisons(metrics, ABWindow(100)))
     generation = SimpleNamespace(
-        endpoint="completions",
         finish_reason="stop",
         from_state=False,
-        salt=b"alice's",
+        origin=SimpleNamespace(salt=b"alice's"),
         variant=variants["a"],
         prompt_ids=[1, 2],
         token_ids=[3, 4],
     )
-    return state, Shadow(state), generation, variants
+    return service, shadow, generation, variants
 
 
-def counted(state):
-    samples = next(iter(state.metrics.shadow_requests.collect())).samples
+def counted(service):
+    samples = next(iter(service.metrics.shadow_requests.collect())).samples
     return {s.labels["outcome"]: s.value for s in samples if s.name.endswith("_total")}
 
 
 def test_a_shadow_under_way_is_given_up_as_soon_as_a_request_waits(bench, tmp_path):
-    state, shadow, generation, variants = bench
+    service, shadow, generation, variants = bench
 
     async def work():
         shadow.offer(generation)
         await until(lambda: any(tmp_path.iterdir()))
-        assert counted(state) == {}
+        assert counted(service) == {}
         shadow.offer(generation)  # one at a time
-        assert counted(state) == {"dropped": 1}
+        assert counted(service) == {"dropped": 1}
         variants["b"].waiting = 1
-        await until(lambda: counted(state) == {"dropped": 2})
+        await until(lambda: counted(service) == {"dropped": 2})
 
     asyncio.run(work())
-    assert counted(state) == {"dropped": 2} and not list(tmp_path.iterdir()) and state.ab.pairs(60) == []
+    assert (
+        counted(service) == {"dropped": 2}
+        and not list(tmp_path.iterdir())
+        and shadow._comparisons.window.pairs(60) == []
+    )
 
 
 def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog):
-    state, shadow, generation, variants = bench
+    service, shadow, generation, variants = bench
 
     async def work():
         variants["a"].error = EngineUnavailableError("gone")
         variants["a"].answer.set()
         shadow.offer(generation)
-        await until(lambda: counted(state) == {"failed": 1})
+        await until(lambda: counted(service) == {"failed": 1})
         variants["a"].error = None
         variants["b"].answer.set()
         shadow.offer(generation)
-        await until(lambda: counted(state) == {"failed": 1, "scored": 1})
+        await until(lambda: counted(service) == {"failed": 1, "scored": 1})
         await shadow.close()
 
     asyncio.run(work())
-    assert counted(state) == {"failed": 1, "scored": 1} and "gone" in caplog.text
-    (pair,) = state.ab.pairs(60)
+    assert counted(service) == {"failed": 1, "scored": 1} and "gone" in caplog.text
+    (pair,) = shadow._comparisons.window.pairs(60)
     assert pair["kl"]["mean"] == pytest.approx(0.2) and pair["top1_agreement"]["mean"] == 0.5
     assert not list(tmp_path.iterdir())
 
@@ -205,29 +203,29 @@ def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog
 @pytest.mark.parametrize(
     "spoil",
     [
-        lambda state, generation, variants: setattr(variants["b"], "up", False),
-        lambda state, generation, variants: setattr(variants["a"], "waiting", 1),
-        lambda state, generation, variants: setattr(variants["b"], "tokenizer_sha256", "b"),
-        lambda state, generation, variants: setattr(variants["b"].info, "context_length", 3),
-        lambda state, generation, variants: setattr(generation, "token_ids", [1] * 2**24),
-        lambda state, generation, variants: setattr(state, "draining", True),
+        lambda service, generation, variants: setattr(variants["b"], "up", False),
+        lambda service, generation, variants: setattr(variants["a"], "waiting", 1),
+        lambda service, generation, variants: setattr(variants["b"], "tokenizer_sha256", "b"),
+        lambda service, generation, variants: setattr(variants["b"].info, "context_length", 3),
+        lambda service, generation, variants: setattr(generation, "token_ids", [1] * 2**24),
+        lambda service, generation, variants: setattr(service, "draining", True),
     ],
 )
 def test_what_can_not_be_repeated_is_dropped_at_once(bench, spoil):
-    state, shadow, generation, variants = bench
-    spoil(state, generation, variants)
+    service, shadow, generation, variants = bench
+    spoil(service, generation, variants)
     shadow.offer(generation)  # would need an event loop to do more
-    assert counted(state) == {"dropped": 1}
+    assert counted(service) == {"dropped": 1}
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("endpoint", "compare"), ("finish_reason", "abort"), ("from_state", True)]
+    ("field", "value"), [("finish_reason", "abort"), ("finish_reason", "error"), ("from_state", True)]
 )
 def test_what_is_no_traffic_is_not_even_counted(bench, field, value):
-    state, shadow, generation, _ = bench
+    service, shadow, generation, _ = bench
     setattr(generation, field, value)
     shadow.offer(generation)
-    assert counted(state) == {}
+    assert counted(service) == {}
 
 
 def test_the_summary_counts_traffic_and_pairs(lab):

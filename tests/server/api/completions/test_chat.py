@@ -9,7 +9,7 @@ from checkpoints import byte_tokenizer
 from scripted import CONTEXT, SCRIPTS, scripted_api
 from tokenizers import processors
 
-from server.api.completions.answers import ChatCompletion
+from server.api.completions.schemas import ChatCompletion
 from server.text.chat_template import (
     ChatTemplate,
     TemplateRefusedError,
@@ -84,7 +84,7 @@ def test_the_template_alone_says_which_special_tokens_there_are(api, script, mon
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    monkeypatch.setattr(api.app.state.lowkey.variants.get("dense"), "_tokenizer", tokenizer)
+    monkeypatch.setattr(api.app.state.service.variants.get("dense"), "_tokenizer", tokenizer)
     chat(api)
     assert sent(script) == "<user>Hello<|endoftext|>\n<assistant>"
 
@@ -187,7 +187,7 @@ def test_what_changes_nothing_is_accepted(api):
 
 
 def test_a_model_without_a_template_has_no_chat(api):
-    variant = api.app.state.lowkey.variants.get("reduced")
+    variant = api.app.state.service.variants.get("reduced")
     template, variant.chat_template = variant.chat_template, None
     try:
         refused(post(api, model="reduced"), "messages", "no chat template", "/v1/completions")
@@ -298,7 +298,7 @@ def test_where_templates_and_special_tokens_are_read_from(tmp_path):
     ids=lambda x: x[:40] if isinstance(x, str | bytes) else x.__name__,
 )
 def test_a_bad_configuration_costs_the_chat_only(api, config, tmp_path, caplog):
-    variant = api.app.state.lowkey.variants.get("reduced")
+    variant = api.app.state.service.variants.get("reduced")
     (tmp_path / "tokenizer.json").write_bytes((Path(variant.source) / "tokenizer.json").read_bytes())
     file = tmp_path / "tokenizer_config.json"
     if callable(config):

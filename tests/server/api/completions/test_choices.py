@@ -10,7 +10,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 
 from server.api.ab.window import ABWindow
-from server.api.completions.answers import Completion
+from server.api.completions.schemas import Completion
 from server.text.detokenizer import TokenTexts
 from server.wire.messages import Score
 
@@ -309,8 +309,8 @@ def test_cached_tokens_are_in_the_usage(api, script):
 
 
 def test_a_failure_of_one_choice_ends_all(api, script):
-    client = api.app.state.lowkey.variants.get("dense").client
-    variant = api.app.state.lowkey.variants.get("dense")
+    client = api.app.state.service.variants.get("dense").client
+    variant = api.app.state.service.variants.get("dense")
     before = client.aborted
     script.fail_after = 3
     body = {"model": "dense", "prompt": ["Hi", "you"], "max_tokens": 8, "ignore_eos": True}

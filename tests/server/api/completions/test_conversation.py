@@ -9,8 +9,8 @@ from scripted import SCRIPTS, scripted_api
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from server.api.http import bodies
-from server.text.chat_template import ChatTemplate, TemplateRefusedError
 from server.text import chat_template
+from server.text.chat_template import ChatTemplate, TemplateRefusedError
 
 TOKENIZER = byte_tokenizer()
 HELLO = {"role": "user", "content": "Hello"}
@@ -69,7 +69,7 @@ def api(tmp_path_factory):
 @pytest.fixture
 def rendered(api, monkeypatch):
     """The prompt that messages become by a template, in chat and in /tokenize alike; or the error's message."""
-    variant = api.app.state.lowkey.variants.get("dense")
+    variant = api.app.state.service.variants.get("dense")
 
     def render(source, *messages, **fields):
         monkeypatch.setattr(variant, "chat_template", ChatTemplate(source, {"bos_token": "<s>"}))

@@ -8,6 +8,7 @@ from checkpoints import byte_tokenizer
 from scripted import CONTEXT, SCRIPTS, scripted_api
 from tokenizers import processors
 
+from server.api.ab.schemas import CompareRequest
 from server.api.completions import refused
 
 TOKENIZER = byte_tokenizer()
@@ -15,7 +16,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 ENDPOINTS = {
     "/v1/completions": ({"model": "dense", "prompt": "Hi", "max_tokens": 4}, refused.GENERATION),
     "/v1/chat/completions": ({"model": "dense", "messages": HELLO, "max_tokens": 4}, refused.CHAT),
-    "/v1/compare": ({"prompt": "Hi", "max_tokens": 4}, refused.COMPARE),
+    "/v1/compare": ({"prompt": "Hi", "max_tokens": 4}, CompareRequest.no_ops),
     "/tokenize": ({"model": "dense", "messages": HELLO}, refused.RENDERING),
 }
 GENERATING = [path for path in ENDPOINTS if path != "/tokenize"]
@@ -104,7 +105,7 @@ def test_the_documentation_has_the_same_table():
     section = text.split("## Fields that are refused")[1].split("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
     tables = {"everywhere": refused.GENERATION, "chat": refused.CHAT, "/tokenize": refused.RENDERING}
-    tables["/v1/compare"] = refused.COMPARE
+    tables["/v1/compare"] = CompareRequest.no_ops
     for where, no_ops in tables.items():
         own = {"everywhere"} if where != "/tokenize" else set()
         documented = {
@@ -194,7 +195,7 @@ def test_special_tokens_are_added_as_asked(api, script, monkeypatch):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     for name in ("dense", "reduced"):
-        monkeypatch.setattr(api.app.state.lowkey.variants.get(name), "_tokenizer", tokenizer)
+        monkeypatch.setattr(api.app.state.service.variants.get(name), "_tokenizer", tokenizer)
     for path, default in (("/v1/completions", True), ("/v1/chat/completions", False), ("/v1/compare", True)):
         for given, added in ((None, default), (True, True), (False, False)):
             ok(post(api, path, add_special_tokens=given))

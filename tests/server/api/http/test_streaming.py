@@ -7,7 +7,8 @@ from contextlib import aclosing
 
 import pytest
 
-from server.api.http.streaming import EventStream, merged, sse, together
+from server.api.http.events import EventStream, sse
+from server.api.http.tasks import merged, together
 
 
 class Source:

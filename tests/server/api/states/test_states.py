@@ -4,14 +4,15 @@ import json
 import os
 import struct
 import time
+from types import SimpleNamespace
 
 import pytest
 from checkpoints import byte_tokenizer
 from live_server import poll
 from scripted import CONTEXT, SCRIPTS, scripted_api, state_in
 
-from server.api.completions.answers import State
-from server.api.states import routes
+from server.api.http import auth
+from server.api.states.schemas import State
 from server.api.states.store import (
     FORMAT,
     MAX_HEADER_BYTES,
@@ -146,7 +147,7 @@ def test_an_id_that_is_none_is_a_404_and_no_path(api, directory, state_id):
 
 def test_no_other_name_of_a_file_is_its_id(api, directory):
     state_id = save(api)["id"]
-    store = api.app.state.lowkey.states.store
+    store = api.app.state.saved_states.store
     assert store.find(state_id, "") is not None
     for other in (
         f"../{directory.name}/{state_id}",
@@ -169,7 +170,8 @@ def test_deleted_is_gone(api, directory):
 
 def test_a_state_is_its_owners_alone(api, monkeypatch):
     mine = save(api)["id"]
-    monkeypatch.setattr(routes, "owner_of", lambda _: "somebody else")
+    other = SimpleNamespace(name="somebody else", max_priority=0)
+    monkeypatch.setattr(auth, "client_of", lambda _: other)
     refused(api.get(f"/v1/states/{mine}"), 404, "state_id")
     refused(api.get(f"/v1/states/{mine}/content"), 404, "state_id")
     refused(api.delete(f"/v1/states/{mine}"), 404, "state_id")
@@ -262,7 +264,7 @@ def test_an_import_waits_for_no_variant_that_it_does_not_need(api):
     dense, reduced = (
         api.get(f"/v1/states/{save(api, model=name)['id']}/content").content for name in ("dense", "reduced")
     )
-    api.app.state.lowkey.variants.get("dense").client.up = False
+    api.app.state.service.variants.get("dense").client.up = False
     assert upload(api, reduced).json()["variant"] == "reduced"
     refused(upload(api, dense), 503, None, "'dense' is down")
     refused(upload(api, dense, model="reduced"), 409, None, "d_k")
@@ -331,7 +333,7 @@ def test_a_full_disk_is_a_503_that_names_no_file(api, directory, monkeypatch):
     async def full(_self, message):
         raise StateError(f"{message.path}: No space left on device")
 
-    client = api.app.state.lowkey.variants.get("dense").client
+    client = api.app.state.service.variants.get("dense").client
     monkeypatch.setattr(type(client), "save_state", full)
     answer = api.post("/v1/states", json={"model": "dense", "prompt": "x"})
     refused(answer, 503, None, "could not be written")
@@ -357,7 +359,7 @@ def make(api):
 
 
 def path_of(api, state):
-    return api.app.state.lowkey.states.store.find(state["id"], "").path
+    return api.app.state.saved_states.store.find(state["id"], "").path
 
 
 def test_what_nobody_uses_expires_and_each_use_puts_it_off(api, make, directory):

@@ -1,48 +1,15 @@
-"""Server-sent events, and several streams as one."""
+"""Several pieces of work as one, each ended when nobody waits for it any more."""
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
 
-from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from fastapi import Request
 
-from server.api.http.encoding import encoder
+from server.api.http.errors import APIError
 
 T = TypeVar("T")
-
-_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
-"""Ends of lines to clients that read a stream by `str.splitlines`, in JSON's other way to write them."""
-
-
-def sse(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    text = encoder.encode(data)
-    if not text.isascii():
-        text = text.decode().translate(_LINE_ENDS).encode()
-    return b"data: " + text + b"\n\n"
-
-
-DONE = b"data: [DONE]\n\n"
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events; calls `on_end` once nothing more is sent, however that came about."""
-
-    def __init__(self, events: AsyncGenerator[bytes], *, on_end: Callable[[], None]) -> None:
-        # Proxies must pass tokens on at once.
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
-        self._events, self._on_end = events, on_end
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            # A reader who leaves while an event waits to be sent would leave the rest to the garbage collector.
-            async with contextlib.aclosing(self._events):
-                await super().__call__(scope, receive, send)
-        finally:
-            self._on_end()
 
 
 async def merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:
@@ -93,3 +60,23 @@ async def _end(tasks: Sequence[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def unless_disconnected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Run `work`, but cancel it when the client goes away. Nobody reads the error that is then raised."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    task, watcher = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait([task, watcher], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise APIError(499, "the client closed the connection")
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait([task])
