@@ -13,8 +13,8 @@ from fastapi.responses import Response
 from server.api.ab.comparisons import Comparisons, comparisons_of
 from server.api.ab.schemas import CompareRequest
 from server.api.ab.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
-from server.api.completions.generation import Generation, Origin
-from server.api.completions.sampling import checked_allowed, checked_bias
+from server.api.completions.generation import Generation
+from server.api.completions.prepare import checked_allowed, checked_bias, generate_message
 from server.api.http.aside import aside
 from server.api.http.bodies import JSONRoute
 from server.api.http.encoding import json_response
@@ -22,7 +22,7 @@ from server.api.http.errors import APIError, from_engine
 from server.api.http.events import DONE, EventStream, sse
 from server.api.http.tasks import merged, unless_disconnected
 from server.api.serving.prompts import encode_prompt
-from server.api.serving.service import Service, service_of
+from server.api.serving.service import Origin, Service, origin_of, service_of
 from server.api.serving.variants import Variant
 from server.settings import Settings
 from server.text.detokenizer import Detokenizer
@@ -46,7 +46,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
             body,
             variants,
             await _encoded(body, variants),
-            Origin.of(request, body, "compare"),
+            origin_of(request, "compare", priority=body.priority, salt=body.cache_salt),
         )
         if body.stream:
             return EventStream(_stream(comparison), on_end=stack.pop_all().close)
@@ -201,11 +201,18 @@ class Comparison:
         yield self._answer(base, scores, await aside(self._token_texts))
 
     async def _generate(self, variant: Variant, begins: float) -> AsyncGenerator[Event]:
+        origin = self._origin
+        message = generate_message(
+            self._body,
+            variant,
+            self._prompt_ids[variant.name],
+            origin,
+        )
         generation = Generation(
             variant,
             self._body,
-            self._prompt_ids[variant.name],
-            replace(self._origin, arrived=begins),
+            message,
+            replace(origin, arrived=begins),
             most_unread=self._service.settings.stream_buffer_bytes / len(self._variants),
         )
         self._generations[variant.name] = generation

@@ -9,14 +9,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.completions import logprobs
-from server.api.completions.answer import Format, answer
-from server.api.completions.choices import Choices, Prompts, per_choice
+from server.api.completions.answer import Choices, Format, answer
 from server.api.completions.conversation import conversation
-from server.api.completions.generation import Chunk, Origin
+from server.api.completions.generation import Chunk, observers_of
+from server.api.completions.prepare import Prompts, generate_messages, per_choice
 from server.api.completions.schemas import STREAMED, ChatCompletion, ChatRequest
 from server.api.http.bodies import JSONRoute
 from server.api.serving.prompts import encode_prompt
-from server.api.serving.service import service_of, sticky_identity
+from server.api.serving.service import origin_of, service_of, sticky_identity
 from server.api.serving.variants import Variant
 
 router = APIRouter(route_class=JSONRoute)
@@ -29,6 +29,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     variant = service.find(body.model, "model", sticky_identity(request, body.user))
     with ExitStack() as stack:
         places = stack.enter_context(service.admit(variant, body.choices_each))
+        origin = origin_of(request, "chat", priority=body.priority, salt=body.cache_salt)
         text = await conversation(variant, body.messages, body)
         ids = await encode_prompt(
             variant,
@@ -42,8 +43,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         if body.given_limit is None and body.logprobs:
             limit = min(limit, per_choice(service.settings, body))
         fields = body.model_copy(update={"max_tokens": limit})
-        origin = Origin.of(request, body, "chat", request.app.state.observers)
-        choices = Choices(service.settings, places, fields, Prompts([ids]), origin)
+        prompts = Prompts([ids])
+        messages = generate_messages(service.settings, fields, variant, prompts, origin)
+        choices = Choices(places, fields, prompts, messages, origin, observers_of(request), service.settings)
         return await answer(request, body, choices, _format(body, variant), stack)
 
 

@@ -10,15 +10,15 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.completions import logprobs
-from server.api.completions.answer import Format, answer
-from server.api.completions.choices import Choices, Prompts
-from server.api.completions.generation import Chunk, Origin
+from server.api.completions.answer import Choices, Format, answer
+from server.api.completions.generation import Chunk, observers_of
+from server.api.completions.prepare import Prompts, generate_messages
 from server.api.completions.schemas import STREAMED, Completion, CompletionRequest
 from server.api.http.auth import owner_of
 from server.api.http.bodies import JSONRoute
 from server.api.http.tasks import together
 from server.api.serving.prompts import encode_prompt
-from server.api.serving.service import service_of, sticky_identity
+from server.api.serving.service import origin_of, service_of, sticky_identity
 from server.api.serving.variants import Variant
 from server.api.states.saved import saved_states
 
@@ -32,9 +32,10 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     variant = service.find(body.model, "model", sticky_identity(request, body.user))
     with ExitStack() as stack:
         places = stack.enter_context(service.admit(variant, len(body.prompts) * body.choices_each))
+        origin = origin_of(request, "completions", priority=body.priority, salt=body.cache_salt)
         prompts = await _prompts(body, variant, request)
-        origin = Origin.of(request, body, "completions", request.app.state.observers)
-        choices = Choices(service.settings, places, body, prompts, origin)
+        messages = generate_messages(service.settings, body, variant, prompts, origin)
+        choices = Choices(places, body, prompts, messages, origin, observers_of(request), service.settings)
         return await answer(request, body, choices, _format(body, variant), stack)
 
 

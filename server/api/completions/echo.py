@@ -4,10 +4,11 @@ import math
 import secrets
 from itertools import pairwise
 
-from server.api.completions.generation import Chunk, Origin, TokenEntry
+from server.api.completions.generation import Chunk, TokenEntry
 from server.api.completions.schemas import ChoiceFields
 from server.api.http.aside import aside
 from server.api.http.tasks import together
+from server.api.serving.service import Origin
 from server.api.serving.variants import Variant
 from server.text.detokenizer import Detokenizer
 from server.wire.exchange import BrokenOutputError

@@ -10,16 +10,13 @@ from typing import Any
 import msgspec
 from fastapi import Request
 
-from server.api.completions.sampling import generate_message
 from server.api.completions.schemas import SamplingFields
-from server.api.http.auth import capped_priority
 from server.api.http.context import current
-from server.api.serving.service import cache_salt
+from server.api.serving.service import Origin
 from server.api.serving.variants import Variant
-from server.api.states.store import SavedState
 from server.text.detokenizer import Detokenizer, StopMatcher
 from server.wire.exchange import EngineError
-from server.wire.messages import FinishReason, PackedTop, Token, TopLogprobs, pack_top
+from server.wire.messages import FinishReason, Generate, PackedTop, Token, TopLogprobs, pack_top
 
 MIN_TIMED_TOKENS = 8
 """Tokens after the first that a speed needs: fewer are over in a few steps, and say more of chance than of speed."""
@@ -29,37 +26,10 @@ Observer = Callable[["Generation"], None]
 """Told of a generation that has ended, well or not."""
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What a generation has from the HTTP request that it belongs to."""
-
-    endpoint: str
-    """The label that its metrics get."""
-    arrived: float
-    """time.monotonic() at which the request came."""
-    priority: int
-    """Its priority in the engine; lower runs first."""
-    salt: bytes
-    """What its prefixes are kept under (`cache_salt`)."""
-    observers: Sequence[Observer] = ()
-    """Who is told of each generation that has ended."""
-
-    @classmethod
-    def of(
-        cls,
-        request: Request,
-        fields: SamplingFields,
-        endpoint: str,
-        observers: Sequence[Observer] = (),
-    ) -> "Origin":
-        """The origin of all generations that a request asks for."""
-        return cls(
-            endpoint,
-            request.scope["lowkey.arrived"],
-            capped_priority(request, fields.priority or 0),
-            cache_salt(request, fields.cache_salt),
-            observers,
-        )
+def observers_of(request: Request) -> list[Observer]:
+    """Whom the server that the request came to tells of each completion and each chat's answer."""
+    observers: list[Observer] = request.app.state.observers
+    return observers
 
 
 class TokenEntry(msgspec.Struct, frozen=True, gc=False):
@@ -97,12 +67,15 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 
 class Generation:
-    """A completion by one variant of a prompt that `encode_prompt` has checked. Iterate `chunks`, then read the rest.
+    """A completion by one variant. Iterate `chunks`, then read the rest.
 
     The time to the first token counts from the HTTP request, in this process. All speeds are of the times at which the
     engine made the tokens: when they come through here depends on what else this process does.
 
     Args:
+        message: what the variant's engine is asked for (`generate_message`).
+        observers: told of it once it has ended.
+        saved_tokens: how many tokens the saved state stands for that it goes on from.
         most_unread: bytes of tokens that may wait for the reader of `chunks` before the engine pauses.
         on_sampled: called once, when the engine is done with the request; or never, if `chunks` is never begun.
     """
@@ -111,16 +84,16 @@ class Generation:
         self,
         variant: Variant,
         fields: SamplingFields,
-        prompt_ids: list[int],
+        message: Generate,
         origin: Origin,
         *,
-        choice: int = 0,
-        saved: SavedState | None = None,
+        observers: Sequence[Observer] = (),
+        saved_tokens: int = 0,
         most_unread: float = math.inf,
         on_sampled: Callable[[], None] = lambda: None,
     ) -> None:
         self.variant = variant
-        self.prompt_ids = prompt_ids
+        self.prompt_ids = message.token_ids
         self.origin = origin
         self.token_ids: list[int] = []
         self.text = ""
@@ -131,7 +104,8 @@ class Generation:
         """Seconds between the tokens, as the engine made them."""
         self.ttft_s: float | None = None
         """Seconds from the arrival of the HTTP request to the first token; None before that."""
-        self._choice = choice
+        self._message = message
+        self._observers = observers
         self._most_unread = most_unread
         self._on_sampled = on_sampled
         self._first: float | None = None
@@ -139,7 +113,7 @@ class Generation:
         self._last: float | None = None
         """When the engine made the last token so far."""
         self._queue_s: float | None = None
-        self._saved_tokens = 0 if saved is None else saved.header.tokens
+        self._saved_tokens = saved_tokens
         self._decoded = 0
         """Characters so far, those that are held back for a stop string included."""
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
@@ -147,15 +121,6 @@ class Generation:
         self._matcher = StopMatcher(stops, keep=self._keep_stop)
         skip = fields.skip_special_tokens is not False
         self._detokenizer = Detokenizer(variant.tokenizer, skip_special_tokens=skip)
-        self._message = generate_message(
-            fields,
-            variant,
-            prompt_ids,
-            choice=choice,
-            priority=origin.priority,
-            salt=origin.salt,
-            state_path=None if saved is None else str(saved.path),
-        )
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
         """The text as it comes: of one token at a time, or of all that have come while the reader was busy. Tokens
@@ -259,7 +224,7 @@ class Generation:
         if speed is not None:
             metrics.request_tokens_per_second.observe(speed)
         self._account(reason)
-        for tell in self.origin.observers:
+        for tell in self._observers:
             tell(self)
 
     def _account(self, reason: FinishReason) -> None:
@@ -269,7 +234,9 @@ class Generation:
             return
         context.add(
             self.variant.name,
-            prompt_tokens=0 if self._choice else len(self.prompt_ids),  # a prompt counts once
+            prompt_tokens=0
+            if self._message.sampling.choice
+            else len(self.prompt_ids),  # a prompt counts once
             completion_tokens=len(self.token_ids),
             finish_reason=reason,
             ttft_s=self.ttft_s,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from fastapi import Request
 
-from server.api.http.auth import client_of, owner_of
+from server.api.http.auth import capped_priority, client_of, owner_of
 from server.api.http.errors import APIError, unavailable
 from server.api.serving.metrics import Metrics, Rejection
 from server.api.serving.routing import Routing
@@ -106,6 +106,26 @@ def service_of(request: Request) -> Service:
     """The service that the request came to."""
     service: Service = request.app.state.service
     return service
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the work of an engine has from the HTTP request that asks for it."""
+
+    endpoint: str
+    """The label that metrics of the request get."""
+    arrived: float
+    """time.monotonic() at which the request came."""
+    priority: int
+    """The priority in the engine; lower runs first."""
+    salt: bytes
+    """What prefixes are kept under (`cache_salt`)."""
+
+
+def origin_of(request: Request, endpoint: str, *, priority: int | None, salt: str | None) -> Origin:
+    """The origin of what a request asks for, by the priority and the salt that it gives itself."""
+    arrived: float = request.scope["lowkey.arrived"]
+    return Origin(endpoint, arrived, capped_priority(request, priority or 0), cache_salt(request, salt))
 
 
 def sticky_identity(request: Request, user: str | None) -> str | None:
