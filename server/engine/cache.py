@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modeling.state import StatePool
 from server.engine.prefix_cache import BLOCK, TOKEN_BYTES, Entry, Prefix, PrefixIndex
-from server.engine.state_file import host_tensors, load_state, save_state
+from server.engine.state_file import HostState, fill, host_tensors, read_state, save_state
 
 __all__ = ["Allocation", "Entry", "Prefix", "StateCache"]
 
@@ -85,9 +85,13 @@ class StateCache:
     def free(self, allocation: Allocation) -> None:
         self._pool.free(allocation.slot)
 
-    def load(self, allocation: Allocation, path: Path) -> None:
-        """Take the state from a file. Raises StateFileError."""
-        load_state(self._pool, allocation.slot, path)
+    def load(self, path: Path) -> Callable[[], HostState]:
+        """What reads a state from a file, in any thread, for `fill`. Raises StateLoadError when it is called."""
+        return partial(read_state, self._pool, path)
+
+    def fill(self, allocation: Allocation, state: HostState) -> None:
+        """Give an allocation the state that has been read from a file."""
+        fill(self._pool, allocation.slot, state)
 
     def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> Callable[[], None]:
         """What writes the state to a file, in any thread, for as long as nothing else is done with the allocation.

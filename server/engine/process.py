@@ -43,8 +43,8 @@ logger = logging.getLogger("lowkey.engine")
 HEARTBEAT_S = 1.0
 """An engine that has told nothing for this long says who is in it."""
 
-FILE_POLL_S = 0.01
-"""How often an engine with nothing to run looks whether a file has been written."""
+FILE_POLL_S = 0.002
+"""How often an engine with nothing to run looks whether a file has been written or read."""
 
 
 def pick_device(config: EngineConfig) -> str:
@@ -208,7 +208,7 @@ def serve(config: EngineConfig) -> None:
     while True:
         wait_s = 0.0
         if engine.idle or engine.blocked:
-            wait_s = FILE_POLL_S if engine.writing else HEARTBEAT_S
+            wait_s = FILE_POLL_S if engine.on_disk else HEARTBEAT_S
         events = dict(poller.poll(int(wait_s * 1000)))
         if sys.stdin.fileno() in events:
             return

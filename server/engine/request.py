@@ -46,6 +46,9 @@ class Request:
     """For how long it was paused and had nothing in the making, until it was last resumed."""
     steps_in_flight: int = 0
     """Launched and not yet collected. The slot is freed only at 0."""
+    loading: bool = False
+    """Whether the saved state that it goes on from is being read from its file. The slot is freed only once that is
+    over."""
     finish_reason: FinishReason | None = None
     started: float | None = None
     """time.monotonic() at the first launch."""

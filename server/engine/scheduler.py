@@ -9,7 +9,7 @@ from pathlib import Path
 
 from server.engine.cache import Allocation, StateCache
 from server.engine.request import Request, TwinKey
-from server.engine.state_file import StateFileError
+from server.engine.state_file import HostState, StateLoadError
 from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
 
 PREFILL_ALIGN = 64
@@ -85,6 +85,9 @@ class Scheduler:
         self.cache_queries = 0
         """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
         self.cache_hits = 0
+        self.loads: list[tuple[Request, Callable[[], HostState]]] = []
+        """Requests that go on from a saved state and have their slot, each with what reads the file; the engine takes
+        them out, and tells when they are `loaded`."""
         self.failed: list[Failed] = []
         """Requests that can't go on, and why; the engine tells and forgets them."""
 
@@ -160,7 +163,8 @@ class Scheduler:
         if request.finish_reason is None:
             request.finish_reason = reason
             if not request.prefill_done:
-                self._prefilling.remove(request)
+                if not request.loading:
+                    self._prefilling.remove(request)
                 self._unlead(request)
             elif request in self._decoding:
                 self._decoding.remove(request)
@@ -218,6 +222,19 @@ class Scheduler:
             raise RuntimeError(f"request {request.id} has no state to save")
         return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
 
+    def loaded(self, request: Request, state: HostState | StateLoadError) -> None:
+        """The saved state of a request (one of `loads`) has been read, or can't be."""
+        request.loading = False
+        if request.finish_reason is None and request.allocation is not None:
+            if isinstance(state, StateLoadError):
+                self.failed.append(Failed(request_id=request.id, reason="state", error=str(state)))
+                request.finish_reason = "error"
+                self._unlead(request)
+            else:
+                self._cache.fill(request.allocation, state)
+                insort(self._prefilling, request, key=_order)
+        self._release_if_idle(request)
+
     def collected(self, request: Request) -> None:
         """A launched step of this request has been collected, and nothing more is done with the state that it left."""
         request.steps_in_flight -= 1
@@ -262,29 +279,26 @@ class Scheduler:
         return slots if self._max_running is None else min(slots, self._max_running - self.running)
 
     def _admit(self, request: Request) -> bool:
-        """Give a waiting request a slot, with as much of its prompt as is cached. False when there is none."""
+        """Give a waiting request a slot, with as much of its prompt as is cached. False when its prompt can't be fed
+        now: there is no slot, or the saved state that goes into it is yet to be read."""
         if self._room <= 0:
             return False
         allocation = self._cache.allocate(request.prefix)
         if allocation is None:
             return False
         self._start(request, allocation)
+        if request.twin_key is not None:
+            self._leaders.setdefault(request.twin_key, request)
         if isinstance(request.message, Generate) and request.message.state_path is not None:
-            try:
-                self._cache.load(allocation, Path(request.message.state_path))
-            except StateFileError as e:
-                self.failed.append(Failed(request_id=request.id, reason="state", error=str(e)))
-                request.finish_reason = "error"
-                self._release_if_idle(request)
-                return False
+            request.loading = True
+            self.loads.append((request, self._cache.load(Path(request.message.state_path))))
+            return False
         insort(self._prefilling, request, key=_order)
         if request.prefix is not None:
             self.cache_queries += request.prefix.limit
             self.cache_hits += allocation.cached
         if request.cut <= allocation.cached:
             request.cut = 0
-        if request.twin_key is not None:
-            self._leaders.setdefault(request.twin_key, request)
         return True
 
     def _start(self, request: Request, allocation: Allocation) -> None:
@@ -318,7 +332,9 @@ class Scheduler:
                     chunk.forks.append(request)
 
     def _release_if_idle(self, request: Request) -> None:
-        if request.finish_reason is None or request.steps_in_flight or request.allocation is None:
+        if request.finish_reason is None or request.steps_in_flight or request.loading:
+            return
+        if request.allocation is None:
             return
         self._cache.free(request.allocation)
         request.allocation = None

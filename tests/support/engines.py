@@ -117,7 +117,7 @@ def run(
             engine.handle(message)
         if step >= last and engine.idle:
             return outputs
-        while (output := engine.step()) is None and engine.blocked and engine.writing:
+        while (output := engine.step()) is None and engine.blocked and engine.on_disk:
             time.sleep(0.001)
         if output is not None:
             outputs.append(output)

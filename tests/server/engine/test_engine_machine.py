@@ -19,7 +19,8 @@ from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine, IntegrityError
 from server.engine.scheduler import Scheduler
-from server.engine.state_writer import StateWriter
+from server.engine.state_file import StateLoadError
+from server.engine.state_files import StateFiles
 from server.wire.messages import Abort, Generate, Pause, Resume, SaveState
 
 SPEC = family_of(DELTA).spec({**DELTA, "num_hidden_layers": 1, "hidden_size": 8, "expand_v": 1.0})
@@ -41,7 +42,10 @@ class OnDemand(Executor):
 
     def run_one(self):
         future, work = self.work.pop(0)
-        future.set_result(work())
+        try:
+            future.set_result(work())
+        except StateLoadError as e:
+            future.set_exception(e)
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -71,7 +75,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner.base = self.saved
         self.engine = Engine(self.scheduler, self.runner, self.depth)
         self.disk = OnDemand()
-        self.engine._writer = StateWriter(self.disk)
+        self.engine._files = StateFiles(self.disk)
         self.slots = slots
 
     def prompt(self, length, family):
@@ -144,7 +148,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.engine.handle(Resume(request_id=request_id))
 
     @rule()
-    def write_a_file(self):
+    def write_or_read_a_file(self):
         if self.disk.work:
             self.disk.run_one()
 
@@ -162,7 +166,7 @@ class EngineMachine(RuleBasedStateMachine):
                 break
             if output is not None:
                 self.check(output)  # a step that only refused, or told of a file
-            if self.engine.blocked and self.engine.writing:
+            if self.engine.blocked and self.engine.on_disk:
                 self.disk.run_one()
             if self.engine.idle:
                 break
@@ -251,7 +255,7 @@ class EngineMachine(RuleBasedStateMachine):
             if self.engine.idle:
                 break
             self.step()
-            if self.engine.blocked and self.engine.writing:
+            if self.engine.blocked and self.engine.on_disk:
                 self.disk.run_one()
         assert self.engine.idle and self.engine.occupancy.paused == 0
         assert self.scheduler.used_slots == 0 and not self.scheduler._requests
