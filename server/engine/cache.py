@@ -7,10 +7,8 @@ from functools import partial
 from pathlib import Path
 
 from modeling.state import StatePool
-from server.engine.prefix_cache import BLOCK, TOKEN_BYTES, Entry, Prefix, PrefixIndex
+from server.engine.prefix_cache import BLOCK, TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
 from server.engine.state_file import HostState, fill, host_tensors, read_state, save_state
-
-__all__ = ["Allocation", "Entry", "Prefix", "StateCache"]
 
 
 @dataclass(frozen=True)
@@ -60,9 +58,9 @@ class StateCache:
         long_enough = len(token_bytes) >= BLOCK * TOKEN_BYTES
         return Prefix(token_bytes, limit, salt) if self._enabled and long_enough else None
 
-    def part(self, prefix: Prefix) -> int:
-        """Where the prompt parts from those seen before (`PrefixIndex.part`)."""
-        return self._index.part(prefix)
+    def remember(self, prefix: Prefix) -> int:
+        """Remember a prompt. Where it parts from those that were remembered earlier (`PrefixIndex.remember`)."""
+        return self._index.remember(prefix)
 
     def allocate(self, prefix: Prefix | None = None) -> Allocation | None:
         """A state that has seen as much of the prompt as is cached, else a zeroed one. None when all slots are in
@@ -98,7 +96,7 @@ class StateCache:
         Raises OSError when it is called."""
         return partial(save_state, host_tensors(self._pool, allocation.slot), path, metadata)
 
-    def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> Entry | None:
+    def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> CachedPrefix | None:
         """Keep the state of `allocation`, which has seen the first `length` tokens. None when it is kept already, or
         there is no room or no use for it."""
         if length < BLOCK or (self._aligned and length % BLOCK) or self._index.exact(prefix, length):
@@ -109,7 +107,7 @@ class StateCache:
         self._pool.copy(allocation.slot, slot)
         return self._index.add(prefix, length, slot)
 
-    def drop(self, entry: Entry) -> None:
+    def drop(self, entry: CachedPrefix) -> None:
         """Forget a snapshot, if it is still there."""
         if entry in self._index:
             self._index.remove(entry)

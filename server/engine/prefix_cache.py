@@ -42,7 +42,7 @@ class Prefix:
         return self.token_bytes[: length * TOKEN_BYTES]
 
 
-class Entry:
+class CachedPrefix:
     """The state after the first `length` tokens of a prompt is in `slot`."""
 
     __slots__ = ("digest", "length", "salt", "slot", "token_bytes")
@@ -63,21 +63,21 @@ class PrefixIndex:
     """Entries by prefix, and in the order of their last use."""
 
     def __init__(self) -> None:
-        self._by_digest: dict[bytes, list[Entry]] = {}
-        self._entries: OrderedDict[Entry, None] = OrderedDict()
+        self._by_digest: dict[bytes, list[CachedPrefix]] = {}
+        self._entries: OrderedDict[CachedPrefix, None] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, entry: Entry) -> bool:
+    def __contains__(self, entry: CachedPrefix) -> bool:
         return entry in self._entries
 
     @property
     def slots(self) -> list[int]:
         return [entry.slot for entry in self._entries]
 
-    def find(self, prefix: Prefix) -> Entry | None:
+    def find(self, prefix: Prefix) -> CachedPrefix | None:
         """The longest entry that the prompt begins with, marked as used."""
         for blocks in range(min(len(prefix.digests), prefix.limit // BLOCK), 0, -1):
             entries = self._by_digest.get(prefix.digests[blocks - 1], ())
@@ -88,7 +88,7 @@ class PrefixIndex:
                 return entry
         return None
 
-    def exact(self, prefix: Prefix, length: int) -> Entry | None:
+    def exact(self, prefix: Prefix, length: int) -> CachedPrefix | None:
         """The entry of exactly the first `length` tokens, marked as used."""
         for entry in self._by_digest.get(prefix.digests[length // BLOCK - 1], ()):
             if entry.length == length and entry.begins(prefix):
@@ -96,26 +96,26 @@ class PrefixIndex:
                 return entry
         return None
 
-    def add(self, prefix: Prefix, length: int, slot: int) -> Entry:
+    def add(self, prefix: Prefix, length: int, slot: int) -> CachedPrefix:
         """The state after the first `length` tokens (at least a block) is in `slot`."""
-        entry = Entry(prefix, length, slot)
+        entry = CachedPrefix(prefix, length, slot)
         self._by_digest.setdefault(entry.digest, []).append(entry)
         self._entries[entry] = None
         return entry
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: CachedPrefix) -> None:
         del self._entries[entry]
         entries = self._by_digest[entry.digest]
         entries.remove(entry)
         if not entries:
             del self._by_digest[entry.digest]
 
-    def oldest(self) -> Entry | None:
+    def oldest(self) -> CachedPrefix | None:
         """The entry whose last use is longest ago."""
         return next(iter(self._entries), None)
 
-    def part(self, prefix: Prefix) -> int:
-        """How many tokens, in whole blocks, the prompt shares with an earlier one. Remembers the prompt."""
+    def remember(self, prefix: Prefix) -> int:
+        """Remember a prompt. How many tokens, in whole blocks, it shares with one that was remembered earlier."""
         known = 0
         for blocks, digest in enumerate(prefix.digests, 1):
             if digest in self._seen:

@@ -3,7 +3,8 @@
 from array import array
 from dataclasses import dataclass, field
 
-from server.engine.cache import Allocation, Entry, Prefix
+from server.engine.cache import Allocation
+from server.engine.prefix_cache import CachedPrefix, Prefix
 from server.wire.messages import FinishReason, Generate, PackedTop, SaveState, Score
 
 TwinKey = tuple[bytes, bytes, str | None]
@@ -28,7 +29,7 @@ class Request:
     """Its prompt as the prefix cache knows it; None where that can't serve it."""
     cut: int = 0
     """Where the prompt leaves one that was seen before: prefill stops there for a snapshot."""
-    snapshots: list[Entry] = field(default_factory=list)
+    snapshots: list[CachedPrefix] = field(default_factory=list)
     """Those taken within the prompt, oldest first."""
     cached: int = 0
     """Tokens of the prompt whose state came from the prefix cache or from a sibling."""

@@ -124,7 +124,7 @@ class Scheduler:
         elif isinstance(message, SaveState) or message.state_path is None:
             limit = request.prompt_length - 1
             request.prefix = self._cache.prefix(request.token_bytes, limit, message.cache_salt)
-            request.cut = 0 if request.prefix is None else self._cache.part(request.prefix)
+            request.cut = 0 if request.prefix is None else self._cache.remember(request.prefix)
         self._requests[request.id] = request
         insort(self._waiting, request, key=_order)
 

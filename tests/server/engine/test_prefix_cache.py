@@ -62,10 +62,10 @@ def test_prompts_of_different_salts_know_nothing_of_each_other():
     salts = [b"", b"a", b"b"]
     for slot, salt in enumerate(salts):
         mine = prefix(ids, salt=salt)
-        assert index.find(mine) is None and index.exact(mine, 200) is None and index.part(mine) == 0
+        assert index.find(mine) is None and index.exact(mine, 200) is None and index.remember(mine) == 0
         index.add(mine, 200, slot)
         assert index.find(mine).slot == slot and index.exact(mine, 200).slot == slot
-        assert index.part(mine) == 256
+        assert index.remember(mine) == 256
     # Whatever a hash says.
     forged = prefix(ids, salt=b"c")
     forged.digests = prefix(ids, salt=b"a").digests
@@ -102,11 +102,11 @@ def test_snapshots_never_take_a_slot_from_a_request():
 def test_where_a_prompt_parts_from_earlier_ones():
     index = PrefixIndex()
     ids = prompt(300)
-    assert index.part(prefix(ids)) == 0
-    assert index.part(prefix(ids)) == 256
-    assert index.part(prefix(ids[:200] + prompt(100, seed=1))) == 192
-    assert index.part(prefix(ids[:128])) == 64, "the last token must be fed"
-    assert index.part(prefix(prompt(300, seed=2))) == 0
+    assert index.remember(prefix(ids)) == 0
+    assert index.remember(prefix(ids)) == 256
+    assert index.remember(prefix(ids[:200] + prompt(100, seed=1))) == 192
+    assert index.remember(prefix(ids[:128])) == 64, "the last token must be fed"
+    assert index.remember(prefix(prompt(300, seed=2))) == 0
 
 
 def cached_tokens(outputs):
