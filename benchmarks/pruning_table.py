@@ -83,7 +83,7 @@ def measure(
         "method": method,
         "seed": seed,
         "d_k": list(spec.d_k),
-        "state_bytes": spec.state_bytes(),
+        "state_bytes": spec.state_bytes(0),
         "select_s": round(seconds, 3),
         "exchanges": swaps(selection.report),
         **result.as_json(),
@@ -159,7 +159,7 @@ def main(
                 add(method, keep, method, widths_to_keep(spec, keep))
         for method in per_layer:
             progress(seed, f"{method}, per layer")
-            limits = {keep: spec.with_d_k(widths_to_keep(spec, keep)).state_bytes() for keep in widths}
+            limits = {keep: spec.with_d_k(widths_to_keep(spec, keep)).state_bytes(0) for keep in widths}
             _, budget = spend(
                 source,
                 CRITERIA[method],
@@ -197,7 +197,7 @@ def main(
             "kl_tokens": compared * WINDOW,
             "dense": {
                 "d_k": list(spec.d_k),
-                "state_bytes": spec.state_bytes(),
+                "state_bytes": spec.state_bytes(0),
                 **dense.as_json(),
             },
             "reduced": rows,

@@ -65,7 +65,7 @@ def reduce_all(
         criterion = CRITERIA[method]
         console.print(f"{method}: measuring each layer", highlight=False)
         uniform = {keep: widths_to_keep(source.spec, keep) for keep in widths}
-        limits = {keep: source.spec.with_d_k(chosen).state_bytes() for keep, chosen in uniform.items()}
+        limits = {keep: source.spec.with_d_k(chosen).state_bytes(0) for keep, chosen in uniform.items()}
         _, budget = spend(
             source,
             criterion,
@@ -90,7 +90,7 @@ def reduce_all(
                         "budget": kind,
                         "mean_d_k": keep,
                         "d_k": list(spec.d_k),
-                        "state_bytes": spec.state_bytes(),
+                        "state_bytes": spec.state_bytes(0),
                         "path": out,
                     }
                 )

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from modeling.spec import TOKEN_BLOCK
 from modeling.state import StatePool
-from server.engine.prefix_cache import BLOCK, TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
+from server.engine.prefix_cache import TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
 from server.engine.state_file import HostState, fill, host_tensors, read_state, save_state
 
 
@@ -55,7 +56,7 @@ class StateCache:
     def prefix(self, token_bytes: bytes, limit: int, salt: bytes) -> Prefix | None:
         """A prompt of which up to `limit` tokens may be taken from what the cache has of its salt; None for one that it
         has no use for."""
-        long_enough = len(token_bytes) >= BLOCK * TOKEN_BYTES
+        long_enough = len(token_bytes) >= TOKEN_BLOCK * TOKEN_BYTES
         return Prefix(token_bytes, limit, salt) if self._enabled and long_enough else None
 
     def remember(self, prefix: Prefix) -> int:
@@ -99,7 +100,11 @@ class StateCache:
     def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> CachedPrefix | None:
         """Keep the state of `allocation`, which has seen the first `length` tokens. None when it is kept already, or
         there is no room or no use for it."""
-        if length < BLOCK or (self._aligned and length % BLOCK) or self._index.exact(prefix, length):
+        if (
+            length < TOKEN_BLOCK
+            or (self._aligned and length % TOKEN_BLOCK)
+            or self._index.exact(prefix, length)
+        ):
             return None
         slot = self._take(zero=False)
         if slot is None:

@@ -1,8 +1,8 @@
 """Which prompts' states are held, found by a hash chain over token ids. Bookkeeping only: no tensors in here.
 
 A recurrent state can't be cut back, so that an entry serves only prompts that begin with all of its tokens. The chain
-has one link per `BLOCK` tokens; an entry hangs on the last full block of its tokens, and what it found is compared
-token by token.
+has one link per `TOKEN_BLOCK` tokens; an entry hangs on the last full block of its tokens, and what is found there is
+compared token by token.
 
 A chain begins with its prompt's salt: prompts of different salts have no link in common, so that nobody learns from the
 cache what others have sent.
@@ -11,7 +11,8 @@ cache what others have sent.
 from collections import OrderedDict
 from hashlib import blake2b
 
-BLOCK = 64
+from modeling.spec import TOKEN_BLOCK
+
 TOKEN_BYTES = 4
 _SEEN = 2**16
 """Blocks of earlier prompts that are remembered by their hash alone, to find where prompts part."""
@@ -32,7 +33,7 @@ class Prefix:
         self.limit = limit
         self.digests: list[bytes] = []
         """Hashes of its first 1, 2, ... blocks."""
-        size = BLOCK * TOKEN_BYTES
+        size = TOKEN_BLOCK * TOKEN_BYTES
         digest = salt
         for start in range(0, len(token_bytes) - size + 1, size):
             digest = blake2b(digest + token_bytes[start : start + size], digest_size=16).digest()
@@ -50,7 +51,7 @@ class CachedPrefix:
     def __init__(self, prefix: Prefix, length: int, slot: int) -> None:
         self.token_bytes = prefix.first(length)
         self.salt = prefix.salt
-        self.digest = prefix.digests[length // BLOCK - 1]
+        self.digest = prefix.digests[length // TOKEN_BLOCK - 1]
         self.length = length
         self.slot = slot
 
@@ -79,7 +80,7 @@ class PrefixIndex:
 
     def find(self, prefix: Prefix) -> CachedPrefix | None:
         """The longest entry that the prompt begins with, marked as used."""
-        for blocks in range(min(len(prefix.digests), prefix.limit // BLOCK), 0, -1):
+        for blocks in range(min(len(prefix.digests), prefix.limit // TOKEN_BLOCK), 0, -1):
             entries = self._by_digest.get(prefix.digests[blocks - 1], ())
             fitting = [entry for entry in entries if entry.length <= prefix.limit and entry.begins(prefix)]
             if fitting:
@@ -90,7 +91,7 @@ class PrefixIndex:
 
     def exact(self, prefix: Prefix, length: int) -> CachedPrefix | None:
         """The entry of exactly the first `length` tokens, marked as used."""
-        for entry in self._by_digest.get(prefix.digests[length // BLOCK - 1], ()):
+        for entry in self._by_digest.get(prefix.digests[length // TOKEN_BLOCK - 1], ()):
             if entry.length == length and entry.begins(prefix):
                 self._entries.move_to_end(entry)
                 return entry
@@ -119,8 +120,8 @@ class PrefixIndex:
         known = 0
         for blocks, digest in enumerate(prefix.digests, 1):
             if digest in self._seen:
-                if blocks * BLOCK <= prefix.limit:
-                    known = blocks * BLOCK
+                if blocks * TOKEN_BLOCK <= prefix.limit:
+                    known = blocks * TOKEN_BLOCK
                 self._seen.move_to_end(digest)
             else:
                 self._seen[digest] = None

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling.spec import TOKEN_BLOCK
 from server.engine.cache import Allocation, StateCache
 from server.engine.request import Request, TwinKey
 from server.engine.state_file import HostState, StateLoadError
 from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
-
-PREFILL_ALIGN = 64
-"""A prompt is cut at multiples of the chunk that the prefill kernels work in."""
 
 SNAPSHOTS = 2
 """States that are kept of the inside of one prompt, those after its last steps; the one of its end comes on top."""
@@ -63,10 +61,8 @@ class Scheduler:
     """
 
     def __init__(self, cache: StateCache, prefill_tokens: int, max_running: int | None = None) -> None:
-        if prefill_tokens < PREFILL_ALIGN or prefill_tokens % PREFILL_ALIGN:
-            raise ValueError(
-                f"prefill_tokens={prefill_tokens} must be a positive multiple of {PREFILL_ALIGN}"
-            )
+        if prefill_tokens < TOKEN_BLOCK or prefill_tokens % TOKEN_BLOCK:
+            raise ValueError(f"prefill_tokens={prefill_tokens} must be a positive multiple of {TOKEN_BLOCK}")
         self._cache = cache
         self._prefill_tokens = prefill_tokens
         self._max_running = max_running
@@ -263,13 +259,13 @@ class Scheduler:
         return chunks
 
     def _chunk_end(self, request: Request, budget: int) -> int:
-        """Where the request's next chunk ends: at its end, at its cut, or at a multiple of PREFILL_ALIGN."""
+        """Where the request's next chunk ends: at its end, at its cut, or at a multiple of TOKEN_BLOCK."""
         start = request.prefilled
         end = request.prompt_length
         if start < request.cut < end:
             end = request.cut
         if end - start > budget:
-            end = (start + budget) // PREFILL_ALIGN * PREFILL_ALIGN
+            end = (start + budget) // TOKEN_BLOCK * TOKEN_BLOCK
         return max(start, end)
 
     @property
