@@ -34,7 +34,7 @@ logger = logging.getLogger("lowkey.ray")
 FRONT_REQUESTS = 8192
 """Requests that one front passes on at once. Ray's default is 5."""
 STREAM_INTERVAL_S = 0.05
-"""Between two pieces of a stream: each costs three processes more than a token costs the engine."""
+"""Seconds between two pieces of a stream: each costs three processes more than a token costs the engine."""
 BEGINNING = 1024
 """Bytes of a prompt, as JSON, that decide which replica is its home."""
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -51,7 +51,7 @@ class Call:
     body: bytes
 
     def scope(self) -> dict[str, Any]:
-        """As ASGI has it."""
+        """The request as an ASGI scope."""
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -150,7 +150,7 @@ class Replica:
         self._unloadable = f"variant {variant!r} can't be loaded: {reason}"
 
     async def answer(self, call: Call) -> AsyncGenerator[Head | bytes]:
-        """See `answer_of`."""
+        """The answer to a call, as `answer_of` gives it."""
         async with contextlib.aclosing(answer_of(self._app, call)) as parts:
             async for part in parts:
                 yield part
@@ -350,7 +350,7 @@ def _one_or_more(value: Any) -> Any:
 
 
 class Args(BaseModel):
-    """Arguments of the application."""
+    """What `serve run` and `serve deploy` may be told."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -40,17 +40,17 @@ class StateCache:
 
     @property
     def used(self) -> int:
-        """Slots of running requests."""
+        """How many slots running requests have."""
         return self._pool.used_slots - len(self._index)
 
     @property
     def cached(self) -> int:
-        """Slots of prefixes."""
+        """How many slots hold prefixes of prompts."""
         return len(self._index)
 
     @property
     def available(self) -> int:
-        """Slots that a request could get now."""
+        """How many slots requests could get now."""
         return self._pool.free_slots + len(self._index)
 
     def prefix(self, token_bytes: bytes, limit: int, salt: bytes) -> Prefix | None:
@@ -85,7 +85,8 @@ class StateCache:
         self._pool.free(allocation.slot)
 
     def load(self, path: Path) -> Callable[[], HostState]:
-        """What reads a state from a file, in any thread, for `fill`. Raises StateLoadError when it is called."""
+        """The function that reads a state from a file, for `fill`. It may be called in any thread, and raises
+        StateLoadError."""
         return partial(read_state, self._pool, path)
 
     def fill(self, allocation: Allocation, state: HostState) -> None:
@@ -93,8 +94,8 @@ class StateCache:
         fill(self._pool, allocation.slot, state)
 
     def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> Callable[[], None]:
-        """What writes the state to a file, in any thread, for as long as nothing else is done with the allocation.
-        Raises OSError when it is called."""
+        """The function that writes the state to a file. It may be called in any thread, for as long as nothing else is
+        done with the allocation, and raises OSError."""
         return partial(save_state, host_tensors(self._pool, allocation.slot), path, metadata)
 
     def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> CachedPrefix | None:

@@ -37,7 +37,7 @@ class _Launched:
 
 
 class Engine:
-    """Takes requests, gives tokens.
+    """Takes requests and gives tokens.
 
     `depth` is how many steps may be launched ahead of the one being collected: 0 runs one after the other, 1 overlaps
     the host's work with the device's.
@@ -52,7 +52,7 @@ class Engine:
         self._collected_at = 0.0
         self._blocked = False
         self._reported = 0, 0
-        """Counts of the prefix cache (queries, hits) that outputs have told already."""
+        """The counts of the prefix cache (queries, hits) that outputs have reported already."""
 
     @property
     def idle(self) -> bool:
@@ -72,7 +72,7 @@ class Engine:
 
     @property
     def occupancy(self) -> Occupancy:
-        """Who is in here now."""
+        """Who is in the engine now."""
         return Occupancy(
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,

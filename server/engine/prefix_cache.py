@@ -32,7 +32,7 @@ class Prefix:
         self.salt = salt
         self.limit = limit
         self.digests: list[bytes] = []
-        """Hashes of its first 1, 2, ... blocks."""
+        """Hashes of the prompt's first 1, 2, ... blocks."""
         size = TOKEN_BLOCK * TOKEN_BYTES
         digest = salt
         for start in range(0, len(token_bytes) - size + 1, size):
@@ -44,7 +44,7 @@ class Prefix:
 
 
 class CachedPrefix:
-    """The state after the first `length` tokens of a prompt is in `slot`."""
+    """The state after the first `length` tokens of a prompt, which `slot` holds."""
 
     __slots__ = ("digest", "length", "salt", "slot", "token_bytes")
 
@@ -61,7 +61,7 @@ class CachedPrefix:
 
 
 class PrefixIndex:
-    """Entries by prefix, and in the order of their last use."""
+    """The cached prefixes, found by prompt, and in the order of their last use."""
 
     def __init__(self) -> None:
         self._by_digest: dict[bytes, list[CachedPrefix]] = {}

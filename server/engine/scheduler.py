@@ -14,7 +14,8 @@ from server.engine.state_file import HostState, StateLoadError
 from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
 
 SNAPSHOTS = 2
-"""States that are kept of the inside of one prompt, those after its last steps; the one of its end comes on top."""
+"""How many states are kept of the inside of one prompt, those after its last steps. The state after its end is kept
+besides."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class PrefillChunk:
     start: int
     end: int
     forks: list[Request] = field(default_factory=list)
-    """With the last chunk: waiting requests with the same prompt, that go on from copies of its state."""
+    """Waiting requests with the same prompt, which go on from copies of the state after this chunk, its last."""
 
     @property
     def is_last(self) -> bool:
@@ -69,23 +70,25 @@ class Scheduler:
         self._places = itertools.count()
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []
-        """Without a slot, in order."""
+        """Requests that have no slot yet, in order."""
         self._prefilling: list[Request] = []
-        """With a slot and a part of the prompt to feed, in order."""
+        """Requests that have a slot and a part of their prompt still to feed, in order."""
         self._leaders: dict[TwinKey, Request] = {}
-        """Those of `_prefilling` by prompt and salt: who else has the same waits for it."""
+        """For each prompt that is being fed, the request that feeds it. Others with the same prompt
+        (`Request.twin_key`) wait for its state instead of feeding the prompt again."""
         self._decoding: list[Request] = []
-        """With at least one more token to sample by a decode, and a reader who keeps up."""
+        """Requests that have at least one more token to decode, and a reader who keeps up."""
         self._paused: set[str] = set()
         """Ids of requests whose reader is behind: nothing is decoded for them."""
         self.cache_queries = 0
-        """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
+        """Prompt tokens so far that the prefix cache might have had: all but those whose logits are needed."""
         self.cache_hits = 0
+        """Prompt tokens among them that it had."""
         self.loads: list[tuple[Request, Callable[[], HostState]]] = []
-        """Requests that go on from a saved state and have their slot, each with what reads the file; the engine takes
-        them out, and tells when they are `loaded`."""
+        """Requests that have a slot and wait for a saved state to be read into it, each with the function that reads
+        the file; the engine clears the list, and calls `loaded` once a file has been read."""
         self.failed: list[Failed] = []
-        """Requests that can't go on, and why; the engine tells and forgets them."""
+        """Requests that can't go on, and why; the engine reports them and clears the list."""
 
     @property
     def running(self) -> int:
@@ -212,8 +215,8 @@ class Scheduler:
                     self._cache.drop(request.snapshots.pop(0))
 
     def save(self, request: Request, message: SaveState) -> Callable[[], None]:
-        """What writes the state of a request whose prompt has been fed (`StateCache.save`), before its last step is
-        `collected`."""
+        """The function that writes the state of a request whose prompt has been fed (`StateCache.save`). To be asked
+        for before the request's last step is `collected`."""
         if request.allocation is None:
             raise RuntimeError(f"request {request.id} has no state to save")
         return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
@@ -308,7 +311,7 @@ class Scheduler:
         return leader is not None and leader.order < request.order
 
     def _unlead(self, request: Request) -> bool:
-        """Nobody needs to wait for this request any more. Whether somebody might have."""
+        """Let nobody wait for this request any more. Returns whether somebody might have."""
         if request.twin_key is None or self._leaders.get(request.twin_key) is not request:
             return False
         del self._leaders[request.twin_key]

@@ -17,7 +17,7 @@ LOGIT_ROWS = 64
 
 
 def top_logprobs(ids: list[int], logprobs: list[float]) -> TopLogprobs:
-    """As messages have them."""
+    """Tokens and their log-probabilities as messages have them."""
     return list(zip(ids, logprobs, strict=True))
 
 
@@ -34,7 +34,7 @@ class ScoreRows:
     top_logprobs: Tensor
 
     def on_host(self, download: Download) -> "ScoreRows":
-        """The same, once the download is there."""
+        """The same rows on the host, once the download is there."""
         return replace(
             self,
             logprobs=download.add(self.logprobs),
@@ -45,7 +45,7 @@ class ScoreRows:
         )
 
     def collect(self) -> None:
-        """Take them to their request. They are on the host."""
+        """Add the rows, which are on the host, to their request."""
         request = self.request
         request.logprobs += self.logprobs.tolist()
         request.kl += self.kl.tolist()

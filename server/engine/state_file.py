@@ -13,7 +13,7 @@ from torch import Tensor
 from modeling.state import StatePool
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-"""What safetensors calls the dtypes of a pool."""
+"""The dtypes of a pool, as safetensors calls them."""
 
 
 HostState = dict[str, Tensor]

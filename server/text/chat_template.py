@@ -265,7 +265,7 @@ def read_tokenizer_config(checkpoint: Path) -> dict[str, Any]:
 
 
 def _text(file: Path) -> str | None:
-    """None for a file that is not there; a link that leads nowhere is one that can't be read."""
+    """The text of a file; None if it is not there. A link that leads nowhere is a file that can't be read."""
     if not os.path.lexists(file):
         return None
     try:

@@ -87,7 +87,7 @@ class StopMatcher:
         return text[:shown]
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """The text that was held back, once no more text comes."""
         text, self._held = self._held, ""
         return text
 
@@ -119,14 +119,14 @@ class TokenTexts:
         self._anchor_text: str = tokenizer.decode(self._anchor, skip_special_tokens=False)
 
     def text(self, token_id: int) -> str:
-        """Its text; bytes that are no whole character are U+FFFD, so several tokens may have one text."""
+        """The token's text; bytes that are no whole character are U+FFFD, so several tokens may have one text."""
         if token_id not in self._texts:
             text: str = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
             self._texts[token_id] = text.removeprefix(self._anchor_text)
         return self._texts[token_id]
 
     def bytes(self, token_id: int) -> bytes:
-        """Its bytes, also where they are no whole character."""
+        """The token's bytes, also where they are no whole character."""
         text = self.text(token_id)
         if "\ufffd" in text:
             entry: str = self._tokenizer.id_to_token(token_id) or ""

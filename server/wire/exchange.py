@@ -60,7 +60,7 @@ class Exchange:
         on_finish: Callable[[], None],
     ) -> None:
         self.finished = False
-        """No more is to come."""
+        """Whether nothing more is to come."""
         self._id = request_id
         self._variant = variant
         self._most_unread = most_unread
@@ -75,7 +75,7 @@ class Exchange:
         self._paused = False
 
     def put(self, answer: Answer | None) -> None:
-        """An answer has come; None: the engine is gone."""
+        """Take in an answer that has come; None says that the engine is gone."""
         self._answers.append(answer)
         self._arrived.set()
         if not isinstance(answer, Token) or answer.finish_reason is not None:
@@ -87,7 +87,7 @@ class Exchange:
             self._tell(Pause(request_id=self._id))
 
     def finish(self) -> None:
-        """No more is to come, or wanted."""
+        """Take nothing more: the last answer has come, or no more are wanted."""
         if not self.finished:
             self.finished = True
             self._on_finish()
@@ -109,7 +109,7 @@ class Exchange:
         return tokens
 
     async def answer(self) -> Token | Scored | StateSaved:
-        """The next one. Raises EngineUnavailableError, OutOfMemoryError among them, and StateError."""
+        """The next answer. Raises EngineUnavailableError, OutOfMemoryError among them, and StateError."""
         while not self._answers:
             self._arrived.clear()
             await self._arrived.wait()

@@ -56,16 +56,17 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     top_k: int
     min_p: float
     seed: int
-    """The request's. A draw depends on (seed, choice, position) alone."""
+    """The request's seed. A draw depends on (seed, choice, position) alone."""
     choice: int = 0
     presence_penalty: float = 0.0
-    """Taken off the logit of each token that this request has generated."""
+    """What is taken off the logit of each token that this request has generated."""
     frequency_penalty: float = 0.0
-    """Taken off too, times how often the token was generated."""
+    """What is taken off besides, times how often the token was generated."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in the prompt or generated."""
+    """What divides the positive and multiplies the negative logits of tokens that are in the prompt or were
+    generated."""
     logit_bias: dict[int, float] = {}
-    """Token id -> added to its logit."""
+    """What is added to logits, by token id."""
     allowed_token_ids: list[int] = []
     """The only tokens that may be drawn; empty for all."""
 
@@ -84,7 +85,7 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     logprobs: int | None = None
     """Report each token's log-probability and this many of the most likely ones; None: neither."""
     priority: int = 0
-    """Lower runs first; first come first served among equals."""
+    """The priority: lower runs first, and among equals whoever came first."""
     state_path: str | None = None
     """Go on from the state saved in this file instead of an empty one."""
     cache_salt: bytes = b""
@@ -112,7 +113,7 @@ class Score(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     kl_reference: KLReference | None = None
     priority: int = 0
     cache_salt: bytes = b""
-    """As in Generate."""
+    """Requests share the work on prompts that begin alike only with those of the same salt."""
 
 
 class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -122,9 +123,9 @@ class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     token_ids: list[int]
     path: str
     fingerprint: dict[str, str]
-    """Written into the file's metadata."""
+    """What is written into the file's metadata, by name."""
     cache_salt: bytes = b""
-    """As in Generate."""
+    """Requests share the work on prompts that begin alike only with those of the same salt."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -154,7 +155,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     family: str
     d_k: list[int]
-    """Per layer."""
+    """Key channels per head of each layer."""
     d_v: list[int]
     vocab_size: int
     context_length: int
@@ -179,7 +180,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 TopLogprobs = list[tuple[int, float]]
-"""(token id, natural log-probability), most likely first."""
+"""Pairs of (token id, natural log-probability), the most likely token first."""
 PackedTop = bytes
 """`TopLogprobs` as the bytes that `pack_top` makes of them. Python's garbage collector would walk over millions of
 pairs again and again, for hundreds of milliseconds each time; who needs pairs unpacks a few at a time."""
@@ -200,7 +201,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0
     """Prompt tokens whose state came from the prefix cache."""
     logprob: float | None = None
-    """Natural, by the model's own distribution: before penalties, temperature and filters."""
+    """Natural log-probability by the model's own distribution, before penalties, temperature and filters."""
     top: TopLogprobs | None = None
 
 
@@ -222,7 +223,7 @@ class Scored(msgspec.Struct, frozen=True, kw_only=True):
     kl: list[float]
     """With a reference to compare with: KL(reference || this model) in nats, from the reference's first position on."""
     agree: list[bool]
-    """Likewise: whether both have the same most likely token."""
+    """With a reference to compare with: whether both have the same most likely token, at the same positions."""
     top: list[PackedTop] = []
 
 
@@ -248,7 +249,7 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """All that one step brought."""
+    """All that one step of the engine brought."""
 
     tokens: list[Token]
     scored: list[Scored]
@@ -262,7 +263,7 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cache_queries: int = 0
     """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""
     cache_hits: int = 0
-    """Those among them whose state was there."""
+    """Prompt tokens among them whose state was there."""
 
 
 Output = Ready | StepOutput | Occupancy

@@ -40,6 +40,6 @@ class Comparisons:
 
 
 def comparisons_of(request: Request) -> Comparisons:
-    """Those of the server that the request came to."""
+    """The comparisons of the server that the request came to."""
     comparisons: Comparisons = request.app.state.comparisons
     return comparisons

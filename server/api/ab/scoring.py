@@ -23,16 +23,16 @@ FLOAT_BYTES = 4
 
 @dataclass(frozen=True)
 class Scores:
-    """One variant on a prompt and the baseline's completion of it."""
+    """What one variant makes of a prompt and of the baseline's completion."""
 
     tokens: int
-    """A hash of both."""
+    """A hash of the prompt's and the completion's tokens."""
     prompt_nll: float | None
     """Mean negative log-likelihood of the prompt's tokens after the first, in nats; None where there are none."""
     kl: list[float]
     """KL(baseline || variant) at each token of the completion, in nats; empty for the baseline itself."""
     agree: list[bool]
-    """Whether both have the same most likely token there."""
+    """Whether both have the same most likely token, at each token of the completion."""
 
     @property
     def prompt_perplexity(self) -> float | None:
@@ -49,7 +49,7 @@ class Scores:
 
 
 def pair_of(base: Scores, other: Scores, **timings: float | None) -> Pair:
-    """For the A/B figures. `timings` as in Pair."""
+    """Two variants' scores of the same tokens as a pair for the A/B figures. `timings` are fields of Pair."""
     nlls = base.prompt_nll, other.prompt_nll
     return Pair(
         tokens=other.tokens,
@@ -111,7 +111,7 @@ async def score(
 
 
 async def _one(variant: Variant, message: Score, prompt: int) -> Scores:
-    """Args: prompt: how many of the scored tokens are the prompt's."""
+    """Scores of one variant. `prompt` is how many of the scored tokens are the prompt's."""
     scored = await variant.client.score(message)
     if not all(map(math.isfinite, [*scored.logprobs, *scored.kl])):
         raise BrokenOutputError(f"variant {variant.name!r} gave NaN or Inf for these tokens")

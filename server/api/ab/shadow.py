@@ -25,7 +25,7 @@ POLL_S = 0.01
 
 
 class Shadow:
-    """Offered every generation of completions and chat that ends; repeats those that the rules draw.
+    """Is offered every generation of completions and chat that ends, and repeats those that the rules draw.
 
     Args:
         comparisons: told what was measured.
@@ -37,7 +37,7 @@ class Shadow:
         self._running: asyncio.Task[None] | None = None
 
     def offer(self, generation: Generation) -> None:
-        """Never raises and never waits."""
+        """Take a generation that has ended, if a rule draws it and there is room. Never raises and never waits."""
         if generation.finish_reason not in ("stop", "length"):
             return
         if generation.from_state or not generation.token_ids:  # a state is no other variant's

@@ -16,7 +16,7 @@ Source = Literal["compare", "shadow"]
 Rows = NDArray[np.float64]
 
 MIN_PAIRS = 30
-"""Fewer pairs make a bootstrap interval that promises too much."""
+"""Fewest pairs that get an interval: from fewer, a bootstrap promises too much."""
 RESAMPLES = 1000
 CONFIDENCE = 0.95
 PAIRS_KEPT = 2000
@@ -43,13 +43,13 @@ class Ring:
         return rows[rows[:, 0] >= start, 1:].copy()
 
     def covers(self, start: float) -> bool:
-        """Whether nothing from `start` on was given up."""
+        """Whether the ring still has everything from `start` on."""
         return self._count <= len(self._rows) or float(self._rows[:, 0].min()) < start
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndedRequest:
-    """One request of the variant's traffic that has ended. What it didn't reach is None."""
+    """One request of a variant's traffic that has ended. What it did not get to is None."""
 
     completion_tokens: int
     decode_s: float | None
@@ -61,21 +61,21 @@ class EndedRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Two variants on one prompt. What a source can't tell is None."""
+    """How two variants differed on one prompt. What a source can't tell is None."""
 
     tokens: int
     """A hash of the prompt's tokens and the baseline's completion. What two pairs of the same tokens say of quality is
     one piece of evidence; their timings are two."""
     kl: float
-    """Mean over the tokens of the baseline's completion, in nats."""
+    """Mean KL(baseline || variant) over the tokens of the baseline's completion, in nats."""
     top1_agreement: float
     prompt_nll_difference: float | None
-    """Variant - baseline: mean negative log-likelihood of the prompt's tokens, in nats. Not of the completion's: those
-    are the baseline's own choice, which any other model finds less likely."""
+    """The variant's value less the baseline's: mean negative log-likelihood of the prompt's tokens, in nats. Not of
+    the completion's: those are the baseline's own choice, which any other model finds less likely."""
     speed_ratio: float | None = None
-    """Variant / baseline, in tokens/s."""
+    """The variant's tokens per second divided by the baseline's."""
     ttft_difference_s: float | None = None
-    """Variant - baseline."""
+    """The variant's time to the first token less the baseline's, in seconds."""
 
 
 QUALITY_FIELDS = ("kl", "top1_agreement", "prompt_nll_difference")
@@ -90,7 +90,7 @@ class _Traffic:
 
 @dataclass
 class ABWindow:
-    """Recent traffic and pairs.
+    """The recent traffic of each variant, and the recent pairs of variants.
 
     Args:
         samples: requests that are remembered for each variant.

@@ -77,7 +77,7 @@ class Choices:
         ]
 
     async def run(self) -> list[Chunk]:
-        """Everything, one chunk for each choice.
+        """Run all choices to their end: one chunk for each.
 
         Raises:
             EngineError: the engine went away, or the model's output is broken.
@@ -127,7 +127,7 @@ class Choices:
 
     @property
     def usage(self) -> dict[str, Any]:
-        """Over all choices; a prompt counts once, however many choices it has."""
+        """The tokens of all choices; a prompt counts once, however many choices it has."""
         firsts = self.generations[:: self._fields.choices_each]
         return usage(
             sum(g.prompt_tokens for g in firsts),
@@ -162,7 +162,7 @@ class Choices:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Two numbers of the block, for answers that are no stream."""
+        """Two numbers of the `lowkey` block, as headers of answers that are no stream."""
         block = self.lowkey
         speed = block["tokens_per_second"]
         return {
@@ -172,7 +172,7 @@ class Choices:
 
 
 Shape = Callable[[int, Chunk, str | None], dict[str, Any]]
-"""(choice's index, its chunk, finish reason) -> the entry of `choices`."""
+"""Makes the entry of `choices` from a choice's index, its chunk, and its finish reason."""
 
 
 @dataclass(frozen=True)

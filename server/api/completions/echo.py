@@ -15,7 +15,7 @@ from server.wire.exchange import BrokenOutputError
 from server.wire.messages import Score, Scored
 
 PART_ENTRIES = 100
-"""Tokens with log-probabilities in one event of a stream, at most."""
+"""Most tokens with log-probabilities in one event of a stream."""
 
 
 async def echoed(
@@ -54,7 +54,7 @@ async def _scored(variant: Variant, fields: ChoiceFields, origin: Origin, ids: l
 def _entries(
     variant: Variant, fields: ChoiceFields, ids: list[int], scored: Scored | None
 ) -> list[TokenEntry]:
-    """A prompt's tokens. Raises BrokenOutputError."""
+    """A prompt's tokens, each with what the model thinks of it. Raises BrokenOutputError."""
     logprobs = [] if scored is None else scored.logprobs
     tops = [None for _ in logprobs] if scored is None or not scored.top else scored.top
     if not all(map(math.isfinite, logprobs)):
@@ -81,7 +81,7 @@ def in_parts(chunk: Chunk) -> list[Chunk]:
 
 
 def joined(before: Chunk, after: Chunk) -> Chunk:
-    """Both as one chunk."""
+    """Two chunks that follow each other as one."""
     return Chunk(before.text + after.text, before.entries + shifted(after.entries, before))
 
 

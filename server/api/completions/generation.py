@@ -23,11 +23,11 @@ MIN_TIMED_TOKENS = 8
 
 
 Observer = Callable[["Generation"], None]
-"""Told of a generation that has ended, well or not."""
+"""A function that is told of each generation that has ended, well or not."""
 
 
 def observers_of(request: Request) -> list[Observer]:
-    """Whom the server that the request came to tells of each completion and each chat's answer."""
+    """What the server that the request came to tells of each generation of completions and chat."""
     observers: list[Observer] = request.app.state.observers
     return observers
 
@@ -37,7 +37,7 @@ class TokenEntry(msgspec.Struct, frozen=True, gc=False):
 
     token_id: int
     offset: int
-    """Where its text begins, in characters of all text up to here."""
+    """Where the token's text begins, in characters of all text before it."""
     logprob: float | None
     """Natural log-probability; None for the first token of a prompt."""
     top: PackedTop | None = None
@@ -57,7 +57,7 @@ class Chunk:
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
-    """OpenAI's usage."""
+    """The counts of tokens as OpenAI's API gives them."""
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -155,7 +155,7 @@ class Generation:
             self._record(self.finish_reason)
 
     async def run(self) -> Chunk:
-        """All of it at once. Raises as `chunks` does."""
+        """Run to the end: the whole text. Raises as `chunks` does."""
         entries: list[TokenEntry] = []
         async with contextlib.aclosing(self.chunks()) as chunks:
             async for chunk in chunks:

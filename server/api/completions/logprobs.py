@@ -8,12 +8,12 @@ from server.text.detokenizer import TokenTexts
 from server.wire.messages import TopLogprobs, unpack_top
 
 LEAST = -9999.0
-"""JSON has no infinity."""
+"""The log-probability that stands for minus infinity, which JSON has not."""
 
 
 def legacy(texts: TokenTexts, entries: list[TokenEntry]) -> dict[str, Any]:
-    """As completions have them: parallel lists. The token itself is among its alternatives, however few were asked
-    for; of two tokens of one text the likelier one stands there."""
+    """Log-probabilities as completions have them: parallel lists. The token itself is among its alternatives,
+    however few were asked for; of two tokens of one text the likelier one stands there."""
     return {
         "tokens": json_list(entries, lambda e: texts.text(e.token_id)),
         "token_logprobs": json_list(entries, lambda e: None if e.logprob is None else max(e.logprob, LEAST)),
@@ -37,7 +37,7 @@ def _alternatives(texts: TokenTexts, entry: TokenEntry) -> dict[str, float] | No
 
 
 def chat(texts: TokenTexts, entries: list[TokenEntry]) -> dict[str, Any]:
-    """As chat has them: a table for each token."""
+    """Log-probabilities as chat has them: a table for each token."""
 
     def one(token_id: int, logprob: float | None) -> dict[str, Any]:
         return {

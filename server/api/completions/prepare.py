@@ -15,18 +15,18 @@ from server.wire.messages import Generate, Sampling
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is completed: prompts of which each has room in the context, and what stands before them."""
+    """The prompts of one request, and what is given back or gone on from."""
 
     ids: list[list[int]]
-    """Token ids of each, that `encode_prompt` has checked."""
+    """Token ids of each prompt, which `encode_prompt` has checked."""
     echo: list[str] | None = None
-    """What to give back before each one's choices; None to give nothing."""
+    """The text to give back before the choices of each prompt; None to give nothing back."""
     saved: SavedState | None = None
-    """The state that all go on from."""
+    """The saved state that all go on from; None for an empty one."""
 
 
 def checked_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
-    """Token id -> bias. 400 for an id that the model lacks. The variant has loaded."""
+    """What is added to logits, by token id. 400 for an id that the model lacks. The variant has loaded."""
     bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
     check_vocabulary(bias, variant, "logit_bias")
     return bias
@@ -57,7 +57,7 @@ def per_choice(settings: Settings, fields: ChoiceFields, prompts: int = 1) -> in
 
 
 def check_size(settings: Settings, fields: ChoiceFields, prompts: Prompts) -> None:
-    """400 for an answer of more entries than `max_answer_entries`."""
+    """Raise a 400 if the answer may come to more entries than `max_answer_entries`."""
     alternatives = fields.alternatives
     listed = 0 if alternatives is None else fields.token_limit * len(prompts.ids)
     echoed_tokens = 0 if prompts.echo is None else sum(map(len, prompts.ids))

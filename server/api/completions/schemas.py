@@ -198,7 +198,7 @@ class CompletionRequest(ChoiceFields):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Whatever the form of `prompt`, a list of prompts."""
+        """All prompts as a list, whatever the form of `prompt`."""
         value: Any = self.prompt
         return value if _prompt_kind(value) in ("texts", "id_lists") else [value]
 

@@ -1,4 +1,4 @@
-"""Who asks: API keys, what each may do, and how much of it.
+"""Who sends requests: API keys, what each may do, and how much of it.
 
 Keys are kept and compared as SHA-256 hashes, in constant time over all of them.
 """
@@ -23,7 +23,7 @@ class Bucket:
         self._updated = time.monotonic()
 
     def wait_s(self) -> float:
-        """Seconds until there is a unit; 0 if there is one now."""
+        """Seconds to wait until the bucket has a unit; 0 if it has one now."""
         now = time.monotonic()
         self._level = min(self._per_minute, self._level + (now - self._updated) * self._per_minute / 60)
         self._updated = now
@@ -47,7 +47,8 @@ class Client:
         self._tokens = None if tokens is None else Bucket(tokens)
 
     def take_request(self) -> float:
-        """Count a request. If it is one too many it is not counted; returns the seconds to wait, else 0."""
+        """Count a request against the limits. Returns 0, or the seconds to wait if it is one too many and not
+        counted."""
         wait = max((bucket.wait_s() for bucket in (self._requests, self._tokens) if bucket), default=0.0)
         if wait == 0 and self._requests is not None:
             self._requests.take(1)
@@ -59,7 +60,7 @@ class Client:
 
 
 class Clients:
-    """All that may ask."""
+    """All clients that may send requests."""
 
     def __init__(self, settings: Settings) -> None:
         self._clients = [Client(name, settings, key) for name, key in settings.api_keys.items()]
@@ -87,7 +88,7 @@ def _unauthorised(message: str) -> APIError:
 
 
 def client_of(request: Request) -> Client:
-    """Whose request this is."""
+    """The client that sent the request."""
     client: Client = request.scope["lowkey.client"]
     return client
 

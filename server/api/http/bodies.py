@@ -23,7 +23,7 @@ from server.api.http.fields import MAX_TOKEN_ID, CheckedFields, CheckedIds
 
 M = TypeVar("M", bound=BaseModel)
 Path = tuple[str | int, ...]
-"""Names of fields and indices of lists, from the body inwards."""
+"""Where a value is in a body: names of fields and indices of lists, from the outermost inwards."""
 
 MAX_VALUES = 50_000
 """Most entries of lists and objects in one body. Those of lists of token ids, and fields that nothing asks for, are not
@@ -180,7 +180,7 @@ class _Values:
         return _decoded(text, path)
 
     def _items(self, text: bytes, path: Path) -> list[bytes]:
-        """The entries of a list, undecoded."""
+        """The entries of a list, each still as JSON text."""
         begin = msgspec.structs.astuple(msgspec.json.decode(text, type=_Begin))
         items = [bytes(item) for item in itertools.takewhile(lambda item: item is not UNSET, begin)]
         if len(items) > MAX_ITEMS:
@@ -198,7 +198,7 @@ class _Values:
 
 
 def _weight(text: bytes) -> int:
-    """At least as many as the text has values: commas in strings are counted too."""
+    """An upper bound of how many values the text has: commas in strings are counted too."""
     return text.count(b",") + text.count(b"[") + text.count(b"{")
 
 

@@ -9,7 +9,8 @@ from server.api.http.auth import Client
 
 @dataclass
 class RequestContext:
-    """Filled in while the request runs; logged as one line at its end."""
+    """What one request has come to so far. It is filled in while the request runs, and logged as one line at its
+    end."""
 
     request_id: str
     log_texts: bool = False
@@ -43,7 +44,7 @@ class RequestContext:
             self.ttft_s = ttft_s
 
     def charge(self, prompt: int, completion: int = 0) -> None:
-        """Tokens that were run count for the log and for the key's limit."""
+        """Count tokens that were run, for the log and for the key's limit."""
         self.prompt_tokens += prompt
         self.completion_tokens += completion
         if self.client is not None:

@@ -34,5 +34,5 @@ def json_text(text: str) -> msgspec.Raw:
 
 
 def json_response(body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    """A whole answer. Its values may be what `json_list` and `json_text` made."""
+    """An HTTP answer of JSON. Values of the body may be what `json_list` and `json_text` made."""
     return Response(encoder.encode(body), media_type="application/json", headers=dict(headers or {}))

@@ -45,7 +45,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {"4XX": _ERROR, "5XX": _ERROR}
 
 
 class APIError(Exception):
-    """An answer other than 200. `param` names the field at fault."""
+    """An error that becomes the HTTP answer. `param` names the field at fault."""
 
     def __init__(
         self,
@@ -73,7 +73,8 @@ class APIError(Exception):
 
 
 def from_engine(error: EngineError) -> APIError:
-    """503 where another try may help, 409 for a saved state that is no good (any more), else 500."""
+    """The HTTP answer to an engine's error: 503 where another try may help, 409 for a saved state that is no good (any
+    more), else 500."""
     if isinstance(error, EngineUnavailableError):
         return unavailable(str(error))
     if isinstance(error, StateError):
@@ -82,7 +83,7 @@ def from_engine(error: EngineError) -> APIError:
 
 
 def unavailable(message: str) -> APIError:
-    """503: try again soon."""
+    """The answer 503, which says to try again in a second."""
     return APIError(503, message, retry_after_s=1)
 
 
@@ -141,7 +142,7 @@ def from_validation(errors: list[dict[str, Any]]) -> APIError:
 
 
 def install(app: FastAPI) -> None:
-    """Every error that leaves the app has the one shape."""
+    """Give every error that leaves the app OpenAI's shape."""
 
     @app.exception_handler(APIError)
     async def _api_error(_: Request, error: APIError) -> JSONResponse:

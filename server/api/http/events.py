@@ -10,7 +10,8 @@ from starlette.types import Receive, Scope, Send
 from server.api.http.encoding import encoder
 
 _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
-"""Ends of lines to clients that read a stream by `str.splitlines`, in JSON's other way to write them."""
+"""Characters that `str.splitlines` takes for the end of a line, and how JSON writes them otherwise: some clients read
+streams that way."""
 
 
 def sse(data: dict[str, Any]) -> bytes:
@@ -25,7 +26,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; calls `on_end` once nothing more is sent, however that came about."""
+    """An answer of server-sent events. Calls `on_end` once nothing more is sent, however that came about."""
 
     def __init__(self, events: AsyncGenerator[bytes], *, on_end: Callable[[], None]) -> None:
         # Proxies must pass tokens on at once.

@@ -20,11 +20,12 @@ from pydantic_core import PydanticCustomError
 MAX_TOKEN_ID = 2**31 - 1
 
 NoOps = Mapping[str, tuple[Any, ...]]
-"""Name of a field -> its values that change nothing."""
+"""The fields that a request must not use, by name, each with the values that it may have because they change
+nothing."""
 
 
 def refusal(field: str, text: str) -> PydanticCustomError:
-    """An error of a field, found where more than one is looked at."""
+    """The error of one field, for validators that look at several fields and would otherwise name none."""
     return PydanticCustomError("refused", "{field} {text}", {"field": field, "text": text})
 
 
@@ -54,7 +55,7 @@ def _unless_checked(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True), WrapValidator(_unless_checked)]
-"""Fails at the first bad id: a million of them would make a million errors, of which ten are shown."""
+"""Token ids. Their check stops at the first bad one: a million would make a million errors, of which ten are shown."""
 Prompt = Annotated[
     Annotated[str, Tag("text")] | Annotated[TokenIds, Tag("ids")], Discriminator(_one_prompt_kind)
 ]
@@ -72,7 +73,8 @@ class Fields(BaseModel):
 
 
 class CheckedFields(Fields):
-    """Fields beside which others are known, and refused where their value changes something."""
+    """A request that refuses fields which it knows and does not support (`no_ops`), unless their value changes
+    nothing."""
 
     no_ops: ClassVar[NoOps] = {}
 

@@ -24,7 +24,8 @@ _PROBES = ("/health", "/ready", "/metrics")
 
 
 class RequestFrame:
-    """The outermost: time of arrival, id in and out, the log line at the end, the last resort.
+    """The outermost layer. It notes when a request came, takes or makes its id, answers where everything else
+    failed, and writes the log line at the end.
 
     Args:
         leaving: whether the server has been asked to stop. Each answer then ends its connection: behind a load balancer
@@ -80,7 +81,7 @@ def _log(scope: Scope, context: RequestContext, status: int, seconds: float) -> 
 
 
 class Guard:
-    """Lets in who has a key, as often as it may.
+    """Lets requests in that have a known key, as many as the key's rate limit allows.
 
     Args:
         public: paths that need no key.
@@ -130,7 +131,7 @@ def _too_large(most: int) -> str:
 
 
 class Limits:
-    """What one request may take: bytes of its body, time to send it, time in all.
+    """Limits what one request may take: bytes of its body, time to send it, time in all.
 
     Args:
         larger: paths that take a body of another size than `max_body_bytes`.

@@ -39,18 +39,18 @@ class HttpProtocol(HttpToolsProtocol):
     linger_s: ClassVar[float]
     """How long the rest of a request that has been answered already may take."""
     _connection: asyncio.Transport
-    """The transport itself: its `close` closes the connection."""
+    """The transport itself, whose `close` closes the connection."""
     _untaken: UnreadWatch | None = None
     _timer: asyncio.TimerHandle | None = None
-    """Closes the connection."""
+    """The timer that closes the connection."""
     _reading: Literal["headers", "body"] | None = None
-    """What part of a request has begun and not ended."""
+    """The part of a request that has begun and not ended; None between requests."""
     _header_bytes = 0
-    """Received since the last headers were complete, or the last piece of a body came."""
+    """Bytes received since the last headers were complete, or the last piece of a body came."""
     _unread_bytes = 0
-    """Received of a request after its answer."""
+    """Bytes of a request that were received after its answer."""
     _ended = False
-    """The last answer has been written. What still comes is thrown away."""
+    """Whether the last answer has been written: what still comes is thrown away."""
 
     @classmethod
     def with_timeouts(cls, *, header_s: float, write_s: float, linger_s: float) -> "type[HttpProtocol]":
@@ -129,7 +129,7 @@ class HttpProtocol(HttpToolsProtocol):
         return self._reading == "body" and cycle is not None and cycle.response_complete
 
     def _close(self) -> None:
-        """What an answer that is the connection's last calls when it has been written."""
+        """Called once the connection's last answer has been written."""
         if self._ended or self._reading is None:
             self._connection.close()
             return

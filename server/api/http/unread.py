@@ -17,7 +17,7 @@ class CountingTransport:
     def __init__(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self.written = 0
-        """Bytes so far."""
+        """Bytes that were written to the connection so far."""
 
     def write(self, data: bytes) -> None:
         self.written += len(data)
@@ -41,7 +41,7 @@ class UnreadWatch:
         self._timer = self._next()
 
     def stop(self) -> None:
-        """The connection is gone."""
+        """Watch no more: the connection is gone."""
         self._timer.cancel()
 
     def _next(self) -> asyncio.TimerHandle:

@@ -13,7 +13,7 @@ router = APIRouter()
 
 @router.get("/health")
 async def health() -> dict[str, str]:
-    """The process is up."""
+    """Say that the process is up."""
     return {"status": "ok"}
 
 
@@ -33,7 +33,7 @@ async def ready(request: Request, variant: str | None = None) -> dict[str, str]:
 
 
 def why_not_ready(service: Service) -> str | None:
-    """None for a server that requests should be sent to."""
+    """The reason why no requests should be sent to this server now; None if they should."""
     if service.leaving:
         return "the server is shutting down"
     loading = [v.name for v in service.variants if not v.loaded]
@@ -51,5 +51,5 @@ async def get_version() -> dict[str, str]:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """Prometheus text exposition."""
+    """All metrics in Prometheus' text format."""
     return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

@@ -51,5 +51,5 @@ async def file(version: str, name: str) -> Response:
 
 @router.get("/docs")
 async def docs() -> RedirectResponse:
-    """FastAPI's own page would load its scripts from elsewhere."""
+    """Send the reader to the OpenAPI document: FastAPI's own page would load its scripts from elsewhere."""
     return RedirectResponse("openapi.json")

@@ -19,7 +19,7 @@ Rejection = Literal["queue_full", "rate_limit", "draining", "engine_down", "too_
 disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of time stamps beside every counter and histogram
 
 ENGINE = "0"
-"""Replica index of a variant's engine; there is one engine per variant."""
+"""The label `engine`, which is the index of a variant's engine: each variant has one."""
 
 SLOT_USES = ("used", "cached", "free")
 
@@ -168,7 +168,7 @@ class Metrics:
         return VariantMetrics(self, name)
 
     def render(self) -> bytes:
-        """Text exposition."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
@@ -244,7 +244,7 @@ class VariantMetrics:
         self._batch_size.observe(output.batch_size)
 
     def on_occupancy(self, ready: Ready, occupancy: Occupancy) -> None:
-        """Who is in the engine."""
+        """The engine has said who is in it."""
         self._running.set(occupancy.running)
         self._paused.set(occupancy.paused)
         self._waiting.set(occupancy.waiting)
@@ -262,6 +262,6 @@ class VariantMetrics:
 
 
 def widths_label(widths: list[int]) -> str:
-    """ "64" when all layers agree, else "48,48,128"."""
+    """Widths per layer as a label: "64" when all layers agree, else "48,48,128"."""
     value = one_or_all(widths)
     return str(value) if isinstance(value, int) else ",".join(map(str, value))

@@ -50,7 +50,7 @@ class Variant:
         self.tokenizer_sha256 = ""
         self.tokenizer_config: dict[str, Any] = {}
         self.chat_template: ChatTemplate | None = None
-        """None for a model that has none, or a bad one."""
+        """The model's chat template; None if it has none, or a bad one."""
         self.longest_token = 0
         """Characters of the longest entry of the vocabulary: so much text takes at least one token."""
 

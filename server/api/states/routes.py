@@ -34,7 +34,7 @@ router = APIRouter(prefix="/v1/states", route_class=JSONRoute)
 
 PIECE_BYTES = 2**20
 IMPORT_ROOM = 2**20
-"""What a file may have over the budget, so that the answer can say which limit it breaks."""
+"""How many bytes a body may have over the budget, so that the answer can say which limit it breaks."""
 
 
 def _check_budget(store: StateStore, size: int) -> None:
@@ -178,14 +178,14 @@ async def _check_fits_one(
 
 
 class _Body:
-    """A request's body, taken in as much as is asked for at a time."""
+    """A request's body, read a piece at a time."""
 
     def __init__(self, request: Request) -> None:
         self._stream = request.stream()
         self._rest = b""
 
     async def take(self, count: int) -> bytes:
-        """So many bytes, fewer at the end."""
+        """The next `count` bytes, or fewer at the end of the body."""
         while len(self._rest) < count:
             piece = await anext(self._stream, b"")
             if not piece:

@@ -44,7 +44,7 @@ class SavedStates:
 
     @property
     def store(self) -> StateStore:
-        """The files. 404 where no directory is configured."""
+        """The store of files. 404 where no directory for it is configured."""
         if self._store is None:
             raise APIError(404, "saved states are off: the server's configuration names no state_dir")
         return self._store
@@ -116,7 +116,7 @@ class SavedStates:
 
 
 def saved_states(request: Request) -> SavedStates:
-    """Those of the server that the request came to."""
+    """The saved states of the server that the request came to."""
     saved: SavedStates = request.app.state.saved_states
     return saved
 

@@ -23,12 +23,12 @@ from server.settings import NAME
 
 FORMAT = "lowkey-state-1"
 MAX_HEADER_BYTES = 2**20
-"""Far more than the names and shapes of any model's layers take."""
+"""Longest header that is read; the names and shapes of any model's layers take far less."""
 ABANDONED_S = 3600.0
-"""A half-written file of this age belongs to nobody any more."""
+"""Seconds after which a half-written file is removed: nobody writes it any more."""
 
 _PARTIAL = re.compile(r"\.{1,2}[0-9a-f]{32}\.part(\.[0-9a-f]{8})?")
-"""Ours, and the name under which an engine writes it."""
+"""The names of files that are not whole yet: ours, and the one under which an engine writes it."""
 _ID = re.compile(r"state-[0-9a-f]{32}")
 _COUNT = re.compile(r"[1-9][0-9]{0,9}")
 
@@ -46,14 +46,14 @@ class Fingerprint:
     """What two models must have in common for one to go on from the other's state."""
 
     model: str
-    """Hash of the config and the weights."""
+    """SHA-256 of the config and the weights."""
     d_k: str
-    """Per layer."""
+    """Key channels per head of each layer, separated by commas."""
     state_dtype: str
     layout: str = "[num_v_heads, d_k, d_v]"
 
     def metadata(self, variant: str, tokens: int) -> dict[str, str]:
-        """What a file says of itself."""
+        """The metadata of a file of a state after so many tokens."""
         return {
             "format": FORMAT,
             "variant": variant,
@@ -81,11 +81,11 @@ class Fingerprint:
 
 @dataclass(frozen=True)
 class Header:
-    """The beginning of a safetensors file."""
+    """What the beginning of a saved state's file says."""
 
     metadata: dict[str, str]
     tensors: dict[str, tuple[str, list[int]]]
-    """Name -> dtype, as safetensors calls it, and shape."""
+    """Dtype, as safetensors calls it, and shape of each tensor by name."""
     data_at: int
     size: int
     """Bytes of the whole file."""
@@ -173,13 +173,13 @@ def weights_sha256(checkpoint: Path) -> str:
 
 @dataclass(frozen=True)
 class SavedState:
-    """One file."""
+    """One file of the store."""
 
     id: str
     path: Path
     header: Header
     expires: float
-    """Seconds since 1970."""
+    """When it goes if nobody uses it until then, in seconds since 1970."""
 
     def describe(self) -> dict[str, Any]:
         metadata = self.header.metadata
@@ -239,11 +239,11 @@ class StateStore:
         return SavedState(state_id, path, header, used + self._ttl_s)
 
     def touch(self, state: SavedState) -> None:
-        """It is used now. Raises FileNotFoundError if it has just gone."""
+        """Note that a state is used now. Raises FileNotFoundError if it has just gone."""
         os.utime(state.path)
 
     def delete(self, state_id: str, owner: str) -> bool:
-        """Whether there was one."""
+        """Remove a state of this owner. Returns whether there was one."""
         state = self.find(state_id, owner)
         if state is None:
             return False
@@ -251,7 +251,7 @@ class StateStore:
         return True
 
     def list(self, owner: str) -> list[SavedState]:
-        """All of this owner's, the newest first."""
+        """All states of this owner, the newest first."""
         suffix = f".{_owner_hash(owner)}.safetensors"
         names = [path.name.removesuffix(suffix) for path in self._directory.glob(f"state-*{suffix}")]
         states = [state for name in names if (state := self.find(name, owner)) is not None]
