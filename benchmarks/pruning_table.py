@@ -40,9 +40,10 @@ from pruning.criteria import CRITERIA, criterion_named
 from pruning.criteria.base import Report
 from pruning.evaluation import DEFAULT_TOKENS, compare, evaluation_windows, perplexity
 from pruning.options import device_named
-from pruning.reduction import Provenance, reduce_checkpoint, versions
+from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select, widths_to_keep
 from pruning.statistics import Statistics
+from pruning.versions import versions
 from pruning.views import change
 
 WIDTHS = (96, 64, 32, 16)

@@ -37,9 +37,10 @@ from pruning.gradients import GRADIENTS
 from pruning.options import device_named
 from pruning.progress import training_bar
 from pruning.recovery import Run, plan, recover
-from pruning.reduction import Provenance, reduce_checkpoint, versions
+from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select, widths_to_keep
 from pruning.training import Settings
+from pruning.versions import versions
 from pruning.views import change, width
 
 Row = dict[str, Any]

@@ -1,19 +1,13 @@
 """Checkpoint in, reduced checkpoint out: surgery, provenance, and the check that the result loads."""
 
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import msgspec
-import numpy as np
-import safetensors
-import tokenizers
-import torch
 
-from lowkey import __version__
 from lowkey.files import Found, check_writable, found_at, refuse_link
 from lowkey.leftovers import note_leftovers
 from lowkey.publishing import new_directory, write_json
@@ -25,6 +19,7 @@ from pruning.errors import PruningError
 from pruning.selection import Selection
 from pruning.statistics import Statistics
 from pruning.surgery import check_runs, write_reduced
+from pruning.versions import versions
 
 FORMAT = 1
 """Version of the form of `state_reduction.json`."""
@@ -224,16 +219,4 @@ def reduction_json(
         "selection": selection.report,
         "rotated": selection.rotated,
         "kept_channels": [layer.tolist() for layer in selection.keep],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that a selection or a saved file depends on."""
-    return {
-        "lowkey": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "safetensors": safetensors.__version__,
-        "tokenizers": tokenizers.__version__,
     }

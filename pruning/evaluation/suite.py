@@ -21,7 +21,7 @@ from pruning.evaluation.speed import BATCHES, Speed, decode_speed
 from pruning.evaluation.states import rank, retrieval
 from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows
 from pruning.progress import Advance
-from pruning.reduction import versions
+from pruning.versions import versions
 
 Part = Literal["perplexity", "recall", "rank", "retrieval", "speed"]
 PARTS: tuple[Part, ...] = get_args(Part)
