@@ -34,6 +34,8 @@ SYMBOLS = (
     "bowtie",
 )
 SCALE = "Viridis"
+MARGIN = {"l": 56, "r": 16, "t": 32, "b": 48}
+"""Pixels around the axes."""
 SHADES = "The first layer is dark, the last one light."
 
 
