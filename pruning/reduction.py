@@ -8,8 +8,7 @@ from typing import Any, NotRequired, TypedDict
 
 import msgspec
 
-from lowkey.files import Found, check_writable, found_at, refuse_link
-from lowkey.leftovers import note_leftovers
+from lowkey.files import Found, check_new_directory, refuse_link
 from lowkey.publishing import new_directory, write_json
 from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint
 from modeling.model import Model
@@ -124,35 +123,21 @@ def check_output(
     """Refuse an output that exists or can't be written, before any work is done.
 
     Args:
-        sources: what is going to be read.
-        ours: the file by which an earlier result of the same command is known.
+        sources: Checkpoints that are going to be read.
+        ours: File by which an earlier result of the same command is known.
 
     Returns:
         What is there and may be replaced, or None if nothing is.
 
     Raises:
-        PruningError: `out` exists and `overwrite` is off, or it is no such result, or it is a source.
-        OutputError: it is a link, or nothing can be written there.
+        PruningError: It is one of the sources, or holds one.
+        OutputError: It exists and `overwrite` is off, it is no such result or a link, or it can't be written.
     """
     refuse_link(out, "out")
     there = os.path.exists(out)
-    if there:
-        _check_replaceable(sources, out, overwrite=overwrite, ours=ours)
-    check_writable(out)
-    note_leftovers(out)
-    return found_at(out) if there else None  # what has appeared since may not be replaced
-
-
-def _check_replaceable(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str) -> None:
-    if any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
+    if there and any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
         raise PruningError(f"out={str(out)!r} is a checkpoint to read or holds one; choose another output")
-    if not overwrite:
-        raise PruningError(f"out={str(out)!r} already exists; choose another output or pass --overwrite")
-    if not (out / ours).exists():
-        raise PruningError(
-            f"out={str(out)!r} holds no {ours}, so --overwrite does not replace it; "
-            "remove it yourself or choose another output"
-        )
+    return check_new_directory(out, "out", overwrite=overwrite, holds=ours)
 
 
 def reduce_checkpoint(
