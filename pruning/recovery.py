@@ -29,7 +29,7 @@ from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.finite import check_finite, finite
 from pruning.reduction import check_output, record_of
 from pruning.surgery import check_runs
-from pruning.training import OnStep, Result, Settings, check_saved, heldout_loss, no_report, train
+from pruning.training import OnStep, Result, TrainingSettings, check_saved, heldout_loss, no_report, train
 from pruning.versions import versions
 
 FORMAT = 1
@@ -43,7 +43,7 @@ class Run:
     dense: Checkpoint
     reduced: Checkpoint
     out: Path
-    settings: Settings
+    settings: TrainingSettings
     batches: Batches
     heldout: Tensor
     """int64 `[count, window + 1]`"""
@@ -94,7 +94,7 @@ def plan(
     dense: Checkpoint,
     reduced: Checkpoint,
     out: Path,
-    settings: Settings,
+    settings: TrainingSettings,
     text: Text,
     heldout: Text,
     *,

@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Entry:
+class EvaluatedCheckpoint:
     """One checkpoint; None for what was not measured."""
 
     name: str
@@ -49,7 +49,7 @@ class Evaluation:
     text_sha256: str
     seed: int
     """Seed of prompts and noise."""
-    checkpoints: list[Entry]
+    checkpoints: list[EvaluatedCheckpoint]
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

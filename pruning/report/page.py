@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 
 from lowkey.page import render
 from pruning.evaluation.record import Evaluation
 from pruning.report import measured, trade
-from pruning.report.inputs import Cell, Inputs, Table
+from pruning.report.inputs import Inputs
 from pruning.report.style import MARGIN, Figure
-from pruning.views import LEGEND, change, figures
+from pruning.table import Table, methods_by_width
+from pruning.views import LEGEND, figures
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def missing(inputs: Inputs, drawn: Sequence[Figure]) -> list[str]:
     """What a full report would have, and what would have to be given for it."""
     names = {figure.name.rstrip("0123456789").rstrip("-") for figure in drawn}
     wanted = [
-        ("perplexity", "perplexity and KL against width", "the JSON of benchmarks/pruning_table.py"),
+        ("perplexity", "perplexity and KL against width", "the JSON of sweep"),
         ("budget", "error budget per layer", "that JSON, or a checkpoint pruned with --per-layer"),
         ("recall", "associative recall", "the JSON of evaluate --part recall"),
         ("noise", "errors of noisy reads", "the JSON of evaluate --part retrieval"),
@@ -85,24 +85,11 @@ def page(title: str, inputs: Inputs, drawn: Sequence[Figure]) -> str:
 
 def _table_summary(name: str, table: Table) -> Summary:
     dense = table.dense
-    columns = sorted({cell.column for cell in table.reduced}, reverse=True)
-    rows: list[list[str]] = []
-    for row, by_column in trade.groups(table).items():
-        rows.append(
-            [row, *(_cell(by_column[c], dense.perplexity) if c in by_column else "" for c in columns)]
-        )
     caption = (
         f"{name}: {table.checkpoint} on {table.device}; dense {dense.perplexity:.3f}, {dense.state_bytes:,} bytes of "
         "state. Perplexity, mean and range over calibration seeds; its change; KL in nats per token."
     )
-    return Summary("Methods by width", caption, ["method", *(f"d_k {c}" for c in columns)], rows)
-
-
-def _cell(cells: Sequence[Cell], dense: float) -> str:
-    values = [cell.perplexity for cell in cells]
-    spread = f"\n{min(values):.2f} to {max(values):.2f}" if len(values) > 1 else ""
-    kl = fmean(cell.kl for cell in cells)
-    return f"{fmean(values):.2f}{spread}\n{change(dense, fmean(values))}, KL {kl:.4f}"
+    return Summary("Methods by width", caption, *methods_by_width(table))
 
 
 def _evaluation_summary(name: str, evaluation: Evaluation) -> Summary:

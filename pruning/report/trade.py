@@ -4,19 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pruning.report.inputs import Cell, Reduction, Table
+from pruning.report.inputs import Reduction
 from pruning.report.style import SHADES, Figure, line, place, shades, short, single, subplots
-
-PER_LAYER = ", per layer"
-"""What the rows of budgets per layer have behind the method's name."""
-
-
-def groups(table: Table) -> dict[str, dict[int, list[Cell]]]:
-    """Row -> column -> the cells of all seeds, in the file's order of rows, columns ascending."""
-    found: dict[str, dict[int, list[Cell]]] = {}
-    for cell in table.reduced:
-        found.setdefault(cell.row, {}).setdefault(cell.column, []).append(cell)
-    return {row: dict(sorted(columns.items())) for row, columns in found.items()}
+from pruning.table import PER_LAYER, Cell, Table, groups
 
 
 def tradeoff(name: str, table: Table, number: int) -> list[Figure]:
