@@ -21,10 +21,10 @@ def variants(directory: Path, model: Path = MODEL) -> dict[str, Path]:
     reduced = directory / "reduced"
     reduced.mkdir(parents=True)
     keep = [
-        torch.arange(0, layer.mixer.d_k, 2).expand(layer.mixer.num_k_heads, -1).contiguous()
-        for layer in checkpoint.spec.layers
+        (i, torch.arange(0, mixer.d_k, 2).expand(mixer.num_k_heads, -1).contiguous())
+        for i, mixer in checkpoint.spec.deltas.items()
     ]
-    write_reduced(checkpoint, [Cut(k) for k in keep], reduced)
+    write_reduced(checkpoint, [Cut(i, k) for i, k in keep], reduced)
     return {"dense": model, "reduced": reduced}
 
 

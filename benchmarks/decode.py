@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from modeling.backends import choose
-from modeling.model import Model
+from modeling.runtime.cpu import CpuRuntime
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 
 PROMPT, COMPARED, STEPS = 16, 4, 4
@@ -38,17 +38,18 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
 class Ours:
-    def __init__(self, model: Model, prompts: Tensor) -> None:
+    def __init__(self, runtime: CpuRuntime, prompts: Tensor) -> None:
         batch, length = prompts.shape
-        self.model = model
-        self.pool = StatePool(model.spec, batch, conv_dtype=model.embeddings.weight.dtype)
+        model = runtime.model
+        self.runtime = runtime
+        self.pool = StatePool(model.spec, batch, types=StateTypes(inputs=model.embeddings.weight.dtype))
         self.slots = torch.randperm(batch)
-        hidden, state = model(prompts.flatten(), [i * length for i in range(batch + 1)])
-        self.pool.scatter(self.slots, state)
-        self.ids = model.logits(hidden[length - 1 :: length]).argmax(-1)
+        offsets = [i * length for i in range(batch + 1)]
+        hidden = runtime.prefill(prompts.flatten(), offsets, self.pool, self.slots)
+        self.ids = runtime.logits(hidden[length - 1 :: length]).argmax(-1)
 
     def __call__(self) -> Tensor:
-        logits = self.model.logits(self.model.decode(self.ids, self.pool, self.slots))
+        logits = self.runtime.logits(self.runtime.decode(self.ids, self.pool, self.slots))
         self.ids = logits.argmax(-1)
         return logits
 
@@ -97,17 +98,18 @@ def compare(ours: Ours, theirs: Theirs, dtype: torch.dtype) -> float:
     return worst
 
 
-def measure(model: Model, peer: Any, batch: int, seconds: float) -> dict[str, Any]:
+def measure(runtime: CpuRuntime, peer: Any, batch: int, seconds: float) -> dict[str, Any]:
+    model = runtime.model
     dtype = model.embeddings.weight.dtype
     prompts = torch.randint(1, model.spec.vocab_size, (batch, PROMPT))
-    ours, theirs = Ours(model, prompts), Theirs(peer, prompts)
+    ours, theirs = Ours(runtime, prompts), Theirs(peer, prompts)
     difference = compare(ours, theirs, dtype)
     times = interleave(
         {
             "transformers": theirs,
             "ours": ours,
             "products_torch": products(model, batch, F.linear),
-            "products_ours": products(model, batch, model.backend.head),
+            "products_ours": products(model, batch, runtime.linear),
             "read": read_memory(),
             "copy": copy_memory(),
         },
@@ -120,7 +122,7 @@ def measure(model: Model, peer: Any, batch: int, seconds: float) -> dict[str, An
     step_bytes = weights + 2 * states
     return {
         "batch": batch,
-        "backend": model.backend.name,
+        "backend": runtime.name,
         "logits_difference": difference,
         "weights_bytes": weights,
         "state_bytes": states,
@@ -161,11 +163,11 @@ def main(
     )
     for width in d_k or [None]:
         model = load(source, width, getattr(torch, dtype))
-        model.backend = choose(model)
+        runtime = CpuRuntime(model)
         peer = peer_of(model)
         for size in batch:
             console.print(f"d_k {model.spec.mean_d_k:g}, batch {size}", highlight=False)
-            r = measure(model, peer, size, seconds)
+            r = measure(runtime, peer, size, seconds)
             rows.append({"source": source, "dtype": dtype, "d_k": model.spec.d_k[0], **r})
             table.add_row(
                 f"{model.spec.d_k[0]}",

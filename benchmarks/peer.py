@@ -56,7 +56,7 @@ def peer_of(model: Model) -> Any:
     config = Qwen3_5TextConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        intermediate_size=spec.layers[0].mlp.intermediate_size,
+        intermediate_size=spec.layers[0].ffn.intermediate_size,
         num_hidden_layers=len(spec.layers),
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -86,10 +86,10 @@ def peer_of(model: Model) -> Any:
         mixer = block.mixer
         at, mlp = f"model.layers.{i}.linear_attn.", f"model.layers.{i}.mlp."
         qkv, z, b, a = mixer.in_proj.weight.split(m.in_proj_sizes)
-        gate, up = block.mlp.in_proj.weight.chunk(2)
+        gate, up = block.ffn.in_proj.weight.chunk(2)
         tensors |= {
             f"model.layers.{i}.input_layernorm.weight": block.mixer_norm.weight - 1,
-            f"model.layers.{i}.post_attention_layernorm.weight": block.mlp_norm.weight - 1,
+            f"model.layers.{i}.post_attention_layernorm.weight": block.ffn_norm.weight - 1,
             at + "in_proj_qkv.weight": qkv,
             at + "in_proj_z.weight": z,
             at + "in_proj_b.weight": b,
@@ -101,7 +101,7 @@ def peer_of(model: Model) -> Any:
             at + "out_proj.weight": mixer.o_proj.weight,
             mlp + "gate_proj.weight": gate,
             mlp + "up_proj.weight": up,
-            mlp + "down_proj.weight": block.mlp.out_proj.weight,
+            mlp + "down_proj.weight": block.ffn.out_proj.weight,
         }
     dtype = model.embeddings.weight.dtype
     tensors = {name: t.detach().to(dtype, copy=True) for name, t in tensors.items()}

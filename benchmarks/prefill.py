@@ -27,16 +27,19 @@ from rich.table import Table
 from torch import Tensor
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
-from modeling.backends import choose
 from modeling.layers import l2_normalise
 from modeling.model import Model
+from modeling.ops import RuleInputs
+from modeling.runtime.cpu import CpuRuntime, compiled_gated_delta_rule
+from modeling.spec import StateTypes
+from modeling.state import StatePool
 
 CASES = ((1, 1024), (8, 512))
 
 
 def rules(model: Model, batch: int, length: int) -> dict[str, Callable[[], Tensor]]:
     """The gated delta rule of the first layer on random inputs, by us and by transformers."""
-    m = model.spec.layers[0].mixer
+    m = model.spec.deltas[0]
     shape = (batch * length, m.num_k_heads, m.d_k)
     q, k = l2_normalise(torch.randn(shape)), l2_normalise(torch.randn(shape))
     v, b = torch.randn(batch * length, m.num_v_heads, m.d_v), torch.rand(batch * length, m.num_v_heads)
@@ -45,7 +48,7 @@ def rules(model: Model, batch: int, length: int) -> dict[str, Callable[[], Tenso
     cu_seqlens = [i * length for i in range(batch + 1)]
 
     def ours() -> Tensor:
-        return model.backend.rule(q, k, v, g, b, scale=m.d_k**-0.5, cu_seqlens=cu_seqlens)[0]
+        return compiled_gated_delta_rule(RuleInputs(q, k, v, g, b, m.d_k**-0.5, cu_seqlens))[0]
 
     def theirs() -> Tensor:
         o: Tensor = torch_chunk_gated_delta_rule(
@@ -60,13 +63,20 @@ def rules(model: Model, batch: int, length: int) -> dict[str, Callable[[], Tenso
     return {"rule_ours": ours, "rule_transformers": theirs}
 
 
-def measure(model: Model, peer: Any, batch: int, length: int, seconds: float) -> dict[str, Any]:
+def measure(runtime: CpuRuntime, peer: Any, batch: int, length: int, seconds: float) -> dict[str, Any]:
+    model = runtime.model
     prompts = torch.randint(1, model.spec.vocab_size, (batch, length))
     cu_seqlens = [i * length for i in range(batch + 1)]
 
+    types = StateTypes(inputs=model.embeddings.weight.dtype)
+    slots = torch.arange(batch)
+
     def ours() -> Tensor:
-        hidden, _ = model(prompts.flatten(), cu_seqlens)
-        return model.logits(hidden[length - 1 :: length])
+        # A fresh pool each time, as transformers has a fresh cache.
+        hidden = runtime.prefill(
+            prompts.flatten(), cu_seqlens, StatePool(model.spec, batch, types=types), slots
+        )
+        return runtime.logits(hidden[length - 1 :: length])
 
     def theirs() -> Tensor:
         cache = LinearOnlyCache(peer.config)
@@ -83,7 +93,7 @@ def measure(model: Model, peer: Any, batch: int, length: int, seconds: float) ->
     return {
         "batch": batch,
         "length": length,
-        "backend": model.backend.name,
+        "backend": runtime.name,
         "logits_difference": distance,
         "seconds": {name: summary(t) for name, t in times.items()},
         "tokens_per_second": {
@@ -122,11 +132,11 @@ def main(
     )
     for width in d_k or [None]:
         model = load(source, width, getattr(torch, dtype))
-        model.backend = choose(model)
+        runtime = CpuRuntime(model)
         peer = peer_of(model)
         for batch, length in CASES:
             console.print(f"d_k {model.spec.mean_d_k:g}, {batch} x {length}", highlight=False)
-            r = measure(model, peer, batch, length, seconds)
+            r = measure(runtime, peer, batch, length, seconds)
             rows.append({"source": source, "dtype": dtype, "d_k": model.spec.d_k[0], **r})
             table.add_row(
                 f"{model.spec.d_k[0]}",

@@ -151,7 +151,7 @@ def write_large(directory: Path) -> None:
                 if name.endswith("norm.weight"):
                     yield name, torch.ones(rows, dtype=torch.bfloat16)
                     continue
-                columns = spec.layers[0].mlp.intermediate_size if "down_proj" in name else spec.hidden_size
+                columns = spec.layers[0].ffn.intermediate_size if "down_proj" in name else spec.hidden_size
                 shape = (rows, 1, 4) if name.endswith("conv1d.weight") else (rows, columns)
                 scale = 0.5 if name.endswith("conv1d.weight") else 0.02
                 yield name, torch.randn(shape, generator=generator).mul_(scale).to(torch.bfloat16)

@@ -102,7 +102,6 @@ class Checkpoint:
         if name not in self._stored_shapes:
             raise CheckpointError(f"{self.path}: the config does not account for tensor {name!r}")
         expected, is_filter = self._stored_shapes[name]
-        # Filters of a depthwise convolution are stored with an axis for their one input channel, or without.
         if shape != expected and not (is_filter and shape == (expected[0], 1, *expected[1:])):
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has shape {list(shape)}, the config says {list(expected)}"
@@ -114,10 +113,15 @@ class Checkpoint:
             )
 
     @cached_property
+    def map_of(self) -> dict[str, TensorMap]:
+        """What each of the checkpoint's tensors is in our model, by its name."""
+        return {name: m for m in self.family.tensors(self.spec) for name in m.theirs}
+
+    @cached_property
     def _stored_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
         """Shape of each tensor that the config accounts for, and whether it holds a convolution's filters, by name."""
         stored = {
-            name: ((rows, *self._shapes[m.ours][1:]), m.ours.endswith("conv.weight"))
+            name: ((rows, *self._shapes[m.ours][1:]), m.role == "filters")
             for m in self.family.tensors(self.spec)
             for name, rows in zip(m.theirs, m.rows, strict=True)
         }
@@ -151,20 +155,21 @@ class Checkpoint:
             CheckpointError: a tensor is missing or of another shape than the config says.
         """
         types = self.parameter_types(dtype)
-        state: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         for m in self.family.tensors(self.spec):
             if not m.ours.startswith(prefix):
                 continue
             shape, kind = types[m.ours]
-            state[m.ours.removeprefix(prefix)] = self._join(m, shape).to(device=device, dtype=kind)
-        return state
+            joined = m.join([self.tensor(name) for name in m.theirs], shape)
+            parameters[m.ours.removeprefix(prefix)] = joined.to(device=device, dtype=kind)
+        return parameters
 
     def parameter_types(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
         """Shape and dtype of each of our parameters when the model is loaded in `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
         return {
-            name: (shape, wide if len(shape) == 1 and not name.endswith("conv.bias") else dtype)
-            for name, shape in self._shapes.items()
+            m.ours: (self._shapes[m.ours], wide if m.role in ("norm", "decay") else dtype)
+            for m in self.family.tensors(self.spec)
         }
 
     @cached_property
@@ -210,10 +215,6 @@ class Checkpoint:
         ((name,),) = (m.theirs for m in self.family.tensors(self.spec) if m.ours == ours)
         return name
 
-    def _join(self, m: TensorMap, shape: torch.Size) -> Tensor:
-        parts = zip(m.theirs, m.rows, strict=True)
-        return torch.cat([self.tensor(name).reshape(rows, *shape[1:]) for name, rows in parts])
-
 
 def open_checkpoint(source: str | Path) -> Checkpoint:
     """Open a local directory, or download a hub id (`org/name`, optionally `org/name@revision`).
@@ -239,8 +240,7 @@ def export_tensors(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]
     """The model's parameters under the family's own names and shapes."""
     state = model.state_dict()
     for m in family.tensors(model.spec):
-        for name, part in zip(m.theirs, state[m.ours].split(list(m.rows)), strict=True):
-            yield name, part[:, None, :] if name.endswith("conv1d.weight") else part
+        yield from zip(m.theirs, m.split(state[m.ours]), strict=True)
 
 
 def save_shard(file: Path, tensors: dict[str, Tensor]) -> None:

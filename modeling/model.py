@@ -3,27 +3,24 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.backends import TORCH, Backend
-from modeling.layers import Block, RMSNorm, Tap
+from modeling.layers import Block, DeltaMixer, RMSNorm, Tap
 from modeling.ops import GatedDeltaRule
 from modeling.spec import ModelSpec
-from modeling.state import SequenceState, StatePool
+from modeling.state import LayerState
 
 
 class Model(nn.Module):
-    """A linear-attention language model.
+    """A language model with linear-attention layers, in plain torch operations: any device, differentiable.
 
-    Calibration, evaluation, recovery, training and prefill all use the one differentiable `forward`; generation uses
-    `decode`, in place on a `StatePool`. Both return hidden states; `logits` turns the rows that are needed into
-    log-odds over the vocabulary.
-    """
+    Calibration, evaluation, recovery and training use it; what serves it is `modeling.runtime.compile_model(model)`.
+    Its forward gives hidden states; `logits` turns the rows that are needed into log-odds over the vocabulary."""
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.backend: Backend = TORCH
         # Given its weight, so that it is not drawn: on the meta device that would import half of torch (2 s).
         weight = torch.empty(spec.vocab_size, spec.hidden_size)
         self.embeddings = nn.Embedding(spec.vocab_size, spec.hidden_size, _weight=weight)
@@ -33,82 +30,50 @@ class Model(nn.Module):
         if spec.tie_embeddings:
             self.lm_head.weight = self.embeddings.weight
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers."""
+        return [block for block in self.layers if isinstance(block, Block)]
+
+    @property
+    def deltas(self) -> dict[int, DeltaMixer]:
+        """The linear-attention mixers by the index of their layer (`ModelSpec.deltas`)."""
+        mixers = {i: block.mixer for i, block in enumerate(self.blocks)}
+        return {i: mixer for i, mixer in mixers.items() if isinstance(mixer, DeltaMixer)}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.embeddings.weight.device
+
     def forward(
         self,
         input_ids: Tensor,
         cu_seqlens: Sequence[int],
-        state: SequenceState | None = None,
+        states: Sequence[LayerState] | None = None,
         *,
         rule: GatedDeltaRule | None = None,
         tap: Tap | None = None,
-    ) -> tuple[Tensor, SequenceState]:
+    ) -> tuple[Tensor, list[LayerState]]:
         """Run packed sequences.
 
         Args:
             input_ids: `[tokens]`, all sequences one after the other.
             cu_seqlens: offsets, `[0, ..., tokens]`; no sequence is empty.
-            state: where each sequence goes on from; None for the beginning.
-            rule: another gated delta rule than the back end's.
-            tap: observes or replaces q and k of each layer (`modeling.layers.Tap`).
+            states: where each sequence goes on from, one for each layer; None for the beginning.
+            rule: the gated delta rule of the linear layers; None for `chunked_gated_delta_rule`.
+            tap: observes or replaces q and k of each linear layer (`modeling.layers.Tap`).
 
         Returns:
-            Hidden states after the final norm, `[tokens, hidden]`, and each sequence's state after its last token.
+            Hidden states after the final norm, `[tokens, hidden]`, and each layer's states after the last tokens.
         """
-        if self.backend.prefill is not None and rule is None and tap is None:
-            return self.backend.prefill(self, input_ids, cu_seqlens, state)
-        rule = rule or self.backend.rule
         x = self.embeddings(input_ids)
-        recurrent: list[Tensor] = []
-        conv: list[Tensor] = []
+        after: list[LayerState] = []
         for i, block in enumerate(self.layers):
-            x, r, c = block(
-                x,
-                cu_seqlens,
-                None if state is None else state.recurrent[i],
-                None if state is None else state.conv[i],
-                rule,
-                tap,
-                self.backend.inputs,
-            )
-            recurrent.append(r)
-            conv.append(c)
-        return self.norm(x), SequenceState(recurrent, conv)
-
-    def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
-        """`forward` of sequences whose states are in `pool` at `slots` `[sequences]`, and move on there.
-
-        Layer by layer, only one layer's states are copied at a time: a batch of many short prompts needs no copy of all
-        that it holds.
-
-        Returns:
-            Hidden states after the final norm, `[tokens, hidden]`.
-        """
-        if self.backend.prefill is not None:
-            hidden, state = self.backend.prefill(self, input_ids, cu_seqlens, pool.gather(slots))
-            pool.scatter(slots, state)
-            return hidden
-        x = self.embeddings(input_ids)
-        for block, recurrent, conv in zip(self.layers, pool.recurrent, pool.conv, strict=True):
-            before = recurrent[slots], conv[slots]
-            x, r, c = block(x, cu_seqlens, *before, self.backend.rule, None, self.backend.inputs)
-            recurrent[slots] = r.to(recurrent.dtype)
-            conv[slots] = c.to(conv.dtype)
-        y: Tensor = self.norm(x)
-        return y
-
-    def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
-        """One token of each of B requests; their states in `pool` move on by that token.
-
-        Args:
-            input_ids: `[B]`.
-            pool: holds the states, updated in place.
-            slots: `[B]`, distinct.
-
-        Returns:
-            Hidden states after the final norm, `[B, hidden]`.
-        """
-        return self.backend.decode(self, input_ids, pool, slots)
+            x, state = block(x, cu_seqlens, None if states is None else states[i], rule=rule, tap=tap)
+            after.append(state)
+        return self.norm(x), after
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype or float32."""
-        return self.backend.head(hidden, self.lm_head.weight)
+        """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype."""
+        return F.linear(hidden, self.lm_head.weight)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
-from modeling.layers import Block, Tap
+from modeling.layers import DeltaMixer, Tap
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.calibration import Origin
@@ -85,9 +85,9 @@ def widths_for_bytes(spec: ModelSpec, limit: int, align: int) -> tuple[int, ...]
     Raises:
         PruningError: not even the smallest one fits.
     """
-    candidates = [(n,) * len(spec.layers) for n in aligned_widths(min(spec.d_k), align)]
+    candidates = [(n,) * len(spec.linear_layers) for n in aligned_widths(min(spec.d_k), align)]
     _check_limit(spec, candidates[0], limit)
-    return max(widths for widths in candidates if spec.with_d_k(widths).state_bytes() <= limit)
+    return max(widths for widths in candidates if spec.with_d_k(widths).state_bytes(0) <= limit)
 
 
 def widths_per_layer(spec: ModelSpec, curves: Sequence[Curve], limit: int) -> tuple[int, ...]:
@@ -102,12 +102,12 @@ def widths_per_layer(spec: ModelSpec, curves: Sequence[Curve], limit: int) -> tu
     widths = [min(curve) for curve in curves]
     _check_limit(spec, widths, limit)
     while True:
-        held = spec.with_d_k(tuple(widths)).state_bytes()
+        held = spec.with_d_k(tuple(widths)).state_bytes(0)
         best, wider = 0.0, widths
         for layer, curve in enumerate(curves):
             for n in (n for n in sorted(curve) if n > widths[layer]):
                 candidate = [*widths[:layer], n, *widths[layer + 1 :]]
-                size = spec.with_d_k(tuple(candidate)).state_bytes()
+                size = spec.with_d_k(tuple(candidate)).state_bytes(0)
                 gain = (curve[widths[layer]] - curve[n]) / (size - held)
                 if size <= limit and gain > best:
                     best, wider = gain, candidate
@@ -117,7 +117,7 @@ def widths_per_layer(spec: ModelSpec, curves: Sequence[Curve], limit: int) -> tu
 
 
 def _check_limit(spec: ModelSpec, smallest: Sequence[int], limit: int) -> None:
-    size = spec.with_d_k(tuple(smallest)).state_bytes()
+    size = spec.with_d_k(tuple(smallest)).state_bytes(0)
     if size > limit:
         raise PruningError(
             f"state_bytes={limit} is below {size}, the state with d_k {min(smallest)}; "
@@ -187,27 +187,26 @@ def error_curves(
     check_predicts(windows.shape[1])
     dense = perplexity(model, windows, advance=advance).loss
     curves: list[Curve] = []
-    for layer, block in enumerate(model.layers):
-        assert isinstance(block, Block)
+    for layer, mixer in model.deltas.items():
         curve = {}
         for keep in {choice.d_k[layer]: choice.keep[layer] for choice in choices}.values():
-            n, d_k = keep.shape[1], block.mixer.spec.d_k
+            n, d_k = keep.shape[1], mixer.spec.d_k
             if n < d_k:
-                with reduced_alone(block, layer, keep) as tap:
+                with reduced_alone(mixer, layer, keep) as tap:
                     curve[n] = perplexity(model, windows, tap=tap, advance=advance).loss - dense
-        curves.append({**curve, block.mixer.spec.d_k: 0.0})
+        curves.append({**curve, mixer.spec.d_k: 0.0})
     return tuple(curves)
 
 
 @contextmanager
-def reduced_alone(block: Block, layer: int, keep: Tensor) -> Iterator[Tap]:
+def reduced_alone(mixer: DeltaMixer, layer: int, keep: Tensor) -> Iterator[Tap]:
     """A tap that makes the layer compute what it would with the channels `keep` `[num_k_heads, n]` alone.
 
     A sliced layer scales q by n^-1/2, so its o is sqrt(d_k / n) times that of the masked one. The output norm cancels
     this once its eps is n / d_k of what it was, as it is inside the block.
     """
-    m, norm = block.mixer.spec, block.mixer.o_norm
-    weight = block.mixer.in_proj.weight
+    m, norm = mixer.spec, mixer.o_norm
+    weight = mixer.in_proj.weight
     mask = torch.zeros(m.num_k_heads, m.d_k).scatter(1, keep, 1.0).to(weight)
 
     def tap(i: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

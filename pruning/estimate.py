@@ -20,7 +20,7 @@ from lowkey.files import check_writable
 from lowkey.words import counted, duration, in_units
 from modeling.checkpoint import FLOATS, Checkpoint
 from modeling.model import Model
-from modeling.spec import ModelSpec
+from modeling.spec import TOKEN_BLOCK, ModelSpec
 from pruning.calibration import BATCH
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
@@ -48,19 +48,19 @@ def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
 
     Counted in tensors of `modeling.layers` and `modeling.ops.chunked` that are alive together, in float32.
     """
-    mixer, mlp = [], []
-    for layer in spec.layers:
-        m, hidden = layer.mixer, spec.hidden_size
-        chunked = m.num_v_heads * (4 * 64 + 5 * (m.d_k + m.d_v))
+    mixer, ffn = [], []
+    hidden = spec.hidden_size
+    for i, m in spec.deltas.items():
+        chunked = m.num_v_heads * (4 * TOKEN_BLOCK + 5 * (m.d_k + m.d_v))
         # The last term: float64 rows of the Grams, raw and normalised.
         mixer.append(3 * hidden + sum(m.in_proj_sizes) + 4 * m.conv_channels + chunked + 4 * 2 * m.key_dim)
-        mlp.append(3 * hidden + 5 * layer.mlp.intermediate_size)
-    forward = BATCH * length * max(*mixer, *mlp)
+        ffn.append(3 * hidden + 5 * spec.layers[i].ffn.intermediate_size)
+    forward = BATCH * length * max(*mixer, *ffn)
     if not gradients:
         return 4 * forward
     logits = 3 * length * spec.vocab_size
-    weights = sum(sum(layer.mixer.in_proj_sizes) for layer in spec.layers) * spec.hidden_size
-    return 4 * max(forward, length * (sum(mixer) + sum(mlp)) + logits + weights)
+    weights = sum(sum(m.in_proj_sizes) for m in spec.deltas.values()) * hidden
+    return 4 * max(forward, length * (sum(mixer) + sum(ffn)) + logits + weights)
 
 
 def calibration_bytes(spec: ModelSpec, names: Collection[StatisticName], length: int) -> tuple[int, int, int]:
@@ -182,17 +182,17 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 def shape_lines(spec: ModelSpec) -> Iterator[str]:
     """What the checkpoint is."""
-    m = spec.layers[0].mixer
+    m = next(iter(spec.deltas.values()))
     yield (
         f"{spec.family}: {counted(len(spec.layers), 'layer')}, hidden {spec.hidden_size}, "
         f"{counted(m.num_k_heads, 'key head')}, {counted(m.num_v_heads, 'value head')}, d_k {width(spec.d_k)}, "
-        f"d_v {m.d_v}, {counted(parameter_count(spec), 'parameter')}, state per request {spec.state_bytes():,} bytes"
+        f"d_v {m.d_v}, {counted(parameter_count(spec), 'parameter')}, state per request {spec.state_bytes(0):,} bytes"
     )
 
 
 def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
     """Widths and state before and after."""
-    before, after = spec.state_bytes(), spec.with_d_k(tuple(widths)).state_bytes()
+    before, after = spec.state_bytes(0), spec.with_d_k(tuple(widths)).state_bytes(0)
     yield (
         f"d_k {width(spec.d_k)} => {width(widths)}, "
         f"state per request {before:,} => {after:,} bytes ({change(before, after)})"
@@ -238,12 +238,14 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
 def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     """Size of the reduced checkpoint's weights."""
     total = stored_bytes(checkpoint)
-    ours = {name: m.ours for m in checkpoint.family.tensors(checkpoint.spec) for name in m.theirs}
-    for name in checkpoint.family.key_rows(checkpoint.spec):
-        layer = int(ours[name].split(".")[1])
-        d_k = checkpoint.spec.d_k[layer]
+    spec = checkpoint.spec
+    after = dict(zip(spec.linear_layers, widths, strict=True))
+    for name in checkpoint.family.key_rows(spec):
+        layer = checkpoint.map_of[name].layer
+        assert layer is not None
+        d_k = spec.deltas[layer].d_k
         dtype, shape = checkpoint.dtype_and_shape(name)
-        total -= math.prod(shape) * FLOATS[dtype].itemsize * (d_k - widths[layer]) // d_k
+        total -= math.prod(shape) * FLOATS[dtype].itemsize * (d_k - after[layer]) // d_k
     return total
 
 

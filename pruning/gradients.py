@@ -52,8 +52,8 @@ def add_gradients(model: Model, windows: Tensor, sums: Sequence[Mapping[Any, Ten
         PruningError: a window has no token to predict, a gradient is not finite, or a layer's tap missed tokens.
     """
     check_predicts(windows.shape[1])
-    weights = [block.get_parameter("mixer.in_proj.weight") for block in model.layers]
-    for window in windows.to(model.embeddings.weight.device):
+    weights = [mixer.in_proj.weight for mixer in model.deltas.values()]
+    for window in windows.to(model.device):
         with _gradients_of(weights):
             for i, found in enumerate(_of_window(model, window, weights)):
                 for name, value in found.items():
@@ -72,7 +72,7 @@ def _of_window(
     model: Model, window: Tensor, weights: Sequence[Tensor]
 ) -> Iterator[dict[GradientName, Tensor]]:
     """Per layer the gradients of the loss on one window `[length]`; those of the gates are not yet squared."""
-    mixers = [layer.mixer for layer in model.spec.layers]
+    mixers = model.spec.deltas.values()
     gates = [w.new_ones(m.num_k_heads, m.d_k).requires_grad_() for w, m in zip(weights, mixers, strict=True)]
     tokens = [0] * len(gates)
 

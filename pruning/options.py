@@ -195,8 +195,8 @@ def uniform_widths(
         else:
             assert ratio is not None
             widths = widths_for_ratio(spec, ratio)
-        limit = spec.with_d_k(widths).state_bytes()
-    if limit >= spec.state_bytes():
+        limit = spec.with_d_k(widths).state_bytes(0)
+    if limit >= spec.state_bytes(0):
         given = (
             f"keep={keep}"
             if keep is not None
@@ -205,7 +205,7 @@ def uniform_widths(
             else f"{state_bytes=}"
         )
         raise PruningError(
-            f"{given} removes nothing: d_k is {width(spec.d_k)} and the state of one request {spec.state_bytes():,} "
+            f"{given} removes nothing: d_k is {width(spec.d_k)} and the state of one request {spec.state_bytes(0):,} "
             "bytes as it is; ask for less"
         )
     return widths, limit

@@ -98,10 +98,9 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
         d_k = msgspec.convert(record, _Record)["source"]["d_k"]
     except msgspec.ValidationError as e:
         raise PruningError(f"{file} is not what lowkey-prune writes: {e}") from e
-    if len(d_k) != len(checkpoint.spec.layers) or min(d_k) < 1:
-        raise PruningError(
-            f"{file}: source.d_k={d_k} must be {len(checkpoint.spec.layers)} positive numbers, one a layer"
-        )
+    layers = len(checkpoint.spec.linear_layers)
+    if len(d_k) != layers or min(d_k) < 1:
+        raise PruningError(f"{file}: source.d_k={d_k} must be {layers} positive numbers, one a layer")
     return record
 
 
@@ -164,7 +163,7 @@ def reduce_checkpoint(
         OutputError: the output can't be written.
     """
     with new_directory(out, replaces=replaces) as directory:
-        spec = write_reduced(checkpoint, selection.cuts, directory)
+        spec = write_reduced(checkpoint, selection.cuts(checkpoint.spec), directory)
         check_runs(directory, spec, checkpoint.source)
         record = reduction_json(checkpoint, selection, provenance, spec)
         if evaluate is not None:
@@ -190,12 +189,12 @@ def reduction_json(
             "name": checkpoint.source,
             "sha256": checkpoint.sha256,
             "d_k": list(checkpoint.spec.d_k),
-            "state_bytes": checkpoint.spec.state_bytes(),
+            "state_bytes": checkpoint.spec.state_bytes(0),
         },
         "method": provenance.method,
         "seed": provenance.seed,
         "d_k": list(spec.d_k),
-        "state_bytes": spec.state_bytes(),
+        "state_bytes": spec.state_bytes(0),
         "stock_loaders": len(set(spec.d_k)) == 1,
         "budget": None if provenance.budget is None else provenance.budget.as_json(),
         "calibration": calibration,

@@ -39,11 +39,10 @@ class Selection:
         """Whether any layer's channels are mixtures."""
         return any(r is not None for r in self.rotation)
 
-    @property
-    def cuts(self) -> list[Cut]:
-        """What surgery does to each layer."""
+    def cuts(self, spec: ModelSpec) -> list[Cut]:
+        """What surgery does to each linear layer of a model of shape `spec`; `check_cuts` finds a wrong number."""
         rotations = self.rotation or (None,) * len(self.keep)
-        return [Cut(keep, rotation) for keep, rotation in zip(self.keep, rotations, strict=True)]
+        return [Cut(*parts) for parts in zip(spec.linear_layers, self.keep, rotations, strict=False)]
 
 
 def widths_to_keep(spec: ModelSpec, keep: int) -> tuple[int, ...]:
@@ -105,7 +104,7 @@ def select(
     keep: list[Tensor] = []
     report: list[list[Report]] = []
     rotation: list[Tensor | None] = []
-    for layer, n in enumerate(widths):
+    for layer, n in zip(checkpoint.spec.linear_layers, widths, strict=True):
         choices = _layer(checkpoint, criterion, layer, n, statistics, seed)
         keep.append(torch.from_numpy(np.stack([choice.keep for choice in choices])))
         report.append([choice.report for choice in choices])
@@ -117,11 +116,12 @@ def select(
 def _layer(
     checkpoint: Checkpoint, criterion: Criterion, layer: int, n: int, statistics: Statistics | None, seed: int
 ) -> list[Choice]:
-    mixer = checkpoint.spec.layers[layer].mixer
+    mixer = checkpoint.spec.deltas[layer]
     weights = _projections(checkpoint, layer) if criterion.weights else None
     of_layer = {}
     if statistics is not None:
-        of_layer = {name: statistics.layers[layer][name].numpy() for name in criterion.statistics}
+        sums = statistics.layers[checkpoint.spec.linear_layers.index(layer)]
+        of_layer = {name: sums[name].numpy() for name in criterion.statistics}
     choices: list[Choice] = []
     for h in range(mixer.num_k_heads):
         head = Head(
@@ -142,9 +142,12 @@ def _projections(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
 
     Read through the family's map to our fused input projection, whose rows begin with q | k for every family.
     """
-    mixer = checkpoint.spec.layers[layer].mixer
-    ours = f"layers.{layer}.mixer.in_proj.weight"
-    (parts,) = (m.theirs for m in checkpoint.family.tensors(checkpoint.spec) if m.ours == ours)
+    mixer = checkpoint.spec.deltas[layer]
+    (parts,) = (
+        m.theirs
+        for m in checkpoint.family.tensors(checkpoint.spec)
+        if (m.layer, m.role) == (layer, "in_proj")
+    )
     rows = torch.cat([checkpoint.tensor(name).float() for name in parts])[: 2 * mixer.key_dim]
     weights: NDArray[np.float32] = rows.view(2, mixer.num_k_heads, mixer.d_k, -1).numpy()
     return weights

@@ -50,8 +50,8 @@ def names_for(needed: Collection[StatisticName]) -> tuple[StatisticName, ...]:
 
 
 def shapes(spec: ModelSpec, names: Collection[StatisticName]) -> list[dict[StatisticName, tuple[int, ...]]]:
-    """Per layer the shape of each statistic; all are float64."""
-    mixers = [layer.mixer for layer in spec.layers]
+    """Per linear layer the shape of each statistic; all are float64."""
+    mixers = spec.deltas.values()
     return [_shapes_of_layer(m.num_k_heads, m.d_k, spec.hidden_size, names) for m in mixers]
 
 

@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowkey.publishing import write_json
-from modeling.backends import TORCH
 from modeling.checkpoint import HEAD, Checkpoint, CheckpointError, open_checkpoint, save_shard
 from modeling.families import ConfigError
 from modeling.layers import Block, RMSNorm
 from modeling.sources import INDEX, SINGLE
-from modeling.spec import ModelSpec
+from modeling.spec import FLOAT32_STATES, ModelSpec
 from pruning.companions import Companions
 from pruning.errors import PruningError
 from pruning.finite import finite
@@ -28,8 +27,10 @@ from pruning.finite import finite
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of the key channels of one layer."""
+    """What becomes of the key channels of one linear layer."""
 
+    layer: int
+    """Index of the layer in the model."""
     keep: Tensor
     """int64 `[num_k_heads, n]`, ascending channels of each key head."""
     rotation: Tensor | None = None
@@ -43,7 +44,7 @@ def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) 
     Weights go shard by shard into files of the source's names, so no more than one shard is in memory.
 
     Args:
-        cuts: one for each layer; layers may differ in n.
+        cuts: one for each linear layer, in their order; layers may differ in n.
         directory: exists and is empty.
 
     Returns:
@@ -65,11 +66,13 @@ def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) 
 
 
 def check_cuts(spec: ModelSpec, cuts: Sequence[Cut]) -> None:
-    """Raises PruningError unless `cuts` have distinct, ascending, existing channels for every layer and head."""
-    if len(cuts) != len(spec.layers):
-        raise PruningError(f"keep has {len(cuts)} entries for {len(spec.layers)} layers")
-    for layer, (cut, block) in enumerate(zip(cuts, spec.layers, strict=True)):
-        m, k = block.mixer, cut.keep
+    """Raises PruningError unless `cuts` have distinct, ascending, existing channels for every linear layer and head."""
+    if len(cuts) != len(spec.linear_layers):
+        raise PruningError(f"keep has {len(cuts)} entries for {len(spec.linear_layers)} layers")
+    if [cut.layer for cut in cuts] != list(spec.linear_layers):
+        raise PruningError(f"keep is of layers {[cut.layer for cut in cuts]}, not {list(spec.linear_layers)}")
+    for cut in cuts:
+        layer, m, k = cut.layer, spec.deltas[cut.layer], cut.keep
         if k.ndim != 2 or k.shape[0] != m.num_k_heads or k.shape[1] < 1 or k.dtype != torch.int64:
             raise PruningError(
                 f"keep of layer {layer} is {k.dtype} {list(k.shape)}; it must be int64 [{m.num_k_heads}, n], n >= 1"
@@ -90,7 +93,7 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
         CheckpointError: a tensor can't be read, or is not what the config says.
         PruningError: a tensor holds NaN or Inf.
     """
-    ours = {name: m.ours for m in checkpoint.family.tensors(checkpoint.spec) for name in m.theirs}
+    cut_of = {cut.layer: cut for cut in cuts}
     rows = checkpoint.family.key_rows(checkpoint.spec)
     total = 0
     for file in dict.fromkeys(checkpoint.files.values()):
@@ -98,9 +101,11 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
         for name in (name for name, holder in checkpoint.files.items() if holder == file):
             tensor = checkpoint.tensor(name)
             if name in rows:
-                cut = cuts[int(ours[name].split(".")[1])]
+                part = checkpoint.map_of[name]
+                assert part.layer is not None
+                cut = cut_of[part.layer]
                 if cut.rotation is not None:
-                    filters = ours[name].endswith("conv.weight")
+                    filters = part.role == "filters"
                     tensor = rotate_rows(tensor, rows[name], cut.rotation, filters=filters)
                 tensor = keep_rows(tensor, rows[name], cut.keep)
             shard[name] = finite(tensor.contiguous(), name, checkpoint.source)
@@ -187,11 +192,10 @@ def _run(directory: Path, expected: ModelSpec) -> None:
                 block = Block(spec, expected.hidden_size, layer)
             block.to_empty(device="cpu")
         block.load_state_dict(checkpoint.parameters(f"layers.{layer}."))
-        x, recurrent, _ = block(x, offsets, None, None, TORCH.rule, None)
-        m = spec.mixer
-        shape = (len(lengths), m.num_v_heads, m.d_k, m.d_v)
-        if recurrent.shape != shape:
-            raise PruningError(f"layer {layer} has state {list(recurrent.shape)}, expected {list(shape)}")
+        x, state = block(x, offsets)
+        held, needed = state.bytes_per_row, spec.mixer.state_bytes(sum(lengths), FLOAT32_STATES)
+        if held != needed:
+            raise PruningError(f"layer {layer} has a state of {held} bytes, expected {needed}")
     norm = RMSNorm(expected.hidden_size, expected.norm.eps)
     norm.load_state_dict(checkpoint.parameters("norm."))
     hidden = norm(x)

@@ -132,7 +132,7 @@ class Measuring:
             for row, method, column, _ in cells:
                 widths = widths_to_keep(self._spec, column)
                 if row != method:
-                    limit = self._spec.with_d_k(widths).state_bytes()
+                    limit = self._spec.with_d_k(widths).state_bytes(0)
                     widths = widths_per_layer(self._spec, self._curves(method, seed, statistics), limit)
                 made_by = Provenance(method, seed, statistics)
                 self._table.reduced.append(self._cell(row, column, widths, made_by))
@@ -150,7 +150,7 @@ class Measuring:
             self._source.sha256,
             str(sweep.device),
             sweep.heldout[: sweep.compared, 1:].numel(),
-            Dense(list(self._spec.d_k), self._spec.state_bytes(), found.perplexity, found.tokens),
+            Dense(list(self._spec.d_k), self._spec.state_bytes(0), found.perplexity, found.tokens),
             reduced=[],
             curves=[],
             versions=versions(),
@@ -179,7 +179,7 @@ class Measuring:
             _, budget = spend(
                 self._source,
                 CRITERIA[method],
-                self._spec.state_bytes(),
+                self._spec.state_bytes(0),
                 sweep.align,
                 self._dense,
                 windows,
@@ -216,7 +216,7 @@ class Measuring:
             method,
             seed,
             list(spec.d_k),
-            spec.state_bytes(),
+            spec.state_bytes(0),
             found.perplexity,
             divergence.kl,
             divergence.top1_agreement,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowkey import how_to_install
-from modeling.layers import Mixer
+from modeling.layers import DeltaMixer
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.errors import PruningError
@@ -27,7 +27,7 @@ _ADAPTED = r".*\.mixer\.in_proj\.(q|k|v)"
 class SplitProjection(nn.Module):
     """A mixer's input projection as four: q, k, v, and the rest (gate, beta, decay)."""
 
-    def __init__(self, mixer: Mixer) -> None:
+    def __init__(self, mixer: DeltaMixer) -> None:
         super().__init__()
         s = mixer.spec
         for name, rows in zip(_PARTS, mixer.in_proj.weight.split(part_rows(mixer)), strict=True):
@@ -40,7 +40,7 @@ class SplitProjection(nn.Module):
         return torch.cat([getattr(self, name)(x) for name in _PARTS], dim=-1)
 
 
-def part_rows(mixer: Mixer) -> list[int]:
+def part_rows(mixer: DeltaMixer) -> list[int]:
     """Rows of q, k, v and the rest in the fused projection."""
     s = mixer.spec
     return [s.key_dim, s.key_dim, s.value_dim, sum(s.in_proj_sizes) - s.conv_channels]
@@ -61,9 +61,8 @@ def trainable(
     Raises:
         PruningError: `which` is "lora" and peft is not installed.
     """
-    mixers = [block.get_submodule("mixer") for block in model.layers]
+    mixers = model.deltas.values()
     for mixer in mixers:
-        assert isinstance(mixer, Mixer)
         mixer.in_proj = SplitProjection(mixer)  # type: ignore[assignment]
     model.requires_grad_(False)
     try:
@@ -74,7 +73,6 @@ def trainable(
         yield {name: p for name, p in model.named_parameters() if p.requires_grad}
     finally:
         for mixer in mixers:
-            assert isinstance(mixer, Mixer)
             _fuse(mixer)
         if which == "lora":
             vars(model).pop("peft_config", None)
@@ -110,7 +108,7 @@ def _add_adapters(model: Model, rank: int, alpha: int, seed: int) -> None:
 
 
 @torch.no_grad()
-def _fuse(mixer: Mixer) -> None:
+def _fuse(mixer: DeltaMixer) -> None:
     """Merge the adapters, if any, and join the parts."""
     weights = []
     for name in _PARTS:

@@ -40,12 +40,12 @@ def tree(checkpoint: Checkpoint) -> Tree:
     record = record_of(checkpoint)
     if record is None:
         root.add(f"d_k {width(spec.d_k)}")
-        root.add(f"state per request {spec.state_bytes():,} bytes")
+        root.add(f"state per request {spec.state_bytes(0):,} bytes")
         root.add(_heads(spec))
         return root
     source = record["source"]
     root.add(Text.assemble("d_k ", *_arrow(width(source["d_k"]), width(spec.d_k))))
-    before, after = source["state_bytes"], spec.state_bytes()
+    before, after = source["state_bytes"], spec.state_bytes(0)
     arrow = _arrow(f"{before:,}", f"{after:,}")
     root.add(Text.assemble("state per request ", *arrow, f" bytes ({change(before, after)})"))
     root.add(_heads(spec))
@@ -80,11 +80,11 @@ def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
     lines = [
         [
             Text.assemble(
-                *("d_k ", *_arrow(str(a.mixer.d_k), str(b.mixer.d_k)), ", "),
+                *("d_k ", *_arrow(str(a.d_k), str(b.d_k)), ", "),
                 *(*_arrow(f"{_state_bytes(before, i):,}", f"{_state_bytes(after, i):,}"), " bytes"),
             )
         ]
-        for i, (a, b) in enumerate(zip(before.layers, after.layers, strict=True))
+        for i, (a, b) in enumerate(zip(before.deltas.values(), after.deltas.values(), strict=True))
     ]
     for label, (line,) in _alike(lines):
         states.add(Text.assemble(f"{label}: ", line))
@@ -107,16 +107,15 @@ def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str],
     for m in checkpoint.family.tensors(spec):
         for name in m.theirs:
             dtype, shape = checkpoint.dtype_and_shape(name)
-            if not m.ours.startswith("layers."):
+            if m.layer is None:
                 outside.append(f"{name} {dtype} {shape}")
                 continue
-            layer = int(m.ours.split(".")[1])
             was = list(shape)
             if name in keys:
                 sets, heads, d_k = keys[name].shape
-                was[0] += sets * heads * (before.layers[layer].mixer.d_k - d_k)
-            inside = name.split(f".{layer}.", 1)[1]
-            by_layer[layer].append(Text.assemble(f"{inside} {dtype} ", *_arrow(str(was), str(shape))))
+                was[0] += sets * heads * (before.deltas[m.layer].d_k - d_k)
+            inside = name.split(f".{m.layer}.", 1)[1]
+            by_layer[m.layer].append(Text.assemble(f"{inside} {dtype} ", *_arrow(str(was), str(shape))))
     return outside, by_layer
 
 
@@ -135,11 +134,11 @@ def _arrow(before: str, after: str) -> tuple[str | tuple[str, str], ...]:
 
 
 def _state_bytes(spec: ModelSpec, layer: int) -> int:
-    return replace(spec, layers=spec.layers[layer : layer + 1]).state_bytes()
+    return replace(spec, layers=spec.layers[layer : layer + 1]).state_bytes(0)
 
 
 def _heads(spec: ModelSpec) -> str:
-    mixer = spec.layers[0].mixer
+    mixer = next(iter(spec.deltas.values()))
     keys, values = counted(mixer.num_k_heads, "key head"), counted(mixer.num_v_heads, "value head")
     return f"{keys}, {values}, d_v {mixer.d_v}"
 

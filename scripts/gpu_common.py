@@ -14,13 +14,14 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from lowkey.publishing import new_directory, write_json
-from modeling.backends import TORCH, Backend, by_layer, triton_backend
 from modeling.checkpoint import Checkpoint, export_tensors, write_safetensors
 from modeling.families import family_of
 from modeling.families.gated_deltanet import expand_v_for
-from modeling.graphs import CudaRecorder, DecodeGraphs, Recorder
 from modeling.model import Model
-from modeling.spec import ModelSpec
+from modeling.ops import GatedDeltaRule, chunked_gated_delta_rule
+from modeling.runtime import Runtime
+from modeling.runtime.gpu.graphs import CudaRecorder, DecodeGraphs, Recorder
+from modeling.spec import ModelSpec, StateTypes
 from modeling.state import StatePool
 
 FAMILIES = ("gated_deltanet", "delta_net")
@@ -51,16 +52,19 @@ class Run:
         return self.device != "cpu"
 
     @property
-    def backend(self) -> Backend:
-        """fla's chunk kernels need a GPU; Triton's interpreter runs the decode step anywhere."""
-        if self.cuda:
-            return triton_backend()
-        from modeling.ops.triton_prefill import triton_inputs
-        from modeling.ops.triton_step import triton_block, triton_step
+    def rule(self) -> GatedDeltaRule:
+        """The rule of prompts: fla's chunk kernels need a GPU."""
+        if not self.cuda:
+            return chunked_gated_delta_rule
+        from modeling.runtime.gpu.fla_rule import fla_gated_delta_rule
 
-        return Backend(
-            "triton, interpreted", TORCH.rule, by_layer(triton_step, triton_block), inputs=triton_inputs
-        )
+        return fla_gated_delta_rule
+
+    def runtime(self, model: Model) -> Runtime:
+        """The GPU's; Triton's interpreter runs its own kernels anywhere."""
+        from modeling.runtime.gpu.runtime import GpuRuntime
+
+        return GpuRuntime(model, self.rule)
 
     def need(self, seconds: float) -> None:
         """Raises SkippedError unless so much is left."""
@@ -143,7 +147,6 @@ def random_model(spec: ModelSpec, run: Run, dtype: torch.dtype) -> Model:
     for p in model.parameters():
         if p.ndim == 2:
             p.data = p.data.to(dtype)
-    model.backend = run.backend
     return model.eval().requires_grad_(False)
 
 
@@ -178,7 +181,9 @@ def large_checkpoint(run: Run, family: str, d_k: int) -> Checkpoint:
 
 
 @torch.inference_mode()
-def prefill(model: Model, prompts: Tensor, pool: StatePool, slots: Tensor, *, chunk: int = 32768) -> Tensor:
+def prefill(
+    runtime: Runtime, prompts: Tensor, pool: StatePool, slots: Tensor, *, chunk: int = 32768
+) -> Tensor:
     """Prompts `[B, tokens]` into the pool, about `chunk` tokens at a time; the last tokens' logits `[B, vocab]`."""
     length = prompts.shape[1]
     logits: list[Tensor] = []
@@ -186,23 +191,23 @@ def prefill(model: Model, prompts: Tensor, pool: StatePool, slots: Tensor, *, ch
         prompts.split(max(chunk // length, 1)), slots.split(max(chunk // length, 1)), strict=True
     ):
         offsets = list(range(0, ids.numel() + 1, length))
-        hidden = model.prefill(ids.flatten(), offsets, pool, at)
-        logits.append(model.logits(hidden[torch.tensor(offsets[1:], device=hidden.device) - 1]))
+        hidden = runtime.prefill(ids.flatten(), offsets, pool, at)
+        logits.append(runtime.logits(hidden[torch.tensor(offsets[1:], device=hidden.device) - 1]))
     return torch.cat(logits)
 
 
 @torch.inference_mode()
 def generate(
-    run: Run, model: Model, prompts: Tensor, new_tokens: int, dtype: torch.dtype
+    run: Run, runtime: Runtime, prompts: Tensor, new_tokens: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Greedy tokens `[B, new_tokens]` and the logits that they came from, decoding by graphs padded to one row more."""
     batch = prompts.shape[0]
-    pool = StatePool(model.spec, batch + 1, device=run.device, conv_dtype=dtype)
+    pool = StatePool(runtime.model.spec, batch + 1, device=run.device, types=StateTypes(inputs=dtype))
     slots = torch.arange(batch, device=run.device).flip(0)
-    graphs = DecodeGraphs(model, pool, [batch + 1], batch, recorder(run))
-    logits = [prefill(model, prompts, pool, slots)]
+    graphs = DecodeGraphs(runtime, pool, [batch + 1], batch, recorder(run))
+    logits = [prefill(runtime, prompts, pool, slots)]
     for _ in range(new_tokens - 1):
-        logits.append(model.logits(graphs(logits[-1].argmax(-1), slots)))
+        logits.append(runtime.logits(graphs(logits[-1].argmax(-1), slots)))
     return torch.stack([x.argmax(-1) for x in logits], 1), torch.stack(logits, 1).float()
 
 

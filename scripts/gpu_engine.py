@@ -17,9 +17,9 @@ from gpu_common import FAMILIES, EagerRecorder, Run, config, large_checkpoint, m
 from gpu_models import free, parity_size, same_text
 
 from benchmarks.server_process import ServerProcess
-from modeling.backends import TORCH
 from modeling.checkpoint import Checkpoint
-from modeling.graphs import Recorder
+from modeling.runtime import TorchRuntime
+from modeling.runtime.gpu.graphs import Recorder
 from modeling.state import StatePool
 from server.engine.device import Cuda, Device, Host
 from server.engine.engine import Engine
@@ -107,13 +107,13 @@ def texts(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[lis
 def reference(checkpoint: Checkpoint, ids: list[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy tokens `[n]` and their logits `[n, vocab]` by plain torch on the CPU, in float32."""
     model = checkpoint.load()
-    model.backend = TORCH
+    runtime = TorchRuntime(model)
     pool, slot = StatePool(model.spec, 1), torch.zeros(1, dtype=torch.long)
     hidden, state = model(torch.tensor(ids), [0, len(ids)])
     pool.scatter(slot, state)
     logits = [model.logits(hidden[-1:])[0]]
     for _ in range(tokens - 1):
-        logits.append(model.logits(model.decode(logits[-1].argmax()[None], pool, slot))[0])
+        logits.append(model.logits(runtime.decode(logits[-1].argmax()[None], pool, slot))[0])
     rows = torch.stack(logits)
     return rows.argmax(-1), rows
 

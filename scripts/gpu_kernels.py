@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ import triton
 from gpu_common import Run, SkippedError, error, median_seconds
 from torch import Tensor
 
-from modeling.layers import Mixer
-from modeling.ops import reference_gated_delta_rule
-from modeling.ops import triton_step as step_module
-from modeling.ops.triton_prefill import triton_inputs
-from modeling.ops.triton_step import triton_step
-from modeling.spec import MixerSpec
+from modeling.layers import DeltaMixer
+from modeling.ops import RuleInputs, reference_gated_delta_rule
+from modeling.runtime.gpu import delta as step_module
+from modeling.runtime.gpu.delta import delta_heads, delta_step
+from modeling.spec import DeltaSpec
+from modeling.state import DeltaState
 
 KERNEL_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
 """Relative to float64: float32 arithmetic, and one rounding of what is stored."""
@@ -30,8 +31,8 @@ takes fewer registers, so that more programs run at once, which hides more laten
 but it makes a program go over its columns more often."""
 
 
-def make_mixer(spec: MixerSpec, device: str, dtype: torch.dtype) -> Mixer:
-    mixer = Mixer(spec, 8, 0)
+def make_mixer(spec: DeltaSpec, device: str, dtype: torch.dtype) -> DeltaMixer:
+    mixer = DeltaMixer(spec, 8, 0)
     with torch.no_grad():
         for name, p in mixer.named_parameters():
             p.copy_(torch.randn_like(p) * 0.5 + (1 if name == "o_norm.weight" else 0))
@@ -39,14 +40,14 @@ def make_mixer(spec: MixerSpec, device: str, dtype: torch.dtype) -> Mixer:
     return mixer.to(device).requires_grad_(False)
 
 
-def shapes(small: bool) -> Iterator[tuple[MixerSpec, torch.dtype, torch.dtype]]:
+def shapes(small: bool) -> Iterator[tuple[DeltaSpec, torch.dtype, torch.dtype]]:
     """Every d_k of interest once, everything else drawn."""
     draw = random.Random(0)
     narrow, wide = torch.bfloat16, torch.float32
     for i, d_k in enumerate((5, 16, 24) if small else (16, 48, 64, 77, 96, 128, 256)):
         heads, groups = draw.choice((1, 2, 4)), draw.choice((1, 2))
         yield (
-            MixerSpec(
+            DeltaSpec(
                 num_k_heads=heads,
                 num_v_heads=heads * groups,
                 d_k=d_k,
@@ -65,7 +66,7 @@ def shapes(small: bool) -> Iterator[tuple[MixerSpec, torch.dtype, torch.dtype]]:
 
 
 def step_inputs(
-    spec: MixerSpec, batch: int, slots: int, device: str, dtype: torch.dtype, state_dtype: torch.dtype
+    spec: DeltaSpec, batch: int, slots: int, device: str, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     projected = torch.randn(batch, sum(spec.in_proj_sizes), device=device, dtype=dtype)
     recurrent = torch.randn(slots, spec.num_v_heads, spec.d_k, spec.d_v, device=device, dtype=state_dtype)
@@ -74,9 +75,9 @@ def step_inputs(
 
 
 @torch.inference_mode()
-def compare_step(run: Run, spec: MixerSpec, dtype: torch.dtype, state_dtype: torch.dtype) -> dict[str, float]:
-    """Three steps of the decode kernel on random slots against Mixer.step in float64: relative errors of o and of the
-    states, and 0 if the histories are exact and the other slots untouched."""
+def compare_step(run: Run, spec: DeltaSpec, dtype: torch.dtype, state_dtype: torch.dtype) -> dict[str, float]:
+    """Three steps of the decode kernel on random slots against DeltaMixer.step in float64: relative errors of o and of
+    the states, and 0 if the histories are exact and the other slots untouched."""
     torch.manual_seed(spec.d_k)
     batch, slots = (2, 4) if run.small else (17, 40)
     mixer = make_mixer(spec, run.device, dtype)
@@ -89,8 +90,8 @@ def compare_step(run: Run, spec: MixerSpec, dtype: torch.dtype, state_dtype: tor
     for _ in range(3):
         projected = torch.randn(batch, sum(spec.in_proj_sizes), device=run.device, dtype=dtype)
         wide_recurrent, wide_conv = recurrent.double(), conv.double()
-        expected = exact.step(projected.double(), wide_recurrent, wide_conv, at)
-        o = triton_step(mixer, projected, recurrent, conv, at)
+        expected = exact.step(projected.double(), DeltaState(wide_recurrent, wide_conv), at)
+        o = delta_step(mixer, projected, DeltaState(recurrent, conv), at)
         errors["o"] = max(errors["o"], error(o, expected))
         errors["state"] = max(errors["state"], error(recurrent, wide_recurrent))
         errors["history"] += float(not torch.equal(conv.double(), wide_conv))
@@ -98,8 +99,8 @@ def compare_step(run: Run, spec: MixerSpec, dtype: torch.dtype, state_dtype: tor
     return errors | {"others": float(not untouched)}
 
 
-def exact_mixer(mixer: Mixer) -> Mixer:
-    exact = Mixer(mixer.spec, 8, 0).to(mixer.conv.weight.device).double()
+def exact_mixer(mixer: DeltaMixer) -> DeltaMixer:
+    exact = DeltaMixer(mixer.spec, 8, 0).to(mixer.conv.weight.device).double()
     exact.load_state_dict({name: p.double() for name, p in mixer.state_dict().items()})
     return exact.requires_grad_(False)
 
@@ -124,7 +125,7 @@ def check_step(run: Run) -> Iterator[list[str]]:
 
 
 @torch.inference_mode()
-def compare_inputs(run: Run, spec: MixerSpec, dtype: torch.dtype) -> dict[str, float]:
+def compare_inputs(run: Run, spec: DeltaSpec, dtype: torch.dtype) -> dict[str, float]:
     """The prompt's convolution on packed, ragged sequences with a history, against the plain one in float64."""
     torch.manual_seed(spec.d_k)
     lengths = [1, 3, 66] if run.small else [1, 2, 64, 130, 600]
@@ -135,8 +136,8 @@ def compare_inputs(run: Run, spec: MixerSpec, dtype: torch.dtype) -> dict[str, f
     history = torch.randn(
         len(lengths), spec.conv_channels, spec.conv_kernel - 1, device=run.device, dtype=dtype
     )
-    expected = exact_mixer(mixer).inputs(qkv.double(), offsets, history.double())
-    made = triton_inputs(mixer, qkv, offsets, history)
+    expected = exact_mixer(mixer).heads(qkv.double(), offsets, history.double())
+    made = delta_heads(mixer, qkv, offsets, history)
     errors = {name: error(a, b) for name, a, b in zip("qkv", made, expected, strict=False)}
     return errors | {"history": float(not torch.equal(made[3].double(), expected[3]))}
 
@@ -181,13 +182,10 @@ def compare_rule(run: Run, gated: bool, heads: int, groups: int, d_k: int, d_v: 
     g = -3 * torch.rand(n, heads * groups, device=run.device) ** 4 if gated else None
     beta = torch.rand(n, heads * groups, device=run.device)
     initial = torch.randn(len(lengths), heads * groups, d_k, d_v, device=run.device)
-    exact = reference_gated_delta_rule(
-        *(None if x is None else x.double().cpu() for x in (q, k, v, g, beta)),  # type: ignore[arg-type]
-        scale=d_k**-0.5,
-        cu_seqlens=offsets,
-        initial_state=initial.double().cpu(),
-    )
-    ours = run.backend.rule(q, k, v, g, beta, scale=d_k**-0.5, cu_seqlens=offsets, initial_state=initial)
+    inputs = RuleInputs(q, k, v, g, beta, d_k**-0.5, offsets, initial)
+    tensors = {name: x.double().cpu() for name, x in vars(inputs).items() if isinstance(x, Tensor)}
+    exact = reference_gated_delta_rule(replace(inputs, **tensors))  # type: ignore[arg-type]
+    ours = run.rule(inputs)
     o, state = (error(a.cpu(), b) for a, b in zip(ours, exact, strict=True))
     return o, state
 
@@ -211,16 +209,16 @@ def copy_rate(run: Run) -> float:
     return 2 * size / median_seconds(run, lambda: target.copy_(source), 3 if run.small else 20)
 
 
-def step_bytes(spec: MixerSpec, batch: int, state_size: int, size: int) -> int:
+def step_bytes(spec: DeltaSpec, batch: int, state_size: int, size: int) -> int:
     """What a step must move: states and histories in and out, the projection in, o out."""
     state = spec.num_v_heads * spec.d_k * spec.d_v * state_size
     history = spec.conv_channels * (spec.conv_kernel - 1) * size
     return batch * (2 * state + 2 * history + (sum(spec.in_proj_sizes) + spec.value_dim) * size)
 
 
-def large_mixer(run: Run, d_k: int) -> MixerSpec:
+def large_mixer(run: Run, d_k: int) -> DeltaSpec:
     heads, width = (2, 16) if run.small else (16, 128)
-    return MixerSpec(
+    return DeltaSpec(
         num_k_heads=heads,
         num_v_heads=heads,
         d_k=d_k // (8 if run.small else 1),
@@ -248,8 +246,8 @@ def time_step(
     slots = torch.randperm(batch, device=run.device)
 
     def all_layers() -> None:
-        for layer in inputs:
-            triton_step(mixer, *layer, slots)
+        for projected, *state in inputs:
+            delta_step(mixer, projected, DeltaState(*state), slots)
 
     all_layers()
     replay = all_layers
@@ -288,7 +286,7 @@ def variants(run: Run, d_k: int) -> list[tuple[int, int]]:
 
 
 def check_tuning(run: Run) -> Iterator[list[str]]:
-    """Which tile and how many warps, for each kind of state; the back end's own choice is what `bandwidth` shows."""
+    """Which tile and how many warps, for each kind of state; the runtime's own choice is what `bandwidth` shows."""
     rate = run.report.get("bandwidth", {}).get("copy_bytes_per_second")
     if rate is None:
         raise SkippedError("skipped: no copy was measured")

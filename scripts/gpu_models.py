@@ -22,11 +22,11 @@ from gpu_common import (
 from gpu_kernels import copy_rate
 from torch import Tensor
 
-from modeling.backends import TORCH
 from modeling.checkpoint import Checkpoint
 from modeling.families import family_of
-from modeling.graphs import DecodeGraphs
 from modeling.model import Model
+from modeling.runtime.gpu.graphs import DecodeGraphs
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 
 FP32_TOLERANCE = 1e-3
@@ -45,15 +45,14 @@ def free(run: Run) -> None:
 
 
 class Stock:
-    """The stock fla model of a checkpoint; our plain torch back end where fla can't run or can't load it."""
+    """The stock fla model of a checkpoint; our plain torch runtime where fla can't run or can't load it."""
 
     def __init__(self, run: Run, checkpoint: Checkpoint, dtype: torch.dtype, *, ours: bool) -> None:
         self.run, self.dtype = run, dtype
         self.ours: Model | None = None
         if ours:
-            self.name = "torch back end"
+            self.name = "torch runtime"
             self.ours = checkpoint.load(dtype=dtype, device=run.device)
-            self.ours.backend = TORCH
             return
         import fla  # noqa: F401 (registers its models with transformers)
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -154,9 +153,8 @@ def parity(run: Run, checkpoint: Checkpoint, *, ours: bool) -> dict[str, Any]:
     result: dict[str, Any] = {}
     exact = Stock(run, checkpoint, torch.float32, ours=ours)
     result["against"] = exact.name
-    model = checkpoint.load(device=run.device)
-    model.backend = run.backend
-    tokens, logits = generate(run, model, prompts, new, torch.float32)
+    runtime = run.runtime(checkpoint.load(device=run.device))
+    tokens, logits = generate(run, runtime, prompts, new, torch.float32)
     result["fp32_text"] = same_text(tokens, logits, exact.generate(prompts, new))
     text = torch.cat([prompts, tokens[:, :-1]], 1)
     expected = exact.logits(text)[:, length - 1 :]
@@ -164,13 +162,12 @@ def parity(run: Run, checkpoint: Checkpoint, *, ours: bool) -> dict[str, Any]:
 
     stock = Stock(run, checkpoint, torch.bfloat16, ours=ours)
     result["bf16_logits_stock"] = error(stock.logits(text)[:, length - 1 :], expected)
-    model = checkpoint.load(dtype=torch.bfloat16, device=run.device)
-    model.backend = run.backend
+    runtime = run.runtime(checkpoint.load(dtype=torch.bfloat16, device=run.device))
     # Prefill of the prompt by chunks, then the same tokens as above by decode steps.
-    pool = StatePool(model.spec, batch, device=run.device, conv_dtype=torch.bfloat16)
+    pool = StatePool(checkpoint.spec, batch, device=run.device, types=StateTypes(inputs=torch.bfloat16))
     slots = torch.arange(batch, device=run.device)
-    steps = [prefill(model, prompts, pool, slots)]
-    steps += [model.logits(model.decode(tokens[:, i].contiguous(), pool, slots)) for i in range(new - 1)]
+    steps = [prefill(runtime, prompts, pool, slots)]
+    steps += [runtime.logits(runtime.decode(tokens[:, i].contiguous(), pool, slots)) for i in range(new - 1)]
     result["bf16_logits"] = error(torch.stack(steps, 1).float(), expected)
     return result
 
@@ -178,18 +175,19 @@ def parity(run: Run, checkpoint: Checkpoint, *, ours: bool) -> dict[str, Any]:
 @torch.inference_mode()
 def time_model(run: Run, model: Model, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
     """TTFT of a batch that arrives at once, then its decode steps with greedy sampling on the device."""
-    pool = StatePool(model.spec, batch + 1, device=run.device, conv_dtype=torch.bfloat16)
+    runtime = run.runtime(model)
+    pool = StatePool(model.spec, batch + 1, device=run.device, types=StateTypes(inputs=torch.bfloat16))
     slots = torch.randperm(batch, device=run.device)
     prompts = torch.randint(0, model.spec.vocab_size, (batch, prompt), device=run.device)
-    graphs = DecodeGraphs(model, pool, [batch], batch, recorder(run))
-    prefill(model, prompts[:1], pool, slots[:1])
+    graphs = DecodeGraphs(runtime, pool, [batch], batch, recorder(run))
+    prefill(runtime, prompts[:1], pool, slots[:1])
     first: list[Tensor] = []
-    ttft = seconds(run, lambda: first.append(prefill(model, prompts, pool, slots).argmax(-1)))
+    ttft = seconds(run, lambda: first.append(prefill(runtime, prompts, pool, slots).argmax(-1)))
 
     def decode() -> None:
         ids = first[0]
         for _ in range(new_tokens - 1):
-            ids = model.logits(graphs(ids, slots)).argmax(-1)
+            ids = runtime.logits(graphs(ids, slots)).argmax(-1)
 
     decode()
     taken = min(seconds(run, decode) for _ in range(2)) / (new_tokens - 1)
@@ -312,16 +310,16 @@ def check_capacity(run: Run) -> Iterator[list[str]]:
             free(run)
             settings = large_config(run, family, d_k)
             spec = family_of(settings).spec(settings)
-            model = random_model(spec, run, torch.bfloat16)
+            runtime = run.runtime(random_model(spec, run, torch.bfloat16))
             free(run)
             available = torch.cuda.mem_get_info()[0] - reserve
-            slots = available // spec.state_bytes(conv_dtype=torch.bfloat16)
-            pool = StatePool(spec, slots, device=run.device, conv_dtype=torch.bfloat16)
-            graphs = DecodeGraphs(model, pool, [largest], 0, recorder(run))
+            slots = available // spec.state_bytes(0, StateTypes(inputs=torch.bfloat16))
+            pool = StatePool(spec, slots, device=run.device, types=StateTypes(inputs=torch.bfloat16))
+            graphs = DecodeGraphs(runtime, pool, [largest], 0, recorder(run))
             at = torch.arange(slots - largest, slots, device=run.device)
             ids = torch.randint(0, spec.vocab_size, (largest,), device=run.device)
             for _ in range(2):
-                logits = model.logits(graphs(ids, at))
+                logits = runtime.logits(graphs(ids, at))
             finite = bool(torch.isfinite(logits).all())
             name = f"capacity {family} d_k {d_k}"
             run.report.setdefault("capacity", {})[name] = {
@@ -330,5 +328,5 @@ def check_capacity(run: Run) -> Iterator[list[str]]:
                 "available_bytes": available,
             }
             yield [name, run.check(finite, name), f"{slots} requests of {pool.bytes_per_slot / 1e6:.1f} MB"]
-            del model, pool, graphs, logits
+            del runtime, pool, graphs, logits
     free(run)

@@ -35,6 +35,7 @@ from gpu_kernels import (
 from gpu_models import Stock, parity_size, stock_generate
 
 from modeling.families import family_of
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 
 Job = Callable[[], object]
@@ -50,11 +51,12 @@ def large(run: Run, family: str, d_k: int) -> None:
     """One layer of the large model: a prompt, and a decode step."""
     settings = large_config(run, family, d_k, layers=1)
     model = random_model(family_of(settings).spec(settings), run, torch.bfloat16)
-    pool = StatePool(model.spec, 2, device=run.device, conv_dtype=torch.bfloat16)
+    runtime = run.runtime(model)
+    pool = StatePool(model.spec, 2, device=run.device, types=StateTypes(inputs=torch.bfloat16))
     slots = torch.arange(2, device=run.device)
     prompts = torch.randint(0, model.spec.vocab_size, (2, 9 if run.small else 130), device=run.device)
-    ids = prefill(model, prompts, pool, slots).argmax(-1)
-    model.decode(ids, pool, slots)
+    ids = prefill(runtime, prompts, pool, slots).argmax(-1)
+    runtime.decode(ids, pool, slots)
 
 
 def stock_large(run: Run, family: str) -> None:

@@ -33,8 +33,8 @@ def checkpoint():
 def test_shape_and_size(checkpoint):
     spec = checkpoint.spec
     assert spec.d_k == (128,) * 6
-    assert spec.state_bytes() == 841_728
-    assert spec.with_d_k((64,) * 6).state_bytes() == 430_080
+    assert spec.state_bytes(0) == 841_728
+    assert spec.with_d_k((64,) * 6).state_bytes(0) == 430_080
     assert (MODEL / "model.safetensors").stat().st_size < 16e6
     assert {checkpoint.tensor(name).dtype for name in checkpoint.files} == {torch.bfloat16}
 

@@ -1,10 +1,10 @@
 """Checkpoint families. A family whose blocks exist is one new file here and one line in `FAMILIES`."""
 
-from modeling.families.base import Config, ConfigError, Family, TensorMap
+from modeling.families.base import Config, ConfigError, Family, Role, TensorMap
 from modeling.families.delta_net import DeltaNet
 from modeling.families.gated_deltanet import GatedDeltaNet
 
-__all__ = ["FAMILIES", "Config", "ConfigError", "Family", "TensorMap", "family_of"]
+__all__ = ["FAMILIES", "Config", "ConfigError", "Family", "Role", "TensorMap", "family_of"]
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (GatedDeltaNet(), DeltaNet())}
 

@@ -1,9 +1,10 @@
 """What a checkpoint family says about itself, and how the two naming schemes are joined."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from modeling.spec import ModelSpec
@@ -18,14 +19,36 @@ class ConfigError(ValueError):
     """A config.json that we can't run; the message names the key, its value and what would be right."""
 
 
+Role = Literal["embeddings", "in_proj", "filters", "filter_bias", "decay", "out_proj", "ffn", "norm", "head"]
+"""What a tensor is for: `in_proj` and `out_proj` are a mixer's projections, `filters` and `filter_bias` its short
+convolution's, `decay` what its decay is made of, `norm` the weight of any norm, `ffn` a matrix of a feed-forward."""
+
+
 @dataclass(frozen=True)
 class TensorMap:
-    """One of our tensors is the concatenation of theirs along the first axis (shapes may differ by axes of size 1)."""
+    """How one of our tensors is made of a checkpoint's: they are concatenated along the first axis.
 
+    What else may lie between the two (an order of rows, an offset, a reshape) belongs into `join` and `split`: nothing
+    else knows how the checkpoint's tensors lie.
+    """
+
+    layer: int | None
+    """Index of the layer that it belongs to; None for what belongs to none."""
+    role: Role
     ours: str
     theirs: tuple[str, ...]
     rows: tuple[int, ...]
     """Rows of each of theirs."""
+
+    def join(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
+        """Our tensor, of `shape`, from theirs."""
+        # Filters of a depthwise convolution are stored with an axis for their one input channel, or without.
+        return torch.cat([part.reshape(n, *shape[1:]) for part, n in zip(parts, self.rows, strict=True)])
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """Theirs from our tensor."""
+        parts = tensor.split(list(self.rows))
+        return [part[:, None, :] if self.role == "filters" else part for part in parts]
 
 
 class Family(Protocol):

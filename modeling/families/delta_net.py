@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modeling.families import fla
 from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, per_layer
-from modeling.spec import MixerSpec, ModelSpec
+from modeling.spec import DeltaSpec, ModelSpec
 
 
 def _head_width(key: str, expand: Any, hidden_size: int, num_heads: int) -> int:
@@ -36,7 +36,7 @@ class DeltaNet:
         hidden_size = integer(config, "hidden_size", 2048)
         d_v = _head_width("expand_v", config.get("expand_v", 1.0), hidden_size, num_heads)
         mixers = [
-            MixerSpec(
+            DeltaSpec(
                 num_k_heads=num_heads,
                 num_v_heads=num_heads,
                 d_k=_head_width("expand_k", expand_k, hidden_size, num_heads),
@@ -60,5 +60,5 @@ class DeltaNet:
         return fla.key_rows(spec)
 
     def config_with_d_k(self, config: Config, spec: ModelSpec) -> dict[str, Any]:
-        expand_k = [layer.mixer.key_dim / spec.hidden_size for layer in spec.layers]
+        expand_k = [m.key_dim / spec.hidden_size for m in spec.deltas.values()]
         return {**config, "expand_k": fla.one_or_list(expand_k)}

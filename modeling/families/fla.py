@@ -5,8 +5,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, token_ids
-from modeling.spec import LayerSpec, MixerSpec, MLPSpec, ModelSpec, NormSpec
+from modeling.families.base import (
+    Config,
+    ConfigError,
+    Role,
+    TensorMap,
+    flag,
+    integer,
+    number,
+    option,
+    token_ids,
+)
+from modeling.spec import DeltaSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec
 
 MOST_LAYERS = 1024
 MOST_CONV = 64
@@ -31,7 +41,7 @@ def intermediate_size(config: Config, hidden_size: int) -> int:
     return 256 * -(-int(hidden_size * ratio * 2 / 3) // 256)
 
 
-def model_spec(family: str, config: Config, mixers: list[MixerSpec]) -> ModelSpec:
+def model_spec(family: str, config: Config, mixers: list[DeltaSpec]) -> ModelSpec:
     """The parts of the spec that are alike in all fla models."""
     hidden_size, vocab_size = integer(config, "hidden_size", 2048), integer(config, "vocab_size", 32000)
     eps = number(config, "norm_eps", 1e-6)
@@ -58,55 +68,61 @@ def model_spec(family: str, config: Config, mixers: list[MixerSpec]) -> ModelSpe
 def tensors(spec: ModelSpec) -> list[TensorMap]:
     """Every tensor of our model, made of fla's."""
 
-    def same(ours: str, theirs: str, rows: int) -> TensorMap:
-        return TensorMap(ours, (theirs,), (rows,))
+    def same(layer: int | None, role: Role, ours: str, theirs: str, rows: int) -> TensorMap:
+        return TensorMap(layer, role, ours, (theirs,), (rows,))
 
     hidden = spec.hidden_size
-    maps = [same("embeddings.weight", "model.embeddings.weight", spec.vocab_size)]
-    for i, layer in enumerate(spec.layers):
-        ours, theirs, m = f"layers.{i}.", f"model.layers.{i}.", layer.mixer
+    maps = [same(None, "embeddings", "embeddings.weight", "model.embeddings.weight", spec.vocab_size)]
+    for i, m in spec.deltas.items():
+        ours, theirs = f"layers.{i}.", f"model.layers.{i}."
         qkv = (m.key_dim, m.key_dim, m.value_dim)
         _, gate, beta, decay = m.in_proj_sizes
         parts = list(zip(("q", "k", "v"), qkv, strict=True))
         parts += [(name, rows) for name, rows in (("g", gate), ("b", beta), ("a", decay)) if rows]
         maps += [
-            same(f"{ours}mixer_norm.weight", f"{theirs}attn_norm.weight", hidden),
+            same(i, "norm", f"{ours}mixer_norm.weight", f"{theirs}attn_norm.weight", hidden),
             TensorMap(
+                i,
+                "in_proj",
                 f"{ours}mixer.in_proj.weight",
                 tuple(f"{theirs}attn.{name}_proj.weight" for name, _ in parts),
                 tuple(rows for _, rows in parts),
             ),
         ]
-        for kind in ("weight", "bias") if m.conv_bias else ("weight",):
+        filters: list[tuple[Role, str]] = [("filters", "weight")]
+        if m.conv_bias:
+            filters.append(("filter_bias", "bias"))
+        for role, kind in filters:
             names = tuple(f"{theirs}attn.{name}_conv1d.{kind}" for name in "qkv")
-            maps.append(TensorMap(f"{ours}mixer.conv.{kind}", names, qkv))
+            maps.append(TensorMap(i, role, f"{ours}mixer.conv.{kind}", names, qkv))
         if m.has_decay:
             maps += [
-                same(f"{ours}mixer.{name}", f"{theirs}attn.{name}", m.num_v_heads)
+                same(i, "decay", f"{ours}mixer.{name}", f"{theirs}attn.{name}", m.num_v_heads)
                 for name in ("A_log", "dt_bias")
             ]
         maps += [
-            same(f"{ours}mixer.o_norm.weight", f"{theirs}attn.o_norm.weight", m.d_v),
-            same(f"{ours}mixer.o_proj.weight", f"{theirs}attn.o_proj.weight", hidden),
-            same(f"{ours}mlp_norm.weight", f"{theirs}mlp_norm.weight", hidden),
+            same(i, "norm", f"{ours}mixer.o_norm.weight", f"{theirs}attn.o_norm.weight", m.d_v),
+            same(i, "out_proj", f"{ours}mixer.o_proj.weight", f"{theirs}attn.o_proj.weight", hidden),
+            same(i, "norm", f"{ours}ffn_norm.weight", f"{theirs}mlp_norm.weight", hidden),
             TensorMap(
-                f"{ours}mlp.in_proj.weight",
+                i,
+                "ffn",
+                f"{ours}ffn.in_proj.weight",
                 (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
-                (layer.mlp.intermediate_size,) * 2,
+                (spec.layers[i].ffn.intermediate_size,) * 2,
             ),
-            same(f"{ours}mlp.out_proj.weight", f"{theirs}mlp.down_proj.weight", hidden),
+            same(i, "ffn", f"{ours}ffn.out_proj.weight", f"{theirs}mlp.down_proj.weight", hidden),
         ]
-    maps.append(same("norm.weight", "model.norm.weight", hidden))
+    maps.append(same(None, "norm", "norm.weight", "model.norm.weight", hidden))
     if not spec.tie_embeddings:
-        maps.append(same("lm_head.weight", "lm_head.weight", spec.vocab_size))
+        maps.append(same(None, "head", "lm_head.weight", "lm_head.weight", spec.vocab_size))
     return maps
 
 
 def key_rows(spec: ModelSpec) -> dict[str, Tensor]:
     """fla keeps q and k apart, head-major: row of (head h, channel c) is `h * d_k + c`."""
     rows: dict[str, Tensor] = {}
-    for i, layer in enumerate(spec.layers):
-        m = layer.mixer
+    for i, m in spec.deltas.items():
         grid = torch.arange(m.key_dim).view(1, m.num_k_heads, m.d_k)
         for name in "qk":
             prefix = f"model.layers.{i}.attn.{name}_"

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from modeling.families import fla
 from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, per_layer
-from modeling.spec import GateActivation, MixerSpec, ModelSpec
+from modeling.spec import DeltaSpec, GateActivation, ModelSpec
 
 _GATES: dict[str, GateActivation] = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}
 
@@ -50,7 +50,7 @@ class GatedDeltaNet:
                     "which must be an integer"
                 )
             mixers.append(
-                MixerSpec(
+                DeltaSpec(
                     num_k_heads=num_k_heads,
                     num_v_heads=num_v_heads,
                     d_k=d_k,
@@ -73,7 +73,7 @@ class GatedDeltaNet:
         return fla.key_rows(spec)
 
     def config_with_d_k(self, config: Config, spec: ModelSpec) -> dict[str, Any]:
-        mixers = [layer.mixer for layer in spec.layers]
+        mixers = spec.deltas.values()
         head_dim = fla.one_or_list([m.d_k for m in mixers])
         expand_v = fla.one_or_list([expand_v_for(m.d_k, m.d_v) for m in mixers])
         return {**config, "head_dim": head_dim, "expand_v": expand_v}

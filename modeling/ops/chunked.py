@@ -6,14 +6,14 @@ is carried. Work per chunk is matrix products, so a prompt costs `tokens / C` se
 """
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-CHUNK = 64
+from modeling.ops.rule import RuleInputs
+from modeling.spec import TOKEN_BLOCK
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
     for n in lengths:
         starts.append(starts[-1] + n)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    steps = -(-max(lengths) // CHUNK)
+    steps = -(-max(lengths) // TOKEN_BLOCK)
     active: list[int] = []
     rows: list[int] = []
     for step in range(steps):
-        running = [i for i in order if lengths[i] > step * CHUNK]
+        running = [i for i in order if lengths[i] > step * TOKEN_BLOCK]
         active.append(len(running))
         for i in running:
-            first = starts[i] + step * CHUNK
-            end = min(first + CHUNK, starts[i + 1])
+            first = starts[i] + step * TOKEN_BLOCK
+            end = min(first + TOKEN_BLOCK, starts[i + 1])
             rows.extend(range(first, end))
-            rows.extend([starts[-1]] * (CHUNK - (end - first)))
+            rows.extend([starts[-1]] * (TOKEN_BLOCK - (end - first)))
     # Kept from call to call, so they must not be inference tensors, which autograd refuses.
     with torch.inference_mode(False):
         ranks, index = torch.tensor(order), torch.tensor(rows)
@@ -62,58 +62,40 @@ def _layout(lengths: tuple[int, ...], device: torch.device) -> _Layout:
         return _Layout(active, *(t.to(device) for t in tensors))
 
 
-def chunked_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    *,
-    scale: float,
-    cu_seqlens: Sequence[int],
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`modeling.ops.GatedDeltaRule`, `CHUNK` tokens at a time; float32 products even under autocast."""
-    with torch.autocast(v.device.type, enabled=False):
-        return _chunked(q, k, v, g, beta, scale, cu_seqlens, initial_state)
+def chunked_gated_delta_rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
+    """`modeling.ops.GatedDeltaRule`, `TOKEN_BLOCK` tokens at a time; float32 products even under autocast."""
+    with torch.autocast(inputs.v.device.type, enabled=False):
+        return _chunked(inputs)
 
 
-def _chunked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    scale: float,
-    cu_seqlens: Sequence[int],
-    initial_state: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _chunked(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
+    q, k, v, g, beta = inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta
     tokens, num_v_heads, d_v = v.shape
     num_k_heads, d_k = k.shape[1:]
     groups = num_v_heads // num_k_heads
     dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
-    lengths = tuple(b - a for a, b in itertools.pairwise(cu_seqlens))
+    lengths = tuple(b - a for a, b in itertools.pairwise(inputs.cu_seqlens))
     layout = _layout(lengths, v.device)
     active = layout.active
     padded = len(layout.rows) != tokens
 
     def to_chunks(x: Tensor, heads: int) -> Tensor:
-        """`[tokens, heads, d]` -> `[chunks, heads, CHUNK, d]`, padding rows zero."""
+        """`[tokens, heads, d]` -> `[chunks, heads, TOKEN_BLOCK, d]`, padding rows zero."""
         x = x.to(dtype)
         if padded:
             x = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-        return x.index_select(0, layout.rows).view(-1, CHUNK, heads, x.shape[-1]).transpose(1, 2)
+        return x.index_select(0, layout.rows).view(-1, TOKEN_BLOCK, heads, x.shape[-1]).transpose(1, 2)
 
     def to_value_heads(x: Tensor) -> Tensor:
         return x if groups == 1 else x.repeat_interleave(groups, dim=1)
 
     # A padding row has k = v = beta = 0 and g = 0: it reads nothing, writes nothing, decays nothing.
-    qc, kc = to_chunks(q * scale, num_k_heads), to_chunks(k, num_k_heads)
+    qc, kc = to_chunks(q * inputs.scale, num_k_heads), to_chunks(k, num_k_heads)
     vc, bc = to_chunks(v, num_v_heads), to_chunks(beta[..., None], num_v_heads)
     kk = to_value_heads(kc @ kc.transpose(-1, -2))
     qk = to_value_heads(qc @ kc.transpose(-1, -2))
     qc, kc = to_value_heads(qc), to_value_heads(kc)
-    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=v.device).tril()
+    lower = torch.ones(TOKEN_BLOCK, TOKEN_BLOCK, dtype=torch.bool, device=v.device).tril()
     if g is None:
         ratio = lower.to(dtype)
         k_in = kc
@@ -132,10 +114,10 @@ def _chunked(
     u, w = solved.split([d_v, d_k], dim=-1)
     qk = qk * ratio
 
-    if initial_state is None:
+    if inputs.initial_state is None:
         state = v.new_zeros(len(lengths), num_v_heads, d_k, d_v, dtype=dtype)
     else:
-        state = initial_state.to(dtype)[layout.order]
+        state = inputs.initial_state.to(dtype)[layout.order]
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
     # split, not slices: the backward of a slice writes a zero tensor of the whole size.

@@ -1,10 +1,11 @@
 """Token-loop reference of the gated delta rule. Slow, exact in float64: the oracle for every other back end."""
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from modeling.ops.rule import RuleInputs
 
 
 def wide(x: Tensor) -> Tensor:
@@ -38,31 +39,21 @@ def reference_step(
     return torch.einsum("bhkv,bhk->bhv", state, q), state
 
 
-def reference_gated_delta_rule(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor | None,
-    beta: Tensor,
-    *,
-    scale: float,
-    cu_seqlens: Sequence[int],
-    initial_state: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def reference_gated_delta_rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
     """`modeling.ops.GatedDeltaRule`, one token at a time."""
-    q, k, v, beta = wide(q), wide(k), wide(v), wide(beta)
-    g = None if g is None else wide(g)
+    q, k, v, beta = wide(inputs.q), wide(inputs.k), wide(inputs.v), wide(inputs.beta)
+    g = None if inputs.g is None else wide(inputs.g)
     outputs: list[Tensor] = []
     finals: list[Tensor] = []
-    for i, (start, end) in enumerate(itertools.pairwise(cu_seqlens)):
-        if initial_state is None:
+    for i, (start, end) in enumerate(itertools.pairwise(inputs.cu_seqlens)):
+        if inputs.initial_state is None:
             state = v.new_zeros(1, v.shape[1], k.shape[2], v.shape[2])
         else:
-            state = wide(initial_state[i : i + 1])
+            state = wide(inputs.initial_state[i : i + 1])
         for t in range(start, end):
             at = slice(t, t + 1)
             o, state = reference_step(
-                state, q[at], k[at], v[at], None if g is None else g[at], beta[at], scale=scale
+                state, q[at], k[at], v[at], None if g is None else g[at], beta[at], scale=inputs.scale
             )
             outputs.append(o)
         finals.append(state)

@@ -135,7 +135,7 @@ def sweep(
     source.check_tensors()
     spec = source.spec
     columns = tuple(dict.fromkeys(widths or _default_widths(spec)))
-    least = min(spec.with_d_k(widths_to_keep(spec, n)).state_bytes() for n in columns)
+    least = min(spec.with_d_k(widths_to_keep(spec, n)).state_bytes(0) for n in columns)
     read = CalibrationText(text, field, dataset, split, tokens, window_length, seed=0)
     for name in per_layer:
         check_spendable(spec, CRITERIA[name], least, align, read.length)

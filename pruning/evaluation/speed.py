@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from modeling.model import Model
+from modeling.runtime import Runtime
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 
 BATCHES = (1, 16)
@@ -35,36 +36,36 @@ class Speed:
 
 @torch.no_grad()
 def decode_speed(
-    models: Sequence[Model],
+    runtimes: Sequence[Runtime],
     batch: int,
     *,
     rounds: int = ROUNDS,
     round_seconds: float = ROUND_SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Speed]:
-    """Speeds of the models, the first being the baseline; `rounds` at least 2."""
-    decoders = [_Decoder(model, batch) for model in models]
+    """Speeds of the models that the runtimes compute, the first being the baseline; `rounds` at least 2."""
+    decoders = [_Decoder(runtime, batch) for runtime in runtimes]
     for decoder in decoders:
         decoder.run(2)
     slowest = max(_timed(decoder, 2, clock) for decoder in decoders) / 2
     steps = min(max(int(round_seconds / max(slowest, 1e-9)), 1), MAX_STEPS)
-    speeds: list[list[float]] = [[] for _ in models]
+    speeds: list[list[float]] = [[] for _ in runtimes]
     for i in range(rounds):
-        order = range(len(models)) if i % 2 == 0 else reversed(range(len(models)))
+        order = range(len(runtimes)) if i % 2 == 0 else reversed(range(len(runtimes)))
         for m in order:
             speeds[m].append(batch * steps / _timed(decoders[m], steps, clock))
     return [
-        _speed(model, batch, steps, own, [a / b for a, b in zip(own, speeds[0], strict=True)])
-        for model, own in zip(models, speeds, strict=True)
+        _speed(runtime, batch, steps, own, [a / b for a, b in zip(own, speeds[0], strict=True)])
+        for runtime, own in zip(runtimes, speeds, strict=True)
     ]
 
 
-def _speed(model: Model, batch: int, steps: int, speeds: list[float], ratios: list[float]) -> Speed:
+def _speed(runtime: Runtime, batch: int, steps: int, speeds: list[float], ratios: list[float]) -> Speed:
     return Speed(
         batch,
         steps,
         len(speeds),
-        model.backend.name,
+        runtime.name,
         statistics.median(speeds),
         _quartiles(speeds),
         statistics.median(ratios),
@@ -84,16 +85,16 @@ def _timed(decoder: "_Decoder", steps: int, clock: Callable[[], float]) -> float
 
 
 class _Decoder:
-    def __init__(self, model: Model, batch: int) -> None:
-        weight = model.embeddings.weight
-        self._model = model
-        self._pool = StatePool(model.spec, batch, device=weight.device, conv_dtype=weight.dtype)
+    def __init__(self, runtime: Runtime, batch: int) -> None:
+        model, weight = runtime.model, runtime.model.embeddings.weight
+        self._runtime = runtime
+        self._pool = StatePool(model.spec, batch, device=weight.device, types=StateTypes(inputs=weight.dtype))
         self._slots = torch.arange(batch, device=weight.device)
         self._ids = torch.arange(batch, device=weight.device) % model.spec.vocab_size
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            hidden = self._model.decode(self._ids, self._pool, self._slots)
-            self._ids = self._model.logits(hidden).argmax(-1)
+            hidden = self._runtime.decode(self._ids, self._pool, self._slots)
+            self._ids = self._runtime.logits(hidden).argmax(-1)
         if self._ids.is_cuda:
             torch.cuda.synchronize(self._ids.device)

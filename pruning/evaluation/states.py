@@ -4,7 +4,7 @@ The states are those that the layer really has, with its decay and its beta.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from modeling.layers import l2_normalise
 from modeling.model import Model
-from modeling.ops import GatedDeltaRule
-from modeling.state import SequenceState
+from modeling.ops import RuleInputs, chunked_gated_delta_rule
+from modeling.state import DeltaState, LayerState
 from pruning.errors import PruningError
 from pruning.progress import Advance, no_progress
 
@@ -79,18 +79,23 @@ def rank(model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no
     """
     count, length = windows.shape
     at = positions(length)
-    sums = [torch.zeros(len(at), layer.mixer.num_v_heads, dtype=torch.float64) for layer in model.spec.layers]
-    for rows in windows.to(model.embeddings.weight.device).split(batch):
-        state: SequenceState | None = None
+    sums = {
+        layer: torch.zeros(len(at), mixer.num_v_heads, dtype=torch.float64)
+        for layer, mixer in model.spec.deltas.items()
+    }
+    for rows in windows.to(model.device).split(batch):
+        states: list[LayerState] | None = None
         for i, piece in enumerate(rows.tensor_split(at[:-1], dim=1)):
             size = piece.shape[1]
-            _, state = model(piece.flatten(), range(0, piece.numel() + 1, size), state)
-            for layer, (total, recurrent) in enumerate(zip(sums, state.recurrent, strict=True)):
-                if not bool(recurrent.isfinite().all()):
+            _, states = model(piece.flatten(), range(0, piece.numel() + 1, size), states)
+            for layer, total in sums.items():
+                state = states[layer]
+                assert isinstance(state, DeltaState)
+                if not bool(state.recurrent.isfinite().all()):
                     raise PruningError(f"layer {layer}: the state after {at[i]} tokens holds NaN or Inf")
-                total[i] += utilisation(recurrent).sum(0).cpu()
+                total[i] += utilisation(state.recurrent).sum(0).cpu()
         advance(rows.numel())
-    return Rank(count, at, [(total / count).tolist() for total in sums])
+    return Rank(count, at, [(total / count).tolist() for total in sums.values()])
 
 
 @torch.no_grad()
@@ -110,8 +115,7 @@ def retrieval(
     """
     if windows.shape[1] < 2:
         raise PruningError(f"window={windows.shape[1]} leaves nothing to retrieve; give at least 2")
-    readers = [_Reader(noise, seed, layer) for layer in range(len(model.spec.layers))]
-    base = model.backend.rule
+    readers = {layer: _Reader(noise, seed, layer) for layer in model.spec.linear_layers}
     current = 0
 
     def tap(layer: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,32 +123,22 @@ def retrieval(
         current = layer
         return q, k
 
-    def rule(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor,
-        *,
-        scale: float,
-        cu_seqlens: Sequence[int],
-        initial_state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return readers[current](base, q, k, v, g, beta, scale, cu_seqlens)
+    def rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
+        return readers[current](inputs)
 
     length = windows.shape[1]
-    for rows in windows.to(model.embeddings.weight.device).split(batch):
+    for rows in windows.to(model.device).split(batch):
         model(rows.flatten(), range(0, rows.numel() + 1, length), rule=rule, tap=tap)
         advance(rows.numel())
-    errors = [(reader.retrieval_error(), reader.read_error()) for reader in readers]
-    for layer, found in enumerate(errors):
+    errors = {layer: (reader.retrieval_error(), reader.read_error()) for layer, reader in readers.items()}
+    for layer, found in errors.items():
         if not all(bool(values.isfinite().all()) for values in found):
             raise PruningError(f"layer {layer}: reads from the state hold NaN or Inf")
     return Retrieval(
         windows.numel(),
         list(noise),
-        [found[0].tolist() for found in errors],
-        [found[1].tolist() for found in errors],
+        [found[0].tolist() for found in errors.values()],
+        [found[1].tolist() for found in errors.values()],
     )
 
 
@@ -158,27 +152,18 @@ class _Reader:
         self._changes: list[list[Tensor]] = [[] for _ in noise]
         self._reads = 0
 
-    def __call__(
-        self,
-        rule: GatedDeltaRule,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        g: Tensor | None,
-        beta: Tensor,
-        scale: float,
-        cu_seqlens: Sequence[int],
-    ) -> tuple[Tensor, Tensor]:
-        o, state = rule(q, k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
-        at, of = _earlier(cu_seqlens, self._generator)
+    def __call__(self, inputs: RuleInputs) -> tuple[Tensor, Tensor]:
+        q, k, v = inputs.q, inputs.k, inputs.v
+        o, state = chunked_gated_delta_rule(inputs)
+        at, of = _earlier(inputs.cu_seqlens, self._generator)
         at, of = at.to(q.device), of.to(q.device)
         queries = torch.zeros_like(k).index_copy(0, at, k[of])
         self._reads += len(at)
         for i, level in enumerate(self._noise):
-            read, _ = rule(self._noisy(queries, level), k, v, g, beta, scale=1.0, cu_seqlens=cu_seqlens)
+            read, _ = chunked_gated_delta_rule(replace(inputs, q=self._noisy(queries, level), scale=1.0))
             cosine = F.cosine_similarity(read[at].double(), v[of].double(), dim=-1)
             self._sines[i] = self._sines[i] + (1 - cosine.square()).clamp(min=0).sqrt().sum(0)
-            noisy, _ = rule(self._noisy(q, level), k, v, g, beta, scale=scale, cu_seqlens=cu_seqlens)
+            noisy, _ = chunked_gated_delta_rule(replace(inputs, q=self._noisy(q, level)))
             self._changes[i].append(((noisy - o).norm(dim=-1) / o.norm(dim=-1).clamp(min=1e-30)).cpu())
         return o, state
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lowkey.words import writable
-from modeling.backends import TORCH, choose
 from modeling.checkpoint import Checkpoint
 from modeling.model import Model
+from modeling.runtime import compile_model
 from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation.likelihood import compare, perplexity
@@ -118,7 +118,7 @@ def _measure(
         name,
         checkpoint.sha256,
         list(checkpoint.spec.d_k),
-        checkpoint.spec.state_bytes(),
+        checkpoint.spec.state_bytes(0),
         None if checkpoint.reduction is None else writable(checkpoint.reduction.get("method")),
     )
     if "perplexity" in parts and dense is None:
@@ -145,13 +145,10 @@ def _measure(
 
 def _speeds(models: Sequence[Model], name: str, bar: Bar) -> list[list[Speed]]:
     """Per model, its speed at each batch size on the back end that would serve it; the first is the baseline."""
-    for model in models:
-        model.backend = choose(model)
+    runtimes = [compile_model(model) for model in models]
     with bar(f"speed of {name}", len(BATCHES)) as advance:
         by_batch = []
         for batch in BATCHES:
-            by_batch.append(decode_speed(models, batch))
+            by_batch.append(decode_speed(runtimes, batch))
             advance(1)
-    for model in models:
-        model.backend = TORCH  # the baseline's predictions are read again
     return [list(speeds) for speeds in zip(*by_batch, strict=True)]

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from modeling.graphs import CudaRecorder, Recorder
+from modeling.runtime.gpu.graphs import CudaRecorder, Recorder
 
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -5,15 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.device import upload
-from modeling.graphs import DecodeGraphs
-from modeling.model import Model
+from modeling.runtime import Runtime
+from modeling.runtime.gpu.graphs import DecodeGraphs
+from modeling.spec import TOKEN_BLOCK
 from modeling.state import StatePool
 
 ROWS = 16
 """Rows of every product of a decode step in `InvariantForward`."""
-
-BLOCK = 64
-"""Its prompts go through the model this many tokens at a time."""
 
 
 class Forward:
@@ -23,10 +21,10 @@ class Forward:
         graphs: recorded decode steps on this model and pool.
     """
 
-    def __init__(self, model: Model, pool: StatePool, graphs: DecodeGraphs | None = None) -> None:
-        self.model = model
+    def __init__(self, runtime: Runtime, pool: StatePool, graphs: DecodeGraphs | None = None) -> None:
+        self.runtime = runtime
         self.pool = pool
-        self.device = model.embeddings.weight.device
+        self.device = runtime.model.device
         self._graphs = graphs
 
     def decode(self, ids: Tensor, slots: Tensor) -> Tensor:
@@ -34,7 +32,7 @@ class Forward:
         valid until the next step."""
         if self._graphs is not None and len(ids) <= self._graphs.batch_sizes[-1]:
             return self._graphs(ids, slots)
-        return self.model.decode(ids, self.pool, slots)
+        return self.runtime.decode(ids, self.pool, slots)
 
     def prefill(self, pieces: list[list[int]], slots: list[int]) -> list[Tensor]:
         """Feed token ids to the states in `slots`; the hidden states of each piece, `[tokens, hidden]`."""
@@ -43,12 +41,12 @@ class Forward:
             cu_seqlens.append(cu_seqlens[-1] + len(piece))
         ids = upload(torch.tensor([i for piece in pieces for i in piece]), self.device)
         at = upload(torch.tensor(slots), self.device)
-        hidden = self.model.prefill(ids, cu_seqlens, self.pool, at)
+        hidden = self.runtime.prefill(ids, cu_seqlens, self.pool, at)
         return list(hidden.split([len(piece) for piece in pieces]))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` -> float32 `[n, vocab]`."""
-        return self.model.logits(hidden).float()
+        return self.runtime.logits(hidden).float()
 
 
 class InvariantForward(Forward):
@@ -66,12 +64,12 @@ class InvariantForward(Forward):
         )
 
     def prefill(self, pieces: list[list[int]], slots: list[int]) -> list[Tensor]:
-        # Pieces begin at multiples of BLOCK of their prompts (the scheduler and the cache see to that).
+        # Pieces begin at multiples of TOKEN_BLOCK of their prompts (the scheduler and the cache see to that).
         return [
             torch.cat(
                 [
-                    super(InvariantForward, self).prefill([piece[start : start + BLOCK]], [slot])[0]
-                    for start in range(0, len(piece), BLOCK)
+                    super(InvariantForward, self).prefill([piece[start : start + TOKEN_BLOCK]], [slot])[0]
+                    for start in range(0, len(piece), TOKEN_BLOCK)
                 ]
             )
             for piece, slot in zip(pieces, slots, strict=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from modeling.checkpoint import Checkpoint
-from modeling.model import Model
+from modeling.runtime import Runtime
 from modeling.state import StatePool
 from server.engine.device import Device
 from server.engine.forward import Forward
@@ -174,7 +174,7 @@ def _without_states(plan: MemoryPlan) -> str:
 @torch.inference_mode()
 def measure(
     config: EngineConfig,
-    model: Model,
+    runtime: Runtime,
     pool: StatePool,
     device: Device,
     weights: int,
@@ -191,7 +191,7 @@ def measure(
     """
     if device.name == "cpu":
         return Needs(weights)
-    forward = Forward(model, pool)
+    forward = Forward(runtime, pool)
     at, null, tokens = forward.device, pool.null_slot, prefill_tokens
     sequences = min(tokens, config.max_requests or tokens)
     rows = min(device.logit_rows, tokens)

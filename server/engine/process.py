@@ -13,11 +13,11 @@ import torch
 import zmq
 
 from lowkey.words import writable
-from modeling.backends import choose
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
-from modeling.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
-from modeling.model import Model
+from modeling.runtime import Runtime, compile_model
+from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
@@ -102,15 +102,14 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     dtype = pick_dtype(config, device.name)
     weights = weights_of(checkpoint, dtype)
     check_weights(config, device, weights)
-    model = checkpoint.load(dtype=dtype, device=device.torch_device)
-    model.backend = choose(model)
+    runtime = compile_model(checkpoint.load(dtype=dtype, device=device.torch_device))
     prefill_tokens = pick_prefill_tokens(config, device.name)
-    pool, plan, graphs = _plan(config, device, model, dtype, weights, prefill_tokens)
+    pool, plan, graphs = _plan(config, device, runtime, dtype, weights, prefill_tokens)
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
     engine = Engine(
         Scheduler(cache, prefill_tokens, max_running),
-        Runner(model, pool, batch_invariant=config.batch_invariant, device=device, graphs=graphs),
+        Runner(runtime, pool, batch_invariant=config.batch_invariant, device=device, graphs=graphs),
         depth=device.depth,
     )
     reduction = checkpoint.reduction
@@ -118,7 +117,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     ready = Ready(
         family=spec.family,
         d_k=list(spec.d_k),
-        d_v=[layer.mixer.d_v for layer in spec.layers],
+        d_v=[mixer.d_v for mixer in spec.deltas.values()],
         vocab_size=spec.vocab_size,
         context_length=spec.context_length,
         eos_token_ids=list(spec.eos_token_ids),
@@ -126,9 +125,9 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         method=None if reduction is None else writable(reduction.get("method")),
         state_bytes_per_request=pool.bytes_per_slot,
         state_layout=layout(pool),
-        state_dtype=str(pool.state_dtype).removeprefix("torch."),
+        state_dtype=str(pool.types.recurrent).removeprefix("torch."),
         device=device.name,
-        backend=model.backend.name,
+        backend=runtime.name,
         weights_bytes=plan.needs.weights,
         memory=plan.parts,
         load_s=time.monotonic() - began,
@@ -151,30 +150,29 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
 def _plan(
     config: EngineConfig,
     device: Device,
-    model: Model,
+    runtime: Runtime,
     dtype: torch.dtype,
     weights: int,
     prefill_tokens: int,
 ) -> tuple[StatePool, MemoryPlan, DecodeGraphs | None]:
     """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
-    state_dtype = torch.float32 if config.state_dtype == "float32" else torch.bfloat16
+    spec = runtime.model.spec
+    types = StateTypes(torch.float32 if config.state_dtype == "float32" else torch.bfloat16, inputs=dtype)
 
     def pool(slots: int) -> StatePool:
-        return StatePool(
-            model.spec, slots, device=device.torch_device, state_dtype=state_dtype, conv_dtype=dtype
-        )
+        return StatePool(spec, slots, device=device.torch_device, types=types)
 
     recorder = None if config.batch_invariant else device.recorder()
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
-    needs = measure(config, model, pool(1), device, weights, prefill_tokens, sizes)
-    bytes_per_slot = model.spec.state_bytes(state_dtype=state_dtype, conv_dtype=dtype)
+    needs = measure(config, runtime, pool(1), device, weights, prefill_tokens, sizes)
+    bytes_per_slot = spec.state_bytes(0, types)
     plan = plan_memory(config, device, needs, bytes_per_slot, sharing(config))
     logger.info("%s: %s", config.variant, plan)
     states = pool(plan.slots)
     if recorder is None:
         return states, plan, None
     sizes = graph_sizes(min(plan.slots, config.max_requests or MAX_BATCH))
-    return states, plan, DecodeGraphs(model, states, sizes, states.null_slot, recorder)
+    return states, plan, DecodeGraphs(runtime, states, sizes, states.null_slot, recorder)
 
 
 def serve(config: EngineConfig) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from modeling.device import upload
-from modeling.graphs import DecodeGraphs
-from modeling.model import Model
+from modeling.runtime import Runtime
+from modeling.runtime.gpu.graphs import DecodeGraphs
 from modeling.state import StatePool
 from server.engine.device import HOST, Device, Download
 from server.engine.forward import Forward, InvariantForward
@@ -112,19 +112,19 @@ class Runner:
 
     def __init__(
         self,
-        model: Model,
+        runtime: Runtime,
         pool: StatePool,
         *,
         batch_invariant: bool = False,
         device: Device = HOST,
         graphs: DecodeGraphs | None = None,
     ) -> None:
-        self._forward = (InvariantForward if batch_invariant else Forward)(model, pool, graphs)
+        self._forward = (InvariantForward if batch_invariant else Forward)(runtime, pool, graphs)
         self._pool = pool
         self._device = device
         self._at = self._forward.device
         rows = pool.num_slots + 1
-        self._sampler = Sampler(rows, model.spec.vocab_size, self._at)
+        self._sampler = Sampler(rows, runtime.model.spec.vocab_size, self._at)
         self._last_token = torch.zeros(rows, dtype=torch.long, device=self._at)
         # Made anew only when the batch is another one.
         self._decoding: list[Request] = []

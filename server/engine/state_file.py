@@ -20,21 +20,15 @@ class StateFileError(Exception):
     """A saved state that can't be read, or is of another model."""
 
 
-def _tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
-    """Views of a slot by name."""
-    kinds = (("recurrent", pool.recurrent), ("conv", pool.conv))
-    return {f"layers.{i}.{kind}": t[slot] for kind, layers in kinds for i, t in enumerate(layers)}
-
-
 def layout(pool: StatePool) -> dict[str, tuple[str, list[int]]]:
     """Dtype and shape of each tensor in a file, by name."""
-    tensors = _tensors(pool, pool.null_slot)
+    tensors = pool.tensors(pool.null_slot)
     return {name: (_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()}
 
 
 def host_tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
     """What a file of the state in `slot` holds: on a CPU the slot itself, else a copy."""
-    return {name: t.cpu() for name, t in _tensors(pool, slot).items()}
+    return {name: t.cpu() for name, t in pool.tensors(slot).items()}
 
 
 def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
@@ -60,7 +54,7 @@ def load_state(pool: StatePool, slot: int, path: Path) -> None:
         raise StateFileError("the saved state can't be read; it may have expired or been deleted") from e
     except SafetensorError as e:
         raise StateFileError(f"the saved state can't be read: {e}") from e
-    ours = _tensors(pool, slot)
+    ours = pool.tensors(slot)
     if loaded.keys() != ours.keys():
         odd = min(loaded.keys() ^ ours.keys())
         raise StateFileError(f"the saved state is of another model: {odd} is in one of the two only")

@@ -73,7 +73,7 @@ def test_every_stored_dtype_loads_as_every_dtype(tmp_path, stored, dtype):
     stored_a_log = tensors["model.layers.1.attn.A_log"]
     assert torch.equal(model.layers[1].mixer.A_log, stored_a_log.to(wide))
     assert torch.equal(
-        model.layers[0].mlp.out_proj.weight, tensors["model.layers.0.mlp.down_proj.weight"].to(dtype)
+        model.layers[0].ffn.out_proj.weight, tensors["model.layers.0.mlp.down_proj.weight"].to(dtype)
     )
 
 

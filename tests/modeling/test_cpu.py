@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from specs import mixer_spec
+from states import recurrent, tensors
 from torch import nn
 
-from modeling.backends import TORCH, choose
 from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
-from modeling.ops import UnavailableError
-from modeling.ops.cpu import build
-from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec
+from modeling.runtime import TorchRuntime, UnavailableError, compile_model
+from modeling.runtime.cpu import CpuRuntime, build
+from modeling.spec import FLOAT32_STATES, LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import StatePool
 from pruning.calibration import Encoder, bundled_text
 from pruning.evaluation import evaluation_windows
@@ -54,12 +54,12 @@ def exact_model_of(spec, seed, weights):
     return model
 
 
-def pools_of(spec, slots, seed=1, **dtypes):
+def pools_of(spec, slots, seed=1, types=FLOAT32_STATES):
     """A pool with random states, and the same in float64."""
     torch.manual_seed(seed)
-    pool = StatePool(spec, slots, **dtypes)
-    exact = StatePool(spec, slots, state_dtype=torch.float64, conv_dtype=torch.float64)
-    for t, e in zip((*pool.recurrent, *pool.conv), (*exact.recurrent, *exact.conv), strict=True):
+    pool = StatePool(spec, slots, types=types)
+    exact = StatePool(spec, slots, types=StateTypes(torch.float64, torch.float64))
+    for t, e in zip(tensors(pool), tensors(exact), strict=True):
         t.copy_(torch.randn(t.shape) * 0.2)
         e.copy_(t)
     return pool, exact
@@ -75,10 +75,9 @@ def check(spec, batch, *, weights=FLOAT32, state=FLOAT32, conv=FLOAT32, seed=0):
     """Steps of `batch` requests in random slots of a larger pool, against float64 with the same numbers."""
     model = model_of(spec, seed).to(weights)
     exact = exact_model_of(spec, seed, weights)
-    model.backend = choose(model)
-    assert model.backend.name == "cpu"
-    pool, exact_pool = pools_of(spec, batch + 3, state_dtype=state, conv_dtype=conv)
-    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
+    runtime = CpuRuntime(model)
+    pool, exact_pool = pools_of(spec, batch + 3, types=StateTypes(state, conv))
+    before = [t.clone() for t in tensors(pool)]
     torch.manual_seed(seed)
     slots = torch.randperm(batch + 3)[:batch]
     others = torch.ones(batch + 4, dtype=torch.bool).index_fill(0, slots, False)
@@ -88,16 +87,15 @@ def check(spec, batch, *, weights=FLOAT32, state=FLOAT32, conv=FLOAT32, seed=0):
     tolerance = 2e-2 if rounded else 1e-4
     for _ in range(1 if rounded else 2):
         ids = torch.randint(0, spec.vocab_size, (batch,))
-        hidden, expected = model.decode(ids, pool, slots), exact.decode(ids, exact_pool, slots)
+        hidden = runtime.decode(ids, pool, slots)
+        expected = TorchRuntime(exact).decode(ids, exact_pool, slots)
         assert hidden.dtype == weights
         assert difference(hidden, expected) < tolerance
-        logits = model.logits(hidden)
+        logits = runtime.logits(hidden)
         assert difference(logits, hidden.double() @ exact.lm_head.weight.T) < 1e-5
-    for ours, theirs in zip(pool.recurrent, exact_pool.recurrent, strict=True):
+    for ours, theirs in zip(tensors(pool), tensors(exact_pool), strict=True):
         assert difference(ours, theirs) < tolerance
-    for ours, theirs in zip(pool.conv, exact_pool.conv, strict=True):
-        assert difference(ours, theirs) < tolerance
-    for ours, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
+    for ours, old in zip(tensors(pool), before, strict=True):
         assert torch.equal(ours[others], old[others])
 
 
@@ -155,23 +153,23 @@ def test_a_step_of_any_shape_is_that_of_float64(shape, groups, batch, weights, s
 def test_prompts_of_any_shape_are_those_of_float64(shape, groups, lengths, weights, begun, seed):
     spec = spec_of(**shape, num_v_heads=shape["num_k_heads"] * groups)
     model, exact = model_of(spec, seed).to(weights), exact_model_of(spec, seed, weights)
-    model.backend = choose(model)
+    runtime = CpuRuntime(model)
     pool, exact_pool = pools_of(spec, len(lengths))
     slots = torch.arange(len(lengths))
-    state, exact_state = (p.gather(slots) if begun else None for p in (pool, exact_pool))
-    before = None if state is None else [t.clone() for t in (*state.recurrent, *state.conv)]
+    if not begun:
+        for slot in slots.tolist():
+            for layer in (*pool.layers, *exact_pool.layers):
+                layer.zero(slot)
     ids, offsets = torch.randint(0, spec.vocab_size, (sum(lengths),)), [0, *itertools.accumulate(lengths)]
-    hidden, after = model(ids, offsets, state)
-    expected, exact_after = exact(ids, offsets, exact_state)
+    hidden = runtime.prefill(ids, offsets, pool, slots)
+    expected, exact_after = exact(ids, offsets, exact_pool.gather(slots))
     tolerance = 2e-2 if weights == BFLOAT16 else 1e-4
     assert hidden.dtype == weights
     assert difference(hidden, expected) < tolerance
-    for ours, theirs in zip(
-        (*after.recurrent, *after.conv), (*exact_after.recurrent, *exact_after.conv), strict=True
-    ):
+    for ours, theirs in zip(tensors(pool.gather(slots)), tensors(exact_after), strict=True):
         assert ours.dtype == FLOAT32 and difference(ours, theirs) < tolerance
-    if state is not None:
-        assert all(map(torch.equal, (*state.recurrent, *state.conv), before))
+    null, exact_null = (tensors(p.gather(torch.tensor([p.null_slot]))) for p in (pool, exact_pool))
+    assert all(torch.equal(a.double(), b) for a, b in zip(null, exact_null, strict=True))
 
 
 @torch.inference_mode()
@@ -181,11 +179,11 @@ def test_bfloat16_weights_keep_the_perplexity():
     losses = []
     for dtype in (FLOAT32, BFLOAT16):
         model = checkpoint.load(dtype=dtype)
-        model.backend = choose(model)
-        pool = StatePool(model.spec, len(windows), conv_dtype=dtype)
+        runtime = CpuRuntime(model)
+        pool = StatePool(model.spec, len(windows), types=StateTypes(inputs=dtype))
         total = 0.0
         for t in range(windows.shape[1] - 1):
-            logits = model.logits(model.decode(windows[:, t], pool, torch.arange(len(windows))))
+            logits = runtime.logits(runtime.decode(windows[:, t], pool, torch.arange(len(windows))))
             total += float(F.cross_entropy(logits.float(), windows[:, t + 1]))
         losses.append(total / (windows.shape[1] - 1))
     assert abs(losses[1] - losses[0]) < 1e-3  # 0.1 % of the perplexity
@@ -199,8 +197,7 @@ def test_layers_of_different_widths():
 def test_several_threads_give_the_bits_of_one():
     spec = spec_of(hidden=64, intermediate=96, layers=2)
     model = model_of(spec)
-    model.backend = choose(model)
-    assert model.backend.name == "cpu"
+    runtime = CpuRuntime(model)
     ids, slots = torch.arange(13), torch.randperm(16)[:13]
     results = []
     threads = torch.get_num_threads()
@@ -208,7 +205,7 @@ def test_several_threads_give_the_bits_of_one():
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             pool, _ = pools_of(spec, 16)
-            results.append([model.decode(ids, pool, slots), *pool.recurrent, *pool.conv])
+            results.append([runtime.decode(ids, pool, slots), *tensors(pool)])
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -219,17 +216,17 @@ def test_several_threads_give_the_bits_of_one():
 def test_nan_stays_in_its_request_and_shows(bad):
     spec = spec_of()
     model = model_of(spec)
-    model.backend = choose(model)
+    runtime = CpuRuntime(model)
     for batch in (1, 2, 3, 5, 40):
         clean, _ = pools_of(spec, batch)
         broken, _ = pools_of(spec, batch)
-        broken.recurrent[0][batch // 2, 1, 2, 3] = bad
+        recurrent(broken)[0][batch // 2, 1, 2, 3] = bad
         ids, slots = torch.arange(batch) % 37, torch.arange(batch)
-        expected, hidden = model.decode(ids, clean, slots), model.decode(ids, broken, slots)
+        expected, hidden = runtime.decode(ids, clean, slots), runtime.decode(ids, broken, slots)
         others = slots != batch // 2
         assert torch.equal(hidden[others], expected[others])
         assert not hidden[batch // 2].isfinite().all()
-        assert not model.logits(hidden)[batch // 2].isfinite().all()
+        assert not runtime.logits(hidden)[batch // 2].isfinite().all()
 
 
 def test_extreme_inputs_neither_overflow_nor_vanish():
@@ -238,44 +235,47 @@ def test_extreme_inputs_neither_overflow_nor_vanish():
     for m in (model, exact):  # saturated gates, decays of 0 and 1, activations of 1e3 and 1e-30
         m.layers[0].mixer.in_proj.weight *= 300
         m.embeddings.weight[0] = 1e-30
-    model.backend = choose(model)
+    runtime = CpuRuntime(model)
     pool, exact_pool = pools_of(spec, 8)
-    pool.recurrent[0][:2] *= 1e-38  # denormal: taken as zero
-    exact_pool.recurrent[0][:2] = 0
+    recurrent(pool)[0][:2] *= 1e-38  # denormal: taken as zero
+    recurrent(exact_pool)[0][:2] = 0
     ids, slots = torch.arange(8), torch.arange(8)
-    assert difference(model.decode(ids, pool, slots), exact.decode(ids, exact_pool, slots)) < 1e-4
-    assert difference(pool.recurrent[0], exact_pool.recurrent[0]) < 1e-4
+    assert (
+        difference(runtime.decode(ids, pool, slots), TorchRuntime(exact).decode(ids, exact_pool, slots))
+        < 1e-4
+    )
+    assert difference(recurrent(pool)[0], recurrent(exact_pool)[0]) < 1e-4
 
 
 def test_what_is_out_of_range_is_refused_before_anything_moves():
     spec = spec_of()
     model = model_of(spec)
-    model.backend = choose(model)
+    runtime = CpuRuntime(model)
     pool, _ = pools_of(spec, 4)
-    before = pool.recurrent[0].clone()
+    before = recurrent(pool)[0].clone()
     one = torch.tensor
     for ids, slots in ((one([0, 37]), one([0, 1])), (one([0, -1]), one([0, 1]))):
         with pytest.raises(IndexError, match="token id"):
-            model.decode(ids, pool, slots)
+            runtime.decode(ids, pool, slots)
     for slot in (pool.null_slot + 1, -1):
         with pytest.raises(IndexError, match="slot"):
-            model.decode(one([0, 1]), pool, one([0, slot]))
+            runtime.decode(one([0, 1]), pool, one([0, slot]))
     with pytest.raises(ValueError, match="int64"):
-        model.decode(one([0, 1]).int(), pool, one([0, 1]))
+        runtime.decode(one([0, 1]).int(), pool, one([0, 1]))
     with pytest.raises(ValueError, match="int64"):
-        model.decode(one([0, 1]), pool, one([0]))
+        runtime.decode(one([0, 1]), pool, one([0]))
     with pytest.raises(ValueError, match="another"):
-        model.decode(one([0]), StatePool(spec_of(d_k=9), 4), one([0]))
+        runtime.decode(one([0]), StatePool(spec_of(d_k=9), 4), one([0]))
     with pytest.raises(ValueError, match="multiply"):
-        model.logits(torch.zeros(1, 25))
-    assert torch.equal(pool.recurrent[0], before)
-    assert model.decode(one([], dtype=torch.long), pool, one([], dtype=torch.long)).shape == (0, 24)
+        runtime.logits(torch.zeros(1, 25))
+    assert torch.equal(recurrent(pool)[0], before)
+    assert runtime.decode(one([], dtype=torch.long), pool, one([], dtype=torch.long)).shape == (0, 24)
 
 
 def test_shapes_and_dtypes_that_it_does_not_take_go_to_torch_and_the_log_says_so(caplog):
     for model in (model_of(spec_of()).double(), model_of(spec_of(vocab=7))):
         caplog.clear()
-        assert choose(model) is TORCH
+        assert compile_model(model).name == "torch"
         assert "plain torch" in caplog.text and caplog.records[0].levelno == logging.WARNING
 
 
@@ -289,7 +289,7 @@ class TestBuild:
 
     def test_without_a_compiler_torch_runs_and_the_log_says_so(self, monkeypatch, caplog):
         monkeypatch.setenv("CXX", "no-such-compiler")
-        assert choose(model_of(spec_of())) is TORCH
+        assert compile_model(model_of(spec_of())).name == "torch"
         assert "'no-such-compiler' is not on PATH); install g++ or set CXX" in caplog.text
 
     def test_a_compiler_that_fails_leaves_nothing_behind(self, monkeypatch, tmp_path):
@@ -313,7 +313,7 @@ class TestBuild:
         compiler = tmp_path / "compiler"
         compiler.write_text(f'#!/bin/sh\necho x >> "{count}"\nexec g++ "$@" -O0\n')
         compiler.chmod(0o755)
-        code = "from modeling.ops.cpu.build import compiled; compiled().lowkey_layout"
+        code = "from modeling.runtime.cpu.build import compiled; compiled().lowkey_layout"
         environment = {**os.environ, "CXX": str(compiler)}
         started = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
         assert [p.wait(timeout=600) for p in started] == [0, 0, 0]

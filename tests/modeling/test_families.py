@@ -12,6 +12,7 @@ from checkpoints import DELTA, GATED, random_tensors
 
 from modeling.families import FAMILIES, ConfigError, family_of
 from modeling.families.gated_deltanet import expand_v_for
+from modeling.spec import StateTypes
 
 # The keys that matter of the public 1.3B DeltaNet, fla-hub/delta_net-1.3B-100B.
 DELTA_NET_1_3B = {
@@ -47,13 +48,13 @@ def test_delta_net_1_3b():
     mixer = spec.layers[0].mixer
     assert (mixer.num_k_heads, mixer.num_v_heads, mixer.d_k, mixer.d_v) == (16, 16, 128, 128)
     assert (mixer.gate, mixer.has_decay, mixer.has_beta, mixer.beta_scale) == ("none", False, True, 1.0)
-    assert spec.layers[0].mlp.intermediate_size == 5632
+    assert spec.layers[0].ffn.intermediate_size == 5632
     assert (spec.context_length, spec.eos_token_ids, spec.vocab_size) == (2048, (2,), 32000)
     recurrent, conv = 24 * 16 * 128 * 128 * 4, 24 * 3 * 2048 * 3
-    assert spec.state_bytes() == recurrent + conv * 4 == 26_935_296
-    assert spec.state_bytes(conv_dtype=torch.bfloat16) == recurrent + conv * 2
+    assert spec.state_bytes(0) == recurrent + conv * 4 == 26_935_296
+    assert spec.state_bytes(0, StateTypes(inputs=torch.bfloat16)) == recurrent + conv * 2
     half = spec.with_d_k((64,) * 24)
-    assert half.state_bytes() == recurrent // 2 + 24 * (2 * 1024 + 2048) * 3 * 4
+    assert half.state_bytes(0) == recurrent // 2 + 24 * (2 * 1024 + 2048) * 3 * 4
     assert half.mean_d_k == 64
 
 
@@ -63,7 +64,7 @@ def test_gated_deltanet_class_defaults():
     assert len(spec.layers) == 21
     assert (mixer.num_k_heads, mixer.num_v_heads, mixer.d_k, mixer.d_v) == (6, 6, 256, 512)
     assert (mixer.gate, mixer.has_decay, mixer.has_beta, mixer.conv_kernel) == ("silu", True, True, 4)
-    assert spec.hidden_size == 2048 and spec.layers[0].mlp.intermediate_size == 5632
+    assert spec.hidden_size == 2048 and spec.layers[0].ffn.intermediate_size == 5632
     assert not spec.tie_embeddings
 
 
@@ -79,7 +80,7 @@ def test_gated_deltanet_class_defaults():
 )
 def test_intermediate_size_rule(given, expected):
     config = {"model_type": "gated_deltanet", **given}
-    assert spec_of(config).layers[0].mlp.intermediate_size == expected
+    assert spec_of(config).layers[0].ffn.intermediate_size == expected
 
 
 BAD = [
@@ -280,7 +281,7 @@ def test_key_rows_are_head_major():
 
 
 def test_with_d_k_needs_one_entry_a_layer():
-    with pytest.raises(ValueError, match="d_k has 2 entries for 3 layers"):
+    with pytest.raises(ValueError, match="d_k has 2 entries for 3 linear layers"):
         spec_of(GATED).with_d_k((8, 8))
     with pytest.raises(ValueError, match="d_k must be at least 1, got 0"):
         spec_of(GATED).with_d_k((8, 0, 8))

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
+from states import tensors
 
 from modeling.checkpoint import open_checkpoint
-from modeling.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
+from modeling.runtime import TorchRuntime
+from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
 from modeling.state import StatePool
 
 NULL_SLOT = 5
@@ -38,7 +40,7 @@ def model(request, tmp_path):
 def filled_pool(model):
     pool = StatePool(model.spec, 6)
     torch.manual_seed(0)
-    for t in (*pool.recurrent, *pool.conv):
+    for t in tensors(pool):
         t.copy_(torch.randn_like(t) * 0.1)
     return pool
 
@@ -47,27 +49,27 @@ def filled_pool(model):
 def test_any_batch_runs_on_the_smallest_graph_that_holds_it_and_touches_no_other_slot(model):
     pool, plain = filled_pool(model), filled_pool(model)
     recorder = CallingRecorder()
-    graphs = DecodeGraphs(model, pool, [4, 1, 2], NULL_SLOT, recorder)
+    graphs = DecodeGraphs(TorchRuntime(model), pool, [4, 1, 2], NULL_SLOT, recorder)
     assert recorder.sizes == [4, 2, 1], "the largest first: the others reuse its memory"
     requests = [i for i in range(6) if i != NULL_SLOT]
-    for t, p in zip((*pool.recurrent, *pool.conv), (*plain.recurrent, *plain.conv), strict=True):
+    for t, p in zip(tensors(pool), tensors(plain), strict=True):
         assert torch.equal(t[requests], p[requests]), "recording wrote to a request's slot"
 
     batches = [([3, 0, 4], 4), ([2], 1), ([1, 4], 2), ([4, 3, 2, 0], 4), ([0], 1)]
     for slots, size in batches:
         slots = torch.tensor(slots)
         ids = torch.randint(0, 257, slots.shape)
-        expected = model.decode(ids, plain, slots)
+        expected = TorchRuntime(model).decode(ids, plain, slots)
         hidden = graphs(ids, slots)
         assert recorder.replayed[-1] == size
         torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)
-        for t, p in zip((*pool.recurrent, *pool.conv), (*plain.recurrent, *plain.conv), strict=True):
+        for t, p in zip(tensors(pool), tensors(plain), strict=True):
             torch.testing.assert_close(t[requests], p[requests], rtol=1e-4, atol=1e-5)
 
 
 @torch.inference_mode()
 def test_a_batch_over_the_largest_size_is_refused(model):
-    graphs = DecodeGraphs(model, filled_pool(model), [2], NULL_SLOT, CallingRecorder())
+    graphs = DecodeGraphs(TorchRuntime(model), filled_pool(model), [2], NULL_SLOT, CallingRecorder())
     with pytest.raises(ValueError, match="a batch of 3 exceeds the largest recorded size, 2"):
         graphs(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2]))
 
@@ -75,7 +77,7 @@ def test_a_batch_over_the_largest_size_is_refused(model):
 @pytest.mark.parametrize("sizes", [[], [0, 4], [-1]])
 def test_batch_sizes_must_be_positive(model, sizes):
     with pytest.raises(ValueError, match="batch_sizes"):
-        DecodeGraphs(model, filled_pool(model), sizes, NULL_SLOT, CallingRecorder())
+        DecodeGraphs(TorchRuntime(model), filled_pool(model), sizes, NULL_SLOT, CallingRecorder())
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 511, 512, 700])

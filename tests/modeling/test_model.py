@@ -6,8 +6,10 @@ import pytest
 import torch
 from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
+from states import recurrent, tensors
 
 from modeling.checkpoint import open_checkpoint
+from modeling.runtime import TorchRuntime
 from modeling.state import StatePool
 
 CONFIGS = {
@@ -63,9 +65,9 @@ def test_prefill_in_any_chunking_then_decode_is_the_one_shot_forward(case):
             pool.scatter(slot, state)
             hidden.append(h)
         for t in range(cuts[-1], len(ids)):
-            hidden.append(model.decode(ids[t : t + 1], pool, slot))
+            hidden.append(TorchRuntime(model).decode(ids[t : t + 1], pool, slot))
         assert difference(torch.cat(hidden), expected) < 1e-4
-        for ours, theirs in zip((*pool.recurrent, *pool.conv), (*final.recurrent, *final.conv), strict=True):
+        for ours, theirs in zip(tensors(pool), tensors(final), strict=True):
             assert difference(ours[slot], theirs) < 1e-4
 
 
@@ -76,14 +78,14 @@ def test_decode_of_a_batch_is_decode_of_each_and_touches_no_other_slot(case):
     pool, alone = StatePool(model.spec, 5), StatePool(model.spec, 5)
     for p in (pool, alone):
         torch.manual_seed(3)
-        for t in (*p.recurrent, *p.conv):
+        for t in tensors(p):
             t.copy_(torch.randn_like(t) * 0.1)
     ids, slots = torch.tensor([5, 6, 7]), torch.tensor([4, 0, 2])
-    untouched = [t[[1, 3]].clone() for t in pool.recurrent]
-    together = model.decode(ids, pool, slots)
-    each = torch.cat([model.decode(ids[i : i + 1], alone, slots[i : i + 1]) for i in range(3)])
+    untouched = [t[[1, 3]].clone() for t in recurrent(pool)]
+    together = TorchRuntime(model).decode(ids, pool, slots)
+    each = torch.cat([TorchRuntime(model).decode(ids[i : i + 1], alone, slots[i : i + 1]) for i in range(3)])
     assert difference(together, each) < 1e-5
-    assert all(torch.equal(a, t[[1, 3]]) for a, t in zip(untouched, pool.recurrent, strict=True))
+    assert all(torch.equal(a, t[[1, 3]]) for a, t in zip(untouched, recurrent(pool), strict=True))
 
 
 def test_forward_is_differentiable_to_every_parameter(case):
@@ -105,10 +107,10 @@ def test_layers_may_differ_in_d_k(tmp_path):
     model = open_checkpoint(write_checkpoint(tmp_path / "c", config)).load()
     assert model.spec.d_k == (32, 8, 20)
     pool = StatePool(model.spec, 2)
-    assert pool.bytes_per_slot == model.spec.state_bytes()
+    assert pool.bytes_per_slot == model.spec.state_bytes(0)
     ids = torch.randint(0, 257, (40,))
     expected, _ = model(ids, [0, 40])
-    hidden = [model.decode(ids[t : t + 1], pool, torch.tensor([1])) for t in range(40)]
+    hidden = [TorchRuntime(model).decode(ids[t : t + 1], pool, torch.tensor([1])) for t in range(40)]
     assert difference(torch.cat(hidden), expected) < 1e-4
 
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modeling.ops import chunked_gated_delta_rule, reference_gated_delta_rule
-from modeling.ops.cpu import compiled_gated_delta_rule
+from modeling.ops import RuleInputs, chunked_gated_delta_rule, reference_gated_delta_rule
+from modeling.runtime.cpu import compiled_gated_delta_rule
 
 CHUNKED = [chunked_gated_delta_rule, compiled_gated_delta_rule]
 LENGTHS = [1, 3, 63, 64, 65, 200]
@@ -57,8 +57,8 @@ def single(x: dict[str, Tensor], *, decay: bool, state: bool) -> dict[str, Tenso
 def test_chunked_matches_float64_reference(rule, length, shape, decay, state):
     x = draw([length], shape)
     wide = {**x, "g": x["g"] if decay else None, "initial_state": x["initial_state"] if state else None}
-    expected = reference_gated_delta_rule(**wide, scale=0.3, cu_seqlens=[0, length])
-    actual = rule(**single(x, decay=decay, state=state), scale=0.3, cu_seqlens=[0, length])
+    expected = reference_gated_delta_rule(RuleInputs(**wide, scale=0.3, cu_seqlens=[0, length]))
+    actual = rule(RuleInputs(**single(x, decay=decay, state=state), scale=0.3, cu_seqlens=[0, length]))
     for a, b in zip(actual, expected, strict=True):
         assert a.dtype == torch.float32
         assert error(a, b) < 1e-5
@@ -70,8 +70,8 @@ def test_chunked_packed_sequences_of_all_lengths(rule, decay):
     lengths = [65, 1, 200, 64, 3, 128, 63]
     x = draw(lengths, (2, 4, 24, 40))
     wide = {**x, "g": x["g"] if decay else None}
-    expected = reference_gated_delta_rule(**wide, scale=0.2, cu_seqlens=offsets(lengths))
-    actual = rule(**single(x, decay=decay, state=True), scale=0.2, cu_seqlens=offsets(lengths))
+    expected = reference_gated_delta_rule(RuleInputs(**wide, scale=0.2, cu_seqlens=offsets(lengths)))
+    actual = rule(RuleInputs(**single(x, decay=decay, state=True), scale=0.2, cu_seqlens=offsets(lengths)))
     for a, b in zip(actual, expected, strict=True):
         assert error(a, b) < 1e-5
 
@@ -86,7 +86,7 @@ def test_matches_flas_naive_functions(rule, length, shape, state):
     q, k = (x[n].repeat_interleave(groups, 1) for n in "qk")
     args = dict(scale=shape[2] ** -0.5, cu_seqlens=[0, length], initial_state=x["initial_state"])
 
-    o, s = rule(x["q"], x["k"], x["v"], x["g"], x["beta"], **args)
+    o, s = rule(RuleInputs(x["q"], x["k"], x["v"], x["g"], x["beta"], **args))
     expected_o, expected_s = naive_recurrent_gated_delta_rule(
         *(t[None] for t in (q, k, x["v"], x["beta"], x["g"])),
         initial_state=x["initial_state"],
@@ -95,7 +95,7 @@ def test_matches_flas_naive_functions(rule, length, shape, state):
     assert error(o, expected_o[0]) < 1e-5
     assert error(s, expected_s) < 1e-5
 
-    o, s = rule(x["q"], x["k"], x["v"], None, x["beta"], **args)
+    o, s = rule(RuleInputs(x["q"], x["k"], x["v"], None, x["beta"], **args))
     expected_o, expected_s = delta_rule_recurrence(
         *(t[None].transpose(1, 2) for t in (q, k, x["v"], x["beta"])), initial_state=x["initial_state"]
     )
@@ -111,7 +111,7 @@ def test_chunked_gradients_match_the_reference(decay):
 
     def gradients(rule) -> tuple[Tensor, ...]:
         leaves = {n: x[n].clone().requires_grad_() for n in names}
-        o, s = rule(**{"g": None, **leaves}, scale=0.3, cu_seqlens=offsets(lengths))
+        o, s = rule(RuleInputs(**{"g": None, **leaves}, scale=0.3, cu_seqlens=offsets(lengths)))
         torch.manual_seed(1)
         loss = (o * torch.randn_like(o)).sum() + (s * torch.randn_like(s)).sum()
         return torch.autograd.grad(loss, list(leaves.values()))
@@ -125,15 +125,15 @@ def test_chunked_gradients_match_the_reference(decay):
 def test_strong_decay_does_not_overflow(rule):
     x = single(draw([128], (2, 2, 16, 16)), decay=True, state=True)
     x["g"] = torch.full_like(x["g"], -80.0)
-    o, s = rule(**x, scale=1.0, cu_seqlens=[0, 128])
+    o, s = rule(RuleInputs(**x, scale=1.0, cu_seqlens=[0, 128]))
     assert torch.isfinite(o).all() and torch.isfinite(s).all()
 
 
 def test_autocast_keeps_float32_products():
     x = single(draw([65], (2, 2, 16, 16)), decay=True, state=True)
-    plain, _ = chunked_gated_delta_rule(**x, scale=1.0, cu_seqlens=[0, 65])
+    plain, _ = chunked_gated_delta_rule(RuleInputs(**x, scale=1.0, cu_seqlens=[0, 65]))
     with torch.autocast("cpu", torch.bfloat16):
-        cast, _ = chunked_gated_delta_rule(**x, scale=1.0, cu_seqlens=[0, 65])
+        cast, _ = chunked_gated_delta_rule(RuleInputs(**x, scale=1.0, cu_seqlens=[0, 65]))
     assert torch.equal(plain, cast)
 
 
@@ -155,10 +155,10 @@ def test_compiled_of_any_shape_matches_float64_reference(
     x["beta"] /= 2  # beyond 1 the state may grow from token to token, and every rounding with it
     x |= {name: None for name, kept in (("g", decay), ("initial_state", state)) if not kept}
     arguments = dict(scale=d_k**-0.5, cu_seqlens=offsets(lengths))
-    expected = reference_gated_delta_rule(**x, **arguments)
+    expected = reference_gated_delta_rule(RuleInputs(**x, **arguments))
     inputs = {name: None if t is None else t.float() for name, t in x.items()}
     kept = {name: None if t is None else t.clone() for name, t in inputs.items()}
-    for a, b in zip(compiled_gated_delta_rule(**inputs, **arguments), expected, strict=True):
+    for a, b in zip(compiled_gated_delta_rule(RuleInputs(**inputs, **arguments)), expected, strict=True):
         assert error(a, b) < 1e-5
     assert all(t is None or torch.equal(t, kept[name]) for name, t in inputs.items())
 
@@ -167,11 +167,11 @@ def test_compiled_keeps_sequences_apart():
     """NaN in one of them stays there, also on its thread's work space."""
     lengths = [40, 5, 70]
     x = single(draw(lengths, (2, 2, 12, 20)), decay=True, state=True)
-    clean, _ = compiled_gated_delta_rule(**x, scale=1.0, cu_seqlens=offsets(lengths))
+    clean, _ = compiled_gated_delta_rule(RuleInputs(**x, scale=1.0, cu_seqlens=offsets(lengths)))
     for name in ("q", "k", "v", "g", "beta"):
         broken = {**x, name: x[name].clone()}
         broken[name][3] = float("nan")
-        o, s = compiled_gated_delta_rule(**broken, scale=1.0, cu_seqlens=offsets(lengths))
+        o, s = compiled_gated_delta_rule(RuleInputs(**broken, scale=1.0, cu_seqlens=offsets(lengths)))
         assert not o[3].isfinite().any() and torch.equal(o[40:], clean[40:]) and s[1:].isfinite().all()
 
 
@@ -192,4 +192,4 @@ def test_compiled_keeps_sequences_apart():
 def test_compiled_refuses_shapes_that_do_not_go_together(change):
     x = single(draw([6], (2, 2, 8, 8)), decay=True, state=True)
     with pytest.raises(ValueError, match="shapes that do not go together|cu_seqlens must rise"):
-        compiled_gated_delta_rule(**{**x, "scale": 1.0, "cu_seqlens": [0, 6], **change})
+        compiled_gated_delta_rule(RuleInputs(**{**x, "scale": 1.0, "cu_seqlens": [0, 6], **change}))

@@ -6,9 +6,11 @@ from checkpoints import DELTA, GATED
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from states import conv, recurrent, tensors
 
 from modeling.families import family_of
-from modeling.state import SequenceState, StatePool
+from modeling.spec import StateTypes
+from modeling.state import DeltaState, StatePool
 
 SPECS = {
     "gated": GATED,
@@ -23,12 +25,12 @@ def spec_of(config):
 
 
 def fill(pool, value):
-    for t in (*pool.recurrent, *pool.conv):
+    for t in tensors(pool):
         t.fill_(value)
 
 
 def slot_tensors(pool, slot):
-    return [t[slot] for t in (*pool.recurrent, *pool.conv)]
+    return [t[slot] for t in tensors(pool)]
 
 
 @pytest.mark.parametrize("conv_dtype", [torch.float32, torch.bfloat16])
@@ -36,13 +38,13 @@ def slot_tensors(pool, slot):
 @pytest.mark.parametrize("name", SPECS)
 def test_bytes_per_slot_are_the_specs(name, state_dtype, conv_dtype):
     spec = spec_of(SPECS[name])
-    pool = StatePool(spec, 3, state_dtype=state_dtype, conv_dtype=conv_dtype)
-    assert pool.bytes_per_slot == spec.state_bytes(state_dtype=state_dtype, conv_dtype=conv_dtype)
-    assert all(t.dtype == state_dtype for t in pool.recurrent) and all(
-        t.dtype == conv_dtype for t in pool.conv
+    pool = StatePool(spec, 3, types=StateTypes(state_dtype, conv_dtype))
+    assert pool.bytes_per_slot == spec.state_bytes(0, StateTypes(state_dtype, conv_dtype))
+    assert all(t.dtype == state_dtype for t in recurrent(pool)) and all(
+        t.dtype == conv_dtype for t in conv(pool)
     )
     # with the null slot
-    assert sum(t.nbytes for t in (*pool.recurrent, *pool.conv)) == 4 * pool.bytes_per_slot
+    assert sum(t.nbytes for t in tensors(pool)) == 4 * pool.bytes_per_slot
     # from the definition
     expected = 0
     for layer in spec.layers:
@@ -56,10 +58,10 @@ def test_bytes_per_slot_are_the_specs(name, state_dtype, conv_dtype):
 def test_half_the_key_channels_halve_the_recurrent_state():
     dense, reduced = spec_of(GATED), spec_of(GATED).with_d_k((16, 16, 16))
     a, b = StatePool(dense, 1), StatePool(reduced, 1)
-    assert sum(t.nbytes for t in a.recurrent) == 2 * sum(t.nbytes for t in b.recurrent)
+    assert sum(t.nbytes for t in recurrent(a)) == 2 * sum(t.nbytes for t in recurrent(b))
     # of the convolution only the q and k channels halve: 2 * 2 * 32 + 4 * 24 = 224 -> 160
-    assert sum(t.nbytes for t in a.conv) * 160 == sum(t.nbytes for t in b.conv) * 224
-    assert dense.state_bytes() / reduced.state_bytes() == pytest.approx(
+    assert sum(t.nbytes for t in conv(a)) * 160 == sum(t.nbytes for t in conv(b)) * 224
+    assert dense.state_bytes(0) / reduced.state_bytes(0) == pytest.approx(
         (4 * 32 * 24 + 224 * 3) / (4 * 16 * 24 + 160 * 3)
     )
 
@@ -123,32 +125,32 @@ def test_a_pool_needs_a_slot(slots):
 
 def test_copy_takes_everything_and_leaves_the_source():
     pool = StatePool(spec_of(SPECS["per-layer"]), 3)
-    for t in (*pool.recurrent, *pool.conv):
+    for t in tensors(pool):
         t.copy_(torch.randn_like(t))
-    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
+    before = [t.clone() for t in tensors(pool)]
     pool.copy(2, 0)
-    for t, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
+    for t, old in zip(tensors(pool), before, strict=True):
         assert torch.equal(t[0], old[2])
         assert torch.equal(t[1:], old[1:])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gather_and_scatter_are_by_slot_and_gather_copies(dtype):
-    pool = StatePool(spec_of(SPECS["per-layer"]), 4, state_dtype=dtype)
-    for t in (*pool.recurrent, *pool.conv):
+    pool = StatePool(spec_of(SPECS["per-layer"]), 4, types=StateTypes(dtype))
+    for t in tensors(pool):
         t.copy_(torch.randn_like(t))
     slots = torch.tensor([3, 1])
     state = pool.gather(slots)
-    for t, got in zip((*pool.recurrent, *pool.conv), (*state.recurrent, *state.conv), strict=True):
+    for t, got in zip(tensors(pool), tensors(state), strict=True):
         assert torch.equal(got, torch.stack([t[3], t[1]]))
-    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
-    for t in (*state.recurrent, *state.conv):
+    before = [t.clone() for t in tensors(pool)]
+    for t in tensors(state):
         t.fill_(1.5)
-    assert all(torch.equal(t, b) for t, b in zip((*pool.recurrent, *pool.conv), before, strict=True))
+    assert all(torch.equal(t, b) for t, b in zip(tensors(pool), before, strict=True))
 
-    wide = SequenceState([t.float() for t in state.recurrent], [t.float() for t in state.conv])
+    wide = [DeltaState(layer.recurrent.float(), layer.conv.float()) for layer in state]
     pool.scatter(torch.tensor([0, 3]), wide)
-    for t, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
+    for t, old in zip(tensors(pool), before, strict=True):
         assert (t[[0, 3]] == 1.5).all() and t.dtype == old.dtype
         assert torch.equal(t[[1, 2]], old[[1, 2]])
 
@@ -157,7 +159,7 @@ def test_scatter_refuses_a_state_with_other_layers():
     pool = StatePool(spec_of(GATED), 2)
     state = pool.gather(torch.tensor([0]))
     with pytest.raises(ValueError, match="zip"):
-        pool.scatter(torch.tensor([0]), SequenceState(state.recurrent, state.conv[:-1]))
+        pool.scatter(torch.tensor([0]), state[:-1])
 
 
 class SlotBookkeeping(RuleBasedStateMachine):

@@ -10,6 +10,7 @@ from interpret_fla import ask_stock_fla
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
 from modeling.model import Model
+from modeling.runtime import TorchRuntime
 from modeling.state import StatePool
 
 # Seconds of CPU time, but minutes on a machine that is busy with something else.
@@ -114,7 +115,7 @@ def test_stock_logits_and_greedy_text_are_ours(paths, stock, name):
     pool.scatter(slot, state)
     ids = [int(logits[-1].argmax())]
     while len(ids) < len(stock.ids[name]):
-        hidden = model.decode(torch.tensor(ids[-1:]), pool, slot)
+        hidden = TorchRuntime(model).decode(torch.tensor(ids[-1:]), pool, slot)
         ids.append(int(model.logits(hidden).argmax()))
     assert ids == stock.ids[name]
     assert len(set(ids)) > 1, "a model that repeats one token proves little"

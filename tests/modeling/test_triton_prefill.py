@@ -1,17 +1,19 @@
 """The Triton convolution of packed prompts, run by Triton's interpreter, against the plain one in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from checkpoints import GATED, write_checkpoint
 from specs import mixer_spec
+from states import tensors
 
-from modeling.backends import TORCH
 from modeling.checkpoint import open_checkpoint
-from modeling.layers import Mixer
-from modeling.ops.packing import CHUNK, packing
-from modeling.ops.triton_prefill import triton_inputs
+from modeling.layers import DeltaMixer
+from modeling.ops import chunked_gated_delta_rule
+from modeling.runtime import TorchRuntime
+from modeling.runtime.gpu.delta import delta_heads
+from modeling.runtime.gpu.packing import packing
+from modeling.runtime.gpu.runtime import GpuRuntime
+from modeling.spec import TOKEN_BLOCK
 from modeling.state import StatePool
 
 SPECS = {
@@ -25,8 +27,8 @@ SPECS = {
 LENGTHS = {
     "one token": [1],
     "shorter than the filter": [2, 1, 3],
-    "a chunk": [CHUNK],
-    "ragged": [1, CHUNK + 1, 2, 2 * CHUNK + 3],
+    "a chunk": [TOKEN_BLOCK],
+    "ragged": [1, TOKEN_BLOCK + 1, 2, 2 * TOKEN_BLOCK + 3],
 }
 
 
@@ -34,8 +36,8 @@ def offsets_of(lengths: list[int]) -> list[int]:
     return [sum(lengths[:i]) for i in range(len(lengths) + 1)]
 
 
-def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> Mixer:
-    mixer = Mixer(mixer_spec(**changes), 8, 0)
+def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> DeltaMixer:
+    mixer = DeltaMixer(mixer_spec(**changes), 8, 0)
     torch.manual_seed(0)
     with torch.no_grad():
         for p in mixer.parameters():
@@ -44,7 +46,7 @@ def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> Mixer:
     return mixer.requires_grad_(False)
 
 
-def check(mixer: Mixer, lengths: list[int], dtype: torch.dtype, *, before: bool) -> None:
+def check(mixer: DeltaMixer, lengths: list[int], dtype: torch.dtype, *, before: bool) -> None:
     s = mixer.spec
     torch.manual_seed(1)
     # A projection's q, k and v are the first columns of wider rows.
@@ -52,12 +54,12 @@ def check(mixer: Mixer, lengths: list[int], dtype: torch.dtype, *, before: bool)
     wider[:, s.conv_channels :] = torch.nan
     qkv = wider[:, : s.conv_channels]
     state = torch.randn(len(lengths), s.conv_channels, s.conv_kernel - 1).to(dtype) if before else None
-    exact = Mixer(s, 8, 0).double()
+    exact = DeltaMixer(s, 8, 0).double()
     exact.load_state_dict({name: p.double() for name, p in mixer.state_dict().items()})
     wide = None if state is None else state.double()
     with torch.no_grad():
-        expected = exact.inputs(qkv.double(), offsets_of(lengths), wide)
-    made = triton_inputs(mixer, qkv, offsets_of(lengths), state)
+        expected = exact.heads(qkv.double(), offsets_of(lengths), wide)
+    made = delta_heads(mixer, qkv, offsets_of(lengths), state)
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2  # the interpreter cuts bfloat16 off
     for name, ours, theirs in zip("qkv", made, expected, strict=False):
         assert ours.dtype == dtype and ours.shape == theirs.shape and ours.is_contiguous()
@@ -74,50 +76,47 @@ def test_matches_the_float64_convolution(lengths, before):
 @pytest.mark.parametrize("before", [False, True], ids=["from nothing", "from a state"])
 @pytest.mark.parametrize("name", SPECS)
 def test_any_shape(name, before):
-    check(make_mixer(SPECS[name]), [3, CHUNK + 2], torch.float32, before=before)
+    check(make_mixer(SPECS[name]), [3, TOKEN_BLOCK + 2], torch.float32, before=before)
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["from nothing", "from a state"])
 def test_bfloat16(before):
-    check(make_mixer(SPECS["odd"], torch.bfloat16), [2, CHUNK + 5], torch.bfloat16, before=before)
+    check(make_mixer(SPECS["odd"], torch.bfloat16), [2, TOKEN_BLOCK + 5], torch.bfloat16, before=before)
 
 
 def test_float64_is_refused():
     with pytest.raises(ValueError, match="float64"):
-        triton_inputs(make_mixer({}), torch.zeros(1, 48, dtype=torch.float64), [0, 1], None)
+        delta_heads(make_mixer({}), torch.zeros(1, 48, dtype=torch.float64), [0, 1], None)
 
 
 def test_where_packed_sequences_lie():
-    packed = packing([0, 1, CHUNK + 1, 2 * CHUNK + 2], torch.device("cpu"))
-    assert packed.offsets.tolist() == [0, 1, CHUNK + 1, 2 * CHUNK + 2]
+    packed = packing([0, 1, TOKEN_BLOCK + 1, 2 * TOKEN_BLOCK + 2], torch.device("cpu"))
+    assert packed.offsets.tolist() == [0, 1, TOKEN_BLOCK + 1, 2 * TOKEN_BLOCK + 2]
     assert packed.chunks.tolist() == [[0, 0], [1, 0], [2, 0], [2, 1]]
-    assert packing([0, 1, CHUNK + 1, 2 * CHUNK + 2], torch.device("cpu")) is packed
+    assert packing([0, 1, TOKEN_BLOCK + 1, 2 * TOKEN_BLOCK + 2], torch.device("cpu")) is packed
 
 
 @torch.inference_mode()
 def test_a_prompt_in_pieces_through_a_whole_model(tmp_path):
-    """Model.prefill, layer by layer in place on the pool, with and without the kernel, against Model.forward."""
+    """Prefill, layer by layer in place on the pool, with and without the kernel, against Model.forward."""
     config = {**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]}
     model = open_checkpoint(write_checkpoint(tmp_path / "c", config)).load()
     ids = torch.randint(0, 257, (100,))
     pools = [StatePool(model.spec, 4) for _ in range(3)]
     slots = torch.tensor([2, 0])
-    backends = [TORCH, TORCH, replace(TORCH, inputs=triton_inputs)]
+    runtimes = [None, TorchRuntime(model), GpuRuntime(model, chunked_gated_delta_rule)]
     for first in (True, False):
         pieces = [ids[:20], ids[30:60]] if first else [ids[20:30], ids[60:100]]
         offsets = offsets_of([len(p) for p in pieces])
         hidden = []
-        for i, (backend, pool) in enumerate(zip(backends, pools, strict=True)):
-            model.backend = backend
-            if i == 0:
+        for runtime, pool in zip(runtimes, pools, strict=True):
+            if runtime is None:
                 h, state = model(torch.cat(pieces), offsets, pool.gather(slots))
                 pool.scatter(slots, state)
             else:
-                h = model.prefill(torch.cat(pieces), offsets, pool, slots)
+                h = runtime.prefill(torch.cat(pieces), offsets, pool, slots)
             hidden.append(h)
         for h, pool in zip(hidden[1:], pools[1:], strict=True):
             torch.testing.assert_close(h, hidden[0], rtol=1e-4, atol=1e-5)
-            for ours, theirs in zip(
-                (*pool.recurrent, *pool.conv), (*pools[0].recurrent, *pools[0].conv), strict=True
-            ):
+            for ours, theirs in zip(tensors(pool), tensors(pools[0]), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -1,18 +1,19 @@
 """The Triton decode step, run by Triton's interpreter, against the plain torch step in float64."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
 from specs import mixer_spec
+from states import tensors
 
-from modeling.backends import TORCH, by_layer
 from modeling.checkpoint import open_checkpoint
-from modeling.layers import Mixer
-from modeling.ops import triton_step as module
-from modeling.ops.triton_step import triton_block, triton_step
-from modeling.state import StatePool
+from modeling.layers import DeltaMixer
+from modeling.ops import chunked_gated_delta_rule
+from modeling.runtime import TorchRuntime
+from modeling.runtime.gpu import delta as module
+from modeling.runtime.gpu.delta import delta_step
+from modeling.runtime.gpu.runtime import GpuRuntime
+from modeling.state import DeltaState, StatePool
 
 SPECS = {
     "gated": {},
@@ -31,10 +32,10 @@ POOL = 6
 HIDDEN = 8
 
 
-def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> Mixer:
+def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> DeltaMixer:
     """Weights of the given dtype; what a checkpoint keeps in float32 stays so."""
     spec = mixer_spec(**changes)
-    mixer = Mixer(spec, HIDDEN, 0)
+    mixer = DeltaMixer(spec, HIDDEN, 0)
     torch.manual_seed(0)
     with torch.no_grad():
         for name, p in mixer.named_parameters():
@@ -43,7 +44,7 @@ def make_mixer(changes: dict, dtype: torch.dtype = torch.float32) -> Mixer:
     return mixer.requires_grad_(False)
 
 
-def draw(mixer: Mixer, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def draw(mixer: DeltaMixer, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     s = mixer.spec
     torch.manual_seed(1)
     projected = torch.randn(len(SLOTS), sum(s.in_proj_sizes)).to(dtype)
@@ -52,13 +53,13 @@ def draw(mixer: Mixer, dtype: torch.dtype, state_dtype: torch.dtype) -> tuple[to
     return projected, recurrent, conv
 
 
-def reference(mixer: Mixer, projected, recurrent, conv, slots):
-    """Mixer.step in float64 on copies: o and the two pools after it."""
-    exact = Mixer(mixer.spec, HIDDEN, 0).double()
+def reference(mixer: DeltaMixer, projected, recurrent, conv, slots):
+    """DeltaMixer.step in float64 on copies: o and the two pools after it."""
+    exact = DeltaMixer(mixer.spec, HIDDEN, 0).double()
     exact.load_state_dict({name: p.double() for name, p in mixer.state_dict().items()})
     recurrent, conv = recurrent.double(), conv.double()
     with torch.no_grad():
-        o = exact.step(projected.double(), recurrent, conv, slots)
+        o = exact.step(projected.double(), DeltaState(recurrent, conv), slots)
     return o, recurrent, conv
 
 
@@ -66,7 +67,7 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).norm() / b.norm()) if b.numel() else 0.0
 
 
-def check(mixer: Mixer, dtype: torch.dtype, state_dtype: torch.dtype, *, steps: int = 2) -> None:
+def check(mixer: DeltaMixer, dtype: torch.dtype, state_dtype: torch.dtype, *, steps: int = 2) -> None:
     projected, recurrent, conv = draw(mixer, dtype, state_dtype)
     slots = torch.tensor(SLOTS)
     others = [i for i in range(POOL) if i not in SLOTS]
@@ -75,7 +76,7 @@ def check(mixer: Mixer, dtype: torch.dtype, state_dtype: torch.dtype, *, steps: 
     for _ in range(steps):
         before = recurrent[others].clone(), conv[others].clone()
         expected = reference(mixer, projected, recurrent, conv, slots)
-        o = triton_step(mixer, projected, recurrent, conv, slots)
+        o = delta_step(mixer, projected, DeltaState(recurrent, conv), slots)
         assert o.dtype == dtype and o.shape == (len(SLOTS), mixer.spec.value_dim)
         assert error(o, expected[0]) < tolerance[dtype]
         assert error(recurrent, expected[1]) < tolerance[state_dtype]
@@ -108,7 +109,7 @@ def test_rows_of_a_wider_buffer():
     slots = torch.tensor(SLOTS)
     expected = reference(mixer, projected, recurrent, conv, slots)
     wider = torch.cat([projected, torch.full_like(projected, torch.nan)], dim=1)
-    o = triton_step(mixer, wider[:, : projected.shape[1]], recurrent, conv, slots)
+    o = delta_step(mixer, wider[:, : projected.shape[1]], DeltaState(recurrent, conv), slots)
     assert error(o, expected[0]) < 2e-6
 
 
@@ -117,7 +118,7 @@ def test_padding_on_one_null_slot_leaves_the_others_alone():
     projected, recurrent, conv = draw(mixer, torch.float32, torch.float32)
     slots = torch.tensor([5, 2, 5])
     expected = reference(mixer, projected[1:2], recurrent, conv, slots[1:2])
-    o = triton_step(mixer, projected, recurrent, conv, slots)
+    o = delta_step(mixer, projected, DeltaState(recurrent, conv), slots)
     assert error(o[1:2], expected[0]) < 2e-6
     assert error(recurrent[:5], expected[1][:5]) < 2e-6
 
@@ -126,7 +127,7 @@ def test_float64_is_refused():
     mixer = make_mixer({})
     projected, recurrent, conv = draw(mixer, torch.float64, torch.float64)
     with pytest.raises(ValueError, match="float64"):
-        triton_step(mixer, projected, recurrent, conv, torch.tensor(SLOTS))
+        delta_step(mixer, projected, DeltaState(recurrent, conv), torch.tensor(SLOTS))
 
 
 @pytest.mark.parametrize("config", [{**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]}, DELTA])
@@ -135,13 +136,12 @@ def test_a_whole_model_whose_layers_differ(tmp_path, config):
     model = open_checkpoint(write_checkpoint(tmp_path / "c", config)).load()
     pools = [StatePool(model.spec, 3) for _ in range(2)]
     torch.manual_seed(0)
-    for ours, theirs in zip(*([*p.recurrent, *p.conv] for p in pools), strict=True):
+    for ours, theirs in zip(*([*tensors(p)] for p in pools), strict=True):
         ours.copy_(torch.randn_like(ours) * 0.1)
         theirs.copy_(ours)
     slots = torch.tensor([2, 0])
     for _ in range(2):
         ids = torch.randint(0, 257, (2,))
-        model.backend = TORCH
-        expected = model.decode(ids, pools[0], slots)
-        model.backend = replace(TORCH, decode=by_layer(triton_step, triton_block))
-        torch.testing.assert_close(model.decode(ids, pools[1], slots), expected, rtol=1e-4, atol=1e-5)
+        expected = TorchRuntime(model).decode(ids, pools[0], slots)
+        hidden = GpuRuntime(model, chunked_gated_delta_rule).decode(ids, pools[1], slots)
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-5)

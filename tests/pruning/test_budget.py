@@ -34,7 +34,7 @@ SPEC = family_of(GATED).spec({**GATED, "head_dim": 128, "expand_v": 1.0})
 
 
 def state_bytes(spec, widths):
-    return spec.with_d_k(tuple(widths)).state_bytes()
+    return spec.with_d_k(tuple(widths)).state_bytes(0)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_bytes_count_not_channels():
             "layers": (
                 SPEC.layers[0],
                 type(SPEC.layers[0])(
-                    type(wide)(**{**vars(wide), "num_v_heads": 2}), SPEC.layers[1].mlp, SPEC.norm
+                    type(wide)(**{**vars(wide), "num_v_heads": 2}), SPEC.layers[1].ffn, SPEC.norm
                 ),
             ),
         }
@@ -181,18 +181,18 @@ def test_curves_are_the_losses_of_checkpoints_with_one_layer_reduced(checkpoint,
 
 
 def test_a_reduced_layer_is_itself_again_after_a_failure(checkpoint):
-    block = checkpoint.load().layers[1]
-    keep = torch.tensor([[0, 3]]).expand(block.mixer.spec.num_k_heads, 2)
-    before = block.mixer.o_norm.eps
+    mixer = checkpoint.load().deltas[1]
+    keep = torch.tensor([[0, 3]]).expand(mixer.spec.num_k_heads, 2)
+    before = mixer.o_norm.eps
 
     def fail():
-        with reduced_alone(block, 1, keep):
-            assert block.mixer.o_norm.eps == pytest.approx(before * 2 / block.mixer.spec.d_k)
+        with reduced_alone(mixer, 1, keep):
+            assert mixer.o_norm.eps == pytest.approx(before * 2 / mixer.spec.d_k)
             raise RuntimeError("midway")
 
     with pytest.raises(RuntimeError, match="midway"):
         fail()
-    assert block.mixer.o_norm.eps == before
+    assert mixer.o_norm.eps == before
 
 
 def test_spend_measures_every_aligned_width_and_stays_within_the_limit(checkpoint, statistics):

@@ -56,11 +56,11 @@ def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, d
         "name": str(dense),
         "sha256": source.sha256,
         "d_k": [32, 32, 32],
-        "state_bytes": source.spec.state_bytes(),
+        "state_bytes": source.spec.state_bytes(0),
     }
     assert (record["format"], record["method"], record["seed"]) == (1, method, 3)
     assert record["d_k"] == [8, 8, 8]
-    assert record["state_bytes"] == reduced.spec.state_bytes()
+    assert record["state_bytes"] == reduced.spec.state_bytes(0)
     assert record["stock_loaders"] is True
     assert record["budget"] is None
     assert record["evaluation"] is None
@@ -176,7 +176,7 @@ def test_stats_file_is_made_if_it_is_not_there_and_then_reused(run, dense, text,
 
 def test_state_bytes_choose_the_largest_aligned_width(run, dense):
     spec = open_checkpoint(dense).spec
-    limit = spec.with_d_k((24,) * 3).state_bytes()
+    limit = spec.with_d_k((24,) * 3).state_bytes(0)
     run("prune", dense, "a", "--method", "l1", "--state-bytes", limit)
     run("prune", dense, "b", "--method", "l1", "--state-bytes", limit, "--align", 8)
     run("prune", dense, "c", "--method", "l1", "--state-bytes", f"{limit / 1024}KiB", "--align", 6)
@@ -202,8 +202,8 @@ def test_per_layer_spends_one_budget_and_says_who_runs_the_result(run, dense, te
     )
     spec = open_checkpoint("out").spec
     assert len(set(spec.d_k)) > 1 and all(n % 4 == 0 for n in spec.d_k)
-    limit = spec.with_d_k((12,) * 3).state_bytes()
-    assert spec.state_bytes() <= limit
+    limit = spec.with_d_k((12,) * 3).state_bytes(0)
+    assert spec.state_bytes(0) <= limit
     record = json.loads((tmp_path / "out" / REDUCTION).read_text())
     assert record["stock_loaders"] is False
     assert (record["budget"]["state_bytes"], record["budget"]["align"]) == (limit, 4)

@@ -4,7 +4,6 @@ import copy
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,9 +13,10 @@ from checkpoints import GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
 from recaller import write_recaller
 
-from modeling.backends import TORCH
 from modeling.checkpoint import open_checkpoint
-from modeling.ops import reference_gated_delta_rule
+from modeling.model import Model
+from modeling.ops import RuleInputs, chunked_gated_delta_rule, reference_gated_delta_rule
+from modeling.runtime import TorchRuntime
 from pruning.calibration import Encoder, Text
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
@@ -181,9 +181,9 @@ def states_by_token(model, windows):
     """What the rule of each layer is given, as float64 lists by layer: (q, k, v, g, beta)."""
     seen = []
 
-    def rule(q, k, v, g, beta, **options):
-        seen.append([x.double() for x in (q, k, v, g, beta)])
-        return model.backend.rule(q, k, v, g, beta, **options)
+    def rule(inputs):
+        seen.append([x.double() for x in (inputs.q, inputs.k, inputs.v, inputs.g, inputs.beta)])
+        return chunked_gated_delta_rule(inputs)
 
     with torch.no_grad():
         model(windows.flatten(), range(0, windows.numel() + 1, windows.shape[1]), rule=rule)
@@ -201,7 +201,7 @@ def test_rank_along_the_sequence_is_that_of_the_states_with_decay(model):
             for w in range(3):
                 rows = slice(80 * w, 80 * w + at)
                 _, state = reference_gated_delta_rule(
-                    q[rows], k[rows], v[rows], g[rows], beta[rows], scale=1.0, cu_seqlens=[0, at]
+                    RuleInputs(q[rows], k[rows], v[rows], g[rows], beta[rows], scale=1.0, cu_seqlens=[0, at])
                 )
                 values = torch.linalg.svdvals(state[0])
                 expected += (values.square().sum(-1) / values[:, 0].square()) / 24 / 3  # d_k 32, d_v 24
@@ -219,10 +219,12 @@ def test_reads_are_the_brute_force_over_every_token(model):
             state = torch.zeros(1, 4, 32, 24).double()
             for t in range(48 * w, 48 * w + 48):
                 _, state = reference_gated_delta_rule(
-                    *(x[t : t + 1] for x in (q, k, v, g, beta)),
-                    scale=1.0,
-                    cu_seqlens=[0, 1],
-                    initial_state=state,
+                    RuleInputs(
+                        *(x[t : t + 1] for x in (q, k, v, g, beta)),
+                        scale=1.0,
+                        cu_seqlens=[0, 1],
+                        initial_state=state,
+                    )
                 )
                 key = k[48 * w : t].repeat_interleave(2, 1)  # by value head
                 read = torch.einsum("hkv,thk->thv", state[0], key)
@@ -281,12 +283,10 @@ def test_speeds_are_medians_of_rounds_that_take_turns(model, other):
 
         return run
 
-    for m, seconds in ((model, 0.5), (other, 0.25)):
-        m.decode = timed(m.decode, seconds)
-    try:
-        first, second = decode_speed([model, other], 3, rounds=4, round_seconds=1.0, clock=lambda: now)
-    finally:
-        del model.decode, other.decode
+    runtimes = [TorchRuntime(model), TorchRuntime(other)]
+    for runtime, seconds in zip(runtimes, (0.5, 0.25), strict=True):
+        runtime.decode = timed(runtime.decode, seconds)
+    first, second = decode_speed(runtimes, 3, rounds=4, round_seconds=1.0, clock=lambda: now)
     assert (first.steps, first.rounds, first.batch, first.back_end) == (2, 4, 3, "torch")
     assert (first.tokens_per_second, second.tokens_per_second) == (6.0, 12.0)
     assert (first.ratio, second.ratio, second.ratio_quartiles) == (1.0, 2.0, (2.0, 2.0))
@@ -294,17 +294,20 @@ def test_speeds_are_medians_of_rounds_that_take_turns(model, other):
 
 
 def test_speed_is_measured_on_what_would_serve_and_nothing_else_is(checkpoint, monkeypatch):
-    loaded, serving = [], replace(TORCH, name="serving")
-    monkeypatch.setattr(suite, "choose", lambda model: loaded.append(model) or serving)
+    class Serving(TorchRuntime):
+        name = "serving"
+
+    loaded = []
+    monkeypatch.setattr(suite, "compile_model", lambda model: loaded.append(model) or Serving(model))
     monkeypatch.setattr(suite, "decode_speed", partial(decode_speed, rounds=2, round_seconds=0.001))
     compared, compare = [], suite.compare
     monkeypatch.setattr(
-        suite, "compare", lambda *models, **k: compared.append(models[1].backend) or compare(*models, **k)
+        suite, "compare", lambda *models, **k: compared.append(models[:2]) or compare(*models, **k)
     )
     settings = EvaluationSettings(TEXT, parts=("perplexity", "speed"), tokens=64, window=32)
     found = evaluate_checkpoints([checkpoint] * 3, settings, lambda *_: nullcontext(no_progress))
     assert {speed.back_end for entry in found.checkpoints for speed in entry.speed} == {"serving"}
-    assert all(backend is TORCH for backend in compared) and len(compared) == 2
+    assert all(isinstance(model, Model) for models in compared for model in models) and len(compared) == 2
     assert len({id(model) for model in loaded}) == 3
 
 

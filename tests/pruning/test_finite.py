@@ -92,7 +92,7 @@ def test_every_tensor_that_is_written_is_looked_at(tmp_path):
         checkpoint = open_checkpoint(checkpoint_with(tmp_path / f"c{i}", name, torch.inf, at=0))
         with pytest.raises(PruningError, match=f"tensor '{name}' holds NaN or Inf"):
             check_finite(checkpoint)
-        keep = [Cut(torch.arange(8).repeat(2, 1))] * 3
+        keep = [Cut(i, torch.arange(8).repeat(2, 1)) for i in range(3)]
         (tmp_path / f"out{i}").mkdir()
         with pytest.raises(PruningError, match=f"c{i}: tensor '{name}' holds NaN or Inf"):
             write_shards(checkpoint, keep, tmp_path / f"out{i}")
@@ -107,7 +107,10 @@ def test_what_overflows_while_it_is_cut_is_not_written(tmp_path):
     check_finite(checkpoint)
     rotation = torch.eye(32, dtype=torch.float64)
     rotation[0] = 32**-0.5
-    cuts = [Cut(keep, rotation.repeat(2, 1, 1)) for keep in random_keep(checkpoint.spec, (32,) * 3)]
+    cuts = [
+        Cut(i, keep, rotation.repeat(2, 1, 1))
+        for i, keep in enumerate(random_keep(checkpoint.spec, (32,) * 3))
+    ]
     with pytest.raises(PruningError, match=f"dense: tensor '{name}' holds NaN or Inf"):
         write_shards(checkpoint, cuts, tmp_path)
 

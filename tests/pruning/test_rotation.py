@@ -39,8 +39,8 @@ def test_a_rotation_that_is_a_permutation_only_reorders_channels(checkpoint, tmp
     orders, rotations = random_permutations(spec)
     # All of them: the same model.
     everything = [
-        Cut(torch.arange(m).expand(len(o), -1), r)
-        for m, o, r in zip(spec.d_k, orders, rotations, strict=True)
+        Cut(i, torch.arange(m).expand(len(o), -1), r)
+        for i, m, o, r in zip(spec.linear_layers, spec.d_k, orders, rotations, strict=True)
     ]
     (tmp_path / "all").mkdir()
     write_reduced(checkpoint, everything, tmp_path / "all")
@@ -50,7 +50,7 @@ def test_a_rotation_that_is_a_permutation_only_reorders_channels(checkpoint, tmp
     assert difference(b, a) < 1e-10
     # The first 8 of them: the channels that the permutation put there.
     (tmp_path / "rotated").mkdir()
-    first = [Cut(cut.keep[:, :8], cut.rotation) for cut in everything]
+    first = [Cut(cut.layer, cut.keep[:, :8], cut.rotation) for cut in everything]
     write_reduced(checkpoint, first, tmp_path / "rotated")
     kept = tuple(order[:, :8].sort(dim=1).values for order in orders)
     reduce(checkpoint, kept, tmp_path / "kept")
@@ -79,6 +79,6 @@ def test_rotated_rows_are_mixtures_and_filters_are_means():
 def test_a_rotation_of_another_shape_is_refused(tmp_path):
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "dense", GATED))
     keep = random_keep(checkpoint.spec, (8, 8, 8))
-    cuts = [Cut(k, torch.eye(8).double().expand(2, 8, 8)) for k in keep]
+    cuts = [Cut(i, k, torch.eye(8).double().expand(2, 8, 8)) for i, k in enumerate(keep)]
     with pytest.raises(PruningError, match=r"rotation of layer 0 is \[2, 8, 8\]; it must be \[2, 32, 32\]"):
         write_reduced(checkpoint, cuts, tmp_path)

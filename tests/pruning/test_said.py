@@ -80,7 +80,7 @@ def test_paths_are_shown_as_they_are(run, tmp_path, name):
     ],
 )
 def test_what_removes_nothing_is_refused(run, dense, tmp_path, options, given):
-    state = open_checkpoint(dense).spec.state_bytes()
+    state = open_checkpoint(dense).spec.state_bytes(0)
     options = [state if o == "STATE" else o for o in options]
     output = run("prune", dense, "out", "--method", "l1", *options, code=2)
     assert f"error: {given}" in output
@@ -89,7 +89,7 @@ def test_what_removes_nothing_is_refused(run, dense, tmp_path, options, given):
 
 
 def test_one_byte_less_than_all_removes_something(run, dense):
-    state = open_checkpoint(dense).spec.state_bytes()
+    state = open_checkpoint(dense).spec.state_bytes(0)
     run("prune", dense, "out", "--method", "l1", "--state-bytes", state - 1)
     assert open_checkpoint("out").spec.d_k == (16, 16, 16)
     run("prune", dense, "wide", "--method", "l1", "--keep", 31)

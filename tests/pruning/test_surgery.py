@@ -8,6 +8,7 @@ from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
 from reducing import difference, random_keep, reduce
 from safetensors.torch import load_file
+from states import recurrent
 
 from lowkey.files import OutputError
 from modeling.checkpoint import REDUCTION, CheckpointError, open_checkpoint
@@ -62,7 +63,7 @@ def test_sliced_is_masked_dense(case, tmp_path):
     expected, dense_state = masked_dense(checkpoint, keep, ids)
     assert difference(hidden, expected) < 1e-10
     # The state's kept rows are the same and the dropped ones stay zero; only o is scaled.
-    for sliced, dense, k in zip(state.recurrent, dense_state.recurrent, keep, strict=True):
+    for sliced, dense, k in zip(recurrent(state), recurrent(dense_state), keep, strict=True):
         heads = k.repeat_interleave(dense.shape[1] // k.shape[0], 0)
         rows = heads[None, :, :, None].expand(2, -1, -1, dense.shape[-1])
         assert difference(sliced, dense.gather(2, rows)) < 1e-10
@@ -208,7 +209,7 @@ def test_widths_at_which_d_v_over_d_k_truncates(tmp_path, n):
 def test_a_config_that_reads_back_otherwise_is_refused(tmp_path):
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "dense", GATED))
     (tmp_path / "out").mkdir()
-    cuts = [Cut(keep) for keep in random_keep(checkpoint.spec, (8, 8, 8))]
+    cuts = [Cut(i, keep) for i, keep in enumerate(random_keep(checkpoint.spec, (8, 8, 8)))]
     spec = write_reduced(checkpoint, cuts, tmp_path / "out")
     check_runs(tmp_path / "out", spec, "dense")
     with pytest.raises(

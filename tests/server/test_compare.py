@@ -9,8 +9,11 @@ import pytest
 import torch
 from checkpoints import byte_tokenizer
 from live_server import DEADLINE_S, ENDLESS, suspended
+from states import tensors
 
 from modeling.checkpoint import open_checkpoint
+from modeling.runtime import TorchRuntime
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 
 PROMPT = "Once upon a time there was a small model"
@@ -25,7 +28,7 @@ def models(checkpoints):
 
 @torch.inference_mode()
 def greedy(model, ids, n):
-    pool = StatePool(model.spec, 1, state_dtype=torch.float64, conv_dtype=torch.float64)
+    pool = StatePool(model.spec, 1, types=StateTypes(torch.float64, torch.float64))
     slot = torch.tensor([pool.allocate()])
     hidden, state = model(torch.tensor(ids), [0, len(ids)])
     pool.scatter(slot, state)
@@ -35,7 +38,7 @@ def greedy(model, ids, n):
         tokens.append(int(model.logits(hidden).argmax()))
         if len(tokens) == n:
             return tokens
-        hidden = model.decode(torch.tensor(tokens[-1:]), pool, slot)
+        hidden = TorchRuntime(model).decode(torch.tensor(tokens[-1:]), pool, slot)
 
 
 @torch.inference_mode()
@@ -84,7 +87,7 @@ def test_the_figures_are_those_of_the_checkpoints(server, models, baseline):
     assert against["top1_agreement"] == pytest.approx(agreement)
     divergence = next(i for i, (a, b) in enumerate(zip(*tokens.values(), strict=True)) if a != b)
     assert against["first_divergence"] == divergence
-    spec = {name: models[name].spec.state_bytes() for name in models}
+    spec = {name: models[name].spec.state_bytes(0) for name in models}
     assert against["state_bytes_ratio"] == pytest.approx(spec[other] / spec[baseline])
     speeds = [r["lowkey"]["tokens_per_second"] for r in answer["results"]]
     assert against["tokens_per_second_ratio"] == pytest.approx(speeds[1] / speeds[0])
@@ -240,8 +243,8 @@ def test_models(server, checkpoints, models):
         assert lowkey["context_length"] == models[name].spec.context_length
         # What one request really holds, in tensors.
         pool = StatePool(models[name].spec, 1)
-        held = sum(t[0].nbytes for t in (*pool.recurrent, *pool.conv))
-        assert lowkey["state_bytes"] == held == models[name].spec.state_bytes()
+        held = sum(t[0].nbytes for t in tensors(pool))
+        assert lowkey["state_bytes"] == held == models[name].spec.state_bytes(0)
         assert server.complete(model=name, max_tokens=1)["lowkey"]["state_bytes"] == held
 
 

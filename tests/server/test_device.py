@@ -7,7 +7,8 @@ from checkpoints import GATED
 from engines import Bench, generate, prompt, run, sampling, score, tokens_of
 from fake_device import FakeDevice, NoWaitingMode
 
-from modeling.graphs import DecodeGraphs
+from modeling.runtime import TorchRuntime
+from modeling.runtime.gpu.graphs import DecodeGraphs
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
@@ -30,9 +31,10 @@ class Setup:
     def __init__(self, bench, *, slots=8, largest=(1, 2, 4, 8), depth=1, prefix_cache=False):
         self.device = FakeDevice()
         self.pool = StatePool(bench.model.spec, slots)
-        graphs = DecodeGraphs(bench.model, self.pool, largest, self.pool.null_slot, self.device.recorder())
+        runtime = TorchRuntime(bench.model)
+        graphs = DecodeGraphs(runtime, self.pool, largest, self.pool.null_slot, self.device.recorder())
         self.device.events.clear()
-        self.runner = Runner(bench.model, self.pool, device=self.device, graphs=graphs)
+        self.runner = Runner(runtime, self.pool, device=self.device, graphs=graphs)
         cache = StateCache(self.pool, prefix_cache=prefix_cache)
         self.engine = Engine(Scheduler(cache, 128), self.runner, depth)
 

@@ -16,6 +16,7 @@ from engine_process import engine_config, until
 from engines import Bench, generate, prompt, run, score, tokens_of
 from fake_device import FakeDevice
 
+from modeling.spec import StateTypes
 from server.api.app import create_app
 from server.api.errors import from_engine
 from server.engine import process
@@ -203,7 +204,7 @@ def test_more_memory_than_there_is_ends_the_server_with_the_numbers(checkpoints,
 
 
 def test_an_engine_on_a_gpu_fills_its_share_and_says_with_what(bench, caplog):
-    per_slot = bench.model.spec.state_bytes(conv_dtype=torch.bfloat16)
+    per_slot = bench.model.spec.state_bytes(0, StateTypes(inputs=torch.bfloat16))
     weights = sum(p.nbytes for p in bench.checkpoint.load(dtype=torch.bfloat16).parameters())
     device = FakeDevice(total=2 * (RESERVED + 2**28), peak=2**20, logit_rows=64)
     config = engine_config(bench.checkpoint.path, dtype="auto", max_requests=5, device_memory=0.5)
@@ -226,7 +227,7 @@ def test_an_engine_on_a_gpu_fills_its_share_and_says_with_what(bench, caplog):
 
 
 def test_no_more_graphs_than_slots(bench):
-    per_slot = bench.model.spec.state_bytes(conv_dtype=torch.bfloat16)
+    per_slot = bench.model.spec.state_bytes(0, StateTypes(inputs=torch.bfloat16))
     device = FakeDevice(total=2**40)
     config = engine_config(bench.checkpoint.path, dtype="auto", max_requests=None, state_memory=4 * per_slot)
     _, ready = build(config, device)

@@ -103,7 +103,7 @@ def test_one_completion_moves_exactly_its_own_samples(server):
 
 def test_state_bytes_are_the_variants(server, checkpoints):
     for name, path in checkpoints.items():
-        held = open_checkpoint(path).spec.state_bytes()
+        held = open_checkpoint(path).spec.state_bytes(0)
         changes = moved(server, lambda name=name: server.complete(model=name, max_tokens=1))
         assert changes[key("lowkey_request_state_bytes_sum", variant=name)] == held
         assert server.sample("lowkey_state_bytes_per_request", variant=name) == held

@@ -246,9 +246,9 @@ def test_saving_a_state_uses_the_cache_and_feeds_it(bench, tmp_path):
     with torch.inference_mode():
         _, state = bench.model(torch.tensor(ids), [0, 200])
     saved = load_file(path)
-    for i, (recurrent, conv) in enumerate(zip(state.recurrent, state.conv, strict=True)):
-        torch.testing.assert_close(saved[f"layers.{i}.recurrent"], recurrent[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(saved[f"layers.{i}.conv"], conv[0], rtol=1e-4, atol=1e-5)
+    for i, layer in enumerate(state):
+        torch.testing.assert_close(saved[f"layers.{i}.recurrent"], layer.recurrent[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(saved[f"layers.{i}.conv"], layer.conv[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_shared_prefix_of_1024_tokens_makes_the_first_token_come_much_sooner(bench):

@@ -41,7 +41,7 @@ def harness(bench, tmp_path_factory):
 def test_the_engine_says_what_it_is(harness, bench):
     ready = harness.client.ready
     assert ready.family == "gated_deltanet" and ready.d_k == [32] * 3 and ready.d_v == [24] * 3
-    assert ready.state_bytes_per_request == bench.model.spec.state_bytes()
+    assert ready.state_bytes_per_request == bench.model.spec.state_bytes(0)
     assert ready.weights_bytes == sum(p.nbytes for p in bench.model.parameters())
     assert (ready.slots, ready.vocab_size, ready.context_length) == (4, 257, 65536)
     assert (ready.device, ready.state_dtype, ready.method, ready.eos_token_ids) == (

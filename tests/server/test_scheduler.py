@@ -7,6 +7,7 @@ import torch
 from checkpoints import DELTA
 from engines import generate, score
 from fake_runner import FakeRunner
+from states import tensors
 
 from modeling.families import family_of
 from modeling.state import StatePool
@@ -198,12 +199,12 @@ def test_the_pool_refuses_to_free_a_slot_twice():
 def test_a_cache_hands_out_zeroed_states_until_it_is_full():
     pool = StatePool(SPEC, 2)
     cache = StateCache(pool)
-    for t in (*pool.recurrent, *pool.conv):
+    for t in tensors(pool):
         t.fill_(1.0)
     held = [cache.allocate(), cache.allocate()]
     assert cache.allocate() is None and cache.used == 2
     assert {a.slot for a in held} == {0, 1}
-    assert all(not torch.any(t[:2]) for t in (*pool.recurrent, *pool.conv))
+    assert all(not torch.any(t[:2]) for t in tensors(pool))
 
 
 def test_lower_priority_numbers_go_first_and_equals_as_they_came():

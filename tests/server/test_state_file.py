@@ -10,8 +10,10 @@ from checkpoints import GATED
 from engines import Bench, generate, prompt, run, sampling, tokens_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from states import tensors
 
 from modeling.families import family_of
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 from server.engine import cache
 from server.engine.messages import Abort, SaveState
@@ -26,8 +28,8 @@ def bench(tmp_path_factory):
 
 
 def random_pool(dtype=torch.float32):
-    pool = StatePool(SPEC, 3, state_dtype=dtype)
-    for t in (*pool.recurrent, *pool.conv):
+    pool = StatePool(SPEC, 3, types=StateTypes(dtype))
+    for t in tensors(pool):
         t.copy_(torch.randn_like(t))
     return pool
 
@@ -36,9 +38,9 @@ def random_pool(dtype=torch.float32):
 def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
     pool = random_pool(dtype)
     save_state(host_tensors(pool, 1), tmp_path / "a", {"model": "x"})
-    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
+    before = [t.clone() for t in tensors(pool)]
     load_state(pool, 2, tmp_path / "a")
-    for t, old in zip((*pool.recurrent, *pool.conv), before, strict=True):
+    for t, old in zip(tensors(pool), before, strict=True):
         assert torch.equal(t[2], old[1]) and torch.equal(t[:2], old[:2]) and torch.equal(t[3], old[3])
     with safe_open(tmp_path / "a", "pt") as f:
         assert f.metadata() == {"model": "x"}
@@ -75,13 +77,13 @@ CHANGES = {
 def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, change):
     pool = random_pool()
     save_state(host_tensors(pool, 1), tmp_path / "a", {})
-    tensors = load_file(tmp_path / "a")
-    change(tensors)
-    save_file(tensors, tmp_path / "a")
-    before = [t.clone() for t in (*pool.recurrent, *pool.conv)]
+    loaded = load_file(tmp_path / "a")
+    change(loaded)
+    save_file(loaded, tmp_path / "a")
+    before = [t.clone() for t in tensors(pool)]
     with pytest.raises(StateFileError, match=CHANGES[change]):
         load_state(pool, 2, tmp_path / "a")
-    assert all(torch.equal(t, b) for t, b in zip((*pool.recurrent, *pool.conv), before, strict=True))
+    assert all(torch.equal(t, b) for t, b in zip(tensors(pool), before, strict=True))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"no safetensors", b"\xff" * 100])

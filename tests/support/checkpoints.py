@@ -80,7 +80,7 @@ def random_stream(
                 if name.endswith("o_proj.weight"):
                     columns = spec.layers[0].mixer.value_dim
                 elif name.endswith("down_proj.weight"):
-                    columns = spec.layers[0].mlp.intermediate_size
+                    columns = spec.layers[0].ffn.intermediate_size
                 shape, scale = (rows, columns), columns**-0.5
             t = torch.randn(*shape, generator=generator) * scale
             if name.endswith("norm.weight"):

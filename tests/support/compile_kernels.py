@@ -15,9 +15,12 @@ from specs import mixer_spec
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modeling.layers import Block
-from modeling.ops import triton_prefill, triton_step
-from modeling.spec import LayerSpec, MLPSpec, NormSpec
+from modeling.model import Model
+from modeling.ops import chunked_gated_delta_rule
+from modeling.runtime.gpu import delta, mlp, norms
+from modeling.runtime.gpu.runtime import GpuRuntime
+from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
+from modeling.state import StatePool
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
 H100 = GPUTarget("cuda", 90, 32)
@@ -58,8 +61,9 @@ class Caught:
 
 def main() -> None:
     for module, names in (
-        (triton_prefill, ["convolve_packed"]),
-        (triton_step, ["mixer_step", "rms_norm", "swiglu"]),
+        (delta, ["convolve_packed", "mixer_step"]),
+        (norms, ["rms_norm"]),
+        (mlp, ["swiglu"]),
     ):
         for name in names:
             setattr(module, name, Caught(getattr(module, name)))
@@ -74,21 +78,18 @@ def main() -> None:
             norm_eps=1e-6,
         )
         norm = NormSpec(eps=1e-6)
-        block = Block(LayerSpec(mixer=spec, mlp=MLPSpec(intermediate_size=64), norm=norm), 32, 0)
-        block.requires_grad_(False)
-        for p in block.parameters():
+        layer = LayerSpec(mixer=spec, ffn=MLPSpec(intermediate_size=64), norm=norm)
+        model = Model(ModelSpec("test", 64, 32, (layer,), norm, True, 64, ())).requires_grad_(False)
+        for p in model.parameters():
             if p.ndim == 2:
                 p.data = p.data.bfloat16()
         projected = torch.zeros(70, sum(spec.in_proj_sizes), dtype=torch.bfloat16)
         state = torch.zeros(2, spec.conv_channels, 3, dtype=torch.bfloat16)
         for before in (None, state):
-            triton_prefill.triton_inputs(block.mixer, projected[:, : spec.conv_channels], [0, 3, 70], before)
-        recurrent = torch.zeros(
-            3, spec.num_v_heads, d_k, 16, dtype=torch.bfloat16 if gated else torch.float32
-        )
-        conv = torch.zeros(3, spec.conv_channels, 3, dtype=torch.bfloat16)
-        x = torch.zeros(2, 32, dtype=torch.bfloat16)
-        triton_step.triton_block(block, x, recurrent, conv, torch.arange(2), triton_step.triton_step)
+            delta.delta_heads(model.deltas[0], projected[:, : spec.conv_channels], [0, 3, 70], before)
+        types = StateTypes(torch.bfloat16 if gated else torch.float32, torch.bfloat16)
+        pool = StatePool(model.spec, 2, types=types)
+        GpuRuntime(model, chunked_gated_delta_rule).decode(torch.arange(2), pool, torch.arange(2))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
+from modeling.runtime import TorchRuntime
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
@@ -68,9 +70,9 @@ class Bench:
         state_dtype: torch.dtype = torch.float32,
         max_running: int | None = None,
     ) -> Engine:
-        pool = StatePool(self.model.spec, slots, state_dtype=state_dtype)
+        pool = StatePool(self.model.spec, slots, types=StateTypes(state_dtype))
         cache = StateCache(pool, prefix_cache=prefix_cache, aligned=batch_invariant)
-        runner = Runner(self.model, pool, batch_invariant=batch_invariant)
+        runner = Runner(TorchRuntime(self.model), pool, batch_invariant=batch_invariant)
         return Engine(Scheduler(cache, prefill_tokens, max_running), runner, depth)
 
     @torch.inference_mode()
@@ -88,7 +90,7 @@ class Bench:
             if token != expected:
                 assert gap < TOLERANCE, f"token {position} is {token}, not {expected}, by a margin of {gap}"
                 return position
-            hidden = self.model.decode(torch.tensor([token]), pool, slot)
+            hidden = TorchRuntime(self.model).decode(torch.tensor([token]), pool, slot)
         return len(tokens)
 
 

@@ -3,7 +3,7 @@ what order."""
 
 import torch
 
-from modeling.graphs import Recorder
+from modeling.runtime.gpu.graphs import Recorder
 
 UNREAD = -7_777_777
 """What stands where a copy has not arrived."""

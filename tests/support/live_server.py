@@ -50,7 +50,7 @@ def write_variants(directory: Path) -> dict[str, Path]:
     reduced.mkdir()
     heads = checkpoint.spec.layers[0].mixer.num_k_heads
     keep = [torch.arange(0, 32, 2).expand(heads, -1).contiguous() for _ in checkpoint.spec.layers]
-    write_reduced(checkpoint, [Cut(k) for k in keep], reduced)
+    write_reduced(checkpoint, [Cut(i, k) for i, k in enumerate(keep)], reduced)
     return {"dense": dense, "reduced": reduced}
 
 

@@ -1,9 +1,9 @@
 """Specs of single mixers."""
 
-from modeling.spec import MixerSpec
+from modeling.spec import DeltaSpec
 
 
-def mixer_spec(**changes) -> MixerSpec:
+def mixer_spec(**changes) -> DeltaSpec:
     """A small gated one-head mixer, but for `changes`."""
     base = dict(
         num_k_heads=1,
@@ -18,4 +18,4 @@ def mixer_spec(**changes) -> MixerSpec:
         gate="silu",
         norm_eps=1e-5,
     )
-    return MixerSpec(**(base | changes))
+    return DeltaSpec(**(base | changes))

@@ -1,0 +1,38 @@
+"""Which runtime a model gets."""
+
+import logging
+
+from lowkey import how_to_install
+from modeling.model import Model
+from modeling.runtime.interface import Runtime, UnavailableError
+from modeling.runtime.torch import TorchRuntime
+
+logger = logging.getLogger("lowkey.modeling")
+
+
+def compile_model(model: Model) -> Runtime:
+    """The fastest runtime for a model where it is; its parameters stay as they are from now on.
+
+    On a CPU the model compiled for it ("cpu"), on an NVIDIA GPU Triton's and fla's kernels ("triton"), or, said
+    in the log, plain torch ("torch").
+    """
+    try:
+        return _on_gpu(model) if model.device.type == "cuda" else _on_cpu(model)
+    except UnavailableError as e:
+        logger.warning("decoding by plain torch operations, several times slower than compiled: %s", e)
+        return TorchRuntime(model)
+
+
+def _on_cpu(model: Model) -> Runtime:
+    from modeling.runtime.cpu import CpuRuntime
+
+    return CpuRuntime(model)
+
+
+def _on_gpu(model: Model) -> Runtime:
+    try:
+        from modeling.runtime.gpu.fla_rule import fla_gated_delta_rule
+        from modeling.runtime.gpu.runtime import GpuRuntime
+    except ImportError as e:
+        raise UnavailableError(f"{e}: {how_to_install('gpu')}") from e
+    return GpuRuntime(model, fla_gated_delta_rule)

@@ -1,0 +1,42 @@
+"""A model's parameters, as the C++ reads them."""
+
+import torch
+from torch import Tensor
+
+from modeling.runtime.interface import UnavailableError
+
+ROWS = 8
+"""Products work on this many rows at a time; no matrix may have fewer."""
+
+
+class Parameters:
+    """Addresses of tensors, which live as long as this does.
+
+    Raises:
+        UnavailableError: the weights' dtype is not one that the C++ reads.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise UnavailableError(f"weights are {dtype}; float32 or bfloat16 would do")
+        self.dtype = dtype
+        self._kept: list[Tensor] = []
+
+    def _keep(self, x: Tensor) -> int:
+        self._kept.append(x)
+        return x.data_ptr()
+
+    def matrix(self, x: Tensor) -> int:
+        """A matrix `[out, in]`, read where it lies. Raises UnavailableError."""
+        x = x.detach()
+        if x.dtype != self.dtype or x.device.type != "cpu" or not x.is_contiguous():
+            raise UnavailableError(
+                f"a {x.dtype} matrix on {x.device} among {self.dtype} ones, or not contiguous"
+            )
+        if len(x) < ROWS:
+            raise UnavailableError(f"a matrix of {len(x)} rows; at least {ROWS} would do")
+        return self._keep(x)
+
+    def vector(self, x: Tensor | None) -> int | None:
+        """A float32 copy of something small, or None."""
+        return None if x is None else self._keep(x.detach().float().contiguous())

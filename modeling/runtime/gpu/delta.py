@@ -1,0 +1,127 @@
+"""The (gated) delta rule mixer by Triton kernels.
+
+A decode step is bound by memory: per request and layer it reads and writes the recurrent state once (`num_v_heads *
+d_k * d_v` elements), and everything else it touches is a few percent of that.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from modeling.layers import L2_EPS, DeltaMixer
+from modeling.ops import GatedDeltaRule, RuleInputs
+from modeling.runtime.gpu.kernels.delta import convolve_packed, mixer_step
+from modeling.runtime.gpu.packing import packing
+from modeling.spec import TOKEN_BLOCK
+from modeling.state import DeltaState
+
+TILE = 16384
+"""Elements of state that a program holds at a time, at most."""
+ELEMENTS_PER_WARP = 2048
+MAX_WARPS = 4
+"""More warps hold less each, but wait for each other more: measured, docs/gpu.md."""
+
+
+def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
+    """`DeltaMixer.step` as one Triton kernel, for CUDA tensors of float32, bfloat16 or float16.
+
+    Slots that occur more than once get states and outputs of no meaning (`DecodeGraphs`' null slot), nobody else's do.
+
+    Raises:
+        ValueError: float64 tensors, whose precision the kernel would silently lose.
+    """
+    if torch.float64 in (projected.dtype, state.recurrent.dtype, state.conv.dtype):
+        raise ValueError("the Triton decode step computes in float32; for float64 use the torch runtime")
+    s = mixer.spec
+    block_k = triton.next_power_of_2(s.d_k)
+    width = triton.next_power_of_2(s.d_v)
+    block_v = min(width, max(TILE // block_k, 16))
+    out = projected.new_empty(projected.shape[0], s.value_dim)
+    mixer_step[(s.num_k_heads, projected.shape[0])](
+        projected,
+        out,
+        state.recurrent,
+        state.conv,
+        slots,
+        mixer.conv.weight,
+        mixer.conv.bias,
+        mixer.A_log if s.has_decay else None,
+        mixer.dt_bias if s.has_decay else None,
+        mixer.o_norm.weight,
+        projected.stride(0),
+        s.d_k,
+        s.d_k**-0.5,
+        s.beta_scale,
+        s.norm_eps,
+        L2_EPS,
+        num_k_heads=s.num_k_heads,
+        groups=s.num_v_heads // s.num_k_heads,
+        d_v=s.d_v,
+        taps=s.conv_kernel,
+        has_decay=s.has_decay,
+        has_beta=s.has_beta,
+        gate=s.gate,
+        block_k=block_k,
+        block_v=block_v,
+        blocks=width // block_v,
+        columns=triton.next_power_of_2(s.conv_kernel),
+        num_warps=min(max(block_k * block_v // ELEMENTS_PER_WARP, 1), MAX_WARPS),
+    )
+    return out
+
+
+def delta_heads(
+    mixer: DeltaMixer, qkv: Tensor, cu_seqlens: Sequence[int], state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`DeltaMixer.heads` by one Triton kernel: not differentiable, arithmetic in float32, q, k and v in qkv's dtype.
+
+    In plain torch the convolution of a packed batch is a dozen passes over `[tokens, channels]` in float32, more bytes
+    than all the rest of a layer moves. Here each input is read once (and again from the cache, for each tap), and what
+    is written is what the rule reads: q and k normalised, each in a tensor of its own.
+
+    Raises:
+        ValueError: float64 tensors, whose precision the kernel would silently lose.
+    """
+    if qkv.dtype == torch.float64:
+        raise ValueError("the Triton convolution computes in float32; for float64 use the torch runtime")
+    s = mixer.spec
+    tokens, channels = qkv.shape
+    packed = packing(cu_seqlens, qkv.device)
+    after = qkv.new_empty(len(cu_seqlens) - 1, channels, s.conv_kernel - 1)
+    out = qkv.new_empty(tokens * channels)
+    convolve_packed[(len(packed.chunks), 2 * s.num_k_heads + s.num_v_heads)](
+        qkv,
+        None if state is None else state.transpose(1, 2).contiguous(),  # a row of channels is one wide load
+        after,
+        out,
+        mixer.conv.weight,
+        mixer.conv.bias,
+        packed.offsets,
+        packed.chunks,
+        tokens,
+        qkv.stride(0),
+        s.d_k,
+        L2_EPS,
+        num_k_heads=s.num_k_heads,
+        num_v_heads=s.num_v_heads,
+        d_v=s.d_v,
+        taps=s.conv_kernel,
+        chunk=TOKEN_BLOCK,
+        block=triton.next_power_of_2(max(s.d_k, s.d_v)),
+    )
+    q, k, v = out.split([tokens * s.key_dim, tokens * s.key_dim, tokens * s.value_dim])
+    q, k = q.view(tokens, s.num_k_heads, s.d_k), k.view(tokens, s.num_k_heads, s.d_k)
+    return q, k, v.view(tokens, s.num_v_heads, s.d_v), after
+
+
+def delta_prefill(
+    mixer: DeltaMixer, x: Tensor, cu_seqlens: Sequence[int], state: DeltaState, rule: GatedDeltaRule
+) -> tuple[Tensor, DeltaState]:
+    """`DeltaMixer.forward` with `delta_heads` and the given rule."""
+    qkv, gate, beta_in, decay_in = mixer.project(x)
+    q, k, v, conv = delta_heads(mixer, qkv, cu_seqlens, state.conv)
+    beta, g = mixer.gates(beta_in, decay_in)
+    o, recurrent = rule(RuleInputs(q, k, v, g, beta, mixer.spec.d_k**-0.5, cu_seqlens, state.recurrent))
+    return mixer.o_proj(mixer.gated_norm(o, gate)), DeltaState(recurrent, conv)

@@ -1,0 +1,246 @@
+"""Triton kernels of the (gated) delta rule mixer, for a decode step and for a prompt; `modeling.runtime.gpu.delta`
+launches them and says what they compute.
+
+The state of a key head's value heads belongs to one program: they take turns in it, so that nobody else reads the
+convolution's history of q and k while it moves on. A state is worked on in columns `[d_k, block_v]` held in registers;
+a column needs nothing of its neighbours until the output norm, for which the whole head's o stays in registers.
+Arithmetic is float32 whatever the tensors' dtypes are.
+
+Shapes that look roundabout (q and k as two rows, v as one column, each summed back into a vector) keep the compiler
+from loading the convolution's inputs in the layout of the state, once per warp and element: see docs/gpu.md.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _inputs(projected, history, weight, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+    """Loads only: the last `taps - 1` inputs, the new one, and the filter, behind the shape of `channels`."""
+    j = tl.arange(0, columns)[None, None, :]
+    old = tl.load(history + channels * (taps - 1) + j, mask=mask & (j < taps - 1), other=0.0)
+    new = tl.load(projected + channels, mask=mask, other=0.0)
+    return old, new, tl.load(weight + channels * taps + j, mask=mask & (j < taps), other=0.0)
+
+
+@triton.jit
+def _convolve(old, new, weight, bias, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+    """SiLU of the depthwise convolution, in the shape of `channels` less its last axis, and the window that it read."""
+    j = tl.arange(0, columns)[None, None, :]
+    window = tl.where(j == taps - 1, new.to(tl.float32), old.to(tl.float32))
+    y = tl.sum(window * weight.to(tl.float32), axis=2)
+    if bias is not None:
+        y += tl.sum(tl.load(bias + channels, mask=mask, other=0.0).to(tl.float32), axis=2)
+    return y * tl.sigmoid(y), window
+
+
+@triton.jit
+def _move_on(window, history, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+    """Drop the oldest input of the history and append the new one. Threads may hold copies of a channel: all must have
+    read it, with a barrier behind them, before one of them comes here."""
+    j = tl.arange(0, columns)[None, None, :]
+    target = history + channels * (taps - 1) + j - 1
+    tl.store(target, window.to(history.dtype.element_ty), mask=mask & (j > 0) & (j < taps))
+
+
+@triton.jit
+def mixer_step(
+    projected,  # [B, sum(in_proj_sizes)]
+    out,  # [B, value_dim]
+    recurrent,  # [slots, num_v_heads, d_k, d_v]
+    conv,  # [slots, conv_channels, taps - 1]
+    slots,  # [B]
+    conv_weight,  # [conv_channels, taps]
+    conv_bias,
+    a_log,
+    dt_bias,
+    norm_weight,
+    row_stride,
+    d_k,
+    scale,
+    beta_scale,
+    norm_eps,
+    l2_eps,
+    num_k_heads: tl.constexpr,
+    groups: tl.constexpr,
+    d_v: tl.constexpr,
+    taps: tl.constexpr,
+    has_decay: tl.constexpr,
+    has_beta: tl.constexpr,
+    gate: tl.constexpr,
+    block_k: tl.constexpr,
+    block_v: tl.constexpr,
+    blocks: tl.constexpr,
+    columns: tl.constexpr,
+):
+    num_v_heads: tl.constexpr = num_k_heads * groups
+    head = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    slot = tl.load(slots + row).to(tl.int64)
+    key_dim = num_k_heads * d_k
+    conv_channels = 2 * key_dim + num_v_heads * d_v
+    projected += row * row_stride
+    out += row * num_v_heads * d_v
+    history = conv + slot * conv_channels * (taps - 1)
+    gate_at = projected + conv_channels
+    beta_at = gate_at
+    if gate != "none":
+        beta_at += num_v_heads * d_v
+    decay_at = beta_at
+    if has_beta:
+        decay_at += num_v_heads
+
+    k_index = tl.arange(0, block_k)
+    k_mask = k_index < d_k
+    part = tl.arange(0, 2)[:, None]  # q and k
+    qk_channels = (part * key_dim + head * d_k + k_index[None, :])[:, :, None]
+    qk_mask = ((part < 2) & k_mask[None, :])[:, :, None]
+    qk_old, qk_new, qk_weight = _inputs(projected, history, conv_weight, qk_channels, qk_mask, taps, columns)
+
+    # o of a head, [blocks, block_v]: a block's row is filled when its columns are done.
+    o_index = tl.arange(0, blocks)[:, None] * block_v + tl.arange(0, block_v)[None, :]
+    o_mask = o_index < d_v
+    for group in tl.static_range(groups):
+        v_head = head * groups + group
+        if has_beta:
+            beta_in = tl.load(beta_at + v_head)
+        if has_decay:
+            decay_in, shift, log_rate = (
+                tl.load(decay_at + v_head),
+                tl.load(dt_bias + v_head),
+                tl.load(a_log + v_head),
+            )
+        if gate != "none":
+            z = tl.load(gate_at + v_head * d_v + o_index, mask=o_mask, other=0.0)
+        o = tl.zeros([blocks, block_v], tl.float32)
+        for block in tl.static_range(blocks):
+            v_index = block * block_v + tl.arange(0, block_v)
+            v_mask = (v_index < d_v)[:, None, None]
+            v_channels = (2 * key_dim + v_head * d_v + v_index)[:, None, None]
+            v_old, v_new, v_weight = _inputs(
+                projected, history, conv_weight, v_channels, v_mask, taps, columns
+            )
+            tile = (slot * num_v_heads + v_head) * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
+            tile_mask = k_mask[:, None] & (v_index < d_v)[None, :]
+            state = tl.load(recurrent + tile, mask=tile_mask, other=0.0).to(tl.float32)
+            # From here to the first use of the state, everything hides behind its latency.
+            if block == 0:
+                beta = beta_scale
+                if has_beta:
+                    beta = tl.sigmoid(beta_in.to(tl.float32)) * beta_scale
+                if has_decay:
+                    x = decay_in.to(tl.float32) + shift
+                    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(x)))
+                    decay = tl.exp(-tl.exp(log_rate) * softplus)
+            if group == 0 and block == 0:
+                qk, qk_window = _convolve(
+                    qk_old, qk_new, qk_weight, conv_bias, qk_channels, qk_mask, taps, columns
+                )
+                qk *= tl.rsqrt(tl.sum(qk * qk, axis=1) + l2_eps)[:, None]
+                q = tl.sum(tl.where(part == 0, qk, 0.0), axis=0) * scale
+                k = tl.sum(tl.where(part == 1, qk, 0.0), axis=0)
+            v_column, v_window = _convolve(
+                v_old, v_new, v_weight, conv_bias, v_channels, v_mask, taps, columns
+            )
+            v = tl.sum(v_column, axis=1)
+            tl.debug_barrier()
+            _move_on(v_window, history, v_channels, v_mask, taps, columns)
+            if group == 0 and block == 0:
+                _move_on(qk_window, history, qk_channels, qk_mask, taps, columns)
+            if has_decay:
+                state *= decay
+            u = beta * (v - tl.sum(state * k[:, None], axis=0))
+            state += k[:, None] * u[None, :]
+            tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
+            o_block = tl.sum(state * q[:, None], axis=0)
+            o = tl.where(tl.arange(0, blocks)[:, None] == block, o_block[None, :], o)
+        mean_square = tl.sum(tl.sum(tl.where(o_mask, o * o, 0.0), axis=1), axis=0) / d_v
+        o *= tl.rsqrt(mean_square + norm_eps)
+        o *= tl.load(norm_weight + o_index, mask=o_mask, other=0.0).to(tl.float32)
+        if gate != "none":
+            z = z.to(tl.float32)
+            o *= tl.sigmoid(z)
+            if gate == "silu":
+                o *= z
+        tl.store(out + v_head * d_v + o_index, o.to(out.dtype.element_ty), mask=o_mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def convolve_packed(
+    x,  # [tokens, channels], rows `q | k | v`
+    before,  # [sequences, taps - 1, channels], or None for zeros
+    after,  # [sequences, channels, taps - 1]
+    out,  # q and k [tokens, num_k_heads, d_k] and v [tokens, num_v_heads, d_v], one after the other
+    weight,  # [channels, taps]
+    bias,
+    offsets,  # [sequences + 1]
+    chunks,  # [programs, 2]: sequence, chunk of it
+    tokens,
+    row_stride,
+    d_k,
+    l2_eps,
+    num_k_heads: tl.constexpr,
+    num_v_heads: tl.constexpr,
+    d_v: tl.constexpr,
+    taps: tl.constexpr,
+    chunk: tl.constexpr,
+    block: tl.constexpr,
+):
+    """A chunk of a sequence and a head of q, k or v to a program."""
+    sequence = tl.load(chunks + 2 * tl.program_id(0))
+    first = tl.load(chunks + 2 * tl.program_id(0) + 1) * chunk
+    begin = tl.load(offsets + sequence)
+    end = tl.load(offsets + sequence + 1)
+    part = tl.program_id(1)
+    key_dim = num_k_heads * d_k
+    value_dim: tl.constexpr = num_v_heads * d_v
+    is_v = part >= 2 * num_k_heads
+    v_head = part - 2 * num_k_heads
+    width = tl.where(is_v, d_v, d_k)
+    channel = tl.where(is_v, 2 * key_dim + v_head * d_v, part * d_k) + tl.arange(0, block)
+    mask = tl.arange(0, block) < width
+    channels = 2 * key_dim + value_dim
+    t = begin + first + tl.arange(0, chunk)
+    y = tl.zeros([chunk, block], tl.float32)
+    for j in tl.static_range(taps):
+        source = t + (j - (taps - 1))
+        inside = (source >= begin) & (t < end)
+        value = tl.load(
+            x + source[:, None] * row_stride + channel[None, :],
+            mask=inside[:, None] & mask[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if before is not None:  # noqa: SIM102 (known when compiled, unlike the next)
+            if first == 0:
+                outside = (source < begin) & (t < end)
+                row = sequence * (taps - 1) + source - begin + (taps - 1)
+                old = tl.load(
+                    before + row[:, None] * channels + channel[None, :],
+                    mask=outside[:, None] & mask[None, :],
+                    other=0.0,
+                )
+                value += old.to(tl.float32)
+        y += value * tl.load(weight + channel * taps + j, mask=mask, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[None, :]
+    y *= tl.sigmoid(y)
+    norm = tl.rsqrt(tl.sum(y * y, axis=1) + l2_eps)
+    y *= tl.where(is_v, 1.0, norm)[:, None]
+
+    is_k = (part >= num_k_heads) & (part < 2 * num_k_heads)
+    stride = tl.where(is_v, value_dim, key_dim)
+    total = tl.cast(tokens, tl.int64)
+    start = tl.where(is_v, 2 * total * key_dim, tl.where(is_k, total * key_dim, 0))
+    head = tl.where(is_v, v_head * d_v, tl.where(is_k, part - num_k_heads, part) * d_k)
+    target = out + start + t[:, None] * stride + head + tl.arange(0, block)[None, :]
+    tl.store(target, y.to(out.dtype.element_ty), mask=(t < end)[:, None] & mask[None, :])
+
+    if begin + first + chunk >= end:
+        for j in tl.static_range(taps - 1):
+            place = end - (taps - 1) + j
+            recent = tl.load(x + place * row_stride + channel, mask=mask & (place >= begin), other=0.0)
+            if before is not None:
+                kept = sequence * (taps - 1) + place - begin + (taps - 1)
+                earlier = tl.load(before + kept * channels + channel, mask=mask & (place < begin), other=0.0)
+                recent = tl.where(place >= begin, recent, earlier.to(recent.dtype))
+            tl.store(after + (sequence * channels + channel) * (taps - 1) + j, recent, mask=mask)

@@ -1,0 +1,58 @@
+"""What a runtime offers to an engine."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from modeling.model import Model
+from modeling.state import StatePool
+
+
+class UnavailableError(Exception):
+    """A runtime can't be had here. The message says why, and what would help."""
+
+
+class Runtime(Protocol):
+    """Computes one model, whose parameters stay as they are from now on, without gradients."""
+
+    @property
+    def name(self) -> str:
+        """What users read in logs and metrics: "cpu", "triton" or "torch"."""
+        ...
+
+    @property
+    def model(self) -> Model:
+        """The model that it computes."""
+        ...
+
+    def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
+        """Packed sequences whose states are in the pool, and move on there.
+
+        Args:
+            input_ids: int64 `[tokens]`, all sequences one after the other.
+            cu_seqlens: offsets, `[0, ..., tokens]`; no sequence is empty.
+            pool: holds the states, updated in place.
+            slots: int64 `[sequences]`, distinct.
+
+        Returns:
+            Hidden states after the final norm, `[tokens, hidden]`.
+        """
+        ...
+
+    def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        """One token of each of B requests; their states in the pool move on by that token.
+
+        Args:
+            input_ids: int64 `[B]`.
+            pool: holds the states, updated in place.
+            slots: int64 `[B]`, distinct.
+
+        Returns:
+            Hidden states after the final norm, `[B, hidden]`.
+        """
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype or float32."""
+        ...

@@ -1,0 +1,49 @@
+"""Plain torch operations: any device, any kind of layer."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from modeling.model import Model
+from modeling.state import LayerState, StatePool
+
+
+class TorchRuntime:
+    """`modeling.runtime.Runtime` that goes from block to block, as those of other machines may with blocks of
+    theirs."""
+
+    name = "torch"
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._blocks = model.blocks
+
+    def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
+        # Only one layer's states are copied at a time: a batch of many short prompts needs no copy of all that it
+        # holds.
+        x = self.model.embeddings(input_ids)
+        for i, state in enumerate(pool.layers):
+            x, after = self._prefill_block(i, x, cu_seqlens, state.gather(slots))
+            state.scatter(slots, after)
+        y: Tensor = self.model.norm(x)
+        return y
+
+    def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
+        x = self.model.embeddings(input_ids)
+        for i, state in enumerate(pool.layers):
+            x = self._decode_block(i, x, state, slots)
+        y: Tensor = self.model.norm(x)
+        return y
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.model.logits(hidden)
+
+    def _prefill_block(
+        self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState
+    ) -> tuple[Tensor, LayerState]:
+        """Packed sequences through one layer, x `[tokens, hidden]`; what is given may be overwritten."""
+        return self._blocks[layer](x, cu_seqlens, state)  # type: ignore[no-any-return]
+
+    def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
+        """One token of each of B requests through one layer, x `[B, hidden]`, which may be overwritten."""
+        return self._blocks[layer].decode(x, state, slots)

@@ -1,0 +1,26 @@
+"""Model shapes: everything the code needs to know about a checkpoint, made once from its config.json.
+
+The classes are frozen, hold no tensors and belong to no checkpoint family. Each kind of mixer and of feed-forward has a
+file of its own. Nothing assumes that the layers of a model share a shape or a kind: per-layer budgets give each linear
+layer its own `d_k`.
+"""
+
+from modeling.spec.delta import DeltaSpec, GateActivation
+from modeling.spec.mixer import MixerSpec
+from modeling.spec.mlp import MLPSpec
+from modeling.spec.model import TOKEN_BLOCK, LayerSpec, ModelSpec, NormSpec
+from modeling.spec.tensors import FLOAT32_STATES, StateTypes, TensorSpec
+
+__all__ = [
+    "FLOAT32_STATES",
+    "TOKEN_BLOCK",
+    "DeltaSpec",
+    "GateActivation",
+    "LayerSpec",
+    "MLPSpec",
+    "MixerSpec",
+    "ModelSpec",
+    "NormSpec",
+    "StateTypes",
+    "TensorSpec",
+]

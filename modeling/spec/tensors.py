@@ -1,0 +1,30 @@
+"""What a request's state is made of, before there is memory for it."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StateTypes:
+    """The dtypes that states are kept in: `recurrent` for the sums that a mixer adds to with each token, `inputs` for
+    copies of what the projections gave."""
+
+    recurrent: torch.dtype = torch.float32
+    inputs: torch.dtype = torch.float32
+
+
+FLOAT32_STATES = StateTypes()

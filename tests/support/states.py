@@ -1,0 +1,16 @@
+"""The tensors of delta rule states, of a pool or of packed sequences."""
+
+
+def recurrent(states):
+    """Each layer's `[rows, num_v_heads, d_k, d_v]`."""
+    return [layer.recurrent for layer in getattr(states, "layers", states)]
+
+
+def conv(states):
+    """Each layer's `[rows, conv_channels, conv_kernel - 1]`."""
+    return [layer.conv for layer in getattr(states, "layers", states)]
+
+
+def tensors(states):
+    """All of both."""
+    return [*recurrent(states), *conv(states)]
