@@ -163,7 +163,7 @@ def reduce_checkpoint(
         OutputError: the output can't be written.
     """
     with new_directory(out, replaces=replaces) as directory:
-        spec = write_reduced(checkpoint, selection.cuts(checkpoint.spec), directory)
+        spec = write_reduced(checkpoint, selection.cuts, directory)
         check_runs(directory, spec, checkpoint.source)
         record = reduction_json(checkpoint, selection, provenance, spec)
         if evaluate is not None:
@@ -193,6 +193,7 @@ def reduction_json(
         },
         "method": provenance.method,
         "seed": provenance.seed,
+        "layers": list(spec.linear_layers),
         "d_k": list(spec.d_k),
         "state_bytes": spec.state_bytes(0),
         "stock_loaders": len(set(spec.d_k)) == 1,
@@ -202,5 +203,5 @@ def reduction_json(
         "versions": versions(),
         "selection": selection.report,
         "rotated": selection.rotated,
-        "kept_channels": [layer.tolist() for layer in selection.keep],
+        "kept_channels": [cut.keep.tolist() for cut in selection.cuts],
     }

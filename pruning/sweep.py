@@ -188,7 +188,9 @@ class Measuring:
                 seed=seed,
                 advance=advance,
             )
-        self._table.curves.append(Curves(method, seed, [dict(curve) for curve in budget.curves]))
+        self._table.curves.append(
+            Curves(method, seed, [dict(curve) for curve in budget.curves], list(self._spec.linear_layers))
+        )
         self._save(self._table)
         return budget.curves
 

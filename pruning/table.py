@@ -57,6 +57,8 @@ class Curves:
     seed: int
     loss_rise: list[dict[int, float]]
     """Nats per token by width, for each linear-attention layer in order."""
+    layers: list[int] | None = None
+    """Indices of these layers; None for the first ones."""
 
 
 @dataclass(frozen=True)

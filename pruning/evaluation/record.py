@@ -27,7 +27,9 @@ class EvaluatedCheckpoint:
     state_bytes: int
     """Size of one request's state in float32."""
     method: str | None
-    """That reduced it."""
+    """The method that reduced it; None for a dense one."""
+    layers: list[int] | None = None
+    """Indices of the linear-attention layers, which `d_k` and figures by layer are of; None for the first ones."""
     perplexity: Perplexity | None = None
     divergence: Divergence | None = None
     """None for the baseline too."""

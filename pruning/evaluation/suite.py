@@ -120,6 +120,7 @@ def _measure(
         list(checkpoint.spec.d_k),
         checkpoint.spec.state_bytes(0),
         None if checkpoint.reduction is None else writable(checkpoint.reduction.get("method")),
+        list(checkpoint.spec.linear_layers),
     )
     if "perplexity" in parts and dense is None:
         with bar(f"perplexity of {name}", windows[:, 1:].numel()) as advance:

@@ -59,6 +59,8 @@ class Reduction:
     d_k: list[int]
     kept_channels: list[list[list[int]]]
     budget: Budget | None = None
+    layers: list[int] | None = None
+    """Indices of the linear-attention layers, which `d_k` and the like are of; None for the first ones."""
     rotated: bool = False
     """Kept channels are mixtures, not channels of the source."""
 

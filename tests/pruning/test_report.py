@@ -248,7 +248,7 @@ def test_spectra_are_the_eigenvalues_of_the_grams():
         return torch.from_numpy((turn * np.array(values)) @ turn.T)[None]
 
     layer = {"q_normalised": gram(1.0, 100.0, 10.0, 0.0), "k_normalised": gram(2.0, 2.0, 2.0, 2.0)}
-    by_layer, by_head = spectra("s", SimpleNamespace(layers=[layer], tokens=8), 0)
+    by_layer, by_head = spectra("s", SimpleNamespace(layers={0: layer}, tokens=8), 0)
     queries, keys = by_layer.figure.data
     assert queries.y == pytest.approx([1.0, 0.1, 0.01, 1e-10], rel=1e-6)
     assert keys.y == pytest.approx([1.0] * 4)

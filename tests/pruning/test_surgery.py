@@ -312,4 +312,4 @@ def test_weights_that_l1_ranks_are_the_projections_own(tmp_path):
     selection = select(checkpoint, CRITERIA["l1"], (8, 8, 8))
     for layer, heads in enumerate(expected):
         for h, channels in enumerate(heads):
-            assert set(channels) <= set(selection.keep[layer][h].tolist())
+            assert set(channels) <= set(selection.cuts[layer].keep[h].tolist())
