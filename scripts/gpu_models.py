@@ -25,6 +25,7 @@ from torch import Tensor
 from modeling.checkpoint import Checkpoint
 from modeling.families import family_of
 from modeling.model import Model
+from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu.graphs import DecodeGraphs
 from modeling.spec import StateTypes
 from modeling.state import StatePool
@@ -75,7 +76,7 @@ class Stock:
     @torch.inference_mode()
     def generate(self, prompts: Tensor, new_tokens: int) -> Tensor:
         if self.ours is not None:
-            return generate(self.run, self.ours, prompts, new_tokens, self.dtype)[0]
+            return generate(self.run, TorchRuntime(self.ours), prompts, new_tokens, self.dtype)[0]
         return stock_generate(self.model, prompts, new_tokens)
 
 

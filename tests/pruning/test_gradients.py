@@ -129,6 +129,6 @@ def test_a_layer_whose_tap_never_fires_fails(tmp_path):
     model = open_checkpoint(write_checkpoint(tmp_path / "c", GATED)).load()
     mixer = model.layers[2].mixer
     forward = mixer.forward
-    mixer.forward = lambda x, cu, r, c, rule, tap, inputs: forward(x, cu, r, c, rule, None, inputs)
+    mixer.forward = lambda x, cu, state, *, rule, tap: forward(x, cu, state, rule=rule)
     with pytest.raises(PruningError, match="layer 2: the tap saw 0 of 20 tokens"):
         collect_gradients(model, WINDOWS, GRADIENTS)

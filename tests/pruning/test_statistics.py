@@ -178,7 +178,7 @@ def test_a_layer_whose_tap_never_fires_fails(checkpoint, windows):
     model = checkpoint.load()
     mixer = model.layers[2].mixer
     forward = mixer.forward
-    mixer.forward = lambda x, cu, r, c, rule, tap, inputs: forward(x, cu, r, c, rule, None, inputs)
+    mixer.forward = lambda x, cu, state, *, rule, tap: forward(x, cu, state, rule=rule)
     with pytest.raises(PruningError, match="layer 2: the tap saw 0 of 160 tokens"):
         collect(model, windows, ORIGIN, checkpoint.sha256)
 

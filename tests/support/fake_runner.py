@@ -59,7 +59,7 @@ class FakeRunner:
         self.fail: str | None = None
         self.base: dict[Any, tuple[int, int]] = {}
         """By path of a saved state, the tokens in it."""
-        self._state = pool.recurrent[0].view(pool.num_slots + 1, -1)
+        self._state = pool.layers[0].recurrent.view(pool.num_slots + 1, -1)
 
     def read(self, slot: int) -> tuple[int, int]:
         count, value = self._state[slot, :2].int().tolist()
