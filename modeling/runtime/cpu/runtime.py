@@ -66,12 +66,14 @@ class CpuRuntime(TorchRuntime):
         if not knows(self._blocks[layer]):
             return super()._prefill_block(layer, x, cu_seqlens, state)
         after = _float32(state)
-        return self._compiled.prefill_layer(layer, x.float(), cu_seqlens, after).to(x.dtype), after
+        return self._compiled.prefill_layer(layer, x.float().contiguous(), cu_seqlens, after).to(
+            x.dtype
+        ), after
 
     def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         if not knows(self._blocks[layer]):
             return super()._decode_block(layer, x, state, slots)
-        return self._compiled.decode_layer(layer, x.float(), _delta(state), slots).to(x.dtype)
+        return self._compiled.decode_layer(layer, x.float().contiguous(), _delta(state), slots).to(x.dtype)
 
     def _check(self, pool: StatePool) -> None:
         if pool.spec != self.model.spec:
