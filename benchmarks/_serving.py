@@ -1,20 +1,11 @@
-"""What the serving benchmarks share: a server process, requests, engines in this process."""
+"""What the serving benchmarks share: checkpoints, a server, requests, tables."""
 
-import os
 import random
-import re
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import httpx
-import psutil
-
+from benchmarks.server_process import LOWKEY_SERVE, ServerProcess
 from loadtest.client import Completion
 from modeling.checkpoint import open_checkpoint
 from pruning.surgery import Cut, write_reduced
@@ -23,7 +14,7 @@ MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 
 def variants(directory: Path, model: Path = MODEL) -> dict[str, Path]:
-    """The model, and the same with half of its key channels. Which ones does not matter to its speed."""
+    """A model, and the same with half of its key channels, by variant. Which channels does not matter to the speed."""
     import torch
 
     checkpoint = open_checkpoint(str(model))
@@ -51,55 +42,26 @@ def workload(
     ]
 
 
-class Server:
-    """A `lowkey-serve` process on a free port.
+class Server(ServerProcess):
+    """A server that is ready, with its log in a folder of its own.
 
     Args:
-        script: another checkout's `lowkey-serve` than the one beside this Python.
+        checkpoints: Directories by the names of their variants.
+        options: Options of `lowkey-serve`.
+        script: Another checkout's `lowkey-serve` than the one beside this Python.
     """
 
     def __init__(self, checkpoints: dict[str, Path], *options: str, script: Path | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        self.log = Path(self._directory.name) / "log"
-        script = script or Path(sys.executable).parent / "lowkey-serve"
-        arguments = [f"{name}={path}" for name, path in checkpoints.items()]
-        with self.log.open("wb") as f:
-            self.process = subprocess.Popen(
-                [str(script), *arguments, "--port", "0", *options], stdout=f, stderr=f, env={**os.environ}
-            )
-        self.url = self._wait(lambda: re.search(r"running on (http://\S+)", self.log.read_text()))[1]
-        self.http = httpx.Client(base_url=self.url, timeout=60)
-        self._wait(lambda: self.http.get("/ready").status_code == 200)
+        super().__init__(
+            [*(f"{name}={path.absolute()}" for name, path in checkpoints.items()), *options],
+            Path(self._directory.name) / "log",
+            command=LOWKEY_SERVE if script is None else [str(script.absolute())],
+        )
+        self.wait_ready()
 
-    def _wait(self, condition: Any, seconds: float = 180.0) -> Any:
-        deadline = time.monotonic() + seconds
-        while not (value := condition()):
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start:\n{self.log.read_text()}")
-            time.sleep(0.1)
-        return value
-
-    def engines(self) -> dict[str, psutil.Process]:
-        """Engine processes by variant."""
-        found = {}
-        for process in psutil.Process(self.process.pid).children():
-            match = re.search(r'"variant":"([^"]+)"', " ".join(process.cmdline()))
-            if match:
-                found[match[1]] = process
-        return found
-
-    def cpu_seconds(self) -> float:
-        """Processor time of the API process so far."""
-        times = psutil.Process(self.process.pid).cpu_times()
-        return times.user + times.system
-
-    def stop(self) -> None:
-        self.http.close()
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(40)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+    def stop(self, patience_s: float = 40.0) -> None:
+        super().stop(patience_s)
         self._directory.cleanup()
 
 

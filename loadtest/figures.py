@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from loadtest.client import Result
+from loadtest.client import Result, quantile
 
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 RESAMPLES = 1000
@@ -79,11 +79,7 @@ def observe(slices: Sequence[Slice], objectives: Objectives) -> Observed:
 
 
 def _quantile(pick: Callable[[Observed], list[float]], q: float) -> Callable[[Observed], float]:
-    def figure(seen: Observed) -> float:
-        values = pick(seen)
-        return float(np.quantile(values, q, method="inverted_cdf")) if values else float("nan")
-
-    return figure
+    return lambda seen: quantile(pick(seen), q)
 
 
 def _rate(pick: Callable[[Observed], int]) -> Callable[[Observed], float]:

@@ -109,15 +109,41 @@ def check_new_file(path: Path, name: str, *, overwrite: bool) -> Found | None:
         What is there and may be replaced, or None if nothing is.
 
     Raises:
-        OutputError: it is there and `overwrite` is off, it is a link or no regular file, or it can't be written.
+        OutputError: It is there and `overwrite` is off, it is a link or no regular file, or it can't be written.
     """
+
+    def refused() -> str | None:
+        if not os.path.isfile(path):
+            return "is there and is no regular file; choose another name"
+        return None if overwrite else "already exists; choose another file or pass --overwrite"
+
+    return _check_new(path, name, refused)
+
+
+def check_new_directory(path: Path, name: str, *, overwrite: bool, holds: str) -> Found | None:
+    """As `check_new_file`, for a directory. One that is there is replaced only if it has a file `holds`, by which an
+    earlier result of the same command is known."""
+
+    def refused() -> str | None:
+        if not overwrite:
+            return "already exists; choose another output or pass --overwrite"
+        if not (path / holds).exists():
+            return (
+                f"holds no {holds}, so --overwrite does not replace it; "
+                "remove it yourself or choose another output"
+            )
+        return None
+
+    return _check_new(path, name, refused)
+
+
+def _check_new(path: Path, name: str, refused: Callable[[], str | None]) -> Found | None:
+    """Refuse an output. `refused` says why what is there may not be replaced, if it may not."""
     refuse_link(path, name)
     # `os.path` says False where `Path` raises: for names that `check_writable` refuses.
     there = os.path.exists(path)
-    if there and not os.path.isfile(path):
-        raise OutputError(f"{name}={str(path)!r} is there and is no regular file; choose another name")
-    if there and not overwrite:
-        raise OutputError(f"{name}={str(path)!r} already exists; choose another file or pass --overwrite")
+    if there and (why := refused()):
+        raise OutputError(f"{name}={str(path)!r} {why}")
     check_writable(path)
     note_leftovers(path)
     return found_at(path) if there else None  # what has appeared since may not be replaced

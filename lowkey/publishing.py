@@ -94,6 +94,17 @@ def new_directory(path: Path, *, replaces: Found | None = None) -> Iterator[Path
 
 
 @contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A directory among the temporary files, removed after the block. What is written there is no result of the command
+    (`lowkey.signals.written`)."""
+    with tempfile.TemporaryDirectory(prefix="lowkey-") as directory:
+        try:
+            yield Path(directory)
+        finally:
+            written[:] = [path for path in written if not path.is_relative_to(directory)]
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Like `new_file`, but replaces whatever is at `path`. Only for files that the command itself keeps, such as its
     progress.

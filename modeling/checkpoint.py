@@ -3,7 +3,6 @@
 Only safetensors are read, one tensor at a time.
 """
 
-import hashlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -19,7 +18,7 @@ from lowkey.publishing import write_json
 from lowkey.words import counted
 from modeling.families import Family, TensorMap, family_of
 from modeling.model import Model
-from modeling.sources import INDEX, SINGLE, local_directory, read_json, refuse_gguf
+from modeling.sources import INDEX, SINGLE, checkpoint_sha256, local_directory, read_json, refuse_gguf
 from modeling.sources import CheckpointError as CheckpointError
 from modeling.spec import ModelSpec
 from modeling.weights import difference, weight_files
@@ -61,13 +60,9 @@ class Checkpoint:
     def sha256(self) -> str:
         """Hash of the config and all weights. Raises CheckpointError if a file can't be read."""
         try:
-            digest = hashlib.sha256((self.path / "config.json").read_bytes())
-            for file in sorted(set(self.files.values())):
-                with file.open("rb") as f:
-                    digest.update(hashlib.file_digest(f, "sha256").digest())
+            return checkpoint_sha256(self.path, self.files.values())
         except OSError as e:
             raise CheckpointError(f"{self.path} can't be read: {e}") from e
-        return digest.hexdigest()
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, in its stored dtype and shape, which the config accounts for.

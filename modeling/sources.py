@@ -2,8 +2,10 @@
 
 import contextlib
 import difflib
+import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,15 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+def checkpoint_sha256(directory: Path, weights: Iterable[Path]) -> str:
+    """Hash of a checkpoint's config and weight files, which are read whole. Raises OSError if one can't be."""
+    digest = hashlib.sha256((directory / "config.json").read_bytes())
+    for path in sorted(set(weights)):
+        with path.open("rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _no_gguf(path: Path) -> str:

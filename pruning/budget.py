@@ -27,6 +27,7 @@ from pruning.gradients import check_predicts
 from pruning.progress import Advance, no_progress
 from pruning.selection import Selection, select
 from pruning.statistics import Statistics
+from pruning.surgery import Cut
 
 DEFAULT_ALIGN = 16
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
@@ -104,11 +105,11 @@ def widths_per_layer(spec: ModelSpec, curves: Sequence[Curve], limit: int) -> tu
     while True:
         held = spec.with_d_k(tuple(widths)).state_bytes(0)
         best, wider = 0.0, widths
-        for layer, curve in enumerate(curves):
-            for n in (n for n in sorted(curve) if n > widths[layer]):
-                candidate = [*widths[:layer], n, *widths[layer + 1 :]]
+        for at, curve in enumerate(curves):
+            for n in (n for n in sorted(curve) if n > widths[at]):
+                candidate = [*widths[:at], n, *widths[at + 1 :]]
                 size = spec.with_d_k(tuple(candidate)).state_bytes(0)
-                gain = (curve[widths[layer]] - curve[n]) / (size - held)
+                gain = (curve[widths[at]] - curve[n]) / (size - held)
                 if size <= limit and gain > best:
                     best, wider = gain, candidate
         if wider is widths:
@@ -179,41 +180,42 @@ def curve_passes(spec: ModelSpec, align: int) -> int:
 def error_curves(
     model: Model, choices: Sequence[Selection], windows: Tensor, *, advance: Advance = no_progress
 ) -> tuple[Curve, ...]:
-    """Per layer, the rise in loss on `windows` int64 `[count, length]` when it alone keeps each of its `choices`.
+    """The rise in loss on `windows` int64 `[count, length]` when a layer alone keeps each of its `choices`, for each
+    linear-attention layer in order.
 
     Raises:
-        PruningError: a window has no token to predict, or the loss is not finite.
+        PruningError: A window has no token to predict, or the loss is not finite.
     """
     check_predicts(windows.shape[1])
     dense = perplexity(model, windows, advance=advance).loss
     curves: list[Curve] = []
-    for layer, mixer in model.deltas.items():
+    cuts_by_layer = zip(*(choice.cuts for choice in choices), strict=True)
+    for mixer, cuts in zip(model.deltas.values(), cuts_by_layer, strict=True):
         curve = {}
-        for keep in {choice.d_k[layer]: choice.keep[layer] for choice in choices}.values():
-            n, d_k = keep.shape[1], mixer.spec.d_k
-            if n < d_k:
-                with reduced_alone(mixer, layer, keep) as tap:
+        for n, cut in {cut.keep.shape[1]: cut for cut in cuts}.items():
+            if n < mixer.spec.d_k:
+                with reduced_alone(mixer, cut) as tap:
                     curve[n] = perplexity(model, windows, tap=tap, advance=advance).loss - dense
         curves.append({**curve, mixer.spec.d_k: 0.0})
     return tuple(curves)
 
 
 @contextmanager
-def reduced_alone(mixer: DeltaMixer, layer: int, keep: Tensor) -> Iterator[Tap]:
-    """A tap that makes the layer compute what it would with the channels `keep` `[num_k_heads, n]` alone.
+def reduced_alone(mixer: DeltaMixer, cut: Cut) -> Iterator[Tap]:
+    """A tap that makes the mixer of the layer compute what it would with the channels that `cut` keeps alone.
 
     A sliced layer scales q by n^-1/2, so its o is sqrt(d_k / n) times that of the masked one. The output norm cancels
     this once its eps is n / d_k of what it was, as it is inside the block.
     """
     m, norm = mixer.spec, mixer.o_norm
     weight = mixer.in_proj.weight
-    mask = torch.zeros(m.num_k_heads, m.d_k).scatter(1, keep, 1.0).to(weight)
+    mask = torch.zeros(m.num_k_heads, m.d_k).scatter(1, cut.keep, 1.0).to(weight)
 
     def tap(i: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return (q * mask, k * mask) if i == layer else (q, k)
+        return (q * mask, k * mask) if i == cut.layer else (q, k)
 
     eps = norm.eps
-    norm.eps = eps * keep.shape[1] / m.d_k
+    norm.eps = eps * cut.keep.shape[1] / m.d_k
     try:
         yield tap
     finally:

@@ -1,4 +1,4 @@
-"""`lowkey-prune`: calibrate, merge, prune, recover, evaluate, inspect, report."""
+"""`lowkey-prune`: calibrate, merge, prune, recover, evaluate, sweep, inspect, report."""
 
 import errno
 import os
@@ -29,6 +29,7 @@ from pruning.commands.merge import merge_files
 from pruning.commands.prune import prune
 from pruning.commands.recover import recover
 from pruning.commands.report import report
+from pruning.commands.sweep import sweep
 from pruning.errors import PruningError
 
 
@@ -86,5 +87,6 @@ app.command(name="merge")(merge_files)
 app.command()(prune)
 app.command()(recover)
 app.command()(evaluate)
+app.command()(sweep)
 app.command()(inspect)
 app.command()(report)

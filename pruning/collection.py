@@ -4,7 +4,7 @@ A pass can be interrupted at any moment, even killed, and goes on from what was 
 between batches and added to in the same order, so the result is the same to the last bit.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from pruning.progress import Advance, no_progress
 from pruning.statistics import (
     GRAMS,
     SUMS,
+    Shapes,
     StatisticName,
     Statistics,
     load_unfinished,
@@ -32,24 +33,27 @@ from pruning.statistics import (
 SAVE_EVERY = 120.0
 """Seconds between two saves of an unfinished calibration."""
 
-Layers = tuple[Mapping[StatisticName, Tensor], ...]
 
-
-def zeros(spec: ModelSpec, names: Collection[StatisticName]) -> Layers:
-    """Sums of nothing."""
-    return tuple(
-        {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layer.items()}
-        for layer in shapes(spec, names)
-    )
+def zeros(spec: ModelSpec, names: Collection[StatisticName]) -> dict[int, dict[StatisticName, Tensor]]:
+    """Sums of nothing, by the index of each linear-attention layer."""
+    return {
+        i: {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layer.items()}
+        for i, layer in shapes(spec, names).items()
+    }
 
 
 class Collector:
-    """Adds the `FORWARD` statistics to `layers` through the model's tap. Use `collect`, unless you drive the model."""
+    """Adds the `FORWARD` statistics to `layers` through the model's tap. Use `collect`, unless you drive the model.
 
-    def __init__(self, layers: Sequence[Mapping[StatisticName, Tensor]], tokens: int = 0) -> None:
+    Args:
+        layers: The sums of each linear-attention layer, by its index.
+        tokens: How many are in them already.
+    """
+
+    def __init__(self, layers: Mapping[int, Mapping[StatisticName, Tensor]], tokens: int = 0) -> None:
         self.layers = layers
-        self.tokens = [tokens] * len(layers)
-        """Per layer, those in the sums; `tokens` of them from before."""
+        self.tokens = dict.fromkeys(layers, tokens)
+        """How many tokens are in the sums of each layer."""
 
     def tap(self, layer: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """A `modeling.layers.Tap`: adds x `[tokens, hidden]`, q and k `[tokens, num_k_heads, d_k]` of one layer, and
@@ -79,7 +83,7 @@ class Collector:
 
     def check_tokens(self, fed: int) -> None:
         """Raises PruningError unless every layer saw exactly the tokens that were fed to the model."""
-        for layer, seen in enumerate(self.tokens):
+        for layer, seen in self.tokens.items():
             if seen != fed:
                 raise PruningError(
                     f"layer {layer}: the tap saw {seen} of {fed} tokens; its statistics would be wrong"
@@ -152,13 +156,13 @@ def resumed(
     partial: Path,
     source_sha256: str,
     origin: Origin,
-    expected: Sequence[Mapping[StatisticName, tuple[int, ...]]],
+    expected: Shapes,
     batch: int = BATCH,
 ) -> tuple[Statistics, dict[str, int]]:
     """What an interrupted calibration left, and how many windows it had done.
 
     Args:
-        expected: shapes of what is going to be collected (`statistics.shapes`).
+        expected: Shapes of what is going to be collected.
 
     Raises:
         PruningError: the file is of another checkpoint, text or set of statistics.

@@ -40,7 +40,9 @@ def parameter_count(spec: ModelSpec) -> int:
 
 def statistics_bytes(spec: ModelSpec, names: Collection[StatisticName]) -> int:
     """Size of the statistics, in memory and as a file."""
-    return 8 * sum(torch.Size(shape).numel() for layer in shapes(spec, names) for shape in layer.values())
+    return 8 * sum(
+        torch.Size(shape).numel() for layer in shapes(spec, names).values() for shape in layer.values()
+    )
 
 
 def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:

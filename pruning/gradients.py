@@ -8,7 +8,7 @@ are kept, both sums over windows, in float64:
   F_c = sum over windows of (dL/dz_qc + dL/dz_kc)^2.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -39,11 +39,12 @@ def check_predicts(window_length: int) -> None:
         raise PruningError(f"window_length={window_length} leaves no token to predict; give at least 2")
 
 
-def add_gradients(model: Model, windows: Tensor, sums: Sequence[Mapping[Any, Tensor]]) -> Iterator[int]:
-    """Run `windows` int64 `[count, length]` forward and backward, one at a time, and add to `sums`, per layer.
+def add_gradients(model: Model, windows: Tensor, sums: Mapping[int, Mapping[Any, Tensor]]) -> Iterator[int]:
+    """Run `windows` int64 `[count, length]` forward and backward, one at a time, and add to `sums`.
 
     Args:
-        sums: by name, float64; entries that are no `GradientName` are left alone.
+        sums: Float64 sums of each linear-attention layer by its index, and by name. Those whose name is no
+            `GradientName` are left alone.
 
     Yields:
         The tokens of each window, once all of it has been added.
@@ -52,29 +53,34 @@ def add_gradients(model: Model, windows: Tensor, sums: Sequence[Mapping[Any, Ten
         PruningError: a window has no token to predict, a gradient is not finite, or a layer's tap missed tokens.
     """
     check_predicts(windows.shape[1])
-    weights = [mixer.in_proj.weight for mixer in model.deltas.values()]
+    weights = {layer: mixer.in_proj.weight for layer, mixer in model.deltas.items()}
     for window in windows.to(model.device):
-        with _gradients_of(weights):
-            for i, found in enumerate(_of_window(model, window, weights)):
+        with _gradients_of(weights.values()):
+            for layer, found in _of_window(model, window, weights):
                 for name, value in found.items():
-                    if name not in sums[i]:
+                    if name not in sums[layer]:
                         continue
                     if not bool(value.isfinite().all()):
                         raise PruningError(
-                            f"layer {i}: {name} holds NaN or Inf; the loss has no gradient there"
+                            f"layer {layer}: {name} holds NaN or Inf; the loss has no gradient there"
                         )
-                    value = value.to(sums[i][name])
-                    sums[i][name].add_(value.square() if name == "gate_fisher" else value)
+                    value = value.to(sums[layer][name])
+                    sums[layer][name].add_(value.square() if name == "gate_fisher" else value)
         yield len(window)
 
 
 def _of_window(
-    model: Model, window: Tensor, weights: Sequence[Tensor]
-) -> Iterator[dict[GradientName, Tensor]]:
-    """Per layer the gradients of the loss on one window `[length]`; those of the gates are not yet squared."""
-    mixers = model.spec.deltas.values()
-    gates = [w.new_ones(m.num_k_heads, m.d_k).requires_grad_() for w, m in zip(weights, mixers, strict=True)]
-    tokens = [0] * len(gates)
+    model: Model, window: Tensor, weights: Mapping[int, Tensor]
+) -> Iterator[tuple[int, dict[GradientName, Tensor]]]:
+    """Each linear-attention layer's index and the gradients of the loss on one window `[length]`. Those of the gates
+    are not yet squared.
+
+    Args:
+        weights: The fused input projections by the index of their layer.
+    """
+    deltas = model.spec.deltas
+    gates = {i: weights[i].new_ones(m.num_k_heads, m.d_k).requires_grad_() for i, m in deltas.items()}
+    tokens = dict.fromkeys(deltas, 0)
 
     # One gate on both q and k: its gradient is the sum of those of a gate on each.
     def tap(layer: int, x: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,20 +88,21 @@ def _of_window(
         return q * gates[layer], k * gates[layer]
 
     hidden, _ = model(window, cu_seqlens(window[None], model.spec.eos_token_ids), tap=tap)
-    for layer, seen in enumerate(tokens):
+    for layer, seen in tokens.items():
         if seen != len(window):
             raise PruningError(
                 f"layer {layer}: the tap saw {seen} of {len(window)} tokens; its gate is no gate"
             )
     loss = F.cross_entropy(wide(model.logits(hidden[:-1])), window[1:], reduction="sum")
-    found = torch.autograd.grad(loss, [*gates, *weights])
-    for m, gate, weight in zip(mixers, found[: len(gates)], found[len(gates) :], strict=True):
+    found = torch.autograd.grad(loss, [*gates.values(), *weights.values()])
+    pairs = zip(found[: len(gates)], found[len(gates) :], strict=True)
+    for (layer, m), (gate, weight) in zip(deltas.items(), pairs, strict=True):
         q, k = weight[: 2 * m.key_dim].view(2, m.num_k_heads, m.d_k, -1)
-        yield {"q_gradient": q, "k_gradient": k, "gate_fisher": gate}
+        yield layer, {"q_gradient": q, "k_gradient": k, "gate_fisher": gate}
 
 
 @contextmanager
-def _gradients_of(weights: Sequence[Tensor]) -> Iterator[None]:
+def _gradients_of(weights: Collection[Tensor]) -> Iterator[None]:
     """Grad mode on, and `weights` require gradients, inside the block only."""
     before = [w.requires_grad for w in weights]
     try:

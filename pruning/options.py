@@ -146,18 +146,21 @@ class CalibrationText:
         """Windows to draw."""
         return -(-(DEFAULT_TOKENS if self.tokens is None else self.tokens) // self.length)
 
+    def read(self, tokens: int) -> Text:
+        """The text: all of the files, or as much of the data set as is plenty for `tokens`."""
+        if self.dataset is None:
+            return text_of(self.files, "train", self.field)
+        return dataset_text(
+            self.dataset,
+            split=self.split or DEFAULT_SPLIT,
+            field=self.field,
+            tokens=tokens,
+            seed=self.seed,
+        )
+
     def draw(self, encoder: Encoder) -> tuple[Tensor, Origin]:
         """Token windows; see `draw_windows`."""
-        if self.dataset is None:
-            text = text_of(self.files, "train", self.field)
-        else:
-            text = dataset_text(
-                self.dataset,
-                split=self.split or DEFAULT_SPLIT,
-                field=self.field,
-                tokens=self.count * self.length,
-                seed=self.seed,
-            )
+        text = self.read(self.count * self.length)
         return draw_windows(encoder, text, count=self.count, length=self.length, seed=self.seed)
 
 

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +19,10 @@ EVERY = 10.0
 
 Advance = Callable[[int], None]
 """Called with the number of tokens done since the last call."""
+
+
+Bar = Callable[[str, int], AbstractContextManager[Advance]]
+"""`bar(description, total)` shows how far work on `total` tokens has come while its block runs."""
 
 
 def no_progress(tokens: int) -> None:

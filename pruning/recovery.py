@@ -27,9 +27,10 @@ from pruning.companions import RECOVERY, Companions
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.finite import check_finite, finite
-from pruning.reduction import check_output, record_of, versions
+from pruning.reduction import check_output, record_of
 from pruning.surgery import check_runs
-from pruning.training import OnStep, Result, Settings, check_saved, heldout_loss, no_report, train
+from pruning.training import OnStep, Result, TrainingSettings, check_saved, heldout_loss, no_report, train
+from pruning.versions import versions
 
 FORMAT = 1
 """Version of the form of `recovery.json`."""
@@ -42,7 +43,7 @@ class Run:
     dense: Checkpoint
     reduced: Checkpoint
     out: Path
-    settings: Settings
+    settings: TrainingSettings
     batches: Batches
     heldout: Tensor
     """int64 `[count, window + 1]`"""
@@ -93,7 +94,7 @@ def plan(
     dense: Checkpoint,
     reduced: Checkpoint,
     out: Path,
-    settings: Settings,
+    settings: TrainingSettings,
     text: Text,
     heldout: Text,
     *,

@@ -1,21 +1,14 @@
 """Checkpoint in, reduced checkpoint out: surgery, provenance, and the check that the result loads."""
 
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 import msgspec
-import numpy as np
-import safetensors
-import tokenizers
-import torch
 
-from lowkey import __version__
-from lowkey.files import Found, check_writable, found_at, refuse_link
-from lowkey.leftovers import note_leftovers
+from lowkey.files import Found, check_new_directory, refuse_link
 from lowkey.publishing import new_directory, write_json
 from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint
 from modeling.model import Model
@@ -25,6 +18,7 @@ from pruning.errors import PruningError
 from pruning.selection import Selection
 from pruning.statistics import Statistics
 from pruning.surgery import check_runs, write_reduced
+from pruning.versions import versions
 
 FORMAT = 1
 """Version of the form of `state_reduction.json`."""
@@ -128,35 +122,21 @@ def check_output(
     """Refuse an output that exists or can't be written, before any work is done.
 
     Args:
-        sources: what is going to be read.
-        ours: the file by which an earlier result of the same command is known.
+        sources: Checkpoints that are going to be read.
+        ours: File by which an earlier result of the same command is known.
 
     Returns:
         What is there and may be replaced, or None if nothing is.
 
     Raises:
-        PruningError: `out` exists and `overwrite` is off, or it is no such result, or it is a source.
-        OutputError: it is a link, or nothing can be written there.
+        PruningError: It is one of the sources, or holds one.
+        OutputError: It exists and `overwrite` is off, it is no such result or a link, or it can't be written.
     """
     refuse_link(out, "out")
     there = os.path.exists(out)
-    if there:
-        _check_replaceable(sources, out, overwrite=overwrite, ours=ours)
-    check_writable(out)
-    note_leftovers(out)
-    return found_at(out) if there else None  # what has appeared since may not be replaced
-
-
-def _check_replaceable(sources: Sequence[Checkpoint], out: Path, *, overwrite: bool, ours: str) -> None:
-    if any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
+    if there and any(source.path.resolve().is_relative_to(out.resolve()) for source in sources):
         raise PruningError(f"out={str(out)!r} is a checkpoint to read or holds one; choose another output")
-    if not overwrite:
-        raise PruningError(f"out={str(out)!r} already exists; choose another output or pass --overwrite")
-    if not (out / ours).exists():
-        raise PruningError(
-            f"out={str(out)!r} holds no {ours}, so --overwrite does not replace it; "
-            "remove it yourself or choose another output"
-        )
+    return check_new_directory(out, "out", overwrite=overwrite, holds=ours)
 
 
 def reduce_checkpoint(
@@ -183,7 +163,7 @@ def reduce_checkpoint(
         OutputError: the output can't be written.
     """
     with new_directory(out, replaces=replaces) as directory:
-        spec = write_reduced(checkpoint, selection.cuts(checkpoint.spec), directory)
+        spec = write_reduced(checkpoint, selection.cuts, directory)
         check_runs(directory, spec, checkpoint.source)
         record = reduction_json(checkpoint, selection, provenance, spec)
         if evaluate is not None:
@@ -213,6 +193,7 @@ def reduction_json(
         },
         "method": provenance.method,
         "seed": provenance.seed,
+        "layers": list(spec.linear_layers),
         "d_k": list(spec.d_k),
         "state_bytes": spec.state_bytes(0),
         "stock_loaders": len(set(spec.d_k)) == 1,
@@ -222,17 +203,5 @@ def reduction_json(
         "versions": versions(),
         "selection": selection.report,
         "rotated": selection.rotated,
-        "kept_channels": [layer.tolist() for layer in selection.keep],
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that a selection or a saved file depends on."""
-    return {
-        "lowkey": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "safetensors": safetensors.__version__,
-        "tokenizers": tokenizers.__version__,
+        "kept_channels": [cut.keep.tolist() for cut in selection.cuts],
     }

@@ -7,7 +7,6 @@ from fractions import Fraction
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
@@ -22,32 +21,25 @@ from pruning.surgery import Cut
 class Selection:
     """Kept channels of a whole checkpoint."""
 
-    keep: tuple[Tensor, ...]
-    """Per layer int64 `[num_k_heads, n]`, ascending in each head; layers may differ in n."""
+    cuts: tuple[Cut, ...]
+    """What surgery does to each linear-attention layer, in their order; layers may differ in the channels they keep."""
     report: list[list[Report]]
-    """Per layer and head, the criterion's figures."""
-    rotation: tuple[Tensor | None, ...] = ()
-    """Per layer float64 `[num_k_heads, d_k, d_k]` where `keep` counts mixtures of channels (`surgery.Cut`), None where
-    it counts the checkpoint's own; empty where it does so in every layer."""
+    """The criterion's figures for each of these layers and each of its heads."""
 
     @property
     def d_k(self) -> tuple[int, ...]:
-        return tuple(k.shape[1] for k in self.keep)
+        """Kept channels per head of each linear-attention layer."""
+        return tuple(cut.keep.shape[1] for cut in self.cuts)
 
     @property
     def rotated(self) -> bool:
         """Whether any layer's channels are mixtures."""
-        return any(r is not None for r in self.rotation)
-
-    def cuts(self, spec: ModelSpec) -> list[Cut]:
-        """What surgery does to each linear layer of a model of shape `spec`; `check_cuts` finds a wrong number."""
-        rotations = self.rotation or (None,) * len(self.keep)
-        return [Cut(*parts) for parts in zip(spec.linear_layers, self.keep, rotations, strict=False)]
+        return any(cut.rotation is not None for cut in self.cuts)
 
 
 def widths_to_keep(spec: ModelSpec, keep: int) -> tuple[int, ...]:
-    """`keep` channels in every layer. Raises PruningError unless 1 <= keep <= d_k."""
-    for layer, d_k in enumerate(spec.d_k):
+    """`keep` channels in every linear-attention layer. Raises PruningError unless 1 <= keep <= d_k."""
+    for layer, d_k in zip(spec.linear_layers, spec.d_k, strict=True):
         if not 1 <= keep <= d_k:
             raise PruningError(f"keep={keep} must be between 1 and {d_k}, the d_k of layer {layer}")
     return (keep,) * len(spec.d_k)
@@ -67,8 +59,10 @@ def widths_for_ratio(spec: ModelSpec, ratio: float) -> tuple[int, ...]:
     share = 1 - Fraction(str(ratio))
     widths = tuple(round(d_k * share) for d_k in spec.d_k)
     if min(widths) < 1:
-        layer = widths.index(min(widths))
-        raise PruningError(f"ratio={ratio} leaves no channel of the {spec.d_k[layer]} in layer {layer}")
+        at = widths.index(min(widths))
+        raise PruningError(
+            f"ratio={ratio} leaves no channel of the {spec.d_k[at]} in layer {spec.linear_layers[at]}"
+        )
     return widths
 
 
@@ -95,33 +89,32 @@ def select(
     statistics: Statistics | None = None,
     seed: int = 0,
 ) -> Selection:
-    """Choose `widths[i]` channels in every head of layer i.
+    """Choose `widths[i]` channels in every head of the i-th linear-attention layer.
 
     Raises:
-        PruningError: the criterion needs statistics and they are not there, or of another checkpoint.
+        PruningError: The criterion needs statistics and they are not there, or of another checkpoint.
     """
     check_statistics(criterion, statistics, checkpoint)
-    keep: list[Tensor] = []
+    cuts: list[Cut] = []
     report: list[list[Report]] = []
-    rotation: list[Tensor | None] = []
     for layer, n in zip(checkpoint.spec.linear_layers, widths, strict=True):
-        choices = _layer(checkpoint, criterion, layer, n, statistics, seed)
-        keep.append(torch.from_numpy(np.stack([choice.keep for choice in choices])))
-        report.append([choice.report for choice in choices])
+        choices = _choices(checkpoint, criterion, layer, n, statistics, seed)
         mixed = [choice.rotation for choice in choices if choice.rotation is not None]
-        rotation.append(torch.from_numpy(np.stack(mixed)) if mixed else None)
-    return Selection(tuple(keep), report, tuple(rotation))
+        keep = torch.from_numpy(np.stack([choice.keep for choice in choices]))
+        cuts.append(Cut(layer, keep, torch.from_numpy(np.stack(mixed)) if mixed else None))
+        report.append([choice.report for choice in choices])
+    return Selection(tuple(cuts), report)
 
 
-def _layer(
+def _choices(
     checkpoint: Checkpoint, criterion: Criterion, layer: int, n: int, statistics: Statistics | None, seed: int
 ) -> list[Choice]:
+    """The criterion's choice of n channels for each head of a layer."""
     mixer = checkpoint.spec.deltas[layer]
     weights = _projections(checkpoint, layer) if criterion.weights else None
     of_layer = {}
     if statistics is not None:
-        sums = statistics.layers[checkpoint.spec.linear_layers.index(layer)]
-        of_layer = {name: sums[name].numpy() for name in criterion.statistics}
+        of_layer = {name: statistics.layers[layer][name].numpy() for name in criterion.statistics}
     choices: list[Choice] = []
     for h in range(mixer.num_k_heads):
         head = Head(
@@ -143,11 +136,6 @@ def _projections(checkpoint: Checkpoint, layer: int) -> NDArray[np.float32]:
     Read through the family's map to our fused input projection, whose rows begin with q | k for every family.
     """
     mixer = checkpoint.spec.deltas[layer]
-    (parts,) = (
-        m.theirs
-        for m in checkpoint.family.tensors(checkpoint.spec)
-        if (m.layer, m.role) == (layer, "in_proj")
-    )
-    rows = torch.cat([checkpoint.tensor(name).float() for name in parts])[: 2 * mixer.key_dim]
+    rows = checkpoint.parameters(f"layers.{layer}.mixer.in_proj.")["weight"][: 2 * mixer.key_dim]
     weights: NDArray[np.float32] = rows.view(2, mixer.num_k_heads, mixer.d_k, -1).numpy()
     return weights

@@ -49,10 +49,16 @@ def names_for(needed: Collection[StatisticName]) -> tuple[StatisticName, ...]:
     return (*FORWARD, *(name for name in GRADIENTS if name in needed))
 
 
-def shapes(spec: ModelSpec, names: Collection[StatisticName]) -> list[dict[StatisticName, tuple[int, ...]]]:
-    """Per linear layer the shape of each statistic; all are float64."""
-    mixers = spec.deltas.values()
-    return [_shapes_of_layer(m.num_k_heads, m.d_k, spec.hidden_size, names) for m in mixers]
+Shapes = dict[int, dict[StatisticName, tuple[int, ...]]]
+"""Shapes of statistics by the index of their layer and their name."""
+
+
+def shapes(spec: ModelSpec, names: Collection[StatisticName]) -> Shapes:
+    """The shape of each statistic of each linear-attention layer; all are float64."""
+    return {
+        layer: _shapes_of_layer(m.num_k_heads, m.d_k, spec.hidden_size, names)
+        for layer, m in spec.deltas.items()
+    }
 
 
 def _shapes_of_layer(
@@ -77,18 +83,22 @@ class Statistics:
     """Hash of the checkpoint's config and weights (`Checkpoint.sha256`)."""
     origins: tuple[Origin, ...]
     """The passes that were added up."""
-    layers: tuple[Mapping[StatisticName, Tensor], ...]
-    """Per layer: float64 sums over tokens or windows, shaped as `StatisticName` says."""
+    layers: Mapping[int, Mapping[StatisticName, Tensor]]
+    """Float64 sums over tokens or windows, shaped as `StatisticName` says, by the index of each linear-attention layer
+    in the model."""
 
     @property
     def names(self) -> tuple[StatisticName, ...]:
         """What was collected, in every layer alike."""
-        return tuple(self.layers[0])
+        return tuple(next(iter(self.layers.values())))
 
     @property
-    def shapes(self) -> list[dict[StatisticName, tuple[int, ...]]]:
-        """Per layer the shape of each statistic."""
-        return [{name: tuple(values.shape) for name, values in layer.items()} for layer in self.layers]
+    def shapes(self) -> Shapes:
+        """The shape of each statistic of each layer."""
+        return {
+            i: {name: tuple(values.shape) for name, values in layer.items()}
+            for i, layer in self.layers.items()
+        }
 
     @property
     def tokens(self) -> int:
@@ -103,13 +113,15 @@ class Statistics:
                 f"but {checkpoint.source} has {checkpoint.sha256[:12]}...; calibrate it again"
             )
         expected = shapes(checkpoint.spec, self.names)
-        if len(self.layers) != len(expected):
+        if self.layers.keys() != expected.keys():
             raise PruningError(
                 f"the statistics are of {counted(len(self.layers), 'layer')}, not of {len(expected)}"
+                if len(self.layers) != len(expected)
+                else f"the statistics are of layers {[*self.layers]}, not of {[*expected]}"
             )
-        for i, (layer, of_shape) in enumerate(zip(self.layers, expected, strict=True)):
-            for name, shape in of_shape.items():
-                found = layer[name]
+        for i, of_layer in expected.items():
+            for name, shape in of_layer.items():
+                found = self.layers[i][name]
                 if found.shape != shape or found.dtype != torch.float64 or not bool(found.isfinite().all()):
                     raise PruningError(
                         f"layer {i} of the statistics: {name} is {found.dtype} {list(found.shape)}; it must be finite "
@@ -150,11 +162,11 @@ def merge(parts: Sequence[Statistics]) -> Statistics:
                     "shards of one draw"
                 )
             origins.append(origin)
-    layers = [
-        {name: torch.stack([part.layers[i][name] for part in parts]).sum(0) for name in first.names}
-        for i in range(len(first.layers))
-    ]
-    return Statistics(first.source_sha256, tuple(origins), tuple(layers))
+    layers = {
+        i: {name: torch.stack([part.layers[i][name] for part in parts]).sum(0) for name in first.names}
+        for i in first.layers
+    }
+    return Statistics(first.source_sha256, tuple(origins), layers)
 
 
 def _same_tokens(a: Origin, b: Origin) -> bool:
@@ -195,7 +207,7 @@ def save_statistics(
     }
     tensors = {
         f"layers.{i}.{name}": values
-        for i, layer in enumerate(statistics.layers)
+        for i, layer in statistics.layers.items()
         for name, values in layer.items()
     }
     written = new_file(path, replaces=replaces) if unfinished is None else replacing(path)
@@ -235,15 +247,23 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
             names: list[StatisticName] = record["names"]
             if not names or not {*names} <= {*FORWARD, *GRADIENTS}:
                 raise PruningError(f"{path} holds statistics called {names}; known: {[*FORWARD, *GRADIENTS]}")
-            count = len(list(f.keys())) // len(names)
-            layers = tuple({name: f.get_tensor(f"layers.{i}.{name}") for name in names} for i in range(count))
+            indices = sorted({int(tensor.split(".")[1]) for tensor in f.keys()})  # noqa: SIM118
+            layers = {i: {name: f.get_tensor(f"layers.{i}.{name}") for name in names} for i in indices}
             _check_layers(layers)
             origins = tuple(
                 Origin(**{key: value for key, value in origin.items() if key != "tokens"})
                 for origin in record["origins"]
             )
             return Statistics(record["source_sha256"], origins, layers), record["unfinished"]
-    except (OSError, SafetensorError, AttributeError, KeyError, TypeError, ValueError, RecursionError) as e:
+    except (
+        OSError,
+        SafetensorError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as e:
         if isinstance(e, PruningError):
             raise
         raise PruningError(
@@ -251,11 +271,11 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
         ) from e
 
 
-def _check_layers(layers: Sequence[Mapping[StatisticName, Tensor]]) -> None:
+def _check_layers(layers: Mapping[int, Mapping[StatisticName, Tensor]]) -> None:
     """Raises ValueError unless there are layers, each of float64 tensors whose shapes fit each other."""
     if not layers:
         raise ValueError("it has no layers")
-    for i, layer in enumerate(layers):
+    for i, layer in layers.items():
         heads, d_k = layer["k_sum"].shape
         (hidden,) = layer["x_squares"].shape
         for name, shape in _shapes_of_layer(heads, d_k, hidden, tuple(layer)).items():

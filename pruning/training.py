@@ -40,7 +40,7 @@ def no_report(tokens: int, loss: float) -> None:
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """How to train. Raises PruningError for values that can't be meant."""
 
     tokens: int
@@ -138,7 +138,7 @@ def train(
     teacher: Model | None,
     batches: Batches,
     heldout: Tensor,
-    settings: Settings,
+    settings: TrainingSettings,
     *,
     saved: Path,
     fingerprint: Mapping[str, Any],
@@ -192,7 +192,7 @@ def _train(
     teacher: Model | None,
     batches: Batches,
     heldout: Tensor,
-    settings: Settings,
+    settings: TrainingSettings,
     parameters: Mapping[str, nn.Parameter],
     saved: Path,
     fingerprint: Mapping[str, Any],
@@ -251,7 +251,7 @@ def _train(
     return progress.curve
 
 
-def backward(model: Model, teacher: Model | None, rows: Tensor, settings: Settings) -> Tensor:
+def backward(model: Model, teacher: Model | None, rows: Tensor, settings: TrainingSettings) -> Tensor:
     """Add the gradient of `ce_weight * CE + kl_weight * T^2 KL(teacher || model)`, over `accumulate`.
 
     Args:

@@ -13,7 +13,7 @@ from rich.tree import Tree
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
 from modeling.spec import ModelSpec
-from pruning.evaluation.record import Entry, Evaluation
+from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.reduction import record_of
 
@@ -198,7 +198,7 @@ def figures(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
     return [(label, [column.get(label, "") for column in columns]) for label in labels]
 
 
-def _cells(entry: Entry, first: Entry) -> dict[str, str]:
+def _cells(entry: EvaluatedCheckpoint, first: EvaluatedCheckpoint) -> dict[str, str]:
     cells = {} if entry.method is None else {"method": entry.method}
     cells["d_k"] = width(entry.d_k)
     cells["state bytes"] = _against(first.state_bytes, entry.state_bytes, ",", entry is first)

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models
 from torch import Tensor
 
-from lowkey.publishing import write_json
+from lowkey.publishing import new_directory, write_json
 from modeling.checkpoint import Checkpoint, export_tensors, write_safetensors
 from modeling.families import family_of
 from modeling.families.gated_deltanet import expand_v_for
@@ -175,9 +175,8 @@ def large_checkpoint(run: Run, family: str, d_k: int) -> Checkpoint:
         return Checkpoint(path)
     settings = large_config(run, family, d_k)
     model = random_model(family_of(settings).spec(settings), run, torch.bfloat16)
-    partial = run.folder / f"{path.name}.partial"
-    write_checkpoint(partial, settings, model.cpu())
-    partial.rename(path)  # this section may be cut off, and another one goes on from here
+    with new_directory(path) as directory:  # this section may be cut off, and another one goes on from here
+        write_checkpoint(directory, settings, model.cpu())
     return Checkpoint(path)
 
 

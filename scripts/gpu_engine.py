@@ -3,12 +3,9 @@
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +16,7 @@ import torch
 from gpu_common import FAMILIES, EagerRecorder, Run, config, large_checkpoint, make_checkpoint
 from gpu_models import free, parity_size, same_text
 
+from benchmarks.server_process import ServerProcess
 from modeling.checkpoint import Checkpoint
 from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu.graphs import Recorder
@@ -226,61 +224,26 @@ def check_engine_speed(run: Run) -> Iterator[list[str]]:
     free(run)
 
 
-class Server:
-    """A `lowkey-serve` process."""
-
-    def __init__(self, run: Run, checkpoints: dict[str, Checkpoint], streams: int) -> None:
-        self.log = run.folder / "server.log"
-        arguments = [f"{name}={checkpoint.path}" for name, checkpoint in checkpoints.items()]
-        arguments += ["--port", "0", "--device", run.device, "--max-requests", str(streams)]
-        arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
-        arguments += ["--prefill-tokens", "64" if run.small else "2048"]
-        root = Path(__file__).parents[1]
-        path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", "from server.cli import app; app()", *arguments],
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"PYTHONPATH": path},
-            )
-        self.url = ""
-
-    def wait_ready(self, run: Run) -> None:
-        while True:
-            text = self.log.read_text()
-            if self.process.poll() is not None:
-                raise RuntimeError(f"the server did not start:\n{text[-4000:]}")
-            if not run.small:
-                run.need(10)
-            found = re.search(r"running on (http://\S+)", text)
-            if found:
-                self.url = found[1]
-                try:
-                    # Every variant: /ready alone is content with one.
-                    models = json.load(urllib.request.urlopen(f"{self.url}/v1/models", timeout=5))["data"]
-                    if all(m["lowkey"]["status"] == "up" for m in models):
-                        return
-                except (OSError, urllib.error.URLError):
-                    pass
-            time.sleep(0.2)
-
-    def cpu_seconds(self) -> float:
-        """CPU time of the API process so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+def serve(run: Run, checkpoints: dict[str, Checkpoint], streams: int) -> ServerProcess:
+    """A `lowkey-serve` of this checkout, which need not be installed."""
+    arguments = [f"{name}={checkpoint.path}" for name, checkpoint in checkpoints.items()]
+    arguments += ["--device", run.device, "--max-requests", str(streams)]
+    arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
+    arguments += ["--prefill-tokens", "64" if run.small else "2048"]
+    root = Path(__file__).parents[1]
+    return ServerProcess(
+        arguments,
+        run.folder / "server.log",
+        command=[sys.executable, "-c", "from server.cli import app; app()"],
+        environment={
+            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
+        },
+        waiting=lambda: run.small or run.need(10),
+    )
 
 
 def load(
-    run: Run, server: Server, variant: str, vocab: int, streams: int, new_tokens: int
+    run: Run, server: ServerProcess, variant: str, vocab: int, streams: int, new_tokens: int
 ) -> dict[str, float]:
     """`streams` clients of two requests each, over several processes; tokens per second from first to last."""
     clients = 1 if run.small else CLIENTS
@@ -331,9 +294,9 @@ def check_server(run: Run) -> Iterator[list[str]]:
     }
     free(run)
     vocab = checkpoints["dense"].spec.vocab_size
-    server = Server(run, checkpoints, streams)
+    server = serve(run, checkpoints, streams)
     try:
-        server.wait_ready(run)
+        server.wait_ready(*checkpoints)
         for name, d_k in (("dense", 128), ("reduced", 64)):
             load(run, server, name, vocab, streams, 4)
             run.need(8)
@@ -351,4 +314,4 @@ def check_server(run: Run) -> Iterator[list[str]]:
             yield [f"server {name}", run.check(figures["errors"] == 0, f"server {name}"), told]
     finally:
         run.report.setdefault("server", {})["log"] = server.log.read_text()[-4000:]
-        server.stop()
+        server.stop(15)

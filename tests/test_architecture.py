@@ -12,20 +12,20 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("lowkey", "modeling", "pruning", "server", "loadtest")
 MAX_LINES = 450
 
-MODEL_CODE = {"torch", "transformers", "triton", "fla"}
+MODEL_CODE = {"torch", "triton", "fla"}
 """What the API process never loads: it stays light and never waits for a device."""
 
 FORBIDDEN = {
     # folder -> modules that nothing in it may import, at module level or inside a function
-    "lowkey": {"modeling", "pruning", "server", "loadtest", "torch"},
-    "modeling": {"pruning", "server", "loadtest"},
-    "pruning": {"server", "loadtest"},
-    "server": {"pruning", "loadtest"},
+    "lowkey": {"modeling", "pruning", "server", "loadtest", "torch", "transformers"},
+    "modeling": {"pruning", "server", "loadtest", "transformers"},
+    "pruning": {"server", "loadtest", "transformers"},
+    "server": {"pruning", "loadtest", "transformers"},
     "server/wire": {*MODEL_CODE, "server.api", "server.engine"},
     "server/engine": {"server.api"},
     "server/text": {*MODEL_CODE, "server.api", "server.engine", "fastapi", "starlette", "uvicorn"},
     "server/api": {*MODEL_CODE, "server.engine"},
-    "loadtest": {"modeling", "pruning", "server", "torch"},
+    "loadtest": {"modeling", "pruning", "server", "torch", "transformers"},
 }
 
 

@@ -74,7 +74,7 @@ def test_the_server_starts_from_a_source_tree(source_tree, tmp_path):
 
 
 def test_a_reduction_from_a_source_tree_says_which_version_made_it(source_tree):
-    code = "from pruning.reduction import versions; print(versions()['lowkey'])"
+    code = "from pruning.versions import versions; print(versions()['lowkey'])"
     done = subprocess.run(python("-c", code), env=source_tree, capture_output=True, text=True, timeout=600)
     assert done.stdout.strip() == __version__, done.stderr
 

@@ -1,7 +1,7 @@
 """`lowkey-prune evaluate`: checkpoints side by side."""
 
-from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -17,10 +17,10 @@ from pruning.calibration import WINDOW
 from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
-from pruning.evaluation.suite import PARTS, Part, Settings, evaluate_checkpoints
+from pruning.evaluation.suite import PARTS, EvaluationSettings, Part, evaluate_checkpoints
 from pruning.finite import check_finite
 from pruning.options import Device, Overwrite, TextFiles, device_named, named_files, text_of
-from pruning.progress import Advance, Busy, tokens_bar
+from pruning.progress import Busy, tokens_bar
 
 ALL = "all"
 
@@ -63,7 +63,7 @@ def evaluate(
     lowkey-prune evaluate  demo/model --text my.txt --tokens 0 --window 2048 --stride 512
     """
     replaces = None if json is None else check_new_file(json, "json", overwrite=overwrite)
-    settings = Settings(
+    settings = EvaluationSettings(
         text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
     )
     opened = [open_checkpoint(c) for c in checkpoints]
@@ -73,7 +73,7 @@ def evaluate(
         for checkpoint in opened:
             checkpoint.check_tensors()
             check_finite(checkpoint)
-    evaluation = evaluate_checkpoints(opened, settings, _bar)
+    evaluation = evaluate_checkpoints(opened, settings, partial(tokens_bar, err_console))
     try:
         out_console.print(views.evaluation_table(evaluation))
     finally:  # a place that takes the one may not take the other
@@ -86,10 +86,6 @@ def _parts(names: list[str]) -> tuple[Part, ...]:
     if unknown:
         raise PruningError(f"part={unknown[0]!r} is unknown; known parts: {', '.join(PARTS)}, {ALL}")
     return tuple(part for part in PARTS if part in names or ALL in names)
-
-
-def _bar(description: str, total: int) -> AbstractContextManager[Advance]:
-    return tokens_bar(err_console, description, total)
 
 
 def perplexity_of(model: Model, windows: Tensor, description: str) -> Perplexity:

@@ -29,7 +29,7 @@ from pruning.progress import Busy, training_bar
 from pruning.recovery import Run, plan
 from pruning.recovery import recover as run_recovery
 from pruning.trainable import TrainableSet, trained_count
-from pruning.training import Settings
+from pruning.training import TrainingSettings
 from pruning.views import change
 
 
@@ -44,8 +44,8 @@ def recover(
             help="What is trained. full: everything; small: q and k projections, convolutions, norms; "
             "lora: adapters on q, k and v, convolutions, norms, biases (needs the extra `recover`)."
         ),
-    ] = Settings.train,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = Settings.lr,
+    ] = TrainingSettings.train,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = TrainingSettings.lr,
     text: TextFiles = None,
     heldout: Annotated[
         list[Path] | None,
@@ -56,17 +56,19 @@ def recover(
     ] = DEFAULT_TOKENS,
     evaluations: Annotated[
         int, typer.Option(help="Points of the held-out curve, after the first.")
-    ] = Settings.evaluations,
+    ] = TrainingSettings.evaluations,
     window_length: WindowLength = None,
-    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = Settings.batch,
-    accumulate: Annotated[int, typer.Option(help="Passes per step.")] = Settings.accumulate,
-    ce_weight: Annotated[float, typer.Option(help="Weight of the cross entropy.")] = Settings.ce_weight,
+    batch: Annotated[int, typer.Option(help="Windows per forward pass.")] = TrainingSettings.batch,
+    accumulate: Annotated[int, typer.Option(help="Passes per step.")] = TrainingSettings.accumulate,
+    ce_weight: Annotated[
+        float, typer.Option(help="Weight of the cross entropy.")
+    ] = TrainingSettings.ce_weight,
     kl_weight: Annotated[
         float, typer.Option(help="Weight of T^2 KL(dense || reduced); 0 trains without a teacher.")
-    ] = Settings.kl_weight,
-    temperature: Annotated[float, typer.Option(help="T of the distillation.")] = Settings.temperature,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = Settings.rank,
-    alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / rank.")] = Settings.alpha,
+    ] = TrainingSettings.kl_weight,
+    temperature: Annotated[float, typer.Option(help="T of the distillation.")] = TrainingSettings.temperature,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = TrainingSettings.rank,
+    alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / rank.")] = TrainingSettings.alpha,
     seed: Annotated[int, typer.Option(help="Of the order of the text and of the adapters.", min=0)] = 0,
     control: Annotated[
         bool,
@@ -90,9 +92,9 @@ def recover(
     lowkey-prune evaluate control recovered
     """
     target = device_named(device)
-    settings = Settings(
+    settings = TrainingSettings(
         tokens=tokens,
-        train=cast(TrainableSet, train),  # Settings refuses others
+        train=cast(TrainableSet, train),  # TrainingSettings refuses others
         lr=lr,
         batch=batch,
         accumulate=accumulate,

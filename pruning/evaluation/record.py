@@ -18,7 +18,7 @@ FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Entry:
+class EvaluatedCheckpoint:
     """One checkpoint; None for what was not measured."""
 
     name: str
@@ -27,7 +27,9 @@ class Entry:
     state_bytes: int
     """Size of one request's state in float32."""
     method: str | None
-    """That reduced it."""
+    """The method that reduced it; None for a dense one."""
+    layers: list[int] | None = None
+    """Indices of the linear-attention layers, which `d_k` and figures by layer are of; None for the first ones."""
     perplexity: Perplexity | None = None
     divergence: Divergence | None = None
     """None for the baseline too."""
@@ -49,7 +51,7 @@ class Evaluation:
     text_sha256: str
     seed: int
     """Seed of prompts and noise."""
-    checkpoints: list[Entry]
+    checkpoints: list[EvaluatedCheckpoint]
 
 
 def environment(device: torch.device) -> dict[str, str | int]:

@@ -1,7 +1,6 @@
 """Every measurement of several checkpoints, one after the other; at most two models are in memory."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -16,24 +15,21 @@ from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation.likelihood import compare, perplexity
 from pruning.evaluation.recall import Prompts, recall, recall_prompts
-from pruning.evaluation.record import FORMAT, KIND, Entry, Evaluation, environment
+from pruning.evaluation.record import FORMAT, KIND, EvaluatedCheckpoint, Evaluation, environment
 from pruning.evaluation.speed import BATCHES, Speed, decode_speed
 from pruning.evaluation.states import rank, retrieval
 from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows
-from pruning.progress import Advance
-from pruning.reduction import versions
+from pruning.progress import Bar
+from pruning.versions import versions
 
 Part = Literal["perplexity", "recall", "rank", "retrieval", "speed"]
 PARTS: tuple[Part, ...] = get_args(Part)
 STATE_WINDOWS = 8
 """Windows that `rank` and `retrieval` look at."""
 
-Bar = Callable[[str, int], AbstractContextManager[Advance]]
-"""`bar(description, total)`: shows progress of one long step."""
-
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What to measure, and on what."""
 
     text: Text
@@ -46,7 +42,9 @@ class Settings:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
-def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], settings: Settings, bar: Bar) -> Evaluation:
+def evaluate_checkpoints(
+    checkpoints: Sequence[Checkpoint], settings: EvaluationSettings, bar: Bar
+) -> Evaluation:
     """Measure `settings.parts` of all checkpoints, the first being the baseline.
 
     Raises:
@@ -87,7 +85,7 @@ def evaluate_checkpoints(checkpoints: Sequence[Checkpoint], settings: Settings, 
     )
 
 
-def _windows(encoder: Encoder, settings: Settings) -> Tensor:
+def _windows(encoder: Encoder, settings: EvaluationSettings) -> Tensor:
     return evaluation_windows(
         encoder,
         settings.text,
@@ -97,7 +95,7 @@ def _windows(encoder: Encoder, settings: Settings) -> Tensor:
     )
 
 
-def _inputs(checkpoint: Checkpoint, settings: Settings) -> tuple[Tensor, list[Prompts]]:
+def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings) -> tuple[Tensor, list[Prompts]]:
     encoder = Encoder(checkpoint)
     prompts: list[Prompts] = []
     if "recall" in settings.parts:
@@ -111,17 +109,18 @@ def _measure(
     dense: Model | None,
     windows: Tensor,
     prompts: Sequence[Prompts],
-    settings: Settings,
+    settings: EvaluationSettings,
     bar: Bar,
-) -> Entry:
+) -> EvaluatedCheckpoint:
     """All parts but speed; `dense` is None for the baseline itself."""
     parts, name = settings.parts, checkpoint.source
-    entry = Entry(
+    entry = EvaluatedCheckpoint(
         name,
         checkpoint.sha256,
         list(checkpoint.spec.d_k),
         checkpoint.spec.state_bytes(0),
         None if checkpoint.reduction is None else writable(checkpoint.reduction.get("method")),
+        list(checkpoint.spec.linear_layers),
     )
     if "perplexity" in parts and dense is None:
         with bar(f"perplexity of {name}", windows[:, 1:].numel()) as advance:

@@ -15,9 +15,10 @@ from pruning.evaluation.record import KIND as EVALUATION
 from pruning.evaluation.record import Evaluation, read_evaluation
 from pruning.reduction import FORMAT as REDUCTION_FORMAT
 from pruning.statistics import Statistics, load_statistics
+from pruning.table import FORMAT as TABLE_FORMAT
+from pruning.table import KIND as TABLE
+from pruning.table import Table
 
-TABLE = "pruning_table"
-TABLE_FORMAT = 1
 RECOVERY_FORMAT = 1
 
 T = TypeVar("T")
@@ -28,57 +29,6 @@ class Kind:
     """What any JSON file of ours says first."""
 
     kind: str | None = None
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The unpruned model of a table."""
-
-    d_k: list[int]
-    state_bytes: int
-    perplexity: float
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One reduced checkpoint of a table: one row, column and seed."""
-
-    row: str
-    column: int
-    """The width that names the budget."""
-    method: str
-    seed: int
-    d_k: list[int]
-    state_bytes: int
-    perplexity: float
-    kl: float
-    top1_agreement: float
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Measured error curves of one method and seed."""
-
-    method: str
-    seed: int
-    loss_rise: list[dict[int, float]]
-    """Per layer, width -> nats per token."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """What `benchmarks/pruning_table.py --json` writes."""
-
-    kind: str
-    format: int
-    checkpoint: str
-    sha256: str
-    device: str
-    kl_tokens: int
-    dense: Dense
-    reduced: list[Cell]
-    curves: list[Curves]
 
 
 @dataclass(frozen=True)
@@ -109,6 +59,8 @@ class Reduction:
     d_k: list[int]
     kept_channels: list[list[list[int]]]
     budget: Budget | None = None
+    layers: list[int] | None = None
+    """Indices of the linear-attention layers, which `d_k` and the like are of; None for the first ones."""
     rotated: bool = False
     """Kept channels are mixtures, not channels of the source."""
 
@@ -185,9 +137,7 @@ def _read_json(path: Path, inputs: Inputs) -> None:
         _check_format(path, table.format, TABLE_FORMAT)
         inputs.tables.append((str(path), table))
     else:
-        raise PruningError(
-            f"{path} is neither of evaluate --json nor of benchmarks/pruning_table.py --json: its kind is {kind!r}"
-        )
+        raise PruningError(f"{path} is neither of evaluate --json nor of sweep: its kind is {kind!r}")
     _hash(path, inputs)
 
 

@@ -15,6 +15,7 @@ from pruning.report.style import (
     SHADES,
     Figure,
     head_ticks,
+    layer_indices,
     line,
     place,
     rows_height,
@@ -33,16 +34,17 @@ FLOOR = -10.0
 
 def spectra(name: str, statistics: Statistics, number: int) -> list[Figure]:
     """Eigenvalues of the Grams, by layer and by head."""
-    values = {gram: [_spectrum(layer[gram].numpy()) for layer in statistics.layers] for gram in GRAMS}
+    layers = statistics.layers
+    values = {gram: {i: _spectrum(layer[gram].numpy()) for i, layer in layers.items()} for gram in GRAMS}
     titles = ["queries", "keys"]
     caption = (
         f"{name}: eigenvalues of the Gram matrices of L2-normalised queries and keys over {statistics.tokens:,} "
         "tokens, each against the head's largest."
     )
     by_layer = subplots(titles, height=400)
-    colours = shades(len(statistics.layers))
+    colours = dict(zip(layers, shades(len(layers)), strict=True))
     for i, gram in enumerate(GRAMS):
-        for layer, heads in enumerate(values[gram]):
+        for layer, heads in values[gram].items():
             mean = 10 ** heads.mean(0)
             by_layer.add_scatter(
                 x=np.arange(1, len(mean) + 1),
@@ -56,14 +58,14 @@ def spectra(name: str, statistics: Statistics, number: int) -> list[Figure]:
             )
     by_layer.update_xaxes(title="eigenvalue")
     by_layer.update_yaxes(type="log", exponentformat="power")
-    heads_by_layer = [layer[GRAMS[0]].shape[0] for layer in statistics.layers]
-    by_head = subplots(titles, height=rows_height(sum(heads_by_layer)), shared_yaxes=True)
-    widest = max(heads.shape[1] for heads in values[GRAMS[0]])
-    lowest = min(float(heads.min()) for of_layers in values.values() for heads in of_layers)
+    head_counts = {i: layer[GRAMS[0]].shape[0] for i, layer in layers.items()}
+    by_head = subplots(titles, height=rows_height(sum(head_counts.values())), shared_yaxes=True)
+    widest = max(heads.shape[1] for heads in values[GRAMS[0]].values())
+    lowest = min(float(heads.min()) for of_layers in values.values() for heads in of_layers.values())
     for i, gram in enumerate(GRAMS):
         rows = [
             np.pad(row, (0, widest - len(row)), constant_values=np.nan)
-            for heads in values[gram]
+            for heads in values[gram].values()
             for row in heads
         ]
         by_head.add_heatmap(
@@ -78,7 +80,7 @@ def spectra(name: str, statistics: Statistics, number: int) -> list[Figure]:
             **place(i),
         )
     by_head.update_xaxes(title="eigenvalue")
-    by_head.update_yaxes(**head_ticks(heads_by_layer))
+    by_head.update_yaxes(**head_ticks(head_counts))
     return [
         Figure(
             f"spectra-{number}",
@@ -100,26 +102,29 @@ def _spectrum(grams: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
     """Rank utilisation along the sequence, by layer, and of each head at the end."""
-    measured = [(short(e.name), e.rank) for e in evaluation.checkpoints if e.rank is not None]
-    if not measured:
+    entries = [(e, e.rank) for e in evaluation.checkpoints if e.rank is not None]
+    if not entries:
         return []
+    measured = [(short(e.name), rank) for e, rank in entries]
     along = subplots([label for label, _ in measured], height=340)
     at_end = subplots([label for label, _ in measured], height=300)
     largest = max(head for _, rank in measured for layer in rank.utilisation for head in layer[-1])
-    for i, (_, rank) in enumerate(measured):
-        colours = shades(len(rank.utilisation))
-        for layer, by_position in enumerate(rank.utilisation):
+    for i, (entry, rank) in enumerate(entries):
+        indices = layer_indices(entry.layers, len(rank.utilisation))
+        colours = shades(len(indices))
+        for at, (layer, by_position) in enumerate(zip(indices, rank.utilisation, strict=True)):
             along.add_scatter(
                 x=rank.positions,
                 y=[100 * sum(heads) / len(heads) for heads in by_position],
                 name=f"layer {layer}",
                 mode="lines+markers",
-                line={"color": colours[layer], "width": 2},
+                line={"color": colours[at], "width": 2},
                 legendgroup=str(layer),
                 showlegend=i == 0 and len(colours) <= 12,
                 **place(i),
             )
         at_end.add_heatmap(
+            y=indices,
             z=[[round(100 * head, 3) for head in layer[-1]] for layer in rank.utilisation],
             colorscale=SCALE,
             zmin=0,
@@ -140,7 +145,9 @@ def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
         max(len(layer[0]) for layer in measured[0][1].utilisation),
     )
     at_end.update_xaxes(title="value head", dtick=-(-heads // 16), showgrid=False)
-    at_end.update_yaxes(title="layer", autorange="reversed", dtick=-(-layers // 12), showgrid=False)
+    at_end.update_yaxes(
+        title="layer", type="category", autorange="reversed", dtick=-(-layers // 12), showgrid=False
+    )
     caption = (
         f"{name}: (||S||F^2 / ||S||2^2) / min(d_k, d_v) of the states that real text leaves, decay included; "
         f"mean of {measured[0][1].windows} windows."
@@ -259,7 +266,9 @@ def kept_channels(reductions: Sequence[tuple[str, Reduction]]) -> list[Figure]:
             )
         )
         figure.update_xaxes(title="key channel of the source", showgrid=False, zeroline=False)
-        figure.update_yaxes(**head_ticks([len(heads) for heads in reduction.kept_channels]))
+        indices = layer_indices(reduction.layers, len(reduction.kept_channels))
+        heads = map(len, reduction.kept_channels)
+        figure.update_yaxes(**head_ticks(dict(zip(indices, heads, strict=True))))
         figures.append(
             Figure(
                 f"kept-{len(figures)}",

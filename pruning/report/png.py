@@ -7,10 +7,10 @@ import tempfile
 from pathlib import Path
 
 from lowkey.files import Found
+from lowkey.page import render
 from lowkey.publishing import new_file
 from pruning.errors import PruningError
-from pruning.report.page import document
-from pruning.report.style import Figure
+from pruning.report.style import MARGIN, Figure
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH = 1000
@@ -40,11 +40,12 @@ def write_png(figure: Figure, file: Path, *, width: int = WIDTH, replaces: Found
         OutputError: the file can't be written.
     """
     height = int(figure.figure.layout.height)
-    body = f'<div class="figure" id="{figure.name}" style="height:{height}px"></div>'
-    style = "<style>main { padding: 0 !important; max-width: none !important; }</style>"
+    drawing = {figure.name: figure.figure}
     with tempfile.TemporaryDirectory() as scratch:
         html, drawn = Path(scratch) / "figure.html", Path(scratch) / "figure.png"
-        html.write_text(document(figure.title, style + body, [figure]), encoding="utf-8")
+        html.write_text(
+            render("pruning.report", "picture.html", drawing, margin=MARGIN, figure=figure), encoding="utf-8"
+        )
         screenshot(html, drawn, width, height, scale=2)
         with new_file(file, replaces=replaces) as temporary_file:
             shutil.copyfile(drawn, temporary_file)

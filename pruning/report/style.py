@@ -1,6 +1,7 @@
 """Colours and layout that all figures share; both read on a light and on a dark page."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -34,6 +35,8 @@ SYMBOLS = (
     "bowtie",
 )
 SCALE = "Viridis"
+MARGIN = {"l": 56, "r": 16, "t": 32, "b": 48}
+"""Pixels around the axes."""
 SHADES = "The first layer is dark, the last one light."
 
 
@@ -92,17 +95,27 @@ def short(name: str, length: int = 40) -> str:
     return escape(name if len(name) <= length else f"...{name[3 - length :]}")
 
 
-def head_ticks(heads_by_layer: Sequence[int]) -> dict[str, Any]:
-    """y axis of a heat map with a row per head: the name of each layer stands at its first head."""
-    starts = [sum(heads_by_layer[:i]) for i in range(len(heads_by_layer))]
+def head_ticks(heads: Mapping[int, int]) -> dict[str, Any]:
+    """The y axis of a heat map with a row for each head: the name of each layer stands at its first head.
+
+    Args:
+        heads: How many heads each layer has, by its index.
+    """
+    starts = list(itertools.accumulate(heads.values(), initial=0))[:-1]
     step = -(-len(starts) // 24)
     return {
         "tickvals": starts[::step],
-        "ticktext": [f"layer {i}" for i in range(len(starts))][::step],
+        "ticktext": [f"layer {i}" for i in heads][::step],
         "autorange": "reversed",
         "showgrid": False,
         "zeroline": False,
     }
+
+
+def layer_indices(layers: Sequence[int] | None, count: int) -> list[int]:
+    """The indices of the `count` layers that figures of a file are of: `layers`, or the first ones where it names none
+    because all layers of its model are linear."""
+    return list(range(count)) if layers is None else list(layers)
 
 
 def rows_height(rows: int) -> int:

@@ -4,19 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from pruning.report.inputs import Cell, Reduction, Table
-from pruning.report.style import SHADES, Figure, line, place, shades, short, single, subplots
-
-PER_LAYER = ", per layer"
-"""What the rows of budgets per layer have behind the method's name."""
-
-
-def groups(table: Table) -> dict[str, dict[int, list[Cell]]]:
-    """Row -> column -> the cells of all seeds, in the file's order of rows, columns ascending."""
-    found: dict[str, dict[int, list[Cell]]] = {}
-    for cell in table.reduced:
-        found.setdefault(cell.row, {}).setdefault(cell.column, []).append(cell)
-    return {row: dict(sorted(columns.items())) for row, columns in found.items()}
+from pruning.report.inputs import Reduction
+from pruning.report.style import SHADES, Figure, layer_indices, line, place, shades, short, single, subplots
+from pruning.table import PER_LAYER, Cell, Curves, Table, groups
 
 
 def tradeoff(name: str, table: Table, number: int) -> list[Figure]:
@@ -127,23 +117,32 @@ def budgets(tables: Sequence[tuple[str, Table]], reductions: Sequence[tuple[str,
     figures: list[Figure] = []
     for name, table in tables:
         for method in dict.fromkeys(curves.method for curves in table.curves):
-            measured = [curves.loss_rise for curves in table.curves if curves.method == method]
+            of_method = [curves for curves in table.curves if curves.method == method]
+            curves = dict(
+                zip(_layers(of_method[0]), _mean_curves([c.loss_rise for c in of_method]), strict=True)
+            )
             chosen = {
                 f"budget of d_k {column}": _mean_widths(cells)
                 for column, cells in groups(table).get(f"{method}{PER_LAYER}", {}).items()
             }
             caption = (
-                f"{name}: {method}, mean of {len(measured)} calibration seed{'s' * (len(measured) > 1)}."
+                f"{name}: {method}, mean of {len(of_method)} calibration seed{'s' * (len(of_method) > 1)}."
             )
-            figures.append(_budget(len(figures), caption, _mean_curves(measured), chosen))
+            figures.append(_budget(len(figures), caption, curves, chosen))
     for name, reduction in reductions:
         if reduction.budget is not None:
             caption = (
                 f"{name}: {reduction.method}, seed {reduction.seed}, {reduction.budget.state_bytes:,} bytes."
             )
             chosen = {"chosen": [float(n) for n in reduction.d_k]}
-            figures.append(_budget(len(figures), caption, reduction.budget.loss_rise, chosen))
+            rises = reduction.budget.loss_rise
+            curves = dict(zip(layer_indices(reduction.layers, len(rises)), rises, strict=True))
+            figures.append(_budget(len(figures), caption, curves, chosen))
     return figures
+
+
+def _layers(curves: Curves) -> list[int]:
+    return layer_indices(curves.layers, len(curves.loss_rise))
 
 
 def _mean_widths(cells: Sequence[Cell]) -> list[float]:
@@ -151,6 +150,7 @@ def _mean_widths(cells: Sequence[Cell]) -> list[float]:
 
 
 def _mean_curves(measured: Sequence[Sequence[Mapping[int, float]]]) -> list[dict[int, float]]:
+    """For each layer the mean of its curves over the seeds."""
     return [
         {width: fmean(curve[width] for curve in curves) for width in curves[0]}
         for curves in zip(*measured, strict=True)
@@ -158,18 +158,22 @@ def _mean_curves(measured: Sequence[Sequence[Mapping[int, float]]]) -> list[dict
 
 
 def _budget(
-    number: int, caption: str, curves: Sequence[Mapping[int, float]], chosen: Mapping[str, Sequence[float]]
+    number: int,
+    caption: str,
+    curves: Mapping[int, Mapping[int, float]],
+    chosen: Mapping[str, Sequence[float]],
 ) -> Figure:
+    """Error curves by the index of their layer, and the widths of these layers that each budget bought."""
     figure = subplots(["rise in loss, layer reduced alone", "widths chosen"], height=400)
     colours = shades(len(curves))
-    for layer, curve in enumerate(curves):
+    for colour, (layer, curve) in zip(colours, curves.items(), strict=True):
         widths = sorted(curve)
         figure.add_scatter(
             x=widths,
             y=[curve[n] for n in widths],
             name=f"layer {layer}",
             mode="lines",
-            line={"color": colours[layer], "width": 2},
+            line={"color": colour, "width": 2},
             showlegend=len(curves) <= 12,
             **place(0),
         )
@@ -177,16 +181,14 @@ def _budget(
         (bought,) = chosen.values()
         figure.add_scatter(
             x=list(bought),
-            y=[curve.get(round(n)) for curve, n in zip(curves, bought, strict=True)],
+            y=[curve.get(round(n)) for curve, n in zip(curves.values(), bought, strict=True)],
             mode="markers",
             showlegend=False,
             marker={"color": colours, "size": 11, "symbol": "circle-open", "line": {"width": 2}},
             **place(0),
         )
     for i, (label, of_layers) in enumerate(chosen.items()):
-        figure.add_scatter(
-            x=list(range(len(of_layers))), y=list(of_layers), name=short(label), **line(i), **place(1)
-        )
+        figure.add_scatter(x=list(curves), y=list(of_layers), name=short(label), **line(i), **place(1))
     figure.update_xaxes(title="d_k kept", row=1, col=1)
     figure.update_yaxes(title="nats per token", row=1, col=1)
     figure.update_xaxes(title="layer", row=1, col=2, dtick=max(len(curves) // 12, 1))

@@ -27,6 +27,7 @@ from pruning.errors import PruningError
 from pruning.evaluation import perplexity
 from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select
+from pruning.surgery import Cut
 
 ORIGIN = Origin("t", "0" * 64, 0, 4, 40, tokens_sha256="0" * 64)
 WINDOWS = torch.randint(0, 257, (4, 40), generator=torch.Generator().manual_seed(0))
@@ -186,7 +187,7 @@ def test_a_reduced_layer_is_itself_again_after_a_failure(checkpoint):
     before = mixer.o_norm.eps
 
     def fail():
-        with reduced_alone(mixer, 1, keep):
+        with reduced_alone(mixer, Cut(1, keep)):
             assert mixer.o_norm.eps == pytest.approx(before * 2 / mixer.spec.d_k)
             raise RuntimeError("midway")
 

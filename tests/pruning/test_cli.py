@@ -372,7 +372,8 @@ def test_a_record_that_is_broken_is_refused_by_field(run, tmp_path, changes, mes
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("calibrate",), ("merge",), ("prune",), ("evaluate",), ("inspect",), ("report",)]
+    "command",
+    [(), ("calibrate",), ("merge",), ("prune",), ("evaluate",), ("sweep",), ("inspect",), ("report",)],
 )
 def test_every_help_has_an_example(run, command):
     output = run(*command, "--help")

@@ -42,7 +42,7 @@ def test_shards_of_one_draw_merge_to_what_one_machine_gets(run, dense):
     whole, merged = load_statistics("whole"), load_statistics("merged")
     assert merged.tokens == whole.tokens == 12 * 64
     assert [o.shard for o in merged.origins] == ["1/2 of 12 windows", "2/2 of 12 windows"]
-    for a, b in zip(merged.layers, whole.layers, strict=True):
+    for a, b in zip(merged.layers.values(), whole.layers.values(), strict=True):
         assert all(
             torch.allclose(a[name], b[name], rtol=0, atol=1e-12 * float(b[name].abs().max())) for name in b
         )

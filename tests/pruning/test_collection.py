@@ -40,7 +40,7 @@ def run(checkpoint, **options):
 
 def same_bits(a, b):
     assert (a.origins, a.names) == (b.origins, b.names)
-    for x, y in zip(a.layers, b.layers, strict=True):
+    for x, y in zip(a.layers.values(), b.layers.values(), strict=True):
         assert all(torch.equal(x[name], y[name]) for name in x)
 
 

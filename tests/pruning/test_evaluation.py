@@ -25,7 +25,7 @@ from pruning.evaluation.recall import recall, recall_prompts
 from pruning.evaluation.record import read_evaluation
 from pruning.evaluation.speed import decode_speed
 from pruning.evaluation.states import positions, rank, retrieval, utilisation
-from pruning.evaluation.suite import Settings, evaluate_checkpoints
+from pruning.evaluation.suite import EvaluationSettings, evaluate_checkpoints
 from pruning.progress import no_progress
 from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select
@@ -304,7 +304,7 @@ def test_speed_is_measured_on_what_would_serve_and_nothing_else_is(checkpoint, m
     monkeypatch.setattr(
         suite, "compare", lambda *models, **k: compared.append(models[:2]) or compare(*models, **k)
     )
-    settings = Settings(TEXT, parts=("perplexity", "speed"), tokens=64, window=32)
+    settings = EvaluationSettings(TEXT, parts=("perplexity", "speed"), tokens=64, window=32)
     found = evaluate_checkpoints([checkpoint] * 3, settings, lambda *_: nullcontext(no_progress))
     assert {speed.back_end for entry in found.checkpoints for speed in entry.speed} == {"serving"}
     assert all(isinstance(model, Model) for models in compared for model in models) and len(compared) == 2
@@ -349,7 +349,7 @@ def test_checkpoints_that_read_the_text_otherwise_are_refused(checkpoint, tmp_pa
     vocab = tokenizer["model"]["vocab"]
     vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
     (path / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = Settings(TEXT, tokens=64, window=32)
+    settings = EvaluationSettings(TEXT, tokens=64, window=32)
     with pytest.raises(PruningError, match="swapped reads the text as other tokens than"):
         evaluate_checkpoints(
             [checkpoint, open_checkpoint(path)], settings, lambda *_: nullcontext(no_progress)

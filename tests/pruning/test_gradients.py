@@ -74,7 +74,7 @@ def test_weight_gradients_are_those_of_the_summed_loss(model, sums):
     weights = [block.mixer.in_proj.weight for block in model.layers]
     expected = torch.autograd.grad(total, weights)
     model.requires_grad_(False)
-    for found, gradient, layer in zip(sums, expected, model.spec.layers, strict=True):
+    for found, gradient, layer in zip(sums.values(), expected, model.spec.layers, strict=True):
         m = layer.mixer
         q, k = gradient[: m.key_dim], gradient[m.key_dim : 2 * m.key_dim]
         for name, rows in (("q_gradient", q), ("k_gradient", k)):
@@ -96,7 +96,7 @@ def test_a_channel_that_is_always_zero_has_no_gate_to_feel(tmp_path):
 def test_windows_add_up_in_any_order_and_any_split(model, sums):
     backwards = collect_gradients(model, WINDOWS.flip(0), GRADIENTS)
     parts = [collect_gradients(model, rows, GRADIENTS) for rows in WINDOWS.split([1, 2])]
-    for i, layer in enumerate(sums):
+    for i, layer in sums.items():
         for name, value in layer.items():
             assert relative(backwards[i][name], value) < 1e-12
             assert relative(parts[0][i][name] + parts[1][i][name], value) < 1e-12
@@ -105,7 +105,7 @@ def test_windows_add_up_in_any_order_and_any_split(model, sums):
 def test_only_what_is_asked_for_is_kept_and_the_model_is_left_as_it_was(model):
     weight = model.layers[0].mixer.in_proj.weight
     layers = collect_gradients(model, WINDOWS, ["gate_fisher"])
-    assert [set(layer) for layer in layers] == [{"gate_fisher"}] * 3
+    assert [set(layer) for layer in layers.values()] == [{"gate_fisher"}] * 3
     assert not weight.requires_grad and weight.grad is None
     with torch.no_grad():  # the caller's grad mode does not matter
         again = collect_gradients(model, WINDOWS, ["gate_fisher"])

@@ -58,7 +58,7 @@ def cluster():
 def assert_same(path, expected):
     found = load_statistics(path)
     assert found.tokens == expected.tokens
-    for a, b in zip(found.layers, expected.layers, strict=True):
+    for a, b in zip(found.layers.values(), expected.layers.values(), strict=True):
         for name in b:
             torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-12 * float(b[name].abs().max()))
 

@@ -214,7 +214,7 @@ def test_an_evaluation_does_not_replace_a_file_unless_told_to(run, tmp_path, mon
     assert json.loads(out.read_text())["kind"] == "evaluation"
 
 
-@pytest.mark.parametrize("command", ["calibrate", "merge", "evaluate", "report"])
+@pytest.mark.parametrize("command", ["calibrate", "merge", "evaluate", "sweep", "report"])
 def test_devices_and_folders_are_no_files_to_replace(run, tmp_path, command):
     """A rename over /dev/null would leave every program of the machine with a file there."""
     fifo = tmp_path / "fifo"

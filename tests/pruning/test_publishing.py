@@ -14,8 +14,10 @@ import pruning.commands.merge
 import pruning.commands.prune
 import pruning.recovery
 import pruning.report.page
+import pruning.sweep
 from modeling.checkpoint import open_checkpoint
 from pruning.evaluation.record import read_evaluation
+from pruning.report.inputs import read_inputs
 from pruning.statistics import load_statistics
 
 
@@ -43,6 +45,7 @@ WORK = {
     "prune": (pruning.commands.prune, "select"),
     "recover": (pruning.recovery, "train"),
     "evaluate": (pruning.commands.evaluate, "evaluate_checkpoints"),
+    "sweep": (pruning.sweep.Measuring, "run"),
     "report": (pruning.report.page, "page"),
 }
 """The work of each command, at whose end its output appears."""
@@ -66,6 +69,8 @@ def whole(path, command):
         assert load_statistics(path).tokens == 256
     elif command == "evaluate":
         assert len(read_evaluation(path).checkpoints) == 2
+    elif command == "sweep":
+        assert len(read_inputs([path]).tables[0][1].reduced) == 2
     elif command == "report":
         assert path.read_text().rstrip().endswith("</html>")
     else:

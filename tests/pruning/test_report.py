@@ -1,11 +1,9 @@
 """The report's figures against the numbers that they are drawn from, its HTML, and (slow) a browser that draws it."""
 
 import functools
-import importlib.util
 import json
 import subprocess
 from html.parser import HTMLParser
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,7 +149,7 @@ def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
     found = Page(html)
     for tag, attributes in found.tags:
         assert tag in {"html", "head", "meta", "title", "style", "body", "main", "section", "h1", "h2", "p", "div"} | {
-            "table", "tr", "th", "td", "br", "ul", "li", "script"
+            "table", "thead", "tbody", "tr", "th", "td", "br", "ul", "li", "script"
         }  # fmt: skip
         assert not {"src", "href"} & set(attributes)
     policy = next(a["content"] for _, a in found.tags if "http-equiv" in a)
@@ -250,7 +248,7 @@ def test_spectra_are_the_eigenvalues_of_the_grams():
         return torch.from_numpy((turn * np.array(values)) @ turn.T)[None]
 
     layer = {"q_normalised": gram(1.0, 100.0, 10.0, 0.0), "k_normalised": gram(2.0, 2.0, 2.0, 2.0)}
-    by_layer, by_head = spectra("s", SimpleNamespace(layers=[layer], tokens=8), 0)
+    by_layer, by_head = spectra("s", SimpleNamespace(layers={0: layer}, tokens=8), 0)
     queries, keys = by_layer.figure.data
     assert queries.y == pytest.approx([1.0, 0.1, 0.01, 1e-10], rel=1e-6)
     assert keys.y == pytest.approx([1.0] * 4)
@@ -263,7 +261,7 @@ def test_spectra_are_the_eigenvalues_of_the_grams():
         ("{", "in.json can't be read for a report"),
         (
             "{}",
-            "in.json is neither of evaluate --json nor of benchmarks/pruning_table.py --json: its kind is None",
+            "in.json is neither of evaluate --json nor of sweep: its kind is None",
         ),
         (json.dumps(table(format=7)), "in.json has format 7; this version reads 1"),
         (json.dumps(table(dense={})), "missing required field"),
@@ -296,35 +294,6 @@ def test_pictures_without_a_browser_are_refused_before_anything_is_written(made,
         "report", tmp_path / "r.html", made / "table.json", "--png", tmp_path / "p", code=2
     )
     assert not list(tmp_path.iterdir())
-
-
-def test_the_benchmark_writes_what_the_report_reads(made, tmp_path, monkeypatch):
-    file = Path(__file__).parents[2] / "benchmarks/pruning_table.py"
-    monkeypatch.syspath_prepend(file.parent)  # as in a run of the script
-    spec = importlib.util.spec_from_file_location("pruning_table", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    try:
-        module.main(
-            str(made / "dense"),
-            widths=[16],
-            seeds=[0],
-            methods=["l1", "random"],
-            per_layer=["l1"],
-            align=16,
-            tokens=1024,
-            kl_tokens=512,
-            json=tmp_path / "table.json",
-        )
-    finally:
-        torch.set_num_threads(threads)
-    ((_, found),) = read_inputs([tmp_path / "table.json"]).tables
-    rows = [(c.row, c.column, c.seed) for c in found.reduced]
-    assert rows == [("l1", 16, 0), ("random", 16, 0), ("l1, per layer", 16, 0)]
-    assert all(c.perplexity > 0 and c.kl > 0 and 0 < c.top1_agreement <= 1 for c in found.reduced)
-    assert [len(c.loss_rise) for c in found.curves] == [3]
-    assert found.kl_tokens == 512 and found.dense.tokens == 1024
 
 
 def has_browser():

@@ -57,6 +57,8 @@ PHASES = {
     "writing the recovered": ("recover", "pruning.recovery", "check_runs", "before"),
     "writing a page": ("report", "pathlib", "Path.write_text", "after"),
     "measuring": ("evaluate", "pruning.commands.evaluate", "evaluate_checkpoints", "after"),
+    "measuring a table": ("sweep", "pruning.sweep", "select", "before"),
+    "writing a table": ("sweep", "pruning.sweep", "reduce_checkpoint", "after"),
     "looking": ("inspect", "modeling.checkpoint", "Checkpoint.check_tensors", "before"),
 }
 

@@ -46,7 +46,7 @@ def test_streamed_grams_are_those_of_all_rows_at_once(checkpoint, windows):
     statistics = collect(model, windows, ORIGIN, checkpoint.sha256, batch=4)
     assert statistics.tokens == 240
     assert len(statistics.layers) == len(seen) == 3
-    for grams, (x, q, k) in zip(statistics.layers, seen, strict=True):
+    for grams, (x, q, k) in zip(statistics.layers.values(), seen, strict=True):
         assert set(grams) == set(FORWARD), "no gradients unless they are asked for"
         assert grams["x_squares"].dtype == torch.float64
         assert relative(grams["x_squares"], x.double().square().sum(0)) < 1e-5
@@ -93,7 +93,7 @@ def test_both_passes_start_every_document_from_an_empty_state(checkpoint):
     model.forward = lambda ids, offsets, *a, **k: seen.append(list(offsets)) or forward(ids, offsets, *a, **k)
     packed = collect(model, windows, ORIGIN, checkpoint.sha256, needed=GRADIENTS)
     assert seen == [[0, 20, 40, 60, 80], [0, 20, 40], [0, 20, 40]]
-    for a, b in zip(packed.layers, apart.layers, strict=True):
+    for a, b in zip(packed.layers.values(), apart.layers.values(), strict=True):
         assert all(relative(a[name], b[name]) < 1e-6 for name in FORWARD)
 
 
@@ -109,7 +109,7 @@ def test_merged_shards_are_one_pass(checkpoint):
     merged = merge(shards)
     assert merged.tokens == whole.tokens == windows.numel()
     assert [origin.shard for origin in merged.origins] == [f"{i}/3 of 19 windows" for i in (3, 1, 2)]
-    for a, b in zip(merged.layers, whole.layers, strict=True):
+    for a, b in zip(merged.layers.values(), whole.layers.values(), strict=True):
         assert set(a) == {*FORWARD, *GRADIENTS}
         for name in a:
             assert relative(a[name], b[name]) < 1e-12
@@ -127,7 +127,10 @@ def test_merge_refuses_other_checkpoints_the_same_pass_twice_and_nothing(checkpo
     bare = Statistics(
         checkpoint.sha256,
         other.origins,
-        tuple({name: layer[name] for name in layer if name != "x_squares"} for layer in statistics.layers),
+        {
+            i: {name: layer[name] for name in layer if name != "x_squares"}
+            for i, layer in statistics.layers.items()
+        },
     )
     with pytest.raises(PruningError, match="different statistics: x_squares is not in all of them"):
         merge([statistics, bare])
@@ -149,7 +152,7 @@ def test_merge_refuses_other_checkpoints_the_same_pass_twice_and_nothing(checkpo
     ],
 )
 def test_draws_that_share_tokens_are_not_added_up(one, other, apart):
-    layers = ({"x_squares": torch.zeros(2, dtype=torch.float64)},)
+    layers = {0: {"x_squares": torch.zeros(2, dtype=torch.float64)}}
     parts = [
         Statistics("c" * 64, (replace(ORIGIN, tokens_sha256=digest * 64, **changes),), layers)
         for digest, changes in (("a", one), ("b", other))
@@ -195,7 +198,7 @@ def test_file_brings_everything_back(checkpoint, windows, tmp_path, needed):
     assert file.stat().st_mode & 0o777 == 0o644
     back = load_statistics(file)
     assert (back.source_sha256, back.origins) == (statistics.source_sha256, statistics.origins)
-    for a, b in zip(back.layers, statistics.layers, strict=True):
+    for a, b in zip(back.layers.values(), statistics.layers.values(), strict=True):
         assert set(a) == {*FORWARD, *needed}
         assert all(torch.equal(a[name], b[name]) for name in a)
     with safe_open(file, framework="pt") as f:
@@ -234,15 +237,15 @@ def test_other_files_are_refused(tmp_path):
     ],
 )
 def test_a_file_whose_statistics_do_not_fit_the_checkpoint_is_refused(checkpoint, broken, message):
-    layers = [dict(layer) for layer in zeros(checkpoint.spec, FORWARD)]
+    layers = zeros(checkpoint.spec, FORWARD)
     if broken is None:
-        del layers[-1]
+        del layers[2]
     elif isinstance(broken, torch.dtype):
         layers[1]["k"] = layers[1]["k"].to(broken)
     else:
         layers[1]["k"] = broken if isinstance(broken, torch.Tensor) else layers[1]["k"] + broken
     with pytest.raises(PruningError, match=message):
-        Statistics(checkpoint.sha256, (ORIGIN,), tuple(layers)).check_source(checkpoint)
+        Statistics(checkpoint.sha256, (ORIGIN,), layers).check_source(checkpoint)
 
 
 @pytest.mark.parametrize("names", [[], ["q", "secret"], [["q"]], None])

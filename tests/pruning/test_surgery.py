@@ -273,14 +273,14 @@ def test_output_is_replaced_only_when_asked_and_only_if_it_is_ours(tmp_path):
     checkpoint = open_checkpoint(write_checkpoint(tmp_path / "dense", GATED))
     keep, wider = (random_keep(checkpoint.spec, (n,) * 3) for n in (8, 16))
     reduce(checkpoint, keep, tmp_path / "out")
-    with pytest.raises(PruningError, match="already exists"):
+    with pytest.raises(OutputError, match="already exists"):
         reduce(checkpoint, wider, tmp_path / "out")
     assert open_checkpoint(tmp_path / "out").spec.d_k == (8, 8, 8)
     reduce(checkpoint, wider, tmp_path / "out", overwrite=True)
     assert open_checkpoint(tmp_path / "out").spec.d_k == (16, 16, 16)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.txt").write_text("years of work")
-    with pytest.raises(PruningError, match=r"holds no state_reduction\.json"):
+    with pytest.raises(OutputError, match=r"holds no state_reduction\.json"):
         reduce(checkpoint, keep, tmp_path / "mine", overwrite=True)
     for holder in (tmp_path / "dense", tmp_path):
         with pytest.raises(PruningError, match="is a checkpoint to read or holds one"):
@@ -312,4 +312,4 @@ def test_weights_that_l1_ranks_are_the_projections_own(tmp_path):
     selection = select(checkpoint, CRITERIA["l1"], (8, 8, 8))
     for layer, heads in enumerate(expected):
         for h, channels in enumerate(heads):
-            assert set(channels) <= set(selection.keep[layer][h].tolist())
+            assert set(channels) <= set(selection.cuts[layer].keep[h].tolist())

@@ -156,6 +156,6 @@ def test_parts_of_other_layers_are_not_merged(statistics, tmp_path):
     file = tmp_path / "s.safetensors"
     save_statistics(statistics, file)
     other = load_statistics(file)
-    object.__setattr__(other, "layers", other.layers[:2])
+    object.__setattr__(other, "layers", {i: other.layers[i] for i in (0, 1)})
     with pytest.raises(PruningError, match="are of other layers or widths"):
         merge([statistics, other])

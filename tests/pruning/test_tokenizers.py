@@ -54,7 +54,7 @@ def test_stored_truncation_and_padding_do_not_change_a_calibration(used, dense, 
     assert "ignored" not in said
     a, b = (load_statistics(tmp_path / f"{name}.safetensors") for name in ("used", "clean"))
     assert a.origins == b.origins
-    for one, other in zip(a.layers, b.layers, strict=True):
+    for one, other in zip(a.layers.values(), b.layers.values(), strict=True):
         assert all(one[name].equal(other[name]) for name in other)
     document = text.read_text()
     assert Encoder(open_checkpoint(used))(document) == [

@@ -16,7 +16,7 @@ from pruning import training
 from pruning.batches import Batches
 from pruning.errors import PruningError
 from pruning.trainable import trainable
-from pruning.training import Settings, backward, train
+from pruning.training import TrainingSettings, backward, train
 
 TOKENS = torch.randint(0, 257, (3000,), generator=torch.Generator().manual_seed(0))
 HELDOUT = TOKENS[:132].view(4, 33)
@@ -32,7 +32,9 @@ def load(tmp_path):
 
 
 def settings(**changes):
-    return Settings(**{"train": "full", "tokens": 640, "batch": 2, "window": 32, "evaluations": 2, **changes})
+    return TrainingSettings(
+        **{"train": "full", "tokens": 640, "batch": 2, "window": 32, "evaluations": 2, **changes}
+    )
 
 
 def run(model, teacher, s, saved, **options):
@@ -118,12 +120,12 @@ KILLED = """
     import torch
     from modeling.checkpoint import open_checkpoint
     from pruning.batches import Batches
-    from pruning.training import Settings, train
+    from pruning.training import TrainingSettings, train
 
     dense, saved, which = sys.argv[1:]
     torch.set_num_threads(1)
     tokens = torch.randint(0, 257, (3000,), generator=torch.Generator().manual_seed(0))
-    s = Settings(tokens=640, batch=2, window=32, evaluations=2, train=which)
+    s = TrainingSettings(tokens=640, batch=2, window=32, evaluations=2, train=which)
     steps = 0
 
     def die(tokens, loss):

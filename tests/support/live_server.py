@@ -3,20 +3,17 @@
 import contextlib
 import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import torch
 from checkpoints import CHATML, GATED, byte_tokenizer, random_tensors, write_checkpoint
 from prometheus_client.parser import text_string_to_metric_families
 
+from benchmarks.server_process import ServerProcess
 from modeling.checkpoint import open_checkpoint
 from pruning.surgery import Cut, write_reduced
 
@@ -92,40 +89,15 @@ def withheld(file: Path) -> Iterator[None]:
         os.close(pipe)
 
 
-class LiveServer:
-    """The process, its log, and a client. Its own time limits are the tests': a busy machine is no failure."""
+class LiveServer(ServerProcess):
+    """A server whose own time limits are the tests': a busy machine is no failure."""
 
     def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
-        self.log = log
-        script = Path(sys.executable).parent / "lowkey-serve"
-        with log.open("wb") as f:
-            self.process = subprocess.Popen(
-                [str(script), *arguments, "--port", "0"],
-                stderr=f,
-                stdout=f,
-                cwd=log.parent,
-                env={**os.environ, **PATIENT, **environment},
-            )
-        found = poll(
-            lambda: self.process.poll() is not None or re.search(r"running on (http://\S+)", log.read_text()),
-            "Uvicorn running on",
-        )
-        assert found is not True, log.read_text()
-        self.url = found[1]
-        self.http = httpx.Client(base_url=self.url, timeout=DEADLINE_S)
+        super().__init__(arguments, log, environment={**PATIENT, **environment}, timeout_s=DEADLINE_S)
 
-    def wait_ready(self) -> "LiveServer":
-        poll(lambda: self.http.get("/ready").status_code == 200, "/ready is 200")
+    def wait_ready(self, *variants: str) -> "LiveServer":
+        super().wait_ready(*variants)
         return self
-
-    def engines(self) -> dict[str, psutil.Process]:
-        """Engine processes by variant."""
-        found = {}
-        for process in psutil.Process(self.process.pid).children():
-            match = re.search(r'"variant":"([^"]+)"', " ".join(process.cmdline()))
-            if match:
-                found[match[1]] = process
-        return found
 
     def runtime_dir(self) -> Path:
         """The server's directory of sockets and shared log-probabilities."""
@@ -175,17 +147,10 @@ class LiveServer:
             "no slot is used",
         )
 
-    def stop(self) -> None:
+    def stop(self, patience_s: float = 60.0) -> None:
         """SIGTERM, then kill what is left."""
-        self.http.close()
         children = [] if self.process.poll() is not None else psutil.Process(self.process.pid).children()
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        super().stop(patience_s)
         for child in children:
             if child.is_running():
                 child.kill()

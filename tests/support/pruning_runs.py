@@ -7,6 +7,20 @@ from pruning.cli import app
 
 TEXT = ("--tokens", 256, "--window-length", 64)
 RECOVER = ("--tokens", 200, "--window-length", 32, "--batch", 2, "--heldout-tokens", 512, "--evaluations", 1)
+SWEEP = (
+    "--method",
+    "l1",
+    "--per-layer",
+    "l1",
+    "--width",
+    16,
+    "--align",
+    16,
+    "--seed",
+    0,
+    "--heldout-tokens",
+    1024,
+)
 EVALUATE = ("--tokens", 512, "--window", 64)
 
 
@@ -20,6 +34,7 @@ def arguments(made, command, out):
         "prune with statistics": ("prune", dense, out, "--method", "drrqr", "--keep", 8, *text, *TEXT),
         "recover": ("recover", dense, reduced, out, *text, "--heldout", made / "text", *RECOVER),
         "evaluate": ("evaluate", dense, reduced, *text, *EVALUATE, "--json", out),
+        "sweep": ("sweep", dense, out, *text, "--heldout", made / "text", *SWEEP, *TEXT),
         "report": ("report", out, reduced),
         "inspect": ("inspect", dense),
     }[command]  # fmt: skip

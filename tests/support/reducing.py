@@ -4,6 +4,7 @@ import torch
 
 from pruning.reduction import Provenance, check_output, reduce_checkpoint
 from pruning.selection import Selection
+from pruning.surgery import Cut
 
 
 def random_keep(spec, widths, seed=0):
@@ -11,18 +12,19 @@ def random_keep(spec, widths, seed=0):
     return tuple(
         torch.stack(
             [
-                torch.randperm(layer.mixer.d_k, generator=generator)[:n].sort().values
-                for _ in range(layer.mixer.num_k_heads)
+                torch.randperm(mixer.d_k, generator=generator)[:n].sort().values
+                for _ in range(mixer.num_k_heads)
             ]
         )
-        for layer, n in zip(spec.layers, widths, strict=True)
+        for mixer, n in zip(spec.deltas.values(), widths, strict=True)
     )
 
 
 def reduce(checkpoint, keep, out, *, overwrite=False, evaluate=None):
     replaces = check_output([checkpoint], out, overwrite=overwrite)
     report = [[{} for _ in layer] for layer in keep]
-    selection, made_by = Selection(tuple(keep), report), Provenance("test", 0)
+    cuts = tuple(Cut(i, k) for i, k in enumerate(keep))
+    selection, made_by = Selection(cuts, report), Provenance("test", 0)
     return reduce_checkpoint(checkpoint, selection, made_by, out, replaces=replaces, evaluate=evaluate)
 
 

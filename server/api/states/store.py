@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from safetensors import SafetensorError, safe_open
 
+from modeling.sources import checkpoint_sha256
 from server.settings import NAME
 
 FORMAT = "lowkey-state-1"
@@ -164,11 +165,7 @@ def check_opens(path: Path) -> None:
 
 def weights_sha256(checkpoint: Path) -> str:
     """Hash of a checkpoint's config and weights. Reads all of it: takes seconds for a large model."""
-    digest = hashlib.sha256((checkpoint / "config.json").read_bytes())
-    for path in sorted(checkpoint.glob("*.safetensors")):
-        with path.open("rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
+    return checkpoint_sha256(checkpoint, checkpoint.glob("*.safetensors"))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
 "use strict";
+const options = { responsive: true, displayModeBar: false };
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const figures = JSON.parse(document.getElementById("data").textContent);
 
@@ -10,7 +11,6 @@ function template() {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: text, size: 12, family: 'system-ui, "DejaVu Sans", sans-serif' },
-      margin: { l: 52, r: 12, t: 12, b: 44 },
       legend: { orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0 },
       xaxis: axis,
       yaxis: axis,
@@ -20,7 +20,7 @@ function template() {
 
 Promise.all(
   figures.map(({ name, data, layout }) =>
-    Plotly.newPlot(name, data, { ...layout, template: template() }, { responsive: true, displayModeBar: false }),
+    Plotly.newPlot(name, data, { ...layout, template: template() }, options),
   ),
 ).then(() => (document.body.dataset.drawn = figures.length));
 
