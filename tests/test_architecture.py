@@ -78,8 +78,12 @@ def import_graph() -> dict[str, set[str]]:
     graph: dict[str, set[str]] = {}
     for name, file in files.items():
         package = name if file.name == "__init__.py" else name.rpartition(".")[0]
-        used = imports(file.read_text(), package)
-        graph[name] = {target for target in used if target in files and target != name}
+        graph[name] = set()
+        for target in imports(file.read_text(), package):
+            module = target if target in files else target.rpartition(".")[0]
+            # `from package import module` says the package as well, whose own contents nobody asks for then.
+            if module in files and module != name and not name.startswith(f"{target}."):
+                graph[name].add(module)
     return graph
 
 
