@@ -6,16 +6,14 @@ Imports no torch: the API process stays light and never blocks on a device.
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass, field
 
 from server.wire.exchange import Answer, BrokenOutputError, EngineUnavailableError, Exchange, StateError
 from server.wire.messages import (
     Abort,
-    EngineConfig,
     Generate,
     Input,
     Occupancy,
-    Ready,
     SaveState,
     Score,
     Scored,
@@ -26,31 +24,16 @@ from server.wire.messages import (
 from server.wire.supervisor import Supervisor
 
 
+@dataclass(eq=False)
 class EngineClient(Supervisor):
-    """One engine process and the requests in it.
+    """One engine process and the requests in it."""
 
-    Args:
-        config, runtime_dir, hang_s, on_ready, on_down, on_fatal: those of the Supervisor.
-        on_step, on_occupancy: told of each step, and of who is in the engine.
-    """
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        runtime_dir: Path,
-        *,
-        hang_s: float,
-        on_ready: Callable[[Ready], None],
-        on_step: Callable[[StepOutput], None],
-        on_occupancy: Callable[[Occupancy], None],
-        on_down: Callable[[], None],
-        on_fatal: Callable[[str], None],
-    ) -> None:
-        super().__init__(
-            config, runtime_dir, hang_s=hang_s, on_ready=on_ready, on_down=on_down, on_fatal=on_fatal
-        )
-        self._on_step, self._on_occupancy = on_step, on_occupancy
-        self._requests: dict[str, Exchange] = {}
+    _: KW_ONLY
+    on_step: Callable[[StepOutput], None]
+    """Told of each step."""
+    on_occupancy: Callable[[Occupancy], None]
+    """Told of who is in the engine."""
+    _requests: dict[str, Exchange] = field(default_factory=dict, init=False)
 
     async def generate(
         self,
@@ -135,15 +118,15 @@ class EngineClient(Supervisor):
 
     def _deliver(self, output: StepOutput | Occupancy) -> None:
         if isinstance(output, Occupancy):
-            self._on_occupancy(output)
+            self.on_occupancy(output)
             return
         items: list[Answer] = [*output.tokens, *output.scored, *output.saved, *output.failed]
         for item in items:
             exchange = self._requests.get(item.request_id)
             if exchange is not None:  # else it was aborted while this was on its way
                 exchange.put(item)
-        self._on_step(output)
-        self._on_occupancy(output.occupancy)
+        self.on_step(output)
+        self.on_occupancy(output.occupancy)
 
     def _lost(self) -> None:
         """Requests that were in the engine fail with EngineUnavailableError."""
