@@ -50,13 +50,13 @@ def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
 
     Counted in tensors of `modeling.layers` and `modeling.ops.chunked` that are alive together, in float32.
     """
-    mixer, ffn = [], []
+    mixer = []
     hidden = spec.hidden_size
-    for i, m in spec.deltas.items():
+    ffn = [3 * hidden + 5 * layer.ffn.intermediate_size for layer in spec.layers]
+    for m in spec.deltas.values():
         chunked = m.num_v_heads * (4 * TOKEN_BLOCK + 5 * (m.d_k + m.d_v))
         # The last term: float64 rows of the Grams, raw and normalised.
         mixer.append(3 * hidden + sum(m.in_proj_sizes) + 4 * m.conv_channels + chunked + 4 * 2 * m.key_dim)
-        ffn.append(3 * hidden + 5 * spec.layers[i].ffn.intermediate_size)
     forward = BATCH * length * max(*mixer, *ffn)
     if not gradients:
         return 4 * forward
@@ -157,7 +157,7 @@ def _run(names: Collection[StatisticName], model: Model, windows: Tensor) -> Non
     layers = zeros(model.spec, names)
     with torch.no_grad():
         model(windows.flatten(), [0, windows.numel()], tap=Collector(layers).tap if names else None)
-    if need_gradients(names):
+    if need_gradients(names) and layers:
         for _ in add_gradients(model, windows, layers):
             pass
 
