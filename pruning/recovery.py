@@ -46,16 +46,16 @@ class Run:
     settings: TrainingSettings
     batches: Batches
     heldout: Tensor
-    """int64 `[count, window + 1]`"""
+    """Held-out windows, int64 `[count, window + 1]`."""
     text: Text
     heldout_text: Text
     control: bool
     replaces: Found | None
-    """What the output may replace."""
+    """What is at the output's place and may be replaced; None if nothing is."""
 
     @property
     def student(self) -> Checkpoint:
-        """What is trained."""
+        """The checkpoint that is trained."""
         return self.dense if self.control else self.reduced
 
     @property
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def saved(self) -> Path:
-        """Where the progress is kept until the output is there."""
+        """The file that keeps the progress until the output is there."""
         return progress_file(self.out)
 
     @property
@@ -86,7 +86,7 @@ class Run:
 
 
 def progress_file(out: Path) -> Path:
-    """Where a recovery into `out` keeps its progress."""
+    """The file in which a recovery into `out` keeps its progress."""
     return out.with_name(f"{out.name}.progress.safetensors")
 
 
@@ -105,7 +105,7 @@ def plan(
     """Check everything and read the text.
 
     Args:
-        heldout_tokens: as in `evaluation_windows`.
+        heldout_tokens: How many to measure on, as in `evaluation_windows`.
         control: train the dense checkpoint instead, on the same tokens with the same settings, without a teacher.
 
     Raises:

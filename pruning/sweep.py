@@ -36,14 +36,14 @@ class RecoveryPlan:
     """How each reduced checkpoint is recovered."""
 
     settings: TrainingSettings
-    """Their seed is that of each cell instead."""
+    """How to train; the seed is replaced by that of each cell."""
     text: Text
     heldout: Text
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured, and on what."""
+    """A plan: which reduced checkpoints are measured, and on what text."""
 
     source: Checkpoint
     methods: tuple[str, ...]
@@ -54,7 +54,7 @@ class Sweep:
     align: int
     """Widths per layer are multiples of this."""
     drawn: Mapping[int, tuple[Tensor, Origin]]
-    """By seed: calibration windows, int64 `[count, length]`, and where they came from."""
+    """Calibration windows, int64 `[count, length]`, and where they came from, by calibration seed."""
     heldout: Tensor
     """Windows to measure on, int64 `[count, window + 1]`."""
     compared: int
@@ -70,7 +70,7 @@ class Sweep:
 
     @property
     def needed(self) -> set[StatisticName]:
-        """What the methods read of calibration."""
+        """Names of the statistics that the methods read."""
         return {name for method in (*self.methods, *self.per_layer) for name in CRITERIA[method].statistics}
 
     @property
@@ -158,7 +158,7 @@ class Measuring:
         )
 
     def _statistics(self, seed: int) -> Statistics | None:
-        """What the methods read, or None if none of them reads any."""
+        """The statistics that the methods read, or None if none of them reads any."""
         needed = self._sweep.needed
         if not needed:
             return None

@@ -36,7 +36,7 @@ OnStep = Callable[[int, float], None]
 
 
 def no_report(tokens: int, loss: float) -> None:
-    """For callers that show nothing."""
+    """An `OnStep` for callers that show nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +44,26 @@ class TrainingSettings:
     """How to train. Raises PruningError for values that can't be meant."""
 
     tokens: int
-    """Budget, rounded up to whole steps."""
+    """How many tokens to train on, rounded up to whole steps."""
     train: TrainableSet = "small"
     lr: float = 1e-3
     """Peak learning rate."""
     batch: int = 8
     """Windows per forward pass."""
     accumulate: int = 1
-    """Passes per step."""
+    """Forward passes per step, whose gradients are added up."""
     window: int = WINDOW
     """Tokens to predict per window; each window starts from an empty state."""
     ce_weight: float = 1.0
+    """Weight of the cross entropy in the loss."""
     kl_weight: float = 1.0
+    """Weight of the distillation, `temperature^2 * KL(dense || reduced)`, in the loss."""
     temperature: float = 2.0
+    """Temperature of the distillation."""
     rank: int = 32
+    """Rank of the adapters."""
     alpha: int = 64
+    """Adapters are scaled by alpha / rank."""
     seed: int = 0
     """Seed of the order of the text and of the adapters."""
     evaluations: int = 10
@@ -130,7 +135,7 @@ class _Progress:
     curve: list[Point]
     ce: float = 0.0
     kl: float = 0.0
-    """Sums over the steps since the last point."""
+    """`ce` and `kl` are sums over the steps since the last point."""
 
 
 def train(
@@ -153,7 +158,7 @@ def train(
     Args:
         model: parameters in float32, on the device to train on.
         teacher: the dense model on the same device, or None to train on cross entropy alone.
-        batches: of `settings.batch` windows.
+        batches: Batches of `settings.batch` windows.
         heldout: int64 `[count, window + 1]`, measured in float32 for the curve.
         saved: file of a run's progress, written every `save_seconds`, when Ctrl-C is pressed and at the end; if it
             exists, the run goes on from there. The caller removes it.

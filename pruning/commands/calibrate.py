@@ -179,7 +179,7 @@ def calibrate_on_ray(
 
 
 def tell(plan: Iterable[str], *, dry_run: bool) -> None:
-    """Show what is going to be done: the result of a dry run, a message before anything else."""
+    """Show what is going to be done: on standard output where that is all, else as a message before the work."""
     console = out_console if dry_run else err_console
     for line in plan:
         console.print(line, soft_wrap=True)
@@ -193,7 +193,7 @@ def draw(encoder: Encoder, source: CalibrationText, shard: tuple[int, int] = (1,
 
 
 def unfinished_of(out: Path) -> Path:
-    """Where a calibration into `out` keeps its progress."""
+    """The file in which a calibration or a sweep into `out` keeps its progress."""
     return out.with_name(f"{out.name}.partial")
 
 

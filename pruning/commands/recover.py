@@ -67,9 +67,9 @@ def recover(
         float, typer.Option(help="Weight of T^2 KL(dense || reduced); 0 trains without a teacher.")
     ] = TrainingSettings.kl_weight,
     temperature: Annotated[float, typer.Option(help="T of the distillation.")] = TrainingSettings.temperature,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = TrainingSettings.rank,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = TrainingSettings.rank,
     alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / rank.")] = TrainingSettings.alpha,
-    seed: Annotated[int, typer.Option(help="Of the order of the text and of the adapters.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the text and of the adapters.", min=0)] = 0,
     control: Annotated[
         bool,
         typer.Option(

@@ -24,12 +24,12 @@ class Head:
     seed: int
     """Seed of the whole selection; `generator` makes the head's own from it."""
     tokens: int = 0
-    """That the statistics are sums over."""
+    """How many tokens the statistics are sums over."""
     statistics: Mapping[StatisticName, NDArray[np.float64]] = field(default_factory=dict)
     """The head's part of the calibration statistics: Grams `[d_k, d_k]`, sums of rows `[d_k]`, `x_squares` `[hidden]`
     (of the layer, the same for all heads), weight gradients `[d_k, hidden]`, `gate_fisher` `[d_k]`."""
     weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-    """The head's rows of the q and k projections, `[d_k, hidden]` each."""
+    """The head's rows of the q and k projections, `[d_k, hidden]` each; None if the criterion does not read them."""
 
     def generator(self) -> np.random.Generator:
         """A generator that depends on (seed, layer, head) only, so the order of heads does not matter."""
@@ -42,11 +42,11 @@ class Choice:
     """The kept channels of one head."""
 
     keep: NDArray[np.int64]
-    """`[n]`, ascending, distinct."""
+    """Indices of the kept channels, `[n]`, ascending and distinct."""
     report: Report = field(default_factory=dict)
     rotation: NDArray[np.float64] | None = None
-    """`[d_k, d_k]` with orthonormal rows, of every head or of none: `keep` then counts these mixtures of the head's
-    channels. A choice of channels has none."""
+    """Mixtures of the head's channels, `[d_k, d_k]` with orthonormal rows, which `keep` counts instead of the channels;
+    None where channels are chosen. Either every head of a layer has one, or none does."""
 
 
 class Criterion(Protocol):

@@ -45,11 +45,11 @@ class Figure:
     """One figure with what stands around it."""
 
     name: str
-    """For files and links: lower case, digits and dashes."""
+    """The figure's name in files and links: lower case, digits and dashes."""
     title: str
     caption: str
     figure: Any
-    """plotly.graph_objects.Figure."""
+    """The drawing, a plotly.graph_objects.Figure."""
 
 
 def subplots(titles: Sequence[str], *, columns: int = 2, height: int = 360, **options: Any) -> Any:
