@@ -32,6 +32,7 @@ TOOLS_VENV := .cache/deploy-venv
 TOOLS := $(TOOLS_VENV)/.installed
 
 MODEL := demo/model
+CPP := $(wildcard modeling/runtime/cpu/*.h modeling/runtime/cpu/*.cpp)
 REDUCED := .cache/demo/reduced-64
 
 # pip says too much by itself and nothing at all with --quiet: name the large downloads and the installation.
@@ -52,7 +53,7 @@ help:
 	@echo "make deploy-check  the Dockerfiles, compose.yaml and the Helm chart against linters and schemas"
 	@echo "make loadtest  the same load on each variant of a running \`make demo\` (or URL=...), in turns"
 	@echo "make loadtest-docs  make loadtest, and its tables and pictures into docs/loadtest.md"
-	@echo "make lint      ruff and mypy only"
+	@echo "make lint      ruff, clang-format and mypy only"
 	@echo "make format    sort imports, reformat"
 	@echo "make venv      install only, with the development tools"
 	@echo "make clean     remove the virtual environment and all caches"
@@ -136,11 +137,13 @@ loadtest-docs: loadtest
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 format: $(DEV)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # Two processes, with the tests of a file in one of them, since they share servers and checkpoints.
 test: lint

@@ -22,8 +22,8 @@ from outputs import figures_file, write_figures
 from pydantic import ByteSize, TypeAdapter
 
 from server.engine.engine import Engine
-from server.engine.messages import EngineConfig, Generate, Ready, Sampling
 from server.engine.process import build
+from server.wire.messages import EngineConfig, Generate, Ready, Sampling
 
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 

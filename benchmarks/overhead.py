@@ -18,9 +18,9 @@ import numpy as np
 from fastapi import FastAPI
 
 from server.api.app import create_app
-from server.engine.messages import Generate, Token
+from server.api.serving.variants import Variant
 from server.settings import load_settings
-from server.variants import Variant
+from server.wire.messages import Generate, Token
 
 KEY = secrets.token_hex(16)
 WARM_UP = 50
@@ -54,7 +54,7 @@ def create_apps(source: str) -> tuple[FastAPI, FastAPI]:
         tokens_per_minute=10**9,
     )
     full = create_app(settings, fatal)
-    full.state.lowkey.variants = plain.state.lowkey.variants
+    full.state.service.variants = plain.state.service.variants
     for app in (plain, full):
         app.get("/nothing")(nothing)
     return plain, full
@@ -72,7 +72,7 @@ async def measure(source: str, requests: int) -> dict[str, np.ndarray]:
     """Milliseconds of each way, `[requests]`, run in turn."""
     plain, full = create_apps(source)
     async with plain.router.lifespan_context(plain):
-        (variant,) = plain.state.lowkey.variants
+        (variant,) = plain.state.service.variants
         while not variant.client.up:  # noqa: ASYNC110
             await asyncio.sleep(0.1)
         engine = EngineTime(variant)

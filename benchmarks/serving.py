@@ -28,8 +28,8 @@ from outputs import figures_file, write_figures
 from loadtest.client import Completion, closed_loop, summarise
 from modeling.checkpoint import open_checkpoint
 from server.engine.engine import Engine
-from server.engine.messages import EngineConfig, Generate, Sampling
 from server.engine.process import build
+from server.wire.messages import EngineConfig, Generate, Sampling
 
 PROMPTS, NEW = (128, 512), (64, 128)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)

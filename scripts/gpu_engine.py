@@ -23,8 +23,8 @@ from modeling.runtime.gpu.graphs import Recorder
 from modeling.state import StatePool
 from server.engine.device import Cuda, Device, Host
 from server.engine.engine import Engine
-from server.engine.messages import EngineConfig, Generate, Ready, Sampling
 from server.engine.process import build
+from server.wire.messages import EngineConfig, Generate, Ready, Sampling
 
 STREAMS = 256
 CLIENTS = 4

@@ -19,9 +19,9 @@ import uvicorn
 from lowkey.cli import Version
 from modeling.sources import CheckpointError, check_source
 from server.api.app import create_app
-from server.api.serving import ServerState
+from server.api.http.protocol import HttpProtocol
+from server.api.serving.service import Service
 from server.logs import configure
-from server.protocol import HttpProtocol
 from server.settings import ConfigurationError, Settings, load_settings
 
 logger = logging.getLogger("lowkey.server")
@@ -56,10 +56,10 @@ class Server(uvicorn.Server):
     """
 
     def __init__(
-        self, config: uvicorn.Config, state: ServerState, reload: Callable[[], Settings], url: str
+        self, config: uvicorn.Config, service: Service, reload: Callable[[], Settings], url: str
     ) -> None:
         super().__init__(config)
-        self._state = state
+        self._service = service
         self._reload = reload
         self._url = url
         self._drain_at = self._drain_until = 0.0
@@ -77,7 +77,7 @@ class Server(uvicorn.Server):
 
         What was set and is not any more keeps the old: a file that somebody is just writing looks like that.
         """
-        old = self._state.settings
+        old = self._service.settings
         try:
             new = self._reload()
             missing = [name for name in RELOADED if name in old.model_fields_set - new.model_fields_set]
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
                 raise ConfigurationError(
                     f"no more {', '.join(missing)} there; to do without, say so: {empty}"
                 )
-            self._state.routing.replace(new)
+            self._service.routing.replace(new)
         except (ConfigurationError, ValueError) as e:
             logger.error("SIGHUP: the old configuration stays: %s", e)
             return
@@ -96,7 +96,7 @@ class Server(uvicorn.Server):
             if name not in RELOADED and getattr(old, name) != getattr(new, name)
         )
         taken = {name: getattr(new, name) for name in RELOADED if name in new.model_fields_set}
-        self._state.settings = old.model_copy(update=taken)
+        self._service.settings = old.model_copy(update=taken)
         logger.info(
             "SIGHUP: read aliases %s, sticky and %d shadow rules", sorted(new.aliases), len(new.shadow)
         )
@@ -108,16 +108,16 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Not uvicorn's own: that one stops listening at once, and kills the process when all is done."""
-        settings, now, again = self._state.settings, time.monotonic(), self._state.leaving
-        self._state.leaving = True
+        settings, now, again = self._service.settings, time.monotonic(), self._service.leaving
+        self._service.leaving = True
         self._drain_at = now if again else now + settings.drain_delay_s
         self._drain_until = now if again else self._drain_at + settings.drain_s
-        self._state.draining = self._drain_at <= now
+        self._service.draining = self._drain_at <= now
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: say when all models are up, and once a drain is over, stop. Requests that outlast it get
         their error event first."""
-        variants = list(self._state.variants)
+        variants = list(self._service.variants)
         if not self._announced and all(variant.client.up for variant in variants):
             self._announced = True
             names = ", ".join(variant.name for variant in variants)
@@ -125,9 +125,9 @@ class Server(uvicorn.Server):
             # What is there now stays. To look through it for garbage again and again would hold up all streams.
             gc.collect()
             gc.freeze()
-        if self._state.leaving and time.monotonic() >= self._drain_at:
-            self._state.draining = True
-        if self._state.draining and not self.should_exit:
+        if self._service.leaving and time.monotonic() >= self._drain_at:
+            self._service.draining = True
+        if self._service.draining and not self.should_exit:
             await self._drain(sum(variant.answers for variant in variants))
         return await super().on_tick(counter)
 
@@ -139,7 +139,7 @@ class Server(uvicorn.Server):
                 logger.info("draining: %d requests run, up to %.0f s; once more to stop now", running, left)
             return
         if running:
-            await self._state.variants.close()
+            await self._service.variants.close()
         self.should_exit = True
 
     def fail(self, variant: str, reason: str) -> None:
@@ -338,7 +338,7 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         server_header=False,
     )
     url = url_of(settings.host, sockets[0].getsockname()[1])
-    server = Server(config, fastapi_app.state.lowkey, reload, url)
+    server = Server(config, fastapi_app.state.service, reload, url)
     server.run(sockets=sockets)
     for variant, reason in server.failed.items():
         logger.error("variant %r could not be loaded: %s", variant, reason)

@@ -23,7 +23,7 @@ class TextFormatter(logging.Formatter):
 
 
 def _value(value: Any) -> str:
-    """One word, whatever it is: nothing that a client sent may make a line of its own."""
+    """A field's value as one word: nothing that a client sent may make a line of its own."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if text.isprintable() and " " not in text else json.dumps(text)
 
@@ -45,7 +45,7 @@ class JSONFormatter(logging.Formatter):
 
 
 def configure(level: str, style: Literal["text", "json"]) -> None:
-    """Send everything to stderr."""
+    """Have everything that is logged written to stderr."""
     handler = logging.StreamHandler()
     handler.setFormatter(JSONFormatter() if style == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -22,19 +22,19 @@ from starlette.types import ASGIApp, Message
 
 from modeling.sources import as_path
 from server.api.app import create_app
-from server.api.errors import APIError, unavailable
-from server.api.health import why_not_ready
-from server.api.streaming import DONE, sse
-from server.engine.messages import DEFAULT_SLOTS
+from server.api.http.errors import APIError, unavailable
+from server.api.http.events import DONE, sse
+from server.api.operations.health import why_not_ready
 from server.logs import configure
 from server.settings import ConfigurationError, Settings, VariantSettings, load_settings
+from server.wire.messages import DEFAULT_SLOTS
 
 logger = logging.getLogger("lowkey.ray")
 
 FRONT_REQUESTS = 8192
 """Requests that one front passes on at once. Ray's default is 5."""
 STREAM_INTERVAL_S = 0.05
-"""Between two pieces of a stream: each costs three processes more than a token costs the engine."""
+"""Seconds between two pieces of a stream: each costs three processes more than a token costs the engine."""
 BEGINNING = 1024
 """Bytes of a prompt, as JSON, that decide which replica is its home."""
 ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
@@ -51,7 +51,7 @@ class Call:
     body: bytes
 
     def scope(self) -> dict[str, Any]:
-        """As ASGI has it."""
+        """The request as an ASGI scope."""
         return {
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -134,11 +134,11 @@ class Replica:
         configure(settings.log_level, settings.log_format)
         self._unloadable: str | None = None
         self._app = create_app(settings, on_fatal=self._fail)
-        self._state = self._app.state.lowkey
+        self._service = self._app.state.service
         self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
         try:
-            while not all(variant.loaded for variant in self._state.variants):
+            while not all(variant.loaded for variant in self._service.variants):
                 if self._unloadable is not None:
                     raise ConfigurationError(self._unloadable)
                 await asyncio.sleep(0.05)
@@ -150,14 +150,14 @@ class Replica:
         self._unloadable = f"variant {variant!r} can't be loaded: {reason}"
 
     async def answer(self, call: Call) -> AsyncGenerator[Head | bytes]:
-        """See `answer_of`."""
+        """The answer to a call, as `answer_of` gives it."""
         async with contextlib.aclosing(answer_of(self._app, call)) as parts:
             async for part in parts:
                 yield part
 
     async def check_health(self) -> None:
         """Called by Ray, which replaces a replica that fails three times: what /ready says, as an error."""
-        reason = self._unloadable or why_not_ready(self._state)
+        reason = self._unloadable or why_not_ready(self._service)
         if reason:
             raise RuntimeError(reason)
 
@@ -166,7 +166,7 @@ class Replica:
         from ray import serve
 
         context = serve.get_replica_context()
-        return labelled(self._state.metrics.registry, context.deployment, context.replica_id.unique_id)
+        return labelled(self._service.metrics.registry, context.deployment, context.replica_id.unique_id)
 
     async def close(self) -> None:
         """End the engines."""
@@ -350,7 +350,7 @@ def _one_or_more(value: Any) -> Any:
 
 
 class Args(BaseModel):
-    """Arguments of the application."""
+    """What `serve run` and `serve deploy` may be told."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -49,7 +49,7 @@ class _Table(BaseModel):
 
 
 class VariantSettings(_Table):
-    """One model."""
+    """The settings of one variant."""
 
     source: str = Field(min_length=1, description="Checkpoint directory or hub id.")
     device: Device | None = Field(default=None, description="Instead of the server's `device`.")
@@ -76,7 +76,7 @@ class Sticky(_Table):
     header: str = Field(
         default="x-lowkey-user", pattern=r"^[a-z0-9-]+$", description="The header that `header` means."
     )
-    seed: int = Field(default=0, description="Of the hash; another one deals all clients anew.")
+    seed: int = Field(default=0, description="Seed of the hash; another one deals all clients anew.")
 
 
 class ShadowRule(_Table):
@@ -84,11 +84,11 @@ class ShadowRule(_Table):
 
     source: VariantName = Field(alias="from", description="The variant that answers the user.")
     target: VariantName = Field(alias="to", description="The variant that is measured against it.")
-    fraction: float = Field(gt=0, le=1, description="Of the requests that end well.")
+    fraction: float = Field(gt=0, le=1, description="Share of the requests that end well.")
 
 
 class ApiKey(_Table):
-    """One client. The key itself is not kept."""
+    """The settings of one client. The key itself is not kept."""
 
     sha256: str
     requests_per_minute: int | None = Field(default=None, ge=1, description="Instead of the server's.")
@@ -248,7 +248,7 @@ class Settings(BaseSettings):
         description="A saved state that nobody used for so long is gone.",
     )
     state_budget_bytes: int = Field(
-        4 * 2**30, ge=2**10, description="Of all saved states; the least recently used go first."
+        4 * 2**30, ge=2**10, description="Most bytes of all saved states; the least recently used go first."
     )
     header_timeout_s: float = Field(
         10.0, gt=0, description="How long a connection may take to send a request's headers."
@@ -289,7 +289,9 @@ class Settings(BaseSettings):
         description="Paths that need no key where keys are set; / is the compare page with its own files.",
     )
     requests_per_minute: int | None = Field(
-        None, ge=1, description="Of each key (of all clients together where no keys are set); more is a 429."
+        None,
+        ge=1,
+        description="Limit of each key (of all clients together where no keys are set); more is a 429.",
     )
     tokens_per_minute: int | None = Field(
         None, ge=1, description="Likewise, prompt and completion tokens together."
@@ -351,7 +353,7 @@ def device_shares(settings: Settings) -> dict[str, float]:
 
 
 def check_routing(settings: Settings, variants: set[str]) -> None:
-    """ValueError unless aliases and shadow rules refer to `variants`."""
+    """Raise ValueError unless aliases and shadow rules refer to `variants`."""
     for alias, weights in settings.aliases.items():
         if alias in variants:
             raise ValueError(f"aliases.{alias}: is a variant's name too")

@@ -8,20 +8,23 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from lowkey import __version__
-from server.ab import ABWindow
-from server.api import ab, chat, compare, completions, errors, health, models, states, tokenize, ui
-from server.api.answers import ERRORS
-from server.api.auth import Clients
-from server.api.context import current
-from server.api.generation import Generation
-from server.api.middleware import Guard, Limits, RequestFrame
-from server.api.saved import SavedStates
-from server.api.serving import ServerState
-from server.api.shadow import Shadow
-from server.metrics import Metrics
-from server.routing import Routing
+from server.api.ab import compare, summary
+from server.api.ab.comparisons import Comparisons
+from server.api.ab.shadow import Shadow
+from server.api.ab.window import ABWindow
+from server.api.completions import chat, completions
+from server.api.http import errors
+from server.api.http.auth import Clients
+from server.api.http.middleware import Guard, Limits, RequestFrame
+from server.api.operations import health, models, ui
+from server.api.serving.metrics import Metrics
+from server.api.serving.routing import Routing
+from server.api.serving.service import Service
+from server.api.serving.variants import Variants
+from server.api.states import routes as states
+from server.api.states.saved import SavedStates
+from server.api.tokens import tokenize
 from server.settings import Settings
-from server.variants import Variants
 
 
 def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> FastAPI:
@@ -32,52 +35,45 @@ def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> Fast
     """
     metrics = Metrics()
     variants = Variants(settings, metrics, on_fatal)
-    state = ServerState(
-        settings,
-        variants,
-        metrics,
-        SavedStates(settings),
-        Routing(settings),
-        ABWindow(settings.ab_samples),
-    )
-    shadow = Shadow(state)
-    state.on_finish += [
-        lambda generation: _account(generation, settings),
-        lambda generation: ab.record(generation, state.ab),
-        shadow.offer,
-    ]
+    service = Service(settings, variants, metrics, Routing(settings))
+    saved_states = SavedStates(settings)
+    comparisons = Comparisons(metrics, ABWindow(settings.ab_samples))
+    shadow = Shadow(service, comparisons)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        state.variants.start()
-        sweeper = asyncio.create_task(state.states.sweep())
+        service.variants.start()
+        sweeper = asyncio.create_task(saved_states.sweep())
         try:
             yield
         finally:
             sweeper.cancel()
             await shadow.close()
-            await state.variants.close()
+            await service.variants.close()
 
     app = FastAPI(
         title="Lowkey",
         version=__version__,
         summary="Serves dense and reduced-state linear-attention models side by side.",
         lifespan=lifespan,
-        responses=ERRORS,
+        responses=errors.ERRORS,
         docs_url=None,
         redoc_url=None,
     )
-    app.state.lowkey = state
+    app.state.service = service
+    app.state.saved_states = saved_states
+    app.state.comparisons = comparisons
+    app.state.observers = [comparisons.add_generation, shadow.offer]  # of completions and chat
     errors.install(app)
-    for module in (completions, chat, tokenize, states, compare, ab, models, health, ui):
+    for module in (completions, chat, tokenize, states, compare, summary, models, health, ui):
         app.include_router(module.router)
-    _add_middleware(app, state)
+    _add_middleware(app, service)
     return app
 
 
-def _add_middleware(app: FastAPI, state: ServerState) -> None:
+def _add_middleware(app: FastAPI, service: Service) -> None:
     """The last one added is the outermost."""
-    settings = state.settings
+    settings = service.settings
     app.add_middleware(
         Limits,
         max_body_bytes=settings.max_body_bytes,
@@ -89,7 +85,7 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
         Guard,
         clients=Clients(settings),
         public=settings.public_paths,
-        on_limit=lambda: state.metrics.on_rate_limit(1),
+        on_limit=lambda: service.metrics.on_rate_limit(1),
     )
     if settings.cors_origins:
         app.add_middleware(
@@ -105,11 +101,4 @@ def _add_middleware(app: FastAPI, state: ServerState) -> None:
                 "x-lowkey-tokens-per-second",
             ],
         )
-    app.add_middleware(RequestFrame, leaving=lambda: state.leaving)
-
-
-def _account(generation: Generation, settings: Settings) -> None:
-    """To the request that the generation was a part of."""
-    context = current.get()
-    if context is not None:
-        context.add(generation, with_text=settings.log_texts)
+    app.add_middleware(RequestFrame, leaving=lambda: service.leaving, log_texts=settings.log_texts)

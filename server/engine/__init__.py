@@ -1,1 +1,1 @@
-"""Continuous batching over a slot pool. No HTTP in here; `messages` and `client` import no torch either."""
+"""The engine process: continuous batching over a pool of state slots. Knows no HTTP."""

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from modeling.spec import TOKEN_BLOCK
 from modeling.state import StatePool
-from server.engine.prefix_cache import BLOCK, TOKEN_BYTES, Entry, Prefix, PrefixIndex
-from server.engine.state_file import host_tensors, load_state, save_state
-
-__all__ = ["Allocation", "Entry", "Prefix", "StateCache"]
+from server.engine.prefix_cache import TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
+from server.engine.state_file import HostState, fill, host_tensors, read_state, save_state
 
 
 @dataclass(frozen=True)
@@ -41,28 +40,28 @@ class StateCache:
 
     @property
     def used(self) -> int:
-        """Slots of running requests."""
+        """How many slots running requests have."""
         return self._pool.used_slots - len(self._index)
 
     @property
     def cached(self) -> int:
-        """Slots of prefixes."""
+        """How many slots hold prefixes of prompts."""
         return len(self._index)
 
     @property
     def available(self) -> int:
-        """Slots that a request could get now."""
+        """How many slots requests could get now."""
         return self._pool.free_slots + len(self._index)
 
     def prefix(self, token_bytes: bytes, limit: int, salt: bytes) -> Prefix | None:
         """A prompt of which up to `limit` tokens may be taken from what the cache has of its salt; None for one that it
         has no use for."""
-        long_enough = len(token_bytes) >= BLOCK * TOKEN_BYTES
+        long_enough = len(token_bytes) >= TOKEN_BLOCK * TOKEN_BYTES
         return Prefix(token_bytes, limit, salt) if self._enabled and long_enough else None
 
-    def part(self, prefix: Prefix) -> int:
-        """Where the prompt parts from those seen before (`PrefixIndex.part`)."""
-        return self._index.part(prefix)
+    def remember(self, prefix: Prefix) -> int:
+        """Remember a prompt. Where it parts from those that were remembered earlier (`PrefixIndex.remember`)."""
+        return self._index.remember(prefix)
 
     def allocate(self, prefix: Prefix | None = None) -> Allocation | None:
         """A state that has seen as much of the prompt as is cached, else a zeroed one. None when all slots are in
@@ -85,19 +84,28 @@ class StateCache:
     def free(self, allocation: Allocation) -> None:
         self._pool.free(allocation.slot)
 
-    def load(self, allocation: Allocation, path: Path) -> None:
-        """Take the state from a file. Raises StateFileError."""
-        load_state(self._pool, allocation.slot, path)
+    def load(self, path: Path) -> Callable[[], HostState]:
+        """The function that reads a state from a file, for `fill`. It may be called in any thread, and raises
+        StateLoadError."""
+        return partial(read_state, self._pool, path)
+
+    def fill(self, allocation: Allocation, state: HostState) -> None:
+        """Give an allocation the state that has been read from a file."""
+        fill(self._pool, allocation.slot, state)
 
     def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> Callable[[], None]:
-        """What writes the state to a file, in any thread, for as long as nothing else is done with the allocation.
-        Raises OSError when it is called."""
+        """The function that writes the state to a file. It may be called in any thread, for as long as nothing else is
+        done with the allocation, and raises OSError."""
         return partial(save_state, host_tensors(self._pool, allocation.slot), path, metadata)
 
-    def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> Entry | None:
+    def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> CachedPrefix | None:
         """Keep the state of `allocation`, which has seen the first `length` tokens. None when it is kept already, or
         there is no room or no use for it."""
-        if length < BLOCK or (self._aligned and length % BLOCK) or self._index.exact(prefix, length):
+        if (
+            length < TOKEN_BLOCK
+            or (self._aligned and length % TOKEN_BLOCK)
+            or self._index.exact(prefix, length)
+        ):
             return None
         slot = self._take(zero=False)
         if slot is None:
@@ -105,7 +113,7 @@ class StateCache:
         self._pool.copy(allocation.slot, slot)
         return self._index.add(prefix, length, slot)
 
-    def drop(self, entry: Entry) -> None:
+    def drop(self, entry: CachedPrefix) -> None:
         """Forget a snapshot, if it is still there."""
         if entry in self._index:
             self._index.remove(entry)

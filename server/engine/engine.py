@@ -6,7 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.engine.messages import (
+from server.engine.request import Request
+from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
+from server.engine.scheduler import Batch, Scheduler
+from server.engine.state_files import StateFiles
+from server.wire.messages import (
     Abort,
     FinishReason,
     Input,
@@ -20,10 +24,6 @@ from server.engine.messages import (
     StepOutput,
     Token,
 )
-from server.engine.request import Request
-from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
-from server.engine.scheduler import Batch, Scheduler
-from server.engine.state_writer import StateWriter
 
 
 class IntegrityError(RuntimeError):
@@ -37,7 +37,7 @@ class _Launched:
 
 
 class Engine:
-    """Takes requests, gives tokens.
+    """Takes requests and gives tokens.
 
     `depth` is how many steps may be launched ahead of the one being collected: 0 runs one after the other, 1 overlaps
     the host's work with the device's.
@@ -48,31 +48,31 @@ class Engine:
         self._runner = runner
         self._depth = depth
         self._launched: deque[_Launched] = deque()
-        self._writer = StateWriter(ThreadPoolExecutor(1, "states"))
+        self._files = StateFiles(ThreadPoolExecutor(1, "states"))
         self._collected_at = 0.0
         self._blocked = False
         self._reported = 0, 0
-        """Counts of the prefix cache (queries, hits) that outputs have told already."""
+        """The counts of the prefix cache (queries, hits) that outputs have reported already."""
 
     @property
     def idle(self) -> bool:
-        """Nothing to run, nothing to collect and nothing to tell."""
+        """Whether there is nothing to run, nothing to collect and nothing to tell."""
         s = self._scheduler
         return not (s.running or s.waiting or self._launched or s.failed)
 
     @property
     def blocked(self) -> bool:
-        """The last step found nothing to do until a file has been written or a message comes."""
+        """Whether the last step found nothing to do until a file has been written or read, or a message comes."""
         return self._blocked
 
     @property
-    def writing(self) -> bool:
-        """A file is being written."""
-        return self._writer.busy
+    def on_disk(self) -> bool:
+        """Whether a file is being written or read."""
+        return self._files.busy
 
     @property
     def occupancy(self) -> Occupancy:
-        """Who is in here now."""
+        """Who is in the engine now."""
         return Occupancy(
             running=self._scheduler.running,
             waiting=self._scheduler.waiting,
@@ -100,7 +100,12 @@ class Engine:
         Raises:
             IntegrityError: nothing is running, and yet slots are in use.
         """
+        for request, state in self._files.loaded():
+            self._scheduler.loaded(request, state)
         batch = self._scheduler.next_batch()
+        for request, read in self._scheduler.loads:
+            self._files.read(request, read)
+        self._scheduler.loads.clear()
         if batch is not None:
             now = time.monotonic()
             for chunk in batch.prefills:
@@ -114,7 +119,7 @@ class Engine:
         output: StepOutput | None = None
         if self._launched and (batch is None or len(self._launched) > self._depth):
             output = self._collect(self._launched.popleft())
-        elif self._scheduler.failed or self._writer.due:
+        elif self._scheduler.failed or self._files.due:
             output = self._output([], [], Batch([], []), 0.0)
         self._blocked = batch is None and output is None and not self._launched
         if self.idle:
@@ -145,7 +150,7 @@ class Engine:
         return self._output(tokens, scored, batch, step_s)
 
     def _output(self, tokens: list[Token], scored: list[Scored], batch: Batch, step_s: float) -> StepOutput:
-        saved = [s for ended in self._writer.finished() if (s := self._saved(*ended)) is not None]
+        saved = [s for ended in self._files.written() if (s := self._saved(*ended)) is not None]
         failed = list(self._scheduler.failed)
         self._scheduler.failed.clear()
         counts = self._scheduler.cache_queries, self._scheduler.cache_hits
@@ -209,7 +214,7 @@ class Engine:
         """Start to write a file if the request asks for one; its step is over when that is."""
         if not isinstance(request.message, SaveState):
             return False
-        self._writer.start(request, self._scheduler.save(request, request.message))
+        self._files.write(request, self._scheduler.save(request, request.message))
         return True
 
     def _saved(self, request: Request, error: str | None) -> StateSaved | None:

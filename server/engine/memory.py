@@ -11,8 +11,8 @@ from modeling.runtime import Runtime
 from modeling.state import StatePool
 from server.engine.device import Device
 from server.engine.forward import Forward
-from server.engine.messages import DEFAULT_SLOTS, EngineConfig
 from server.engine.sampler import Filters, draw
+from server.wire.messages import DEFAULT_SLOTS, EngineConfig
 
 logger = logging.getLogger("lowkey.engine")
 

@@ -1,8 +1,8 @@
 """Which prompts' states are held, found by a hash chain over token ids. Bookkeeping only: no tensors in here.
 
 A recurrent state can't be cut back, so that an entry serves only prompts that begin with all of its tokens. The chain
-has one link per `BLOCK` tokens; an entry hangs on the last full block of its tokens, and what it found is compared
-token by token.
+has one link per `TOKEN_BLOCK` tokens; an entry hangs on the last full block of its tokens, and what is found there is
+compared token by token.
 
 A chain begins with its prompt's salt: prompts of different salts have no link in common, so that nobody learns from the
 cache what others have sent.
@@ -11,7 +11,8 @@ cache what others have sent.
 from collections import OrderedDict
 from hashlib import blake2b
 
-BLOCK = 64
+from modeling.spec import TOKEN_BLOCK
+
 TOKEN_BYTES = 4
 _SEEN = 2**16
 """Blocks of earlier prompts that are remembered by their hash alone, to find where prompts part."""
@@ -31,8 +32,8 @@ class Prefix:
         self.salt = salt
         self.limit = limit
         self.digests: list[bytes] = []
-        """Hashes of its first 1, 2, ... blocks."""
-        size = BLOCK * TOKEN_BYTES
+        """Hashes of the prompt's first 1, 2, ... blocks."""
+        size = TOKEN_BLOCK * TOKEN_BYTES
         digest = salt
         for start in range(0, len(token_bytes) - size + 1, size):
             digest = blake2b(digest + token_bytes[start : start + size], digest_size=16).digest()
@@ -42,15 +43,15 @@ class Prefix:
         return self.token_bytes[: length * TOKEN_BYTES]
 
 
-class Entry:
-    """The state after the first `length` tokens of a prompt is in `slot`."""
+class CachedPrefix:
+    """The state after the first `length` tokens of a prompt, which `slot` holds."""
 
     __slots__ = ("digest", "length", "salt", "slot", "token_bytes")
 
     def __init__(self, prefix: Prefix, length: int, slot: int) -> None:
         self.token_bytes = prefix.first(length)
         self.salt = prefix.salt
-        self.digest = prefix.digests[length // BLOCK - 1]
+        self.digest = prefix.digests[length // TOKEN_BLOCK - 1]
         self.length = length
         self.slot = slot
 
@@ -60,26 +61,26 @@ class Entry:
 
 
 class PrefixIndex:
-    """Entries by prefix, and in the order of their last use."""
+    """The cached prefixes, found by prompt, and in the order of their last use."""
 
     def __init__(self) -> None:
-        self._by_digest: dict[bytes, list[Entry]] = {}
-        self._entries: OrderedDict[Entry, None] = OrderedDict()
+        self._by_digest: dict[bytes, list[CachedPrefix]] = {}
+        self._entries: OrderedDict[CachedPrefix, None] = OrderedDict()
         self._seen: OrderedDict[bytes, None] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, entry: Entry) -> bool:
+    def __contains__(self, entry: CachedPrefix) -> bool:
         return entry in self._entries
 
     @property
     def slots(self) -> list[int]:
         return [entry.slot for entry in self._entries]
 
-    def find(self, prefix: Prefix) -> Entry | None:
+    def find(self, prefix: Prefix) -> CachedPrefix | None:
         """The longest entry that the prompt begins with, marked as used."""
-        for blocks in range(min(len(prefix.digests), prefix.limit // BLOCK), 0, -1):
+        for blocks in range(min(len(prefix.digests), prefix.limit // TOKEN_BLOCK), 0, -1):
             entries = self._by_digest.get(prefix.digests[blocks - 1], ())
             fitting = [entry for entry in entries if entry.length <= prefix.limit and entry.begins(prefix)]
             if fitting:
@@ -88,39 +89,39 @@ class PrefixIndex:
                 return entry
         return None
 
-    def exact(self, prefix: Prefix, length: int) -> Entry | None:
+    def exact(self, prefix: Prefix, length: int) -> CachedPrefix | None:
         """The entry of exactly the first `length` tokens, marked as used."""
-        for entry in self._by_digest.get(prefix.digests[length // BLOCK - 1], ()):
+        for entry in self._by_digest.get(prefix.digests[length // TOKEN_BLOCK - 1], ()):
             if entry.length == length and entry.begins(prefix):
                 self._entries.move_to_end(entry)
                 return entry
         return None
 
-    def add(self, prefix: Prefix, length: int, slot: int) -> Entry:
+    def add(self, prefix: Prefix, length: int, slot: int) -> CachedPrefix:
         """The state after the first `length` tokens (at least a block) is in `slot`."""
-        entry = Entry(prefix, length, slot)
+        entry = CachedPrefix(prefix, length, slot)
         self._by_digest.setdefault(entry.digest, []).append(entry)
         self._entries[entry] = None
         return entry
 
-    def remove(self, entry: Entry) -> None:
+    def remove(self, entry: CachedPrefix) -> None:
         del self._entries[entry]
         entries = self._by_digest[entry.digest]
         entries.remove(entry)
         if not entries:
             del self._by_digest[entry.digest]
 
-    def oldest(self) -> Entry | None:
+    def oldest(self) -> CachedPrefix | None:
         """The entry whose last use is longest ago."""
         return next(iter(self._entries), None)
 
-    def part(self, prefix: Prefix) -> int:
-        """How many tokens, in whole blocks, the prompt shares with an earlier one. Remembers the prompt."""
+    def remember(self, prefix: Prefix) -> int:
+        """Remember a prompt. How many tokens, in whole blocks, it shares with one that was remembered earlier."""
         known = 0
         for blocks, digest in enumerate(prefix.digests, 1):
             if digest in self._seen:
-                if blocks * BLOCK <= prefix.limit:
-                    known = blocks * BLOCK
+                if blocks * TOKEN_BLOCK <= prefix.limit:
+                    known = blocks * TOKEN_BLOCK
                 self._seen.move_to_end(digest)
             else:
                 self._seen[digest] = None

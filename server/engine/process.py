@@ -24,7 +24,11 @@ from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
 from server.engine.engine import Engine
 from server.engine.memory import DoesNotFitError, MemoryPlan, check_weights, measure, plan_memory, weights_of
-from server.engine.messages import (
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
+from server.engine.state_file import layout
+from server.logs import configure
+from server.wire.messages import (
     CANNOT_LOAD,
     EngineConfig,
     Output,
@@ -33,18 +37,14 @@ from server.engine.messages import (
     input_decoder,
     one_or_all,
 )
-from server.engine.runner import Runner
-from server.engine.scheduler import Scheduler
-from server.engine.state_file import layout
-from server.logs import configure
 
 logger = logging.getLogger("lowkey.engine")
 
 HEARTBEAT_S = 1.0
 """An engine that has told nothing for this long says who is in it."""
 
-FILE_POLL_S = 0.01
-"""How often an engine with nothing to run looks whether a file has been written."""
+FILE_POLL_S = 0.002
+"""How often an engine with nothing to run looks whether a file has been written or read."""
 
 
 def pick_device(config: EngineConfig) -> str:
@@ -206,7 +206,7 @@ def serve(config: EngineConfig) -> None:
     while True:
         wait_s = 0.0
         if engine.idle or engine.blocked:
-            wait_s = FILE_POLL_S if engine.writing else HEARTBEAT_S
+            wait_s = FILE_POLL_S if engine.on_disk else HEARTBEAT_S
         events = dict(poller.poll(int(wait_s * 1000)))
         if sys.stdin.fileno() in events:
             return
@@ -227,7 +227,7 @@ def serve(config: EngineConfig) -> None:
 
 
 def main() -> None:
-    """`python -P -m server.engine.process CONFIG_JSON`, started by `server.engine.client` only."""
+    """`python -P -m server.engine.process CONFIG_JSON`, started by `server.wire.client` only."""
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
     configure(config.log_level, config.log_format)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it drains, then closes our stdin

@@ -3,11 +3,13 @@
 from array import array
 from dataclasses import dataclass, field
 
-from server.engine.cache import Allocation, Entry, Prefix
-from server.engine.messages import FinishReason, Generate, PackedTop, SaveState, Score
+from server.engine.cache import Allocation
+from server.engine.prefix_cache import CachedPrefix, Prefix
+from server.wire.messages import FinishReason, Generate, PackedTop, SaveState, Score
 
 TwinKey = tuple[bytes, bytes, str | None]
-"""Salt, prompt, and the saved state that it goes on from."""
+"""What two requests must have in common for one prefill to serve both: salt, prompt, and the path of the saved state
+that they go on from."""
 
 
 @dataclass(eq=False)
@@ -25,11 +27,11 @@ class Request:
     """(priority, place in the queue): the smaller goes first."""
     allocation: Allocation | None = None
     prefix: Prefix | None = None
-    """Its prompt as the prefix cache knows it; None where that can't serve it."""
+    """The prompt as the prefix cache knows it; None where the cache can't serve it."""
     cut: int = 0
     """Where the prompt leaves one that was seen before: prefill stops there for a snapshot."""
-    snapshots: list[Entry] = field(default_factory=list)
-    """Those taken within the prompt, oldest first."""
+    snapshots: list[CachedPrefix] = field(default_factory=list)
+    """The cached prefixes that were made of states within the prompt, the oldest first."""
     cached: int = 0
     """Tokens of the prompt whose state came from the prefix cache or from a sibling."""
     prefilled: int = 0
@@ -39,13 +41,16 @@ class Request:
     accepted: int = 0
     """Sampled tokens that collected steps have brought."""
     accepted_at: float = 0.0
-    """time.monotonic() at which the last one of them was."""
+    """time.monotonic() at which the last of them was collected."""
     paused_at: float = 0.0
     """time.monotonic() of the last pause."""
     paused_s: float = 0.0
-    """For how long it was paused and had nothing in the making, until it was last resumed."""
+    """Seconds for which it was paused and no token of it was being made, up to when it was last resumed."""
     steps_in_flight: int = 0
-    """Launched and not yet collected. The slot is freed only at 0."""
+    """Steps that have been launched for it and not collected yet. The slot is freed only at 0."""
+    loading: bool = False
+    """Whether the saved state that it goes on from is being read from its file. The slot is freed only once that is
+    over."""
     finish_reason: FinishReason | None = None
     started: float | None = None
     """time.monotonic() at the first launch."""

@@ -16,11 +16,11 @@ from modeling.runtime.gpu.graphs import DecodeGraphs
 from modeling.state import StatePool
 from server.engine.device import HOST, Device, Download
 from server.engine.forward import Forward, InvariantForward
-from server.engine.messages import Generate, Score, TopLogprobs
 from server.engine.request import Request
 from server.engine.sampler import Plan, Sampled, Sampler
 from server.engine.scheduler import Batch, PrefillChunk
 from server.engine.scoring import ScoreRows, score, top_logprobs
+from server.wire.messages import Generate, Score, TopLogprobs
 
 BROKEN = -1
 """In place of a token, where the model's output is NaN or Inf."""

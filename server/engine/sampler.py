@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from modeling.device import upload
-from server.engine.messages import Generate, Sampling
 from server.engine.request import Request
+from server.wire.messages import Generate, Sampling
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
@@ -169,11 +169,11 @@ class TokenTables:
         self.counts = self._empty(torch.int32)
         """How often a token was generated, `[rows, vocab]`."""
         self.seen = self._empty(torch.bool)
-        """Whether it is in the prompt or was generated."""
+        """Whether a token is in the prompt or was generated, `[rows, vocab]`."""
         self.stops = self._empty(torch.bool)
-        """Whether it ends the request."""
+        """Whether a token ends the request, `[rows, vocab]`."""
         self.bias = self._empty(torch.float32)
-        """What is added to its logit; -inf where it may not be drawn."""
+        """What is added to a token's logit, -inf where it may not be drawn, `[rows, vocab]`."""
 
     def _empty(self, dtype: torch.dtype, rows: int = 0) -> Tensor:
         return torch.zeros(rows, self._vocab, dtype=dtype, device=self._device)
@@ -182,7 +182,7 @@ class TokenTables:
         return self._row_of_slot[slot]
 
     def release(self, slot: int) -> None:
-        """The slot has another request now."""
+        """Free the row of a slot's last request: the slot has another one now."""
         if slot in self._row_of_slot:
             self._free.append(self._row_of_slot.pop(slot))
 

@@ -7,16 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling.spec import TOKEN_BLOCK
 from server.engine.cache import Allocation, StateCache
-from server.engine.messages import Failed, FinishReason, Generate, SaveState, Score
 from server.engine.request import Request, TwinKey
-from server.engine.state_file import StateFileError
-
-PREFILL_ALIGN = 64
-"""A prompt is cut at multiples of the chunk that the prefill kernels work in."""
+from server.engine.state_file import HostState, StateLoadError
+from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
 
 SNAPSHOTS = 2
-"""States that are kept of the inside of one prompt, those after its last steps; the one of its end comes on top."""
+"""How many states are kept of the inside of one prompt, those after its last steps. The state after its end is kept
+besides."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class PrefillChunk:
     start: int
     end: int
     forks: list[Request] = field(default_factory=list)
-    """With the last chunk: waiting requests with the same prompt, that go on from copies of its state."""
+    """Waiting requests with the same prompt, which go on from copies of the state after this chunk, its last."""
 
     @property
     def is_last(self) -> bool:
@@ -63,30 +62,33 @@ class Scheduler:
     """
 
     def __init__(self, cache: StateCache, prefill_tokens: int, max_running: int | None = None) -> None:
-        if prefill_tokens < PREFILL_ALIGN or prefill_tokens % PREFILL_ALIGN:
-            raise ValueError(
-                f"prefill_tokens={prefill_tokens} must be a positive multiple of {PREFILL_ALIGN}"
-            )
+        if prefill_tokens < TOKEN_BLOCK or prefill_tokens % TOKEN_BLOCK:
+            raise ValueError(f"prefill_tokens={prefill_tokens} must be a positive multiple of {TOKEN_BLOCK}")
         self._cache = cache
         self._prefill_tokens = prefill_tokens
         self._max_running = max_running
         self._places = itertools.count()
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []
-        """Without a slot, in order."""
+        """Requests that have no slot yet, in order."""
         self._prefilling: list[Request] = []
-        """With a slot and a part of the prompt to feed, in order."""
+        """Requests that have a slot and a part of their prompt still to feed, in order."""
         self._leaders: dict[TwinKey, Request] = {}
-        """Those of `_prefilling` by prompt and salt: who else has the same waits for it."""
+        """For each prompt that is being fed, the request that feeds it. Others with the same prompt
+        (`Request.twin_key`) wait for its state instead of feeding the prompt again."""
         self._decoding: list[Request] = []
-        """With at least one more token to sample by a decode, and a reader who keeps up."""
+        """Requests that have at least one more token to decode, and a reader who keeps up."""
         self._paused: set[str] = set()
         """Ids of requests whose reader is behind: nothing is decoded for them."""
         self.cache_queries = 0
-        """Prompt tokens that the prefix cache might have had so far, and had: never those whose logits are needed."""
+        """Prompt tokens so far that the prefix cache might have had: all but those whose logits are needed."""
         self.cache_hits = 0
+        """Prompt tokens among them that it had."""
+        self.loads: list[tuple[Request, Callable[[], HostState]]] = []
+        """Requests that have a slot and wait for a saved state to be read into it, each with the function that reads
+        the file; the engine clears the list, and calls `loaded` once a file has been read."""
         self.failed: list[Failed] = []
-        """Requests that can't go on, and why; the engine tells and forgets them."""
+        """Requests that can't go on, and why; the engine reports them and clears the list."""
 
     @property
     def running(self) -> int:
@@ -121,7 +123,7 @@ class Scheduler:
         elif isinstance(message, SaveState) or message.state_path is None:
             limit = request.prompt_length - 1
             request.prefix = self._cache.prefix(request.token_bytes, limit, message.cache_salt)
-            request.cut = 0 if request.prefix is None else self._cache.part(request.prefix)
+            request.cut = 0 if request.prefix is None else self._cache.remember(request.prefix)
         self._requests[request.id] = request
         insort(self._waiting, request, key=_order)
 
@@ -160,7 +162,8 @@ class Scheduler:
         if request.finish_reason is None:
             request.finish_reason = reason
             if not request.prefill_done:
-                self._prefilling.remove(request)
+                if not request.loading:
+                    self._prefilling.remove(request)
                 self._unlead(request)
             elif request in self._decoding:
                 self._decoding.remove(request)
@@ -212,11 +215,24 @@ class Scheduler:
                     self._cache.drop(request.snapshots.pop(0))
 
     def save(self, request: Request, message: SaveState) -> Callable[[], None]:
-        """What writes the state of a request whose prompt has been fed (`StateCache.save`), before its last step is
-        `collected`."""
+        """The function that writes the state of a request whose prompt has been fed (`StateCache.save`). To be asked
+        for before the request's last step is `collected`."""
         if request.allocation is None:
             raise RuntimeError(f"request {request.id} has no state to save")
         return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
+
+    def loaded(self, request: Request, state: HostState | StateLoadError) -> None:
+        """The saved state of a request (one of `loads`) has been read, or can't be."""
+        request.loading = False
+        if request.finish_reason is None and request.allocation is not None:
+            if isinstance(state, StateLoadError):
+                self.failed.append(Failed(request_id=request.id, reason="state", error=str(state)))
+                request.finish_reason = "error"
+                self._unlead(request)
+            else:
+                self._cache.fill(request.allocation, state)
+                insort(self._prefilling, request, key=_order)
+        self._release_if_idle(request)
 
     def collected(self, request: Request) -> None:
         """A launched step of this request has been collected, and nothing more is done with the state that it left."""
@@ -246,13 +262,13 @@ class Scheduler:
         return chunks
 
     def _chunk_end(self, request: Request, budget: int) -> int:
-        """Where the request's next chunk ends: at its end, at its cut, or at a multiple of PREFILL_ALIGN."""
+        """Where the request's next chunk ends: at its end, at its cut, or at a multiple of TOKEN_BLOCK."""
         start = request.prefilled
         end = request.prompt_length
         if start < request.cut < end:
             end = request.cut
         if end - start > budget:
-            end = (start + budget) // PREFILL_ALIGN * PREFILL_ALIGN
+            end = (start + budget) // TOKEN_BLOCK * TOKEN_BLOCK
         return max(start, end)
 
     @property
@@ -262,29 +278,26 @@ class Scheduler:
         return slots if self._max_running is None else min(slots, self._max_running - self.running)
 
     def _admit(self, request: Request) -> bool:
-        """Give a waiting request a slot, with as much of its prompt as is cached. False when there is none."""
+        """Give a waiting request a slot, with as much of its prompt as is cached. False when its prompt can't be fed
+        now: there is no slot, or the saved state that goes into it is yet to be read."""
         if self._room <= 0:
             return False
         allocation = self._cache.allocate(request.prefix)
         if allocation is None:
             return False
         self._start(request, allocation)
+        if request.twin_key is not None:
+            self._leaders.setdefault(request.twin_key, request)
         if isinstance(request.message, Generate) and request.message.state_path is not None:
-            try:
-                self._cache.load(allocation, Path(request.message.state_path))
-            except StateFileError as e:
-                self.failed.append(Failed(request_id=request.id, reason="state", error=str(e)))
-                request.finish_reason = "error"
-                self._release_if_idle(request)
-                return False
+            request.loading = True
+            self.loads.append((request, self._cache.load(Path(request.message.state_path))))
+            return False
         insort(self._prefilling, request, key=_order)
         if request.prefix is not None:
             self.cache_queries += request.prefix.limit
             self.cache_hits += allocation.cached
         if request.cut <= allocation.cached:
             request.cut = 0
-        if request.twin_key is not None:
-            self._leaders.setdefault(request.twin_key, request)
         return True
 
     def _start(self, request: Request, allocation: Allocation) -> None:
@@ -298,7 +311,7 @@ class Scheduler:
         return leader is not None and leader.order < request.order
 
     def _unlead(self, request: Request) -> bool:
-        """Nobody needs to wait for this request any more. Whether somebody might have."""
+        """Let nobody wait for this request any more. Returns whether somebody might have."""
         if request.twin_key is None or self._leaders.get(request.twin_key) is not request:
             return False
         del self._leaders[request.twin_key]
@@ -318,7 +331,9 @@ class Scheduler:
                     chunk.forks.append(request)
 
     def _release_if_idle(self, request: Request) -> None:
-        if request.finish_reason is None or request.steps_in_flight or request.allocation is None:
+        if request.finish_reason is None or request.steps_in_flight or request.loading:
+            return
+        if request.allocation is None:
             return
         self._cache.free(request.allocation)
         request.allocation = None

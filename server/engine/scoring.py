@@ -9,15 +9,15 @@ from torch import Tensor
 from modeling.device import upload
 from server.engine.device import Download
 from server.engine.forward import Forward
-from server.engine.messages import KLReference, Score, TopLogprobs, pack_top
 from server.engine.request import Request
+from server.wire.messages import KLReference, Score, TopLogprobs, pack_top
 
 LOGIT_ROWS = 64
 """Logits are made for at most this many positions at a time: a row is as long as the vocabulary."""
 
 
 def top_logprobs(ids: list[int], logprobs: list[float]) -> TopLogprobs:
-    """As messages have them."""
+    """Tokens and their log-probabilities as messages have them."""
     return list(zip(ids, logprobs, strict=True))
 
 
@@ -34,7 +34,7 @@ class ScoreRows:
     top_logprobs: Tensor
 
     def on_host(self, download: Download) -> "ScoreRows":
-        """The same, once the download is there."""
+        """The same rows on the host, once the download is there."""
         return replace(
             self,
             logprobs=download.add(self.logprobs),
@@ -45,7 +45,7 @@ class ScoreRows:
         )
 
     def collect(self) -> None:
-        """Take them to their request. They are on the host."""
+        """Add the rows, which are on the host, to their request."""
         request = self.request
         request.logprobs += self.logprobs.tolist()
         request.kl += self.kl.tolist()

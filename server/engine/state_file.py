@@ -13,10 +13,14 @@ from torch import Tensor
 from modeling.state import StatePool
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
-"""What safetensors calls the dtypes of a pool."""
+"""The dtypes of a pool, as safetensors calls them."""
 
 
-class StateFileError(Exception):
+HostState = dict[str, Tensor]
+"""A state in the host's memory: its tensors by name, as a file holds them."""
+
+
+class StateLoadError(Exception):
     """A saved state that can't be read, or is of another model."""
 
 
@@ -26,12 +30,12 @@ def layout(pool: StatePool) -> dict[str, tuple[str, list[int]]]:
     return {name: (_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()}
 
 
-def host_tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
+def host_tensors(pool: StatePool, slot: int) -> HostState:
     """What a file of the state in `slot` holds: on a CPU the slot itself, else a copy."""
     return {name: t.cpu() for name, t in pool.tensors(slot).items()}
 
 
-def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+def save_state(tensors: HostState, path: Path, metadata: dict[str, str]) -> None:
     """Write a state and wait for the disk; a file of that name is replaced at once or not at all. Raises OSError."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -45,25 +49,37 @@ def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
         partial.unlink(missing_ok=True)
 
 
-def load_state(pool: StatePool, slot: int, path: Path) -> None:
-    """Fill `slot` from a file. Raises StateFileError, and has then written nothing. Its message goes to the client: it
-    names no path."""
+def read_state(pool: StatePool, path: Path) -> HostState:
+    """What `fill` takes, read from a file; in any thread. All of it is in memory then, on a GPU's host in memory that
+    the device copies from by itself.
+
+    Raises:
+        StateLoadError: the file can't be read, or its state is not one of this pool. Its message goes to the client: it
+            names no path.
+    """
     try:
         loaded = load_file(path)
     except OSError as e:
-        raise StateFileError("the saved state can't be read; it may have expired or been deleted") from e
+        raise StateLoadError("the saved state can't be read; it may have expired or been deleted") from e
     except SafetensorError as e:
-        raise StateFileError(f"the saved state can't be read: {e}") from e
-    ours = pool.tensors(slot)
+        raise StateLoadError(f"the saved state can't be read: {e}") from e
+    ours = pool.tensors(pool.null_slot)
     if loaded.keys() != ours.keys():
         odd = min(loaded.keys() ^ ours.keys())
-        raise StateFileError(f"the saved state is of another model: {odd} is in one of the two only")
+        raise StateLoadError(f"the saved state is of another model: {odd} is in one of the two only")
     for name, t in ours.items():
         theirs = loaded[name]
         if (theirs.shape, theirs.dtype) != (t.shape, t.dtype):
-            raise StateFileError(
+            raise StateLoadError(
                 f"the saved state is of another model: {name} is {theirs.dtype} {list(theirs.shape)}, "
                 f"and {t.dtype} {list(t.shape)} is needed"
             )
-    for name, t in ours.items():
-        t.copy_(loaded[name])
+    # What the library gives is the file itself, of which nothing has been read yet.
+    pinned = ours[name].is_cuda
+    return {name: t.pin_memory() if pinned else t.clone() for name, t in loaded.items()}
+
+
+def fill(pool: StatePool, slot: int, tensors: HostState) -> None:
+    """Copy what `read_state` has read into a slot, behind all work that the device has been given already."""
+    for name, t in pool.tensors(slot).items():
+        t.copy_(tensors[name], non_blocking=True)

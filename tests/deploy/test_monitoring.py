@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server.metrics import Metrics
+from server.api.serving.metrics import Metrics
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"

@@ -323,7 +323,7 @@ def test_a_replica_answers_once_it_has_loaded_and_is_ill_without_an_engine(check
             assert head[0] == 200
             assert json.loads(b"".join(parts))["usage"]["completion_tokens"] == 3
             (engine,) = (p for p in psutil.Process().children() if "server.engine.process" in p.cmdline())
-            (variant,) = replica._state.variants
+            (variant,) = replica._service.variants
             engine.suspend()  # so that it says nothing that would bring the flag back
             variant.client.up = False
             with pytest.raises(RuntimeError, match="no variant is up"):

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import psutil
 
-from server.engine.client import EngineClient
-from server.engine.messages import EngineConfig, Generate, Occupancy, Ready, StepOutput, Token
+from server.wire.client import EngineClient
+from server.wire.messages import EngineConfig, Generate, Occupancy, Ready, StepOutput, Token
 
 T = TypeVar("T")
 

@@ -16,10 +16,10 @@ from modeling.spec import StateTypes
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
-from server.engine.messages import Abort, Generate, Sampling, Score, StepOutput
 from server.engine.runner import Runner
 from server.engine.sampler import stream_key, uniform
 from server.engine.scheduler import Scheduler
+from server.wire.messages import Abort, Generate, Sampling, Score, StepOutput
 
 TOLERANCE = 1e-4
 """Relative difference of logits across batch sizes and prefill splits; tokens may differ only where this decides."""
@@ -119,7 +119,7 @@ def run(
             engine.handle(message)
         if step >= last and engine.idle:
             return outputs
-        while (output := engine.step()) is None and engine.blocked and engine.writing:
+        while (output := engine.step()) is None and engine.blocked and engine.on_disk:
             time.sleep(0.001)
         if output is not None:
             outputs.append(output)

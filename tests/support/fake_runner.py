@@ -3,11 +3,12 @@ the tokens that its request has fed, through every copy."""
 
 from typing import Any
 
+from modeling.spec import TOKEN_BLOCK
 from modeling.state import StatePool
-from server.engine.messages import Generate, Score
 from server.engine.request import Request
 from server.engine.runner import NewToken, StepResult
-from server.engine.scheduler import PREFILL_ALIGN, Batch
+from server.engine.scheduler import Batch
+from server.wire.messages import Generate, Score
 
 _PRIME = 8388593
 """Below 2^23, so that float32 holds every hash exactly."""
@@ -97,8 +98,8 @@ class FakeRunner:
         request = chunk.request
         ids = request.message.token_ids
         assert chunk.start < chunk.end
-        assert chunk.is_last or chunk.end % PREFILL_ALIGN == 0
-        assert chunk.start % PREFILL_ALIGN == 0 or chunk.start == request.cached
+        assert chunk.is_last or chunk.end % TOKEN_BLOCK == 0
+        assert chunk.start % TOKEN_BLOCK == 0 or chunk.start == request.cached
         expected = fed(self._start_of(request), ids[: chunk.start])
         assert self.read(request.slot) == expected, "a prompt goes on from another state"
         if isinstance(request.message, Score):

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
-from server import variants
 from server.api.app import create_app
-from server.engine.exchange import EngineError
-from server.engine.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token, pack_top
+from server.api.serving import variants
 from server.settings import Settings
+from server.wire.exchange import EngineError
+from server.wire.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token, pack_top
 
 VOCAB = 257
 CONTEXT = 512

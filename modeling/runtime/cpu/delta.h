@@ -1,4 +1,5 @@
-// The (gated) delta rule mixer: its parameters and its state as delta.py hands them over, and what both of its forms share.
+// The (gated) delta rule mixer: its parameters and its state as delta.py hands them over, and what both of its forms
+// share.
 #pragma once
 
 #include "vectors.h"
@@ -8,10 +9,10 @@ constexpr float L2_EPS = 1e-6f;
 enum Gate : int32_t { NO_GATE, SILU, SIGMOID };
 
 struct Delta {
-    const void *in_proj, *o_proj;                            // row major, in the weights' dtype
-    const float *conv_weight, *conv_bias;                    // [conv_kernel, channels], [channels] or null
-    const float *decay_rate, *dt_bias;                       // -exp(A_log) [num_v_heads]; null without decay
-    const float *o_norm;                                     // [d_v]
+    const void *in_proj, *o_proj;         // row major, in the weights' dtype
+    const float *conv_weight, *conv_bias; // [conv_kernel, channels], [channels] or null
+    const float *decay_rate, *dt_bias;    // -exp(A_log) [num_v_heads]; null without decay
+    const float *o_norm;                  // [d_v]
     float o_norm_eps, beta_scale;
     int32_t num_k_heads, num_v_heads, d_k, d_v, conv_kernel, has_beta, gate;
 
@@ -48,7 +49,7 @@ struct Delta {
 
 // A row for each slot of a pool, or for each packed sequence.
 struct DeltaState {
-    void *recurrent;                                         // [rows, num_v_heads, d_k, d_v]
-    void *conv;                                              // [rows, channels, conv_kernel - 1]
-    int32_t bf16_recurrent, bf16_conv;                       // float32 where not
+    void *recurrent;                   // [rows, num_v_heads, d_k, d_v]
+    void *conv;                        // [rows, channels, conv_kernel - 1]
+    int32_t bf16_recurrent, bf16_conv; // float32 where not
 };

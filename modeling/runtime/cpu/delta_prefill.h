@@ -9,8 +9,8 @@ struct Piece {
     int64_t sequence, first, tokens;
 };
 
-// Convolution and SiLU over `tokens` rows of n neighbouring channels from row `first` of a piece on. x: the piece's row 0;
-// before it lies `past`, in `tail` as rows of n once more.
+// Convolution and SiLU over `tokens` rows of n neighbouring channels from row `first` of a piece on. x: the piece's row
+// 0; before it lies `past`, in `tail` as rows of n once more.
 template <int KERNEL>
 static inline void convolve_rows(const float *x, int64_t width, int64_t first, int tokens, const float *tail,
                                  const float *weight, const float *bias, int kernel, int64_t channels, int n, float *y,

@@ -4,7 +4,8 @@
 //     U = (I + strictly lower part of beta (K K^T) R)^-1 beta (V - exp(G) K S)
 //     O = exp(G) Q S + (lower part of (Q K^T) R) U
 //     S' = exp(G[last]) S + K^T (exp(G[last] - G) U)
-// Tokens and channels are padded with zeros to whole blocks: such a token reads nothing, writes nothing, decays nothing.
+// Tokens and channels are padded with zeros to whole blocks: such a token reads nothing, writes nothing, decays
+// nothing.
 #pragma once
 
 #include "vectors.h"
@@ -74,16 +75,19 @@ static inline void solve_columns(const float *a, int rows, float *x, int64_t x_r
 // What a thread works on. Fill q, k (normalised, q scaled; rows of `key_row`), then `prepare`; fill v, log_decay and
 // beta, then `advance`, for each value head.
 struct Chunk {
-    int64_t d_k, d_v, key_row, value_row;  // a value row has a vector more: rows of 2^n bytes would share cache sets
-    float *q, *k, *v, *o;                  // [CHUNK] rows
+    int64_t d_k, d_v, key_row, value_row; // a value row has a vector more: rows of 2^n bytes would share cache sets
+    float *q, *k, *v, *o;                 // [CHUNK] rows
     float log_decay[CHUNK], beta[CHUNK];
     float *k_columns, *kk, *qk, *a, *b, *u;
 
     static int64_t row(int64_t d) { return round_up(d, PADDING); }
-    static size_t floats(int64_t d_k, int64_t d_v) { return CHUNK * (3 * row(d_k) + 3 * (row(d_v) + LANES) + 4 * CHUNK); }
+    static size_t floats(int64_t d_k, int64_t d_v) {
+        return CHUNK * (3 * row(d_k) + 3 * (row(d_v) + LANES) + 4 * CHUNK);
+    }
     static size_t state_floats(int64_t d_k, int64_t d_v) { return row(d_k) * (row(d_v) + LANES); }
 
-    Chunk(int64_t d_k, int64_t d_v, float *memory) : d_k(d_k), d_v(d_v), key_row(row(d_k)), value_row(row(d_v) + LANES) {
+    Chunk(int64_t d_k, int64_t d_v, float *memory)
+        : d_k(d_k), d_v(d_v), key_row(row(d_k)), value_row(row(d_v) + LANES) {
         std::fill_n(memory, floats(d_k, d_v), 0.0f);
         auto take = [&](int64_t n) { return std::exchange(memory, memory + n); };
         q = take(CHUNK * key_row), k = take(CHUNK * key_row), k_columns = take(CHUNK * key_row);
@@ -151,8 +155,8 @@ struct Chunk {
 // ---- whole sequences, as modeling.ops.GatedDeltaRule has them
 
 struct Rule {
-    const float *q, *k, *v, *log_decay, *beta;               // as in Python; log_decay null for decay 1
-    float *state, *o;                                        // state [sequences, num_v_heads, d_k, d_v], in place
+    const float *q, *k, *v, *log_decay, *beta; // as in Python; log_decay null for decay 1
+    float *state, *o;                          // state [sequences, num_v_heads, d_k, d_v], in place
     const int64_t *cu_seqlens;
     int64_t sequences;
     float scale;
@@ -163,7 +167,8 @@ struct Rule {
 static void run_rule(const Rule &r, int64_t sequence, int64_t head, float *memory) {
     Chunk chunk(r.d_k, r.d_v, memory);
     float *padded = memory + Chunk::floats(r.d_k, r.d_v);
-    const int64_t groups = r.num_v_heads / r.num_k_heads, from = r.cu_seqlens[sequence], to = r.cu_seqlens[sequence + 1];
+    const int64_t groups = r.num_v_heads / r.num_k_heads, from = r.cu_seqlens[sequence],
+                  to = r.cu_seqlens[sequence + 1];
     for (int64_t h = head * groups; h < (head + 1) * groups; h++) {
         float *state = r.state + (sequence * r.num_v_heads + h) * r.d_k * r.d_v;
         chunk.load_state(state, padded);

@@ -6,8 +6,8 @@
 
 // Convolution over the last inputs and x, SiLU; `past` moves on. All of n neighbouring channels.
 template <class C>
-static inline void convolve(const float *x, C *past, const float *weight, const float *bias, int kernel, int64_t channels,
-                            int n, float *y) {
+static inline void convolve(const float *x, C *past, const float *weight, const float *bias, int kernel,
+                            int64_t channels, int n, float *y) {
     const int history = kernel - 1;
     if (kernel == 4) {
         const float *w0 = weight, *w1 = w0 + channels, *w2 = w1 + channels, *w3 = w2 + channels;
@@ -57,15 +57,15 @@ static inline void update_columns(S *state, int d_k, int d_v, const float *q, co
 template <class S>
 static void update_head(S *state, int d_k, int d_v, const float *q, const float *k, const float *v, float decay,
                         float beta, float qk, float *o) {
-    constexpr int MOST = LANES == 16 ? 8 : 4;  // sums that registers hold
+    constexpr int MOST = LANES == 16 ? 8 : 4; // sums that registers hold
     int j = 0;
     for (; j + MOST * LANES <= d_v; j += MOST * LANES)
         update_columns<MOST>(state + j, d_k, d_v, q, k, v + j, decay, beta, qk, o + j);
-    for (; j + LANES <= d_v; j += LANES)
-        update_columns<1>(state + j, d_k, d_v, q, k, v + j, decay, beta, qk, o + j);
+    for (; j + LANES <= d_v; j += LANES) update_columns<1>(state + j, d_k, d_v, q, k, v + j, decay, beta, qk, o + j);
     for (; j < d_v; j++) {
         float sk = 0, sq = 0;
-        for (int64_t i = 0; i < d_k; i++) sk += read(state + i * d_v + j) * k[i], sq += read(state + i * d_v + j) * q[i];
+        for (int64_t i = 0; i < d_k; i++)
+            sk += read(state + i * d_v + j) * k[i], sq += read(state + i * d_v + j) * q[i];
         float delta = (v[j] - sk * decay) * beta;
         o[j] = sq * decay + delta * qk;
         for (int64_t i = 0; i < d_k; i++) write(state + i * d_v + j, read(state + i * d_v + j) * decay + delta * k[i]);
@@ -78,8 +78,8 @@ static void mix_head(const Delta &l, const float *in, S *state, C *past, int hea
     const int d_k = l.d_k, d_v = l.d_v;
     float *q = scratch, *k = q + d_k, *v = k + d_k;
     auto conv = [&](int64_t from, int n, float *y) {
-        convolve(in + from, past + from * l.history(), l.conv_weight + from,
-                 l.conv_bias ? l.conv_bias + from : nullptr, l.conv_kernel, l.channels(), n, y);
+        convolve(in + from, past + from * l.history(), l.conv_weight + from, l.conv_bias ? l.conv_bias + from : nullptr,
+                 l.conv_kernel, l.channels(), n, y);
     };
     conv((int64_t)head * d_k, d_k, q);
     conv(l.keys() + (int64_t)head * d_k, d_k, k);

@@ -5,14 +5,14 @@
 #include "mlp.h"
 
 struct Layer {
-    const float *mixer_norm, *ffn_norm;                      // [hidden]
+    const float *mixer_norm, *ffn_norm; // [hidden]
     float norm_eps;
     Delta mixer;
     Mlp ffn;
 };
 
 struct Model {
-    const void *embeddings;                                  // [vocab, hidden], in the weights' dtype
+    const void *embeddings; // [vocab, hidden], in the weights' dtype
     const float *norm;
     const Layer *layers;
     float norm_eps;

@@ -4,7 +4,7 @@
 #include "vectors.h"
 
 struct Mlp {
-    const void *in_proj, *out_proj;                          // row major, in the weights' dtype; rows of in_proj: gate | up
+    const void *in_proj, *out_proj; // row major, in the weights' dtype; rows of in_proj: gate | up
     int32_t intermediate;
 
     int64_t width() const { return 2 * (int64_t)intermediate; }

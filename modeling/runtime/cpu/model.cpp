@@ -1,5 +1,5 @@
-// A model on a CPU, whole or layer by layer: one token of each of B requests, states in place on the slot pool (decode),
-// or the tokens of packed sequences (prefill).
+// A model on a CPU, whole or layer by layer: one token of each of B requests, states in place on the slot pool
+// (decode), or the tokens of packed sequences (prefill).
 //
 // Compiled for the machine it runs on (build.py) and called through ctypes, so it sees no torch: the structures in
 // layer.h, delta.h, mlp.h and delta_rule.h are mirrored in compiled.py and rule.py. Weights are read as they lie in the
@@ -18,7 +18,8 @@
 #include <omp.h>
 #endif
 
-// Tokens of a prefill that go through the model at a time: few, so that their activations stay in the second-level cache.
+// Tokens of a prefill that go through the model at a time: few, so that their activations stay in the second-level
+// cache.
 constexpr int64_t PREFILL_BLOCK = 128;
 
 static int thread_number() {
@@ -95,22 +96,23 @@ struct Buffers {
     }
 };
 
-// What goes into the first layer and comes out of the last: token ids and hidden states after the final norm for a whole
-// model; for a part of one float32 hidden states [n, hidden], in place.
+// What goes into the first layer and comes out of the last: token ids and hidden states after the final norm for a
+// whole model; for a part of one float32 hidden states [n, hidden], in place.
 template <class W> struct Stream {
     const int64_t *ids;
     W *hidden;
-    float *between;  // null for a whole model
+    float *between; // null for a whole model
 
     Stream from(int64_t token, int64_t size) const {
-        return between ? Stream{nullptr, nullptr, between + token * size} : Stream{ids + token, hidden + token * size, nullptr};
+        return between ? Stream{nullptr, nullptr, between + token * size}
+                       : Stream{ids + token, hidden + token * size, nullptr};
     }
 };
 
 // n tokens through the layers of a span. mix(i, own) turns buffers.in into buffers.out; called by every thread.
 template <class W, class Mix>
-static void forward(const Model &model, Span span, int64_t n, const Stream<W> &stream, const Buffers &buffers, int threads,
-                    Mix mix) {
+static void forward(const Model &model, Span span, int64_t n, const Stream<W> &stream, const Buffers &buffers,
+                    int threads, Mix mix) {
     const int64_t size = model.hidden;
     const auto [x, y, in, out, arranged, own, own_size] = buffers;
 #pragma omp parallel num_threads(threads)
@@ -125,7 +127,8 @@ static void forward(const Model &model, Span span, int64_t n, const Stream<W> &s
             const Layer &l = model.layers[i];
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < n; b++)
-                norm(x + b * size, i > span.first ? y + b * size : nullptr, l.mixer_norm, l.norm_eps, size, y + b * size);
+                norm(x + b * size, i > span.first ? y + b * size : nullptr, l.mixer_norm, l.norm_eps, size,
+                     y + b * size);
             linear<W>(y, n, size, l.mixer.in_proj, l.mixer.width(), arranged, in);
             mix(i, own + thread_number() * own_size);
             linear<W>(out, n, l.mixer.values(), l.mixer.o_proj, size, arranged, y);
@@ -163,8 +166,8 @@ static int decode(const Model &model, Span span, const DeltaState *states, int64
 }
 
 template <class W>
-static int prefill(const Model &model, Span span, const DeltaState *states, int64_t sequences, const int64_t *cu_seqlens,
-                   const Stream<W> &stream, int threads) {
+static int prefill(const Model &model, Span span, const DeltaState *states, int64_t sequences,
+                   const int64_t *cu_seqlens, const Stream<W> &stream, int threads) {
     size_t own = 0;
     for (int i = span.first; i < span.last; i++) own = std::max(own, piece_floats(model.layers[i].mixer));
     const int64_t tokens = cu_seqlens[sequences];
@@ -180,10 +183,11 @@ static int prefill(const Model &model, Span span, const DeltaState *states, int6
             if (last == cu_seqlens[sequence + 1]) sequence++;
             first = last;
         }
-        forward(model, span, end - begin, stream.from(begin, model.hidden), buffers, threads, [&](int i, float *memory) {
-            mix_pieces(model.layers[i].mixer, buffers.in, pieces.data(), pieces.size(), states[i - span.first], memory,
-                       buffers.out);
-        });
+        forward(model, span, end - begin, stream.from(begin, model.hidden), buffers, threads,
+                [&](int i, float *memory) {
+                    mix_pieces(model.layers[i].mixer, buffers.in, pieces.data(), pieces.size(), states[i - span.first],
+                               memory, buffers.out);
+                });
     }
     return 0;
 }
@@ -215,8 +219,8 @@ static bool inside(const int64_t *slots, int64_t n, int64_t rows) {
 }
 
 // hidden [batch, hidden] in the weights' dtype; `rows` that each state has.
-extern "C" int lowkey_decode(const Model *model, const DeltaState *states, int64_t rows, int64_t batch, const int64_t *ids,
-                             const int64_t *slots, void *hidden, int threads) {
+extern "C" int lowkey_decode(const Model *model, const DeltaState *states, int64_t rows, int64_t batch,
+                             const int64_t *ids, const int64_t *slots, void *hidden, int threads) {
     if (!known(model, ids, batch)) return 1;
     if (!inside(slots, batch, rows)) return 2;
     const Span all = {0, model->num_layers};
@@ -235,13 +239,14 @@ extern "C" int lowkey_decode_layer(const Model *model, int layer, const DeltaSta
 }
 
 // states: float32, a row for each sequence, moved on in place. hidden [tokens, hidden] in the weights' dtype.
-extern "C" int lowkey_prefill(const Model *model, const DeltaState *states, int64_t sequences, const int64_t *cu_seqlens,
-                              const int64_t *ids, void *hidden, int threads) try {
+extern "C" int lowkey_prefill(const Model *model, const DeltaState *states, int64_t sequences,
+                              const int64_t *cu_seqlens, const int64_t *ids, void *hidden, int threads) try {
     if (!known(model, ids, cu_seqlens[sequences])) return 1;
     const Span all = {0, model->num_layers};
-    return model->bf16_weights
-               ? prefill(*model, all, states, sequences, cu_seqlens, Stream<bf16>{ids, (bf16 *)hidden, nullptr}, threads)
-               : prefill(*model, all, states, sequences, cu_seqlens, Stream<float>{ids, (float *)hidden, nullptr}, threads);
+    return model->bf16_weights ? prefill(*model, all, states, sequences, cu_seqlens,
+                                         Stream<bf16>{ids, (bf16 *)hidden, nullptr}, threads)
+                               : prefill(*model, all, states, sequences, cu_seqlens,
+                                         Stream<float>{ids, (float *)hidden, nullptr}, threads);
 } catch (const std::bad_alloc &) {
     return 3;
 }

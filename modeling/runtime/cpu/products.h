@@ -1,8 +1,8 @@
 // Products of activations and weights: y[m, n] = sum_k x[m, k] w[n, k].
 //
-// Weights are read as they lie, so they need no second copy. A batch is cut into tiles of 1, 2, 4 ... WIDE rows of x. The
-// lanes of a vector are the tile's rows, times as many consecutive words (GROUP) as then fit: the weights of those words
-// are broadcast to all rows, and the lanes of a row summed at the end.
+// Weights are read as they lie, so they need no second copy. A batch is cut into tiles of 1, 2, 4 ... WIDE rows of x.
+// The lanes of a vector are the tile's rows, times as many consecutive words (GROUP) as then fit: the weights of those
+// words are broadcast to all rows, and the lanes of a row summed at the end.
 #pragma once
 
 #include "vectors.h"
@@ -27,9 +27,15 @@ template <class F> static inline void for_tiles(int64_t from, int64_t to, F f) {
         case 1: f(m, std::integral_constant<int, 1>()); break;
         case 2: f(m, std::integral_constant<int, 2>()); break;
         case 4: f(m, std::integral_constant<int, 4>()); break;
-        case 8: if constexpr (WIDE >= 8) f(m, std::integral_constant<int, 8>()); break;
-        case 16: if constexpr (WIDE >= 16) f(m, std::integral_constant<int, 16>()); break;
-        case 32: if constexpr (WIDE >= 32) f(m, std::integral_constant<int, 32>()); break;
+        case 8:
+            if constexpr (WIDE >= 8) f(m, std::integral_constant<int, 8>());
+            break;
+        case 16:
+            if constexpr (WIDE >= 16) f(m, std::integral_constant<int, 16>());
+            break;
+        case 32:
+            if constexpr (WIDE >= 32) f(m, std::integral_constant<int, 32>());
+            break;
         }
     }
 }
@@ -119,7 +125,8 @@ template <int WIDTH, class W>
 [[gnu::noinline]] static void tile(const float *x, int64_t depth, const W *w, float *y, int64_t stride) {
     constexpr int GROUP = WIDTH < LANES ? LANES / WIDTH : 1, VECTORS = WIDTH < LANES ? 1 : WIDTH / LANES;
     constexpr int STEP = GROUP * PER_WORD<W>, BYTES = ROWS * GROUP * 4;
-    // The next rows, in order of address: ROWS streams at once, as the sums read them, is what prefetchers can't follow.
+    // The next rows, in order of address: ROWS streams at once, as the sums read them, is what prefetchers can't
+    // follow.
     const char *next = (const char *)(w + ROWS * depth);
     vec sum[VECTORS][ROWS] = {};
     int64_t k = 0;

@@ -38,7 +38,7 @@ static inline float read(const bf16 *p) {
 static inline void write(float *p, float x) { *p = x; }
 static inline void write(bf16 *p, float x) {
     uint32_t bits = peek<uint32_t>(&x);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; // to nearest even
     p->bits = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
 }
 static inline vec load(const float *p) { return peek<vec>(p); }
@@ -51,7 +51,8 @@ static inline void store(bf16 *p, vec x) {
     std::memcpy(p, &half, sizeof half);
 }
 
-// N vectors, a matrix [N][LANES], become [LANES][N], in as many vectors. Each round interleaves the halves of the whole.
+// N vectors, a matrix [N][LANES], become [LANES][N], in as many vectors. Each round interleaves the halves of the
+// whole.
 template <int N> static inline void transpose(vec *x) {
     static constexpr auto lanes = [](int from) {
         uvec at = {};

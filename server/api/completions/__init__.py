@@ -1,0 +1,1 @@
+"""Completions and chat: from a request to the text of its answer."""

@@ -1,0 +1,75 @@
+"""POST /v1/chat/completions."""
+
+import secrets
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from server.api.completions import logprobs
+from server.api.completions.answer import Choices, Format, answer
+from server.api.completions.conversation import conversation
+from server.api.completions.generation import Chunk, observers_of
+from server.api.completions.prepare import Prompts, generate_messages, per_choice
+from server.api.completions.schemas import STREAMED, ChatCompletion, ChatRequest
+from server.api.http.bodies import JSONRoute
+from server.api.serving.prompts import encode_prompt
+from server.api.serving.service import origin_of, service_of, sticky_identity
+from server.api.serving.variants import Variant
+
+router = APIRouter(route_class=JSONRoute)
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=STREAMED)
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a conversation, streaming or not."""
+    service = service_of(request)
+    variant = service.find(body.model, "model", sticky_identity(request, body.user))
+    with ExitStack() as stack:
+        places = stack.enter_context(service.admit(variant, body.choices_each))
+        origin = origin_of(request, "chat", priority=body.priority, salt=body.cache_salt)
+        text = await conversation(variant, body.messages, body)
+        ids = await encode_prompt(
+            variant,
+            text,
+            body.given_limit or 1,
+            param="messages",
+            special=bool(body.add_special_tokens),  # by default the template has written those that it wants
+            last=body.truncate_prompt_tokens,
+        )
+        limit = body.given_limit or variant.info.context_length - len(ids)
+        if body.given_limit is None and body.logprobs:
+            limit = min(limit, per_choice(service.settings, body))
+        fields = body.model_copy(update={"max_tokens": limit})
+        prompts = Prompts([ids])
+        messages = generate_messages(service.settings, fields, variant, prompts, origin)
+        choices = Choices(places, fields, prompts, messages, origin, observers_of(request), service.settings)
+        return await answer(request, body, choices, _format(body, variant), stack)
+
+
+def _format(body: ChatRequest, variant: Variant) -> Format:
+    def listed(chunk: Chunk) -> dict[str, Any] | None:
+        return logprobs.chat(variant.token_texts, chunk.entries) if body.logprobs else None
+
+    def whole(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
+        message = {"role": "assistant", "content": chunk.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": listed(chunk), "finish_reason": reason}
+
+    def part(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
+        delta = {"content": chunk.text} if chunk.text or reason is None else {}
+        return {"index": index, "delta": delta, "logprobs": listed(chunk), "finish_reason": reason}
+
+    head = {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "object": "chat.completion.chunk" if body.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": variant.name,
+    }
+    delta = {"role": "assistant", "content": ""}
+    first = [
+        {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        for index in range(body.choices_each)
+    ]
+    return Format(head, whole, part, first)

@@ -1,0 +1,88 @@
+"""POST /v1/completions."""
+
+import asyncio
+import secrets
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from server.api.completions import logprobs
+from server.api.completions.answer import Choices, Format, answer
+from server.api.completions.generation import Chunk, observers_of
+from server.api.completions.prepare import Prompts, generate_messages
+from server.api.completions.schemas import STREAMED, Completion, CompletionRequest
+from server.api.http.auth import owner_of
+from server.api.http.bodies import JSONRoute
+from server.api.http.tasks import together
+from server.api.serving.prompts import encode_prompt
+from server.api.serving.service import origin_of, service_of, sticky_identity
+from server.api.serving.variants import Variant
+from server.api.states.saved import saved_states
+
+router = APIRouter(route_class=JSONRoute)
+
+
+@router.post("/v1/completions", response_model=Completion, responses=STREAMED)
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    """Complete prompts, streaming or not."""
+    service = service_of(request)
+    variant = service.find(body.model, "model", sticky_identity(request, body.user))
+    with ExitStack() as stack:
+        places = stack.enter_context(service.admit(variant, len(body.prompts) * body.choices_each))
+        origin = origin_of(request, "completions", priority=body.priority, salt=body.cache_salt)
+        prompts = await _prompts(body, variant, request)
+        messages = generate_messages(service.settings, body, variant, prompts, origin)
+        choices = Choices(places, body, prompts, messages, origin, observers_of(request), service.settings)
+        return await answer(request, body, choices, _format(body, variant), stack)
+
+
+async def _prompts(body: CompletionRequest, variant: Variant, request: Request) -> Prompts:
+    saved = None
+    if body.state_id is not None:
+        saved = await saved_states(request).to_continue(variant, body.state_id, owner_of(request))
+    ids = await together(
+        [
+            encode_prompt(
+                variant,
+                prompt,
+                body.token_limit,
+                before=0 if saved is None else saved.header.tokens,
+                special=body.add_special_tokens is not False,
+                last=body.truncate_prompt_tokens,
+            )
+            for prompt in body.prompts
+        ]
+    )
+    if not body.echo:
+        return Prompts(ids, saved=saved)
+    decoded = await asyncio.to_thread(
+        variant.tokenizer.decode_batch, ids, skip_special_tokens=body.skip_special_tokens is not False
+    )
+    whole = body.truncate_prompt_tokens is None
+    echo = [
+        given if isinstance(given, str) and whole else text
+        for given, text in zip(body.prompts, decoded, strict=True)
+    ]
+    return Prompts(ids, echo, saved)
+
+
+def _format(body: CompletionRequest, variant: Variant) -> Format:
+    def shape(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
+        listed = body.logprobs is not None
+        return {
+            "index": index,
+            "text": chunk.text,
+            "logprobs": logprobs.legacy(variant.token_texts, chunk.entries) if listed else None,
+            "finish_reason": reason,
+        }
+
+    head = {
+        "id": f"cmpl-{secrets.token_hex(12)}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": variant.name,
+    }
+    return Format(head, shape, shape)

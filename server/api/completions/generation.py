@@ -1,0 +1,295 @@
+"""One completion under way: from the engine's tokens to text, with its timings and metrics."""
+
+import contextlib
+import math
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from fastapi import Request
+
+from server.api.completions.schemas import SamplingFields
+from server.api.http.context import current
+from server.api.serving.service import Origin
+from server.api.serving.variants import Variant
+from server.text.detokenizer import Detokenizer, StopMatcher
+from server.wire.exchange import EngineError
+from server.wire.messages import FinishReason, Generate, PackedTop, Token, TopLogprobs, pack_top
+
+MIN_TIMED_TOKENS = 8
+"""Tokens after the first that a speed needs: fewer are over in a few steps, and say more of chance than of speed."""
+
+
+Observer = Callable[["Generation"], None]
+"""A function that is told of each generation that has ended, well or not."""
+
+
+def observers_of(request: Request) -> list[Observer]:
+    """What the server that the request came to tells of each generation of completions and chat."""
+    observers: list[Observer] = request.app.state.observers
+    return observers
+
+
+class TokenEntry(msgspec.Struct, frozen=True, gc=False):
+    """A token and what the model thought of it."""
+
+    token_id: int
+    offset: int
+    """Where the token's text begins, in characters of all text before it."""
+    logprob: float | None
+    """Natural log-probability; None for the first token of a prompt."""
+    top: PackedTop | None = None
+    """The most likely tokens at this position; None: they were not asked for."""
+
+
+def _packed(top: TopLogprobs | None) -> PackedTop | None:
+    return pack_top(top) if top else None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Text that a choice goes on by, and the tokens since the last chunk if log-probabilities were asked for."""
+
+    text: str
+    entries: list[TokenEntry]
+
+
+def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
+    """The counts of tokens as OpenAI's API gives them."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
+
+
+class Generation:
+    """A completion by one variant. Iterate `chunks`, then read the rest.
+
+    The time to the first token counts from the HTTP request, in this process. All speeds are of the times at which the
+    engine made the tokens: when they come through here depends on what else this process does.
+
+    Args:
+        message: what the variant's engine is asked for (`generate_message`).
+        observers: told of it once it has ended.
+        saved_tokens: how many tokens the saved state stands for that it goes on from.
+        most_unread: bytes of tokens that may wait for the reader of `chunks` before the engine pauses.
+        on_sampled: called once, when the engine is done with the request; or never, if `chunks` is never begun.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        fields: SamplingFields,
+        message: Generate,
+        origin: Origin,
+        *,
+        observers: Sequence[Observer] = (),
+        saved_tokens: int = 0,
+        most_unread: float = math.inf,
+        on_sampled: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.variant = variant
+        self.prompt_ids = message.token_ids
+        self.origin = origin
+        self.token_ids: list[int] = []
+        self.text = ""
+        self.cached_tokens = 0
+        """Tokens of the prompt that were not computed: those of a saved state or a cached prefix."""
+        self.finish_reason: FinishReason | None = None
+        self.gaps_s: list[float] = []
+        """Seconds between the tokens, as the engine made them."""
+        self.ttft_s: float | None = None
+        """Seconds from the arrival of the HTTP request to the first token; None before that."""
+        self._message = message
+        self._observers = observers
+        self._most_unread = most_unread
+        self._on_sampled = on_sampled
+        self._first: float | None = None
+        """When the engine made the first token (`Token.at`)."""
+        self._last: float | None = None
+        """When the engine made the last token so far."""
+        self._queue_s: float | None = None
+        self._saved_tokens = saved_tokens
+        self._decoded = 0
+        """Characters so far, those that are held back for a stop string included."""
+        stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
+        self._keep_stop = bool(fields.include_stop_str_in_output)
+        self._matcher = StopMatcher(stops, keep=self._keep_stop)
+        skip = fields.skip_special_tokens is not False
+        self._detokenizer = Detokenizer(variant.tokenizer, skip_special_tokens=skip)
+
+    async def chunks(self) -> AsyncGenerator[Chunk]:
+        """The text as it comes: of one token at a time, or of all that have come while the reader was busy. Tokens
+        without text (bytes of a character, what may begin a stop string) wait for the next text; what is left at the
+        end may be a chunk without text. Leaving early aborts the request.
+
+        Raises:
+            EngineError: the engine went away, or the model's output is broken.
+        """
+        try:
+            if self._message.max_tokens == 0:  # the prompt alone was asked for
+                self.finish_reason = "length"
+                return
+            entries: list[TokenEntry] = []
+            steps = self.variant.client.generate(
+                self._message, most_unread=self._most_unread, on_sampled=self._on_sampled
+            )
+            async with contextlib.aclosing(steps) as steps:
+                async for tokens in steps:
+                    text = self._take(tokens, entries)
+                    self.text += text
+                    if text or (entries and self.finish_reason is not None):
+                        yield Chunk(text, entries)
+                        entries = []
+                    if self.finish_reason is not None:
+                        return
+        except EngineError:
+            self.finish_reason = "error"
+            raise
+        finally:
+            self.finish_reason = self.finish_reason or "abort"
+            self._record(self.finish_reason)
+
+    async def run(self) -> Chunk:
+        """Run to the end: the whole text. Raises as `chunks` does."""
+        entries: list[TokenEntry] = []
+        async with contextlib.aclosing(self.chunks()) as chunks:
+            async for chunk in chunks:
+                entries += chunk.entries
+        return Chunk(self.text, entries)
+
+    def _take(self, tokens: list[Token], entries: list[TokenEntry]) -> str:
+        """Account for tokens, up to the one that completes a stop string; returns the text to show. Adds what the
+        model thought of each to `entries`, if log-probabilities were asked for."""
+        pieces: list[str] = []
+        for token in tokens:
+            self._measure(token)
+            if token.logprob is not None:
+                entries.append(TokenEntry(token.token_id, self._decoded, token.logprob, _packed(token.top)))
+            pieces.append(self._text_of(token))
+            if self.finish_reason is not None:
+                break
+        return "".join(pieces)
+
+    def _text_of(self, token: Token) -> str:
+        self.token_ids.append(token.token_id)
+        self.finish_reason = token.finish_reason
+        # The token that ends a request by its id is counted, but it is not text unless that is asked for.
+        shown = token.finish_reason != "stop" or self._keep_stop
+        text = self._detokenizer.add(token.token_id) if shown else ""
+        if token.finish_reason is not None:
+            text += self._detokenizer.flush()
+        self._decoded += len(text)
+        if len(self.token_ids) < self._message.min_tokens:
+            return text
+        piece = self._matcher.add(text)
+        if self._matcher.matched:
+            self.finish_reason = "stop"
+        elif token.finish_reason is not None:
+            piece += self._matcher.flush()
+        return piece
+
+    def _measure(self, token: Token) -> None:
+        metrics = self.variant.metrics
+        if self._last is None:
+            self._first = token.at
+            self.ttft_s = time.monotonic() - self.origin.arrived
+            self.cached_tokens = self._saved_tokens + token.cached_tokens
+            metrics.prompt_tokens.inc(self.prompt_tokens)
+            metrics.cached_prompt_tokens.inc(token.cached_tokens)
+            self._queue_s = token.queue_s
+            metrics.ttft.observe(self.ttft_s)
+            if token.queue_s is not None and token.prefill_s is not None:
+                metrics.queue.observe(token.queue_s)
+                metrics.prefill.observe(token.prefill_s)
+        else:
+            gap = token.at - self._last
+            self.gaps_s.append(gap)
+            metrics.itl.observe(gap)
+        self._last = token.at
+        metrics.generation_tokens.inc()
+
+    def _record(self, reason: FinishReason) -> None:
+        metrics = self.variant.metrics
+        metrics.on_end(self.origin.endpoint, reason)
+        metrics.request_seconds.observe(time.monotonic() - self.origin.arrived)
+        if self.decode_s is not None:
+            metrics.request_state_bytes.observe(self.variant.info.state_bytes_per_request)
+            metrics.decode.observe(self.decode_s)
+        speed = self.tokens_per_second
+        if speed is not None:
+            metrics.request_tokens_per_second.observe(speed)
+        self._account(reason)
+        for tell in self._observers:
+            tell(self)
+
+    def _account(self, reason: FinishReason) -> None:
+        """Charge the HTTP request that this was a part of."""
+        context = current.get()
+        if context is None:
+            return
+        context.add(
+            self.variant.name,
+            prompt_tokens=0
+            if self._message.sampling.choice
+            else len(self.prompt_ids),  # a prompt counts once
+            completion_tokens=len(self.token_ids),
+            finish_reason=reason,
+            ttft_s=self.ttft_s,
+        )
+        if context.log_texts:
+            prompt = self.variant.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
+            context.texts.append({"variant": self.variant.name, "prompt": prompt, "completion": self.text})
+
+    @property
+    def from_state(self) -> bool:
+        """Whether it goes on from a saved state."""
+        return self._message.state_path is not None
+
+    @property
+    def times(self) -> tuple[float, float] | None:
+        """When the engine made the first and the last token (`Token.at`); None before the first."""
+        return None if self._first is None or self._last is None else (self._first, self._last)
+
+    @property
+    def decode_s(self) -> float | None:
+        """Seconds from the first token to the last; None before the first."""
+        return None if self.times is None else self.times[1] - self.times[0]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """(tokens - 1) / decode_s; None for fewer than `MIN_TIMED_TOKENS` after the first."""
+        after_first = len(self.token_ids) - 1
+        if after_first < MIN_TIMED_TOKENS or not self.decode_s:
+            return None
+        return after_first / self.decode_s
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, those that a saved state stands for included."""
+        return self._saved_tokens + len(self.prompt_ids)
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        return usage(self.prompt_tokens, len(self.token_ids), self.cached_tokens)
+
+    @property
+    def lowkey(self) -> dict[str, Any]:
+        """The block that says what this request held and how fast it was."""
+        info = self.variant.info
+        return {
+            "variant": self.variant.name,
+            "state_bytes": info.state_bytes_per_request,
+            "state_dtype": info.state_dtype,
+            "d_k": self.variant.d_k,
+            "queue_s": self._queue_s,
+            "ttft_s": self.ttft_s,
+            "decode_s": self.decode_s,
+            "tokens_per_second": self.tokens_per_second,
+            "cached_tokens": self.cached_tokens,
+            "finish_reason": self.finish_reason,
+        }

@@ -1,0 +1,1 @@
+"""HTTP itself: connections, errors, keys, limits, bodies, events; knows no models."""

@@ -1,0 +1,1 @@
+"""For who runs the server and who tries it: probes, metrics, models, the compare page."""

@@ -1,0 +1,55 @@
+"""Probes and metrics: /health, /ready, /version, /metrics."""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from lowkey import __version__
+from server.api.http.errors import unavailable
+from server.api.serving.service import Service, service_of
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health() -> dict[str, str]:
+    """Say that the process is up."""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def ready(request: Request, variant: str | None = None) -> dict[str, str]:
+    """Whether to send requests here: every variant has loaded once, one answers, and the server has not been asked
+    to stop. With `?variant=` that one must answer."""
+    service = service_of(request)
+    if variant is not None and not service.leaving:
+        if not service.named(variant, "variant").client.up:
+            raise unavailable(f"variant {variant!r} is not up")
+        return {"status": "ready"}
+    reason = why_not_ready(service)
+    if reason is not None:
+        raise unavailable(reason)
+    return {"status": "ready"}
+
+
+def why_not_ready(service: Service) -> str | None:
+    """The reason why no requests should be sent to this server now; None if they should."""
+    if service.leaving:
+        return "the server is shutting down"
+    loading = [v.name for v in service.variants if not v.loaded]
+    if loading:
+        return f"still loading: {', '.join(loading)}"
+    if not any(v.client.up for v in service.variants):
+        return "no variant is up"
+    return None
+
+
+@router.get("/version")
+async def get_version() -> dict[str, str]:
+    return {"version": __version__}
+
+
+@router.get("/metrics", response_class=PlainTextResponse)
+async def metrics(request: Request) -> Response:
+    """All metrics in Prometheus' text format."""
+    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)

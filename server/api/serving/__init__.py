@@ -1,0 +1,1 @@
+"""The variants, which one is meant, and whether it has room."""

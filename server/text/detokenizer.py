@@ -1,0 +1,137 @@
+"""From token ids to text, piece by piece."""
+
+import re
+
+from tokenizers import Tokenizer
+
+MAX_HELD_TOKENS = 64
+"""A character has at most four bytes, so tokens that make none for this long are broken bytes and are shown."""
+
+
+class Detokenizer:
+    """Incremental decoding that never emits half a character: bytes are held back until they are whole.
+
+    Decodes a window of the last piece's tokens and those held back. The last piece is there because a decoder may
+    treat the beginning of a text in its own way (leave out its leading space).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
+        self._left_out = {token_id for token_id, token in added.items() if token.special}
+        self._window: list[int] = []
+        self._shown = 0
+        """How many tokens of the window belong to the last piece."""
+        self._shown_text = ""
+
+    def add(self, token_id: int) -> str:
+        """The text that this token completes, possibly empty."""
+        if token_id in self._left_out:
+            return ""
+        self._window.append(token_id)
+        text = self._decode()
+        whole = not text.endswith("\ufffd") or len(self._window) - self._shown > MAX_HELD_TOKENS
+        if len(text) <= len(self._shown_text) or not whole:
+            return ""
+        piece = text[len(self._shown_text) :]
+        del self._window[: self._shown]
+        self._shown, self._shown_text = len(self._window), self._decode()
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that never became a character, as U+FFFD."""
+        piece = self._decode()[len(self._shown_text) :]
+        self._window, self._shown, self._shown_text = [], 0, ""
+        return piece
+
+    def _decode(self) -> str:
+        text: str = self._tokenizer.decode(self._window, skip_special_tokens=False)
+        return text
+
+
+class StopMatcher:
+    """Finds the stop string that is complete first in text that comes in pieces, however it is cut.
+
+    Of two that are complete at the same character the longer one counts. Only what might begin one is held back.
+
+    Args:
+        keep: whether the stop string is part of the text.
+    """
+
+    def __init__(self, stops: list[str], *, keep: bool = False) -> None:
+        self._stops = stops
+        self._keep = keep
+        self._begun = [0] * len(stops)
+        """Characters that each one has begun with, at the end of what is held back."""
+        self._held = ""
+        self.matched = False
+
+    def add(self, text: str) -> str:
+        """Text that is safe to show. Once a stop string is complete, what is left of the text, and `matched` is set."""
+        if not self._stops:
+            return text
+        starts = [len(self._held) - begun for begun in self._begun]
+        text = self._held + text
+        # Each from where it began itself: what another one holds back must not be looked through for every token.
+        places = [(text.find(stop, start), stop) for stop, start in zip(self._stops, starts, strict=True)]
+        found = [(at + len(stop), at) for at, stop in places if at >= 0]
+        if found:
+            self.matched, self._held = True, ""
+            end, at = min(found)
+            return text[: end if self._keep else at]
+        self._begun = [
+            self._overlap(text[start:], stop) for stop, start in zip(self._stops, starts, strict=True)
+        ]
+        shown = len(text) - max(self._begun)
+        self._held = text[shown:]
+        return text[:shown]
+
+    def flush(self) -> str:
+        """The text that was held back, once no more text comes."""
+        text, self._held = self._held, ""
+        return text
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte (`bytes_to_unicode` in OpenAI's encoder.py) -> the byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class TokenTexts:
+    """What each token is by itself, special tokens included; remembered, because the same few come again and again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._alphabet = _byte_alphabet()
+        self._texts: dict[int, str] = {}
+        # A decoder may leave out the first space of a text: every token is decoded behind another one.
+        self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+        self._anchor_text: str = tokenizer.decode(self._anchor, skip_special_tokens=False)
+
+    def text(self, token_id: int) -> str:
+        """The token's text; bytes that are no whole character are U+FFFD, so several tokens may have one text."""
+        if token_id not in self._texts:
+            text: str = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
+            self._texts[token_id] = text.removeprefix(self._anchor_text)
+        return self._texts[token_id]
+
+    def bytes(self, token_id: int) -> bytes:
+        """The token's bytes, also where they are no whole character."""
+        text = self.text(token_id)
+        if "\ufffd" in text:
+            entry: str = self._tokenizer.id_to_token(token_id) or ""
+            if match := _BYTE_TOKEN.fullmatch(entry):
+                return bytes([int(match[1], 16)])
+            if entry and all(c in self._alphabet for c in entry):
+                return bytes(self._alphabet[c] for c in entry)
+        return text.encode()

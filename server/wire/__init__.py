@@ -1,0 +1,1 @@
+"""What the API process and an engine process share, and how the one reaches the other."""

@@ -1,0 +1,281 @@
+"""What crosses the process boundary, encoded as msgpack. This module imports no torch."""
+
+from typing import Literal
+
+import msgspec
+
+CANNOT_LOAD = 78
+"""Exit code of an engine whose checkpoint is no good (EX_CONFIG): starting it again would not help."""
+
+DEFAULT_SLOTS = 64
+"""State slots of an engine on a CPU that was not told how many."""
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+Phase = Literal["prefill", "decode", "mixed"]
+"""What a step's batch is made of."""
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """How one engine process is started; passed as JSON on its command line."""
+
+    variant: str
+    source: str
+    """Checkpoint directory or hub id."""
+    device: str
+    dtype: Literal["auto", "float32", "bfloat16"]
+    max_requests: int | None
+    """Requests that run at the same time; None: one for each state slot."""
+    state_memory: int | float | None = None
+    """Size of the slot pool: bytes, or a share of the memory that is left; None: a slot for each of `max_requests`, on
+    a GPU all that is left."""
+    device_memory: float = 0.9
+    """Share of a GPU's memory that the engine may take for everything. A CPU's is bounded by what is free."""
+    devices: list[str] = []
+    """Devices of all variants that load at the same time, this one among them."""
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    prefix_cache: bool = True
+    batch_invariant: bool = False
+    """Logits are the same bits whatever else runs; slower."""
+    prefill_tokens: int | None = None
+    """Most prompt tokens in one step, a multiple of 64; None: as many as suit the device."""
+    threads: int
+    input_address: str
+    output_address: str
+    reason_path: str | None = None
+    """File in which an engine that ends with CANNOT_LOAD leaves the reason."""
+    log_level: str = "info"
+    log_format: Literal["text", "json"] = "text"
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is drawn. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 filter nothing."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    seed: int
+    """The request's seed. A draw depends on (seed, choice, position) alone."""
+    choice: int = 0
+    presence_penalty: float = 0.0
+    """What is taken off the logit of each token that this request has generated."""
+    frequency_penalty: float = 0.0
+    """What is taken off besides, times how often the token was generated."""
+    repetition_penalty: float = 1.0
+    """What divides the positive and multiplies the negative logits of tokens that are in the prompt or were
+    generated."""
+    logit_bias: dict[int, float] = {}
+    """What is added to logits, by token id."""
+    allowed_token_ids: list[int] = []
+    """The only tokens that may be drawn; empty for all."""
+
+
+class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Go on from `token_ids` for up to `max_tokens` tokens."""
+
+    request_id: str
+    token_ids: list[int]
+    max_tokens: int
+    sampling: Sampling
+    stop_token_ids: list[int]
+    """Tokens that end the request (end of text, unless the request ignores it, among them)."""
+    min_tokens: int = 0
+    """`stop_token_ids` can't be drawn before this many tokens."""
+    logprobs: int | None = None
+    """Report each token's log-probability and this many of the most likely ones; None: neither."""
+    priority: int = 0
+    """The priority: lower runs first, and among equals whoever came first."""
+    state_path: str | None = None
+    """Go on from the state saved in this file instead of an empty one."""
+    cache_salt: bytes = b""
+    """Requests share the work on prompts that begin alike only with those of the same salt."""
+
+
+class KLReference(msgspec.Struct, frozen=True, kw_only=True):
+    """A shared-memory file of log-probabilities, float32 `[positions, vocab]`, that two engines meet in."""
+
+    path: str
+    mode: Literal["write", "compare"]
+    """The baseline writes its rows; another engine reads them and reduces them to scalars."""
+    from_position: int
+    """The first row belongs to this position of `token_ids`."""
+
+
+class Score(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Log-probabilities of given tokens (teacher forced), for positions >= `from_position` (at least 1)."""
+
+    request_id: str
+    token_ids: list[int]
+    from_position: int
+    top_logprobs: int = 0
+    """Also report this many of the most likely tokens at each position."""
+    kl_reference: KLReference | None = None
+    priority: int = 0
+    cache_salt: bytes = b""
+    """Requests share the work on prompts that begin alike only with those of the same salt."""
+
+
+class SaveState(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Run `token_ids` from an empty state and write the state after the last one to `path` (safetensors)."""
+
+    request_id: str
+    token_ids: list[int]
+    path: str
+    fingerprint: dict[str, str]
+    """What is written into the file's metadata, by name."""
+    cache_salt: bytes = b""
+    """Requests share the work on prompts that begin alike only with those of the same salt."""
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Forget a request; nothing more is sent about it."""
+
+    request_id: str
+
+
+class Pause(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Decode no further tokens of a request until it is resumed: its reader is behind. It keeps its state slot, and
+    tokens of steps that have been launched still come."""
+
+    request_id: str
+
+
+class Resume(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The reader of a paused request has caught up: decode it again."""
+
+    request_id: str
+
+
+Input = Generate | Score | SaveState | Abort | Pause | Resume
+
+
+class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The engine has loaded its model. Sizes in bytes, times in seconds."""
+
+    family: str
+    d_k: list[int]
+    """Key channels per head of each layer."""
+    d_v: list[int]
+    vocab_size: int
+    context_length: int
+    eos_token_ids: list[int]
+    checkpoint_path: str
+    """The local directory, which also holds the tokenizer."""
+    method: str | None
+    """How the checkpoint was reduced; None for one that was not."""
+    state_bytes_per_request: int
+    state_layout: dict[str, tuple[str, list[int]]] = {}
+    """What a saved state holds: dtype, as safetensors calls it, and shape of each tensor by name."""
+    state_dtype: str
+    device: str
+    backend: str
+    weights_bytes: int
+    memory: dict[str, int] = {}
+    """What the device's memory goes to (`MemoryPlan.parts`)."""
+    load_s: float
+    slots: int
+    max_running: int
+    """Requests that run at the same time, at most `slots`."""
+
+
+TopLogprobs = list[tuple[int, float]]
+"""Pairs of (token id, natural log-probability), the most likely token first."""
+PackedTop = bytes
+"""`TopLogprobs` as the bytes that `pack_top` makes of them. Python's garbage collector would walk over millions of
+pairs again and again, for hundreds of milliseconds each time; who needs pairs unpacks a few at a time."""
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One generated token. `queue_s`, `prefill_s` and `cached_tokens` are set on the first one of a request."""
+
+    request_id: str
+    token_id: int
+    at: float
+    """time.monotonic() in the engine's process when the step that sampled it was collected, less the time for which
+    the request had been paused until then. All speeds are made of these times: when a token reaches anybody else
+    depends on how busy they are, and how long a reader stays behind says nothing of the model."""
+    finish_reason: FinishReason | None = None
+    queue_s: float | None = None
+    prefill_s: float | None = None
+    cached_tokens: int = 0
+    """Prompt tokens whose state came from the prefix cache."""
+    logprob: float | None = None
+    """Natural log-probability by the model's own distribution, before penalties, temperature and filters."""
+    top: TopLogprobs | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, kw_only=True):
+    """A request of any kind that can't be run, or not to its end. Nothing more is sent about it."""
+
+    request_id: str
+    reason: Literal["state", "memory"]
+    """A saved state that is no good, or a device that has no memory left for the request."""
+    error: str
+
+
+class Scored(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to Score, one entry for each position from `from_position` on."""
+
+    request_id: str
+    logprobs: list[float]
+    """Natural log-probability of the given token."""
+    kl: list[float]
+    """With a reference to compare with: KL(reference || this model) in nats, from the reference's first position on."""
+    agree: list[bool]
+    """With a reference to compare with: whether both have the same most likely token, at the same positions."""
+    top: list[PackedTop] = []
+
+
+class StateSaved(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to SaveState."""
+
+    request_id: str
+    error: str | None = None
+    """Why the file was not written."""
+
+
+class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Who is in the engine; sent by itself when that changed without a step (an abort), and once a second as a sign of
+    life."""
+
+    running: int
+    waiting: int
+    paused: int = 0
+    """How many of the running requests decode nothing because their reader is behind."""
+    used_slots: int
+    cached_slots: int = 0
+    """Slots that hold prefixes and may be taken when a request needs one."""
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """All that one step of the engine brought."""
+
+    tokens: list[Token]
+    scored: list[Scored]
+    saved: list[StateSaved] = []
+    failed: list[Failed] = []
+    phase: Phase
+    step_s: float
+    batch_size: int
+    """0 for an output without a step: of requests that fail and of files that have been written."""
+    occupancy: Occupancy
+    cache_queries: int = 0
+    """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""
+    cache_hits: int = 0
+    """Prompt tokens among them whose state was there."""
+
+
+Output = Ready | StepOutput | Occupancy
+
+
+def one_or_all(values: list[int]) -> int | list[int]:
+    """The single value when all layers agree, else the list."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+encoder = msgspec.msgpack.Encoder()
+input_decoder = msgspec.msgpack.Decoder(Input)
+pack_top = encoder.encode
+unpack_top = msgspec.msgpack.Decoder(TopLogprobs).decode
+output_decoder = msgspec.msgpack.Decoder(Output)

@@ -1,0 +1,211 @@
+"""The life of one engine process: it is started, watched, killed when it hangs, and started again when it dies."""
+
+import asyncio
+import contextlib
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.wire.exchange import EngineUnavailableError
+from server.wire.messages import (
+    CANNOT_LOAD,
+    EngineConfig,
+    Input,
+    Occupancy,
+    Ready,
+    StepOutput,
+    encoder,
+    output_decoder,
+)
+
+logger = logging.getLogger("lowkey.supervisor")
+
+MAX_BACKOFF_S = 30.0
+"""The longest wait before an engine is started again. The first is a second, and each is twice the one before."""
+HEALTHY_AFTER_S = 60.0
+"""An engine that was up for this long is started again after a second, however often it has died before."""
+
+
+class Supervisor:
+    """Keeps one engine process running, and carries messages to it and from it.
+
+    Args:
+        config: how to start the process; its addresses are filled in here, anew for every start.
+        runtime_dir: a private directory for the sockets.
+        hang_s: an engine that has loaded and then says nothing for this long is killed. It speaks every second, but
+            for the length of a step.
+        on_ready: told when the engine has loaded, before it counts as up.
+        on_output: told of everything else that the engine says.
+        on_lost: told when the process is gone, or could not be started: nothing more comes of what was sent to it.
+        on_down: told after that, if the process is started again.
+        on_fatal: told after that, if the model can't be loaded at all, and why; the process is not started again.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runtime_dir: Path,
+        *,
+        hang_s: float,
+        on_ready: Callable[[Ready], None],
+        on_output: Callable[[StepOutput | Occupancy], None],
+        on_lost: Callable[[], None],
+        on_down: Callable[[], None],
+        on_fatal: Callable[[str], None],
+    ) -> None:
+        self.ready: Ready | None = None
+        """What the engine said of itself when it last loaded; None until it first has."""
+        self.up = False
+        self._config = config
+        self._runtime_dir = runtime_dir
+        self._reason = runtime_dir / f"{config.variant}.reason"
+        self._hang_s = hang_s
+        self._silent_s = 0.0
+        """Seconds since the engine's last message in which this process's loop ran."""
+        self._on_ready, self._on_output = on_ready, on_output
+        self._on_lost, self._on_down, self._on_fatal = on_lost, on_down, on_fatal
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._ready_at = math.inf
+        """time.monotonic() of the last Ready; infinite until this start's."""
+
+    def start(self) -> None:
+        """Start the process and keep it running until `close`."""
+        self._task = asyncio.create_task(self._supervise())
+
+    async def close(self) -> None:
+        """Stop the process."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._context.destroy(linger=0)
+
+    def send(self, message: Input) -> None:
+        """Send a message to the engine. Never blocks: the socket has no high-water mark, and without an engine behind
+        it the answer is an error.
+
+        Raises:
+            EngineUnavailableError: the engine is not up.
+        """
+        if self._socket is None or not self.up:
+            raise EngineUnavailableError(f"variant {self._config.variant!r} is not up")
+        try:
+            self._socket.send(encoder.encode(message), zmq.NOBLOCK)
+        except zmq.Again as e:
+            raise EngineUnavailableError(f"variant {self._config.variant!r} went away") from e
+
+    async def _supervise(self) -> None:
+        backoff, generation = 1.0, 0
+        while True:
+            generation += 1
+            self._ready_at = math.inf
+            code: int | None = None
+            try:
+                code = await self._run_once(generation)
+                logger.error("%s: engine process ended with code %s", self._config.variant, code)
+            except Exception:  # whatever it was, a supervisor that ends would leave the variant down for good
+                logger.exception("%s: the engine can't be started or understood", self._config.variant)
+            finally:
+                self.up, self._socket = False, None
+                self._on_lost()
+            if code == CANNOT_LOAD and self.ready is None:
+                reason = self._reason.read_text() if self._reason.is_file() else ""
+                self._on_fatal(reason or "the log says why")
+                return
+            self._on_down()
+            if time.monotonic() - self._ready_at > HEALTHY_AFTER_S:
+                backoff = 1.0
+            logger.info("%s: restarting in %.0f s", self._config.variant, backoff)
+            await asyncio.sleep(backoff)
+            backoff = min(2 * backoff, MAX_BACKOFF_S)
+
+    async def _run_once(self, generation: int) -> int:
+        """Start one process, serve its messages until it ends; returns its exit code."""
+        stem = self._runtime_dir / f"{self._config.variant}-{generation}"
+        config = msgspec.structs.replace(
+            self._config,
+            input_address=f"ipc://{stem}.in",
+            output_address=f"ipc://{stem}.out",
+            reason_path=str(self._reason),
+            devices=self._config.devices if self.ready is None else [],  # when it restarts, the others are up
+        )
+        inputs = self._context.socket(zmq.PUSH)
+        outputs = zmq.asyncio.Context(self._context).socket(zmq.PULL)
+        process: asyncio.subprocess.Process | None = None
+        receiver: asyncio.Task[None] | None = None
+        watchdog: asyncio.Task[None] | None = None
+        try:
+            for socket, address in ((inputs, config.input_address), (outputs, config.output_address)):
+                socket.set_hwm(0)
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.bind(address)
+            self._socket = inputs
+            threads = str(config.threads)
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "server.engine.process",
+                msgspec.json.encode(config).decode(),
+                stdin=asyncio.subprocess.PIPE,
+                # Read by OpenMP when torch is loaded: idle threads must sleep, not spin on a shared core.
+                env={
+                    **os.environ,
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    "GOMP_SPINCOUNT": "0",
+                    "OMP_NUM_THREADS": threads,
+                    "MKL_NUM_THREADS": threads,
+                },
+                start_new_session=True,
+            )
+            receiver = asyncio.create_task(self._receive(outputs))
+            watchdog = asyncio.create_task(self._watch(process))
+            ended = asyncio.create_task(process.wait())
+            await asyncio.wait([receiver, ended], return_when=asyncio.FIRST_COMPLETED)
+            if receiver.done():
+                receiver.result()
+            return await ended
+        finally:
+            for task in (receiver, watchdog):
+                if task is not None:
+                    task.cancel()
+            if process is not None and process.returncode is None:
+                process.kill()
+                await process.wait()
+            for socket in (inputs, outputs):
+                socket.close(linger=0)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill an engine that has stopped to answer. Counts ticks of this loop, not the clock: when this process was
+        held up itself, the engine's messages are yet to be read."""
+        self._silent_s = 0.0
+        tick = min(1.0, self._hang_s / 4)
+        while True:
+            await asyncio.sleep(tick)
+            self._silent_s += tick
+            if self.up and self._silent_s >= self._hang_s:
+                logger.error(
+                    "%s: no sign of life for %.0f s; killing the engine", self._config.variant, self._hang_s
+                )
+                process.kill()
+                return
+
+    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            message = output_decoder.decode(await socket.recv())
+            self._silent_s = 0.0
+            if isinstance(message, Ready):
+                self._on_ready(message)
+                self.ready, self.up, self._ready_at = message, True, time.monotonic()
+            else:
+                self._on_output(message)

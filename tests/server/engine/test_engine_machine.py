@@ -1,0 +1,287 @@
+"""Requests come, go, step and crash in any order: each gets its tokens in order and ends exactly once, no slot is lost,
+and no state is mixed up with another."""
+
+import itertools
+import tempfile
+from concurrent.futures import Executor, Future
+from pathlib import Path
+
+import pytest
+from checkpoints import DELTA
+from engines import generate, run, score
+from fake_runner import CrashError, FakeRunner, fed
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from modeling.families import family_of
+from modeling.state import StatePool
+from server.engine.cache import StateCache
+from server.engine.engine import Engine, IntegrityError
+from server.engine.scheduler import Scheduler
+from server.engine.state_file import StateLoadError
+from server.engine.state_files import StateFiles
+from server.wire.messages import Abort, Generate, Pause, Resume, SaveState
+
+SPEC = family_of(DELTA).spec({**DELTA, "num_hidden_layers": 1, "hidden_size": 8, "expand_v": 1.0})
+
+LENGTHS = st.sampled_from([1, 2, 63, 64, 65, 128, 200, 400])
+PRIORITIES = st.sampled_from([0, 0, 0, -1, 2])
+
+
+class OnDemand(Executor):
+    """Does its work when it is told to, in this thread."""
+
+    def __init__(self):
+        self.work = []
+
+    def submit(self, work):
+        future = Future()
+        self.work.append((future, work))
+        return future
+
+    def run_one(self):
+        future, work = self.work.pop(0)
+        try:
+            future.set_result(work())
+        except StateLoadError as e:
+            future.set_exception(e)
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(
+        slots=st.integers(1, 5),
+        depth=st.integers(0, 1),
+        prefill_tokens=st.sampled_from([64, 128, 192]),
+        prefix_cache=st.booleans(),
+        aligned=st.booleans(),
+        limit=st.sampled_from([None, None, 1, 3]),
+    )
+    def start(self, slots, depth, prefill_tokens, prefix_cache, aligned, limit):
+        self.directory = tempfile.TemporaryDirectory()
+        self.options = slots, depth, prefill_tokens, prefix_cache, aligned, limit
+        self.ids = itertools.count()
+        self.added, self.aborted, self.lost = {}, set(), set()
+        self.tokens, self.ended = {}, {}
+        self.saved = {}
+        self.make_engine()
+
+    def make_engine(self):
+        slots, self.depth, prefill_tokens, prefix_cache, aligned, limit = self.options
+        self.pool = StatePool(SPEC, slots)
+        self.cache = StateCache(self.pool, prefix_cache=prefix_cache, aligned=aligned)
+        self.scheduler = Scheduler(self.cache, prefill_tokens, limit)
+        self.runner = FakeRunner(self.pool, prefill_tokens)
+        self.runner.base = self.saved
+        self.engine = Engine(self.scheduler, self.runner, self.depth)
+        self.disk = OnDemand()
+        self.engine._files = StateFiles(self.disk)
+        self.slots = slots
+
+    def prompt(self, length, family):
+        """Few families: prompts often begin alike, and are often the same."""
+        return ([1] * 64 + [family] * length)[-length:] if family % 2 else [family] * length
+
+    def take(self, message):
+        self.added[message.request_id] = message
+        self.engine.handle(message)
+
+    def id(self):
+        return f"r{next(self.ids):04}"
+
+    @rule(
+        length=LENGTHS,
+        family=st.integers(0, 2),
+        max_tokens=st.integers(1, 6),
+        priority=PRIORITIES,
+        n=st.sampled_from([1, 1, 1, 3]),
+    )
+    def add_generate(self, length, family, max_tokens, priority, n):
+        for _ in range(n):
+            self.take(
+                generate(self.prompt(length, family), max_tokens, request_id=self.id(), priority=priority)
+            )
+
+    @rule(length=st.sampled_from([1, 70]), stop=st.integers(0, 4))
+    def add_stopping(self, length, stop):
+        # Tokens are their own index, so that this one stops after `stop` tokens.
+        self.take(generate([1] * length, 6, request_id=self.id(), stop_token_ids=[stop]))
+
+    @rule(length=st.sampled_from([2, 64, 150]), family=st.integers(0, 2), data=st.data())
+    def add_score(self, length, family, data):
+        first = data.draw(st.integers(1, length))
+        self.take(score(self.prompt(length, family), first, request_id=self.id()))
+
+    @rule(length=LENGTHS, family=st.integers(0, 2))
+    def add_save(self, length, family):
+        request_id = self.id()
+        path = str(Path(self.directory.name) / request_id)
+        ids = self.prompt(length, family)
+        self.take(SaveState(request_id=request_id, token_ids=ids, path=path, fingerprint={"of": "test"}))
+
+    @rule(length=st.sampled_from([1, 100]), pick=st.integers(0, 10**6), n=st.integers(1, 2))
+    def go_on_from_a_saved_state(self, length, pick, n):
+        paths = [*sorted(self.saved), str(Path(self.directory.name) / "none")]
+        for _ in range(n):
+            self.take(generate([1] * length, 3, request_id=self.id(), state_path=paths[pick % len(paths)]))
+
+    @rule(pick=st.integers(0, 10**6))
+    def abort(self, pick):
+        if self.added:
+            request_id = sorted(self.added)[pick % len(self.added)]
+            if request_id not in self.ended:
+                self.aborted.add(request_id)
+            self.engine.handle(Abort(request_id=request_id))
+
+    @rule(pick=st.integers(0, 10**6))
+    def pause(self, pick):
+        if self.added:
+            self.engine.handle(Pause(request_id=sorted(self.added)[pick % len(self.added)]))
+
+    @rule(pick=st.integers(0, 10**6))
+    def resume(self, pick):
+        if self.added:
+            self.engine.handle(Resume(request_id=sorted(self.added)[pick % len(self.added)]))
+
+    def resume_all(self):
+        for request_id in self.added:
+            self.engine.handle(Resume(request_id=request_id))
+
+    @rule()
+    def write_or_read_a_file(self):
+        if self.disk.work:
+            self.disk.run_one()
+
+    @rule(where=st.sampled_from(["launch", "collect"]))
+    def crash(self, where):
+        """The process dies of it, its requests end with an error in the client, and another is started."""
+        if self.engine.idle:
+            return
+        self.resume_all()
+        self.runner.fail = where
+        for _ in range(50):
+            try:
+                output = self.engine.step()
+            except CrashError:
+                break
+            if output is not None:
+                self.check(output)  # a step that only refused, or told of a file
+            if self.engine.blocked and self.engine.on_disk:
+                self.disk.run_one()
+            if self.engine.idle:
+                break
+        else:
+            raise AssertionError("the failure was swallowed")
+        for request_id in set(self.added) - set(self.ended) - self.aborted:
+            self.ended[request_id] = "error"
+        self.lost |= self.aborted  # by the engine: files of theirs stay
+        self.make_engine()
+
+    @rule()
+    def step(self):
+        ready = list(self.scheduler._decoding)
+        assert not {request.id for request in ready} & self.scheduler._paused
+        before = list(self.runner.launched)
+        waiting = list(self.scheduler._waiting)
+        output = self.engine.step()
+        new = [s for s in self.runner.launched if s not in before]
+        if new:
+            assert new[0].batch.decodes == ready, "a decode was left out of a step"
+        self.check_order(waiting, [r for r in waiting if r.started is not None])
+        assert len(self.runner.launched) <= self.depth
+        if output is not None:
+            self.check(output)
+
+    def check_order(self, waiting, admitted):
+        """Nobody who could have started was passed over by one who comes after him."""
+        for request in admitted:
+            for other in waiting:
+                if other.order < request.order and other not in admitted and not other.finish_reason:
+                    assert other.twin_key is not None and self.has_twin(other)
+
+    def has_twin(self, request):
+        """Its prompt is being fed, or has just been: it was to be served by that, but there was no slot."""
+        return any(r.twin_key == request.twin_key for r in self.scheduler._requests.values() if r.allocation)
+
+    def check(self, output):
+        for token in output.tokens:
+            assert token.request_id not in self.ended and token.request_id not in self.aborted
+            tokens = self.tokens.setdefault(token.request_id, [])
+            assert token.token_id == len(tokens)
+            tokens.append(token.token_id)
+            if token.finish_reason is not None:
+                self.ended[token.request_id] = token.finish_reason
+        for failure in output.failed:
+            assert failure.request_id not in self.ended and failure.request_id not in self.aborted
+            assert failure.reason == "state" and "can't be read" in failure.error
+            assert self.added[failure.request_id].state_path.endswith("none")
+            self.ended[failure.request_id] = "error"
+        for answer in (*output.scored, *output.saved):
+            assert answer.request_id not in self.ended and answer.request_id not in self.aborted
+            self.ended[answer.request_id] = "stop"
+        for answer in output.saved:
+            assert answer.error is None
+            message = self.added[answer.request_id]
+            assert Path(message.path).exists()
+            self.saved[message.path] = fed((0, 0), message.token_ids)
+        occupancy = output.occupancy
+        assert occupancy.used_slots == occupancy.running
+        assert occupancy.used_slots + occupancy.cached_slots <= self.slots
+        assert 0 <= output.cache_hits <= output.cache_queries
+
+    @invariant()
+    def every_slot_has_one_holder(self):
+        if not hasattr(self, "scheduler"):
+            return
+        held = [r.slot for r in self.scheduler._requests.values() if r.allocation is not None]
+        held += self.cache._index.slots
+        assert len(set(held)) == len(held) == self.pool.used_slots == self.slots - self.pool.free_slots
+        assert self.cache.used == self.scheduler.running
+        limit = self.options[5]
+        assert limit is None or self.scheduler.running <= limit
+        for entry in self.cache._index._entries:
+            ids = memoryview(entry.token_bytes).cast("I").tolist()
+            assert self.runner.read(entry.slot) == fed((0, 0), ids), "a prefix's state has been written over"
+            assert not self.options[4] or entry.length % 64 == 0
+        assert self.engine.idle == (
+            not self.scheduler._requests and not self.runner.launched and not self.scheduler.failed
+        )
+
+    def teardown(self):
+        if not hasattr(self, "engine"):
+            return
+        self.resume_all()
+        for _ in range(500):
+            if self.engine.idle:
+                break
+            self.step()
+            if self.engine.blocked and self.engine.on_disk:
+                self.disk.run_one()
+        assert self.engine.idle and self.engine.occupancy.paused == 0
+        assert self.scheduler.used_slots == 0 and not self.scheduler._requests
+        assert not self.scheduler._leaders and not self.scheduler._prefilling and not self.scheduler._decoding
+        assert set(self.ended) | self.aborted == set(self.added)
+        assert not set(self.ended) & self.aborted
+        for request_id, reason in self.ended.items():
+            message = self.added[request_id]
+            if isinstance(message, Generate) and reason != "error":
+                stop = message.stop_token_ids[0] if message.stop_token_ids else 99
+                assert len(self.tokens[request_id]) == min(message.max_tokens, stop + 1)
+                assert reason == ("stop" if stop < message.max_tokens else "length")
+        written = {str(path) for path in Path(self.directory.name).iterdir()}
+        aborted = [self.added[request_id] for request_id in self.aborted - self.lost]
+        assert not written & {message.path for message in aborted if isinstance(message, SaveState)}
+        self.directory.cleanup()
+
+
+# Shrinking would take minutes; the steps of a failure are printed as they are.
+EngineMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=30, phases=[Phase.generate])
+TestEngineMachine = EngineMachine.TestCase
+
+
+def test_a_leaked_slot_is_noticed_when_nothing_runs():
+    pool = StatePool(SPEC, 3)
+    engine = Engine(Scheduler(StateCache(pool), 64), FakeRunner(pool, 64))
+    pool.allocate()
+    with pytest.raises(IntegrityError, match="1 state slots are in use and no request runs"):
+        run(engine, {0: [generate([1], 2)]})

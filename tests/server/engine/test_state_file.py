@@ -1,0 +1,367 @@
+"""Saved states: written whole or not at all, and going on from one is going on from its prompt."""
+
+import errno
+import os
+import threading
+
+import pytest
+import torch
+from checkpoints import GATED
+from engines import Bench, generate, prompt, run, sampling, tokens_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from states import tensors
+
+from modeling.families import family_of
+from modeling.spec import StateTypes
+from modeling.state import StatePool
+from server.engine import cache
+from server.engine.state_file import StateLoadError, fill, host_tensors, read_state, save_state
+from server.wire.messages import Abort, SaveState
+
+SPEC = family_of(GATED).spec({**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]})
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    return Bench(tmp_path_factory.mktemp("m") / "c", GATED)
+
+
+def random_pool(dtype=torch.float32):
+    pool = StatePool(SPEC, 3, types=StateTypes(dtype))
+    for t in tensors(pool):
+        t.copy_(torch.randn_like(t))
+    return pool
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
+    pool = random_pool(dtype)
+    save_state(host_tensors(pool, 1), tmp_path / "a", {"model": "x"})
+    before = [t.clone() for t in tensors(pool)]
+    fill(pool, 2, read_state(pool, tmp_path / "a"))
+    for t, old in zip(tensors(pool), before, strict=True):
+        assert torch.equal(t[2], old[1]) and torch.equal(t[:2], old[:2]) and torch.equal(t[3], old[3])
+    with safe_open(tmp_path / "a", "pt") as f:
+        assert f.metadata() == {"model": "x"}
+        assert sorted(f.keys()) == sorted(f"layers.{i}.{k}" for i in range(3) for k in ("recurrent", "conv"))
+        assert f.get_tensor("layers.1.recurrent").shape == (4, 8, 24)
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def change_shape(tensors):
+    tensors["layers.1.recurrent"] = tensors["layers.1.recurrent"][:, :4].contiguous()
+
+
+def change_dtype(tensors):
+    tensors["layers.2.conv"] = tensors["layers.2.conv"].half()
+
+
+def drop(tensors):
+    del tensors["layers.2.conv"]
+
+
+def add(tensors):
+    tensors["layers.3.conv"] = torch.zeros(1)
+
+
+CHANGES = {
+    change_shape: r"layers.1.recurrent is torch.float32 \[4, 4, 24\], and torch.float32 \[4, 8, 24\] is needed",
+    change_dtype: r"layers.2.conv is torch.float16",
+    drop: "layers.2.conv is in one of the two only",
+    add: "layers.3.conv is in one of the two only",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, change):
+    pool = random_pool()
+    save_state(host_tensors(pool, 1), tmp_path / "a", {})
+    loaded = load_file(tmp_path / "a")
+    change(loaded)
+    save_file(loaded, tmp_path / "a")
+    before = [t.clone() for t in tensors(pool)]
+    with pytest.raises(StateLoadError, match=CHANGES[change]):
+        read_state(pool, tmp_path / "a")
+    assert all(torch.equal(t, b) for t, b in zip(tensors(pool), before, strict=True))
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors", b"\xff" * 100])
+def test_what_is_no_state_is_refused(tmp_path, content):
+    path = tmp_path / "a"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StateLoadError, match="can't be read"):
+        read_state(random_pool(), path)
+
+
+def test_a_failed_write_leaves_what_was_there(tmp_path):
+    pool = random_pool()
+    with pytest.raises(OSError, match="none"):
+        save_state(host_tensors(pool, 0), tmp_path / "none" / "a", {})
+    (tmp_path / "dir").mkdir()
+    (tmp_path / "dir" / "x").touch()
+    with pytest.raises(OSError, match="dir"):
+        save_state(host_tensors(pool, 0), tmp_path / "dir", {})
+    assert sorted(os.listdir(tmp_path)) == ["dir"]
+
+
+def test_a_disk_that_is_full_after_all_is_an_error(tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        save_state(host_tensors(random_pool(), 0), tmp_path / "a", {})
+    assert os.listdir(tmp_path) == []
+
+
+def save_message(ids, path):
+    return SaveState(request_id="save", token_ids=ids, path=str(path), fingerprint={"a": "b"})
+
+
+def save(engine, ids, path):
+    message = save_message(ids, path)
+    (answer,) = (s for o in run(engine, {0: [message]}) for s in o.saved)
+    return answer
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("prefix_cache", [False, True])
+def test_going_on_from_a_saved_state_is_going_on_from_its_prompt(bench, tmp_path, depth, prefix_cache):
+    options = dict(prefill_tokens=64, depth=depth, prefix_cache=prefix_cache)
+    before, after = prompt(150), prompt(75, seed=1)
+    answer = save(bench.engine(**options), before, tmp_path / "state")
+    assert (answer.request_id, answer.error) == ("save", None)
+    engine = bench.engine(**options)
+    run(engine, {0: [generate(after, 2)]})  # the cache must not take the rest for a whole prompt
+    goes_on = [
+        generate(after, 8, state_path=str(tmp_path / "state"), sampling=sampling(7, choice=i)) for i in (0, 1)
+    ]
+    fresh = generate(after, 8)
+    tokens = tokens_of(run(engine, {0: [*goes_on, fresh]}))
+    for i, m in enumerate(goes_on):
+        whole = generate([*before, *after], 8, sampling=sampling(7, choice=i))
+        assert bench.check_tokens(whole, tokens[m.request_id])
+    bench.check_tokens(fresh, tokens[fresh.request_id])
+    assert engine.occupancy.used_slots == 0
+
+
+def test_errors_end_their_request_only(bench, tmp_path):
+    engine = bench.engine(slots=1)
+    lost = generate(prompt(5), 4, state_path=str(tmp_path / "none"))
+    fine = generate(prompt(6), 4)
+    outputs = run(engine, {0: [lost, fine]})
+    tokens = {t.request_id: t for o in outputs for t in o.tokens}
+    (failed,) = (f for o in outputs for f in o.failed)
+    assert (failed.request_id, failed.reason) == (lost.request_id, "state")
+    assert "can't be read" in failed.error and str(tmp_path) not in failed.error
+    assert lost.request_id not in tokens
+    assert tokens[fine.request_id].finish_reason == "length"
+    # alone, it makes a step that runs nothing
+    (output,) = run(engine, {0: [generate(prompt(5), 4, state_path=str(tmp_path / "none"))]})
+    assert output.batch_size == 0 and not output.tokens and output.failed[0].reason == "state"
+    answer = save(engine, prompt(5), tmp_path / "none" / "x")
+    assert "can't be written" in answer.error
+    assert engine.idle and engine.occupancy.used_slots == 0
+
+
+class Disk:
+    """Writes and reads files once it has been `let_go`, and notes what it did."""
+
+    def __init__(self):
+        self.done = []
+        self._ready = threading.Event()
+
+    def let_go(self):
+        self._ready.set()
+
+    def save_state(self, *arguments):
+        self._wait()
+        save_state(*arguments)
+        self.done.append("write")
+
+    def read_state(self, *arguments):
+        self._wait()
+        self.done.append("read")
+        return read_state(*arguments)
+
+    def _wait(self):
+        assert self._ready.wait(600), "the disk held up those who were to let it go on"
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    disk = Disk()
+    monkeypatch.setattr(cache, "save_state", disk.save_state)
+    monkeypatch.setattr(cache, "read_state", disk.read_state)
+    yield disk
+    disk.let_go()
+
+
+def steps_until_all_end(engine, messages):
+    outputs, running = [], {m.request_id for m in messages}
+    for message in messages:
+        engine.handle(message)
+    while running:
+        output = engine.step()
+        if output is not None:
+            outputs.append(output)
+            running -= {t.request_id for t in output.tokens if t.finish_reason}
+    return outputs
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_nobody_waits_for_a_file(bench, tmp_path, disk, depth):
+    engine = bench.engine(slots=2, depth=depth)
+    ids, together, later = prompt(70), generate(prompt(5), 20), generate(prompt(6), 3)
+    engine.handle(save_message(ids, tmp_path / "state"))
+    outputs = steps_until_all_end(engine, [together])
+    outputs += steps_until_all_end(engine, [later])  # in the other slot: the state's own is still held
+    assert not any(output.saved for output in outputs) and not (tmp_path / "state").exists()
+    while (output := engine.step()) is not None or not engine.blocked:
+        assert output is None or not output.saved
+    assert engine.occupancy.running == engine.occupancy.used_slots == 1
+    disk.let_go()
+    outputs += run(engine, {0: []})
+    assert [(s.request_id, s.error) for o in outputs for s in o.saved] == [("save", None)]
+    assert outputs[-1].occupancy.used_slots == 0
+    tokens = tokens_of(outputs)
+    for message in (together, later):
+        bench.check_tokens(message, tokens[message.request_id])
+    goes_on = generate(prompt(9), 5, state_path=str(tmp_path / "state"))
+    tokens = tokens_of(run(engine, {0: [goes_on]}))
+    bench.check_tokens(generate(ids + prompt(9), 5), tokens[goes_on.request_id])
+
+
+def test_a_file_that_nobody_waits_for_any_more_is_removed(bench, tmp_path, disk):
+    engine = bench.engine(slots=1)
+    engine.handle(save_message(prompt(5), tmp_path / "state"))
+    engine.step()
+    engine.handle(Abort(request_id="save"))
+    assert engine.occupancy.used_slots == 1, "the slot is still being read"
+    disk.let_go()
+    outputs = run(engine, {0: [generate(prompt(5), 2)]})
+    assert not any(output.saved for output in outputs)
+    assert engine.idle and engine.occupancy.used_slots == 0 and os.listdir(tmp_path) == []
+
+
+def steps_until_blocked(engine):
+    """Step until there is nothing to do but to wait for a file."""
+    while (output := engine.step()) is not None or not engine.blocked:
+        assert output is None or not (output.tokens or output.failed)
+    assert engine.on_disk and not engine.idle
+
+
+@pytest.fixture
+def state(bench, tmp_path):
+    """(tokens, file of the state after them)."""
+    ids = prompt(70)
+    pool = StatePool(bench.model.spec, 1)
+    slot = torch.tensor([pool.allocate()])
+    with torch.inference_mode():
+        pool.scatter(slot, bench.model(torch.tensor(ids), [0, len(ids)])[1])
+    save_state(host_tensors(pool, int(slot)), tmp_path / "state", {})
+    return ids, str(tmp_path / "state")
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_nobody_waits_for_a_state_that_is_being_read(bench, state, disk, depth):
+    engine = bench.engine(slots=2, depth=depth)
+    ids, path = state
+    goes_on, together, later = (
+        generate(prompt(9), 5, state_path=path),
+        generate(prompt(5), 20),
+        generate([7], 3),
+    )
+    engine.handle(goes_on)
+    outputs = steps_until_all_end(engine, [together])
+    outputs += steps_until_all_end(engine, [later])  # in the other slot: one is kept for the state
+    steps_until_blocked(engine)
+    assert goes_on.request_id not in tokens_of(outputs) and disk.done == []
+    assert engine.occupancy.running == engine.occupancy.used_slots == 1
+    disk.let_go()
+    outputs += run(engine, {0: []})
+    tokens = tokens_of(outputs)
+    for message in (together, later):
+        bench.check_tokens(message, tokens[message.request_id])
+    bench.check_tokens(generate(ids + prompt(9), 5), tokens[goes_on.request_id])
+    assert engine.occupancy.used_slots == 0
+
+
+def test_a_request_that_leaves_while_its_state_is_read_frees_its_slot_after_that(bench, state, disk):
+    engine = bench.engine(slots=1)
+    engine.handle(generate(prompt(9), 5, request_id="gone", state_path=state[1]))
+    steps_until_blocked(engine)
+    engine.handle(Abort(request_id="gone"))
+    assert engine.occupancy.used_slots == 1, "it is still being read for"
+    disk.let_go()
+    waiting = generate(prompt(5), 2)
+    tokens = tokens_of(run(engine, {0: [waiting]}))
+    assert tokens.keys() == {waiting.request_id} and disk.done == ["read"]
+    bench.check_tokens(waiting, tokens[waiting.request_id])
+    assert engine.idle and engine.occupancy.used_slots == 0
+
+
+def test_choices_wait_for_the_one_that_reads_their_state(bench, state, disk):
+    engine = bench.engine(slots=3)
+    ids, path = state
+    choices = [generate(prompt(9), 5, state_path=path, sampling=sampling(7, choice=i)) for i in range(3)]
+    for message in choices:
+        engine.handle(message)
+    steps_until_blocked(engine)
+    assert (engine.occupancy.running, engine.occupancy.waiting) == (1, 2)
+    disk.let_go()
+    tokens = tokens_of(run(engine, {0: []}))
+    assert disk.done == ["read"]
+    for i, message in enumerate(choices):
+        whole = generate(ids + prompt(9), 5, sampling=sampling(7, choice=i))
+        bench.check_tokens(whole, tokens[message.request_id])
+
+
+def test_whoever_waits_for_one_that_leaves_reads_the_state_itself(bench, state, disk):
+    engine = bench.engine(slots=3)
+    ids, path = state
+    first, second = (generate(prompt(9), 5, state_path=path) for _ in range(2))
+    engine.handle(first)
+    engine.handle(second)
+    steps_until_blocked(engine)
+    engine.handle(Abort(request_id=first.request_id))
+    steps_until_blocked(engine)
+    assert engine.occupancy.used_slots == 2
+    disk.let_go()
+    tokens = tokens_of(run(engine, {0: []}))
+    assert tokens.keys() == {second.request_id} and disk.done == ["read", "read"]
+    bench.check_tokens(generate(ids + prompt(9), 5), tokens[second.request_id])
+    assert engine.occupancy.used_slots == 0
+
+
+def test_a_broken_file_fails_all_that_go_on_from_it_and_nobody_else(bench, tmp_path, disk):
+    engine = bench.engine(slots=2)
+    (tmp_path / "broken").write_bytes(b"no safetensors")
+    lost = [generate(prompt(9), 5, state_path=str(tmp_path / "broken")) for _ in range(3)]
+    for message in lost:
+        engine.handle(message)
+    steps_until_blocked(engine)
+    disk.let_go()
+    fine = generate(prompt(5), 3)
+    outputs = run(engine, {0: [fine]})
+    failed = {f.request_id: f for o in outputs for f in o.failed}
+    assert failed.keys() == {message.request_id for message in lost}
+    assert all(f.reason == "state" and "the saved state can't be read: " in f.error for f in failed.values())
+    assert tokens_of(outputs).keys() == {fine.request_id}
+    assert engine.idle and engine.occupancy.used_slots == 0
+
+
+def test_a_file_that_is_written_and_then_read_is_read_as_it_was_written(bench, state, disk):
+    engine = bench.engine(slots=2)
+    other, path = prompt(80, seed=3), state[1]
+    engine.handle(save_message(other, path))
+    steps_until_blocked(engine)
+    goes_on = generate(prompt(9), 5, state_path=path)
+    engine.handle(goes_on)
+    steps_until_blocked(engine)
+    disk.let_go()
+    outputs = run(engine, {0: []})
+    assert disk.done == ["write", "read"]
+    bench.check_tokens(generate(other + prompt(9), 5), tokens_of(outputs)[goes_on.request_id])
