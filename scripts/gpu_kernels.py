@@ -26,7 +26,7 @@ RULE_TOLERANCE = 1e-2
 BANDWIDTH_GOAL = 1.25
 """A step's time over its bytes at the measured copy rate."""
 VARIANTS = ((16384, 4), (16384, 8), (8192, 4), (8192, 2), (4096, 4), (4096, 2))
-"""Elements of state that a program holds, and its warps. The first is what the back end does at d_k 128. A smaller tile
+"""Elements of state that a program holds, and its warps. The first is what the runtime does at d_k 128. A smaller tile
 takes fewer registers, so that more programs run at once, which hides more latency at small batches and narrow states;
 but it makes a program go over its columns more often."""
 

@@ -1,4 +1,4 @@
-"""Token-loop reference of the gated delta rule. Slow, exact in float64: the oracle for every other back end."""
+"""Token-loop reference of the gated delta rule. Slow, exact in float64: the oracle for every other form of the rule."""
 
 import itertools
 

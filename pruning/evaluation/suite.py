@@ -145,7 +145,7 @@ def _measure(
 
 
 def _speeds(models: Sequence[Model], name: str, bar: Bar) -> list[list[Speed]]:
-    """Per model, its speed at each batch size on the back end that would serve it; the first is the baseline."""
+    """Per model, its speed at each batch size on the runtime that would serve it; the first is the baseline."""
     runtimes = [compile_model(model) for model in models]
     with bar(f"speed of {name}", len(BATCHES)) as advance:
         by_batch = []

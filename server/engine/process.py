@@ -135,7 +135,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         max_running=max_running,
     )
     logger.info(
-        "%s: ready on %s (%s back end) in %.1f s, d_k %s, %d slots of %d state bytes",
+        "%s: ready on %s (%s runtime) in %.1f s, d_k %s, %d slots of %d state bytes",
         config.variant,
         device.name,
         ready.backend,

@@ -1,4 +1,4 @@
-"""Every back end of the gated delta rule against the float64 token loop and against fla's own naive functions."""
+"""Every form of the gated delta rule against the float64 token loop and against fla's own naive functions."""
 
 import itertools
 

@@ -1,7 +1,7 @@
 """Compile our Triton kernels for an H100 on a machine without a GPU, as a script of its own: the interpreter that the
 tests use runs much that the compiler refuses (a variable that changes its type within an `if`, for one).
 
-Each kernel is compiled as the back end would launch it: the launch is caught, and the kernel's signature made of the
+Each kernel is compiled as the runtime would launch it: the launch is caught, and the kernel's signature made of the
 arguments.
 """
 
