@@ -95,6 +95,13 @@ PerLayer = Annotated[
         help="Spend the same total state where it hurts least. Lowkey runs the result; stock loaders refuse it.",
     ),
 ]
+Heldout = Annotated[
+    list[Path] | None,
+    typer.Option("--heldout", help="UTF-8 file of held-out text, one document; may be repeated."),
+]
+HeldoutTokens = Annotated[
+    int, typer.Option(help="Held-out tokens, from the front of the text; 0 for all of it.", min=0)
+]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of the random method.", min=0)]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]

@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor
 
-from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, refuse_input, write_or_keep
+from lowkey.files import Found, check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import sole_user
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
@@ -233,10 +233,5 @@ def run_calibration(
             statistics = collect(
                 model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=unfinished
             )
-        try:
-            write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
-        except OutputTakenError:  # the statistics are whole: there is nothing to go on with
-            unfinished.unlink(missing_ok=True)
-            raise
-        unfinished.unlink(missing_ok=True)
+        write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     return statistics

@@ -1,9 +1,10 @@
 """What a criterion is: given one head, which n of its d_k key channels to keep."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,35 +50,22 @@ class Choice:
     None where channels are chosen. Either every head of a layer has one, or none does."""
 
 
-class Criterion(Protocol):
+class Criterion(ABC):
     """One way to choose channels. It declares what it needs and gets exactly that."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for help texts."""
+    statistics: ClassVar[tuple[StatisticName, ...]] = ()
+    """Names of the statistics that it reads; without any no calibration is run."""
+    weights: ClassVar[bool] = False
+    """Whether it reads the q and k projections."""
+    mixes: ClassVar[bool] = False
+    """Whether it keeps mixtures of channels (`Choice.rotation`) instead of channels."""
 
-    @property
-    def summary(self) -> str:
-        """One line for help texts."""
-        ...
-
-    @property
-    def statistics(self) -> tuple[StatisticName, ...]:
-        """Statistics that it reads; none means that no calibration is run."""
-        ...
-
-    @property
-    def weights(self) -> bool:
-        """Whether it reads the q and k projections."""
-        ...
-
-    @property
-    def mixes(self) -> bool:
-        """Whether it keeps mixtures of channels (`Choice.rotation`) instead of channels."""
-        ...
-
+    @abstractmethod
     def select(self, head: Head, n: int) -> Choice:
         """Choose n channels, 1 <= n <= d_k; n = d_k keeps all."""
-        ...
 
 
 def largest(scores: NDArray[np.float64], n: int) -> Choice:
