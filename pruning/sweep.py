@@ -17,7 +17,7 @@ from torch import Tensor
 from lowkey.publishing import scratch_directory
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from pruning.budget import Curve, curve_passes, spend, widths_per_layer
-from pruning.calibration import Origin, Text
+from pruning.calibration import Origin, Text, tokens_sha256
 from pruning.collection import collect, tokens_to_run
 from pruning.criteria import CRITERIA
 from pruning.evaluation import DEFAULT_TOKENS, compare, perplexity
@@ -83,13 +83,13 @@ class Sweep:
             "align": self.align,
             "calibration": [origin.as_json() for _, origin in self.drawn.values()],
             "heldout_tokens": self.heldout[:, 1:].numel(),
+            "heldout_sha256": tokens_sha256(self.heldout),
             "compared_windows": self.compared,
             "recovery": None
             if recovery is None
             else {
                 "settings": asdict(recovery.settings),
                 "text_sha256": recovery.text.sha256,
-                "heldout_sha256": recovery.heldout.sha256,
             },
         }
 

@@ -131,7 +131,7 @@ def sweep(
     refuse_input(out, "out", [source.path, *named_files(text), *named_files(heldout)])
     source.check_tensors()
     spec = source.spec
-    columns = tuple(dict.fromkeys(widths or _default_widths(spec)))
+    columns = tuple(dict.fromkeys(widths or _default_widths(spec, align)))
     least = min(spec.with_d_k(widths_to_keep(spec, n)).state_bytes(0) for n in columns)
     read = CalibrationText(text, field, dataset, split, tokens, window_length, seed=0)
     for name in per_layer:
@@ -183,9 +183,10 @@ def sweep(
     _show(finished)
 
 
-def _default_widths(spec: ModelSpec) -> list[int]:
+def _default_widths(spec: ModelSpec, align: int) -> list[int]:
+    """Some shares of the narrowest d_k, without those that are too narrow for the alignment."""
     d_k = min(spec.d_k)
-    return [n for n in (d_k * 3 // 4, d_k // 2, d_k // 4, d_k // 8) if n]
+    return [n for n in (d_k * 3 // 4, d_k // 2, d_k // 4, d_k // 8) if n >= align] or [d_k]
 
 
 def _unfinished(file: Path, planned: Sweep, *, overwrite: bool) -> Table | None:
