@@ -2,7 +2,7 @@
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Array, Structure, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Array, Structure, c_float, c_int, c_int32, c_int64, c_void_p, pointer
 
 import torch
 from torch import Tensor
@@ -69,25 +69,27 @@ class CompiledModel:
         gather_parameters(model)
         layers = [self._layer(block) if knows(block) else _Layer() for block in model.blocks]
         self._layers = (_Layer * len(layers))(*layers)
+        shared = {
+            "hidden": model.spec.hidden_size,
+            "vocab": model.spec.vocab_size,
+            "bf16_weights": self._parameters.dtype == torch.bfloat16,
+        }
+        self._parts = [_Model(layers=pointer(layer), num_layers=1, **shared) for layer in self._layers]
         self._model = _Model(
             embeddings=self._parameters.matrix(model.embeddings.weight),
             norm=self._parameters.vector(model.norm.weight),
             layers=self._layers,
             norm_eps=model.spec.norm.eps,
             num_layers=len(layers),
-            hidden=model.spec.hidden_size,
-            vocab=model.spec.vocab_size,
-            bf16_weights=self._parameters.dtype == torch.bfloat16,
+            **shared,
         )
 
     def _declare(self) -> None:
-        model, states, pointer = POINTER(_Model), POINTER(State), c_void_p
+        model, states, address = POINTER(_Model), POINTER(State), c_void_p
         lib = self._library
-        lib.lowkey_decode.argtypes = (model, states, c_int64, c_int64, pointer, pointer, pointer, c_int)
-        lib.lowkey_decode_layer.argtypes = (model, c_int, states, c_int64, c_int64, pointer, pointer, c_int)
-        lib.lowkey_prefill.argtypes = (model, states, c_int64, pointer, pointer, pointer, c_int)
-        lib.lowkey_prefill_layer.argtypes = (model, c_int, states, c_int64, pointer, pointer, c_int)
-        lib.lowkey_linear.argtypes = (pointer, c_int64, c_int64, pointer, c_int64, pointer, c_int, c_int)
+        lib.lowkey_decode.argtypes = (model, states, c_int64, c_int64, address, address, address, c_int)
+        lib.lowkey_prefill.argtypes = (model, states, c_int64, address, address, address, c_int)
+        lib.lowkey_linear.argtypes = (address, c_int64, c_int64, address, c_int64, address, c_int, c_int)
 
     def _layer(self, block: Block) -> _Layer:
         assert isinstance(block.mixer, DeltaMixer)
@@ -105,8 +107,7 @@ class CompiledModel:
 
         Args:
             input_ids: int64 `[B]`.
-            states: each layer's, updated in place.
-            rows: number of rows of the states.
+            states: each layer's, of so many rows, updated in place.
             slots: int64 `[B]`, distinct.
 
         Returns:
@@ -116,39 +117,33 @@ class CompiledModel:
             IndexError: an id or a slot is out of range; no state has moved then.
             ValueError: ids or slots have the wrong dtype, device or shape.
         """
-        ids, slots = _integers(input_ids, "ids"), _integers(slots, "slots", len(input_ids))
-        hidden = self._hidden(len(ids))
-        check(
-            self._library.lowkey_decode(
-                self._model,
-                states,
-                rows,
-                len(ids),
-                ids.data_ptr(),
-                slots.data_ptr(),
-                hidden.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
-        return hidden
+        ids = _integers(input_ids, "ids")
+        hidden = torch.empty(len(ids), self._model.hidden, dtype=self._parameters.dtype)
+        return self._decode(self._model, ids, states, rows, slots, hidden)
 
     def decode_layer(self, layer: int, x: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
         """One token of each of B requests through one layer: x float32 `[B, hidden]` -> output like x, in its memory.
         Raises as `decode`."""
-        slots = _integers(slots, "slots", len(x))
+        return self._decode(self._parts[layer], None, State.of(state), len(state.recurrent), slots, x)
+
+    def _decode(
+        self,
+        model: _Model,
+        ids: Tensor | None,
+        states: Array[State] | State,
+        rows: int,
+        slots: Tensor,
+        hidden: Tensor,
+    ) -> Tensor:
+        slots = _integers(slots, "slots", len(hidden))
+        given = None if ids is None else ids.data_ptr()
+        at, threads = slots.data_ptr(), torch.get_num_threads()
         check(
-            self._library.lowkey_decode_layer(
-                self._model,
-                layer,
-                State.of(state),
-                len(state.recurrent),
-                len(x),
-                slots.data_ptr(),
-                x.data_ptr(),
-                torch.get_num_threads(),
+            self._library.lowkey_decode(
+                model, states, rows, len(hidden), given, at, hidden.data_ptr(), threads
             )
         )
-        return x
+        return hidden
 
     def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], states: Array[State]) -> Tensor:
         """Packed sequences through the whole model.
@@ -165,40 +160,32 @@ class CompiledModel:
             IndexError: an id is out of range; no state has moved then.
             ValueError: ids or offsets have the wrong dtype, device or shape.
         """
-        ids, offsets = _integers(input_ids, "ids"), offsets_of(cu_seqlens, len(input_ids))
-        hidden = self._hidden(len(ids))
-        check(
-            self._library.lowkey_prefill(
-                self._model,
-                states,
-                len(offsets) - 1,
-                offsets.data_ptr(),
-                ids.data_ptr(),
-                hidden.data_ptr(),
-                torch.get_num_threads(),
-            )
-        )
-        return hidden
+        ids = _integers(input_ids, "ids")
+        hidden = torch.empty(len(ids), self._model.hidden, dtype=self._parameters.dtype)
+        return self._prefill(self._model, ids, cu_seqlens, states, hidden)
 
     def prefill_layer(self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: DeltaState) -> Tensor:
         """Packed sequences through one layer: x float32 `[tokens, hidden]` -> output like x, in its memory. The state
         is float32, a row for each sequence, and updated in place. Raises as `prefill`."""
-        offsets = offsets_of(cu_seqlens, len(x))
+        return self._prefill(self._parts[layer], None, cu_seqlens, State.of(state), x)
+
+    def _prefill(
+        self,
+        model: _Model,
+        ids: Tensor | None,
+        cu_seqlens: Sequence[int],
+        states: Array[State] | State,
+        hidden: Tensor,
+    ) -> Tensor:
+        offsets = offsets_of(cu_seqlens, len(hidden))
+        given = None if ids is None else ids.data_ptr()
+        at, threads = offsets.data_ptr(), torch.get_num_threads()
         check(
-            self._library.lowkey_prefill_layer(
-                self._model,
-                layer,
-                State.of(state),
-                len(offsets) - 1,
-                offsets.data_ptr(),
-                x.data_ptr(),
-                torch.get_num_threads(),
+            self._library.lowkey_prefill(
+                model, states, len(offsets) - 1, at, given, hidden.data_ptr(), threads
             )
         )
-        return x
-
-    def _hidden(self, tokens: int) -> Tensor:
-        return torch.empty(tokens, self._model.hidden, dtype=self._parameters.dtype)
+        return hidden
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """`x [n, in]` times `weight [out, in]` transposed, in float32."""

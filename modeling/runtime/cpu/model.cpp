@@ -70,20 +70,15 @@ static void linear(const float *x, int64_t batch, int64_t depth, const void *w, 
     product(arranged, batch, depth, (const W *)w, rows, y);
 }
 
-// Layers first to last, excluded.
-struct Span {
-    int first, last;
-};
-
 // Activations of n tokens, and `own` floats for each thread's mixer.
 struct Buffers {
     float *x, *y, *in, *out, *arranged, *own;
     size_t own_size;
 
-    bool reserve(const Model &model, Span span, int64_t n, int threads, size_t own_floats) {
+    bool reserve(const Model &model, int64_t n, int threads, size_t own_floats) {
         const int64_t size = model.hidden;
         int64_t wide = 0, narrow = size;
-        for (int i = span.first; i < span.last; i++) {
+        for (int i = 0; i < model.num_layers; i++) {
             const Layer &l = model.layers[i];
             wide = std::max({wide, l.mixer.width(), l.ffn.width()});
             narrow = std::max({narrow, l.mixer.values(), (int64_t)l.ffn.intermediate});
@@ -96,22 +91,9 @@ struct Buffers {
     }
 };
 
-// What goes into the first layer and comes out of the last: token ids and hidden states after the final norm for a
-// whole model; for a part of one float32 hidden states [n, hidden], in place.
-template <class W> struct Stream {
-    const int64_t *ids;
-    W *hidden;
-    float *between; // null for a whole model
-
-    Stream from(int64_t token, int64_t size) const {
-        return between ? Stream{nullptr, nullptr, between + token * size}
-                       : Stream{ids + token, hidden + token * size, nullptr};
-    }
-};
-
-// n tokens through the layers of a span. mix(i, own) turns buffers.in into buffers.out; called by every thread.
+// n tokens through all layers. mix(layer, own) turns buffers.in into buffers.out; called by every thread.
 template <class W, class Mix>
-static void forward(const Model &model, Span span, int64_t n, const Stream<W> &stream, const Buffers &buffers,
+static void forward(const Model &model, int64_t n, const int64_t *ids, void *hidden, const Buffers &buffers,
                     int threads, Mix mix) {
     const int64_t size = model.hidden;
     const auto [x, y, in, out, arranged, own, own_size] = buffers;
@@ -121,14 +103,13 @@ static void forward(const Model &model, Span span, int64_t n, const Stream<W> &s
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < n; b++)
             for (int64_t i = 0; i < size; i++)
-                x[b * size + i] = stream.between ? stream.between[b * size + i]
-                                                 : read((const W *)model.embeddings + stream.ids[b] * size + i);
-        for (int i = span.first; i < span.last; i++) {
+                x[b * size + i] = model.is_part() ? ((const float *)hidden)[b * size + i]
+                                                  : read((const W *)model.embeddings + ids[b] * size + i);
+        for (int i = 0; i < model.num_layers; i++) {
             const Layer &l = model.layers[i];
 #pragma omp for schedule(static)
             for (int64_t b = 0; b < n; b++)
-                norm(x + b * size, i > span.first ? y + b * size : nullptr, l.mixer_norm, l.norm_eps, size,
-                     y + b * size);
+                norm(x + b * size, i ? y + b * size : nullptr, l.mixer_norm, l.norm_eps, size, y + b * size);
             linear<W>(y, n, size, l.mixer.in_proj, l.mixer.width(), arranged, in);
             mix(i, own + thread_number() * own_size);
             linear<W>(out, n, l.mixer.values(), l.mixer.o_proj, size, arranged, y);
@@ -141,38 +122,39 @@ static void forward(const Model &model, Span span, int64_t n, const Stream<W> &s
         }
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < n; b++) {
-            if (stream.between) {
-                for (int64_t i = 0; i < size; i++) stream.between[b * size + i] = x[b * size + i] + y[b * size + i];
+            float *const last = y + b * size;
+            if (model.is_part()) {
+                for (int64_t i = 0; i < size; i++) ((float *)hidden)[b * size + i] = x[b * size + i] + last[i];
                 continue;
             }
-            norm(x + b * size, y + b * size, model.norm, model.norm_eps, size, y + b * size);
-            for (int64_t i = 0; i < size; i++) write(stream.hidden + b * size + i, y[b * size + i]);
+            norm(x + b * size, last, model.norm, model.norm_eps, size, last);
+            for (int64_t i = 0; i < size; i++) write((W *)hidden + b * size + i, last[i]);
         }
     }
 }
 
-// states: one for each layer of the span.
 template <class W>
-static int decode(const Model &model, Span span, const DeltaState *states, int64_t batch, const int64_t *slots,
-                  const Stream<W> &stream, int threads) {
+static int decode(const Model &model, const DeltaState *states, int64_t batch, const int64_t *ids, const int64_t *slots,
+                  void *hidden, int threads) {
     size_t own = 0;
-    for (int i = span.first; i < span.last; i++) own = std::max(own, step_floats(model.layers[i].mixer));
+    for (int i = 0; i < model.num_layers; i++) own = std::max(own, step_floats(model.layers[i].mixer));
     Buffers buffers;
-    if (!buffers.reserve(model, span, batch, threads, own)) return 3;
-    forward(model, span, batch, stream, buffers, threads, [&](int i, float *memory) {
-        mix(model.layers[i].mixer, buffers.in, batch, slots, states[i - span.first], memory, buffers.out);
+    if (!buffers.reserve(model, batch, threads, own)) return 3;
+    forward<W>(model, batch, ids, hidden, buffers, threads, [&](int i, float *memory) {
+        mix(model.layers[i].mixer, buffers.in, batch, slots, states[i], memory, buffers.out);
     });
     return 0;
 }
 
 template <class W>
-static int prefill(const Model &model, Span span, const DeltaState *states, int64_t sequences,
-                   const int64_t *cu_seqlens, const Stream<W> &stream, int threads) {
+static int prefill(const Model &model, const DeltaState *states, int64_t sequences, const int64_t *cu_seqlens,
+                   const int64_t *ids, void *hidden, int threads) {
     size_t own = 0;
-    for (int i = span.first; i < span.last; i++) own = std::max(own, piece_floats(model.layers[i].mixer));
+    for (int i = 0; i < model.num_layers; i++) own = std::max(own, piece_floats(model.layers[i].mixer));
     const int64_t tokens = cu_seqlens[sequences];
+    const size_t row = model.hidden * (model.is_part() ? sizeof(float) : sizeof(W));
     Buffers buffers;
-    if (!buffers.reserve(model, span, std::min(tokens, PREFILL_BLOCK), threads, own)) return 3;
+    if (!buffers.reserve(model, std::min(tokens, PREFILL_BLOCK), threads, own)) return 3;
     std::vector<Piece> pieces;
     for (int64_t begin = 0, sequence = 0; begin < tokens; begin += PREFILL_BLOCK) {
         const int64_t end = std::min(begin + PREFILL_BLOCK, tokens);
@@ -183,11 +165,11 @@ static int prefill(const Model &model, Span span, const DeltaState *states, int6
             if (last == cu_seqlens[sequence + 1]) sequence++;
             first = last;
         }
-        forward(model, span, end - begin, stream.from(begin, model.hidden), buffers, threads,
-                [&](int i, float *memory) {
-                    mix_pieces(model.layers[i].mixer, buffers.in, pieces.data(), pieces.size(), states[i - span.first],
-                               memory, buffers.out);
-                });
+        forward<W>(model, end - begin, ids + begin, (char *)hidden + begin * row, buffers, threads,
+                   [&](int i, float *memory) {
+                       mix_pieces(model.layers[i].mixer, buffers.in, pieces.data(), pieces.size(), states[i], memory,
+                                  buffers.out);
+                   });
     }
     return 0;
 }
@@ -207,57 +189,25 @@ static int linear_rows(const W *x, int64_t batch, int64_t depth, const W *w, int
 
 // ---- what Python calls: 0, or 1: a token id is out of range, 2: a slot is, 3: out of memory
 
-static bool known(const Model *model, const int64_t *ids, int64_t n) {
-    for (int64_t i = 0; i < n; i++)
-        if (ids[i] < 0 || ids[i] >= model->vocab) return false;
-    return true;
-}
-static bool inside(const int64_t *slots, int64_t n, int64_t rows) {
-    for (int64_t b = 0; b < n; b++)
-        if (slots[b] < 0 || slots[b] >= rows) return false;
-    return true;
+static bool within(const int64_t *values, int64_t n, int64_t end) {
+    return std::all_of(values, values + n, [=](int64_t x) { return x >= 0 && x < end; });
 }
 
-// hidden [batch, hidden] in the weights' dtype; `rows` that each state has.
+// states: one for each layer, each of `rows` rows, moved on in place. hidden: [batch, hidden] in the weights' dtype; of
+// a part of a model float32, in and out, and no ids.
 extern "C" int lowkey_decode(const Model *model, const DeltaState *states, int64_t rows, int64_t batch,
                              const int64_t *ids, const int64_t *slots, void *hidden, int threads) {
-    if (!known(model, ids, batch)) return 1;
-    if (!inside(slots, batch, rows)) return 2;
-    const Span all = {0, model->num_layers};
-    return model->bf16_weights
-               ? decode(*model, all, states, batch, slots, Stream<bf16>{ids, (bf16 *)hidden, nullptr}, threads)
-               : decode(*model, all, states, batch, slots, Stream<float>{ids, (float *)hidden, nullptr}, threads);
+    if (!model->is_part() && !within(ids, batch, model->vocab)) return 1;
+    if (!within(slots, batch, rows)) return 2;
+    return (model->bf16_weights ? decode<bf16> : decode<float>)(*model, states, batch, ids, slots, hidden, threads);
 }
 
-// One layer alone; x [batch, hidden] float32, in place.
-extern "C" int lowkey_decode_layer(const Model *model, int layer, const DeltaState *state, int64_t rows, int64_t batch,
-                                   const int64_t *slots, float *x, int threads) {
-    if (!inside(slots, batch, rows)) return 2;
-    const Span one = {layer, layer + 1};
-    return model->bf16_weights ? decode(*model, one, state, batch, slots, Stream<bf16>{nullptr, nullptr, x}, threads)
-                               : decode(*model, one, state, batch, slots, Stream<float>{nullptr, nullptr, x}, threads);
-}
-
-// states: float32, a row for each sequence, moved on in place. hidden [tokens, hidden] in the weights' dtype.
+// states: float32, a row for each sequence. hidden: as above, [tokens, hidden].
 extern "C" int lowkey_prefill(const Model *model, const DeltaState *states, int64_t sequences,
                               const int64_t *cu_seqlens, const int64_t *ids, void *hidden, int threads) try {
-    if (!known(model, ids, cu_seqlens[sequences])) return 1;
-    const Span all = {0, model->num_layers};
-    return model->bf16_weights ? prefill(*model, all, states, sequences, cu_seqlens,
-                                         Stream<bf16>{ids, (bf16 *)hidden, nullptr}, threads)
-                               : prefill(*model, all, states, sequences, cu_seqlens,
-                                         Stream<float>{ids, (float *)hidden, nullptr}, threads);
-} catch (const std::bad_alloc &) {
-    return 3;
-}
-
-// One layer alone; x [tokens, hidden] float32, in place.
-extern "C" int lowkey_prefill_layer(const Model *model, int layer, const DeltaState *state, int64_t sequences,
-                                    const int64_t *cu_seqlens, float *x, int threads) try {
-    const Span one = {layer, layer + 1};
-    return model->bf16_weights
-               ? prefill(*model, one, state, sequences, cu_seqlens, Stream<bf16>{nullptr, nullptr, x}, threads)
-               : prefill(*model, one, state, sequences, cu_seqlens, Stream<float>{nullptr, nullptr, x}, threads);
+    if (!model->is_part() && !within(ids, cu_seqlens[sequences], model->vocab)) return 1;
+    return (model->bf16_weights ? prefill<bf16> : prefill<float>)(*model, states, sequences, cu_seqlens, ids, hidden,
+                                                                  threads);
 } catch (const std::bad_alloc &) {
     return 3;
 }
