@@ -1,4 +1,4 @@
-"""The plots of the HTML report; colours read on a light and on a dark page."""
+"""The plots of the HTML report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 
 from loadtest.figures import FIGURES, Objectives, Slice, observe
 from loadtest.run import Probe
+from lowkey.page import COLOURS
 
-COLOURS = ("#2f7ed8", "#e8792b", "#2aa876", "#d64545", "#8c6bd8", "#b8860b")
 LIMIT = {"line_dash": "dot", "line_color": "#7a8594"}
 MS = {
     "title": "ms",
