@@ -145,7 +145,7 @@ def measure(runtime: CpuRuntime, peer: Any, batch: int, seconds: float) -> dict[
 @torch.inference_mode()
 def main(
     source: Annotated[str, typer.Argument(help='Checkpoint, or "random-171M".')],
-    d_k: Annotated[list[int], typer.Option(help="Of random weights where not the checkpoint's.")] = [],  # noqa: B006
+    d_k: Annotated[list[int], typer.Option(help="Widths; weights are random where not of that width.")] = [],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="May be given several times.")] = [1, 8, 32, 128],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both sides' weights.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Per case, about.")] = 15,

@@ -100,7 +100,7 @@ LARGE = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-"""171 M parameters."""
+"""Config of a Gated DeltaNet of 171 M parameters."""
 
 
 def load(source: str, d_k: int | None, dtype: torch.dtype) -> Model:

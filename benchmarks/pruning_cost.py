@@ -148,12 +148,13 @@ def write_large(directory: Path) -> None:
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
         for m in family.tensors(spec):
             for name, rows in zip(m.theirs, m.rows, strict=True):
-                if name.endswith("norm.weight"):
+                if m.role == "norm":
                     yield name, torch.ones(rows, dtype=torch.bfloat16)
                     continue
-                columns = spec.layers[0].ffn.intermediate_size if "down_proj" in name else spec.hidden_size
-                shape = (rows, 1, 4) if name.endswith("conv1d.weight") else (rows, columns)
-                scale = 0.5 if name.endswith("conv1d.weight") else 0.02
+                columns = spec.hidden_size
+                if m.ours.endswith("ffn.out_proj.weight"):
+                    columns = spec.layers[0].ffn.intermediate_size
+                shape, scale = ((rows, 1, 4), 0.5) if m.role == "filters" else ((rows, columns), 0.02)
                 yield name, torch.randn(shape, generator=generator).mul_(scale).to(torch.bfloat16)
 
     write_json(directory / "config.json", LARGE)

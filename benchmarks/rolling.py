@@ -29,14 +29,14 @@ from outputs import figures_file, write_figures
 from loadtest.client import Completion, Result, closed_loop
 
 WAIT_S = 180.0
-"""For a server to come up or to end."""
+"""The most seconds that a server may take to come up or to end."""
 
 
 class Service:
     """One address for several servers.
 
     Args:
-        lag_s: from a probe to the moment when connections go where it says. Probes are half a second apart.
+        lag_s: Seconds from a probe to the moment when connections go where it says. Probes are half a second apart.
     """
 
     def __init__(self, lag_s: float) -> None:

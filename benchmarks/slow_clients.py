@@ -39,7 +39,7 @@ STREAMS = 3
 CONNECTIONS = 300
 BYTE_EVERY_S = 5.0
 IMPORT_BYTES = 256 * MIB
-"""What is sent of an import at the most."""
+"""How many bytes of an import are sent at the most."""
 
 
 def _probe(url: str, worst: Any, ended: Any) -> None:

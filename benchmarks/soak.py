@@ -31,7 +31,7 @@ from lowkey.words import counted
 
 LEAVE = 1 / 8
 REQUEST_S = 120.0
-"""An answer that takes longer is a stuck request."""
+"""The most seconds that an answer may take: a request that takes longer is stuck."""
 
 GROWTH = 0.05
 """Memory may grow by this share, or by `SLACK` bytes, over the second half."""

@@ -30,7 +30,7 @@ from lowkey.words import counted
 
 ALIAS = "both"
 SHARE = 0.8
-"""Share of the highest rate that is sent."""
+"""The rate that is sent, as a share of the highest one that was held."""
 
 WINDOWS = 10
 STABLE = 1.5
@@ -38,7 +38,7 @@ STABLE = 1.5
 
 OBJECTIVES = Objectives(0.5, 0.05)
 SOAK_BLOCK = 1
-"""Block of the workload; the search sends block 0."""
+"""Number of the workload's block that the soak sends; the search sends block 0."""
 
 
 @dataclass(frozen=True)

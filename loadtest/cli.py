@@ -87,7 +87,7 @@ class Common:
         ),
     ] = None
     vocab: Annotated[int, typer.Option(min=2, help="Token ids are drawn below this.")] = 256
-    seed: Annotated[int, typer.Option(help="Of lengths and arrivals.")] = 0
+    seed: Annotated[int, typer.Option(help="Seed of lengths and arrivals.")] = 0
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature.")] = 0.0
     slo_ttft: Annotated[float, typer.Option(min=0, help="Objective: seconds to the first token.")] = 0.5
     slo_itl: Annotated[
@@ -113,7 +113,7 @@ class Common:
 
     @property
     def lengths(self) -> str:
-        """What is sent, in words."""
+        """The lengths of what is sent, in words."""
         if self.trace:
             return f"trace {self.trace.name}"
         return f"prompts of {self.prompt_tokens} tokens, {self.output_tokens} new"
@@ -135,7 +135,7 @@ class Common:
             raise typer.BadParameter(str(e)) from e
 
     def record(self) -> dict[str, Any]:
-        """For the JSON; no key."""
+        """The options by name, as the JSON shows them: without the API key."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "api_key"}
         plain = {name: str(v) if isinstance(v, Lengths) else v for name, v in values.items()}
         trace = str(self.trace) if self.trace else None
@@ -294,7 +294,7 @@ def run(
 def sweep_command(
     common: Common,
     start: Annotated[float, typer.Option(min=0.01, help="Requests a second to begin with.")] = 2.0,
-    seconds: Annotated[float, typer.Option(min=1, max=600, help="Of each probe.")] = 15.0,
+    seconds: Annotated[float, typer.Option(min=1, max=600, help="Seconds that each probe lasts.")] = 15.0,
     attain: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of requests that must keep the objectives.")
     ] = 0.95,

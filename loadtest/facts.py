@@ -26,7 +26,7 @@ def circumstances(url: str, version: str, models: list[dict[str, Any]], *, local
     """What the JSON says beside figures and options.
 
     Args:
-        url: of the server; a password in it is left out.
+        url: Address of the server; a password in it is left out.
         version: the server's own.
         models: what /v1/models said of the tested variants.
         local: whether the server runs on this machine.

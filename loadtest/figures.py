@@ -11,7 +11,7 @@ from loadtest.client import Result, quantile
 FloatArray = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 RESAMPLES = 1000
 MIN_ROUNDS = 5
-"""Fewer rounds make no interval: those that are drawn are too much alike."""
+"""The fewest rounds that make an interval: of fewer, those that are drawn are too much alike."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Objectives:
 
     ttft_s: float
     itl_s: float
-    """Mean over the request."""
+    """The most seconds between two tokens, as the mean over a request."""
     total_s: float | None = None
 
     def met(self, result: Result) -> bool:
@@ -35,7 +35,7 @@ class Objectives:
 
 @dataclass(frozen=True)
 class Slice:
-    """What one variant did in one round."""
+    """The requests that one variant answered in one round, and the seconds that they took."""
 
     variant: str
     round: int
@@ -45,7 +45,7 @@ class Slice:
 
 @dataclass
 class Observed:
-    """Slices of one variant, taken together."""
+    """What several slices of one variant add up to."""
 
     requests: int = 0
     good: int = 0
@@ -100,7 +100,7 @@ FIGURES: dict[str, Callable[[Observed], float]] = {
     "total_p99_s": _quantile(lambda seen: seen.total, 0.99),
     "state_bytes": lambda seen: float(np.mean(seen.state_bytes)) if seen.state_bytes else float("nan"),
 }
-"""Name -> figure. Latencies count from the intended arrival."""
+"""How each figure is computed, by its name. Latencies count from the intended arrival."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The plots of the HTML report; colours read on a light and on a dark page."""
+"""The plots of the HTML report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ import plotly.graph_objects as go
 
 from loadtest.figures import FIGURES, Objectives, Slice, observe
 from loadtest.run import Probe
+from lowkey.page import COLOURS
 
-COLOURS = ("#2f7ed8", "#e8792b", "#2aa876", "#d64545", "#8c6bd8", "#b8860b")
 LIMIT = {"line_dash": "dot", "line_color": "#7a8594"}
 MS = {
     "title": "ms",
     "type": "log",
     "tickvals": [digit * 10.0**power for power in range(-2, 6) for digit in (1, 2, 5)],
 }
-"""An axis from 10 us to minutes."""
+"""A logarithmic axis in ms, with ticks from 10 us to minutes."""
 POINTS = 400
-"""The most points of a curve."""
+"""How many points a curve has at the most."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Plot:
     """One plot of the page."""
 
     name: str
-    """What the page's element is called."""
+    """The id of the page's element that it is drawn into."""
     title: str
     figure: Any
-    """plotly.graph_objects.Figure, without height: the page decides."""
+    """The drawing, a plotly.graph_objects.Figure without a height, which the page decides."""
 
 
 def _curve(values: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -42,14 +42,14 @@ SWEPT = (
     "The highest rate that kept the objectives and the lowest that did not; the limit is between them. Ratios are to "
     "the first variant, in brackets what they can be at the ends of both ranges: no statistical interval."
 )
-"""How to read the tables."""
+"""`PAIRED` and `SWEPT` say how to read the tables."""
 
 
 FILES = ("loadtest.json", "loadtest.md", "loadtest.html")
 
 
 def clean(value: Any) -> Any:
-    """NaN is not JSON."""
+    """The value with None in place of every number that JSON can't write: NaN and the infinities."""
     if isinstance(value, dict):
         return {key: clean(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -170,7 +170,7 @@ def write(
         rows: header and rows of the table of figures.
         title: the test in words.
         caption: how to read the table.
-        replaces: by the names of `FILES`, what the files may replace, as `found_at` saw it before the load.
+        replaces: What each of `FILES` may replace, as `found_at` saw it before the load.
 
     Raises:
         OutputTakenError: one of them has appeared meanwhile; the result is beside it. All the others are written.

@@ -9,7 +9,7 @@ from loadtest.figures import Objectives, Slice, observe
 from loadtest.workload import Workload
 
 WARM_UP = -1
-"""The block of requests that is not counted."""
+"""Number of the workload's block that is sent to warm up and is not counted."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ class Search:
     """Bisection for the highest rate of one variant."""
 
     rate: float
-    """The next to try."""
+    """The rate to try next, in requests per second."""
     low: float = 0.0
-    """The highest that was held."""
+    """The highest rate that was held; 0 while there is none."""
     high: float | None = None
-    """The lowest that was not."""
+    """The lowest rate that was not held; None while there is none."""
 
     def add(self, held: bool) -> None:
         if held:

@@ -59,11 +59,12 @@ class Workload:
     prompt: Lengths
     output: Lengths
     vocab: int
-    """Ids are drawn from 1 to vocab - 1."""
+    """Token ids are drawn from 1 to vocab - 1."""
     seed: int
     trace: tuple[Completion, ...] = ()
     salt: str = ""
-    """Ids depend on it, lengths and arrivals do not: another one and no prefix cache knows these prompts."""
+    """A text that token ids depend on, while lengths and arrivals do not: with another one no prefix cache knows the
+    prompts."""
 
     def requests(self, block: int, count: int) -> list[Completion]:
         """The requests of one block of the test: the same for each variant, others in each block."""

@@ -22,8 +22,8 @@ class OutputError(ValueError):
 
 
 Found = tuple[tuple[str, int, int, int], ...]
-"""One entry for the path and one for everything in it: relative path, device, inode and time of last modification in
-ns."""
+"""What was found at a path: an entry for it and one for everything in it, each with the relative path, the device, the
+inode and the time of the last modification in ns."""
 
 
 class OutputTakenError(OutputError):
@@ -33,7 +33,7 @@ class OutputTakenError(OutputError):
     def __init__(self, message: str, kept: Path) -> None:
         super().__init__(message)
         self.kept = kept
-        """Where the result is."""
+        """The path at which the result is instead."""
 
 
 def found_at(path: Path) -> Found | None:

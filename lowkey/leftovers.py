@@ -12,11 +12,11 @@ from lowkey.words import in_units
 logger = logging.getLogger(__name__)
 
 NEW = "new"
-"""The name, in a working directory, of what is being made."""
+"""Name of what is being made in a working directory."""
 OLD = "old"
-"""The name, in a working directory, of what is being replaced."""
+"""Name of what is being replaced, in the working directory that it was moved to."""
 LOCK = "lock"
-"""The name, in a working directory, of the file that its process has locked."""
+"""Name of the file in a working directory that its process has locked."""
 
 
 def note_leftovers(path: Path) -> None:

@@ -19,7 +19,7 @@ class Terminated(KeyboardInterrupt):
 
 
 class HungUp(KeyboardInterrupt):
-    """SIGHUP came, likewise: the terminal is gone."""
+    """SIGHUP came: the terminal is gone."""
 
 
 INTERRUPTIONS: dict[int, type[KeyboardInterrupt]] = {
@@ -33,14 +33,14 @@ written: list[Path] = []
 """The results that the running command has given their names, for its last line. `lowkey.publishing` adds them."""
 
 _running = 0
-"""How many blocks of `ending_on_signals` are entered, one in the other."""
+"""How many nested blocks of `ending_on_signals` the process is in."""
 _GRACE = 10.0
 """Seconds in which a command that a signal ends ignores further ones, so that they don't take its last words away.
 After that they count again: code that is not Python's may have swallowed the exception."""
 _deaf_until = 0.0
-"""When signals count again, by the monotonic clock."""
+"""The time, by the monotonic clock, from which on signals count again."""
 _came: int | None = None
-"""The signal that ends the running command."""
+"""The signal that is ending the running command; None if there is none."""
 
 
 def interrupt(number: int) -> NoReturn:

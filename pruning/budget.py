@@ -33,7 +33,7 @@ DEFAULT_ALIGN = 16
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30}
 
 Curve = Mapping[int, float]
-"""Width -> rise in loss (nats per token) when this layer alone keeps that many channels; 0 at the layer's own d_k."""
+"""The rise in loss, in nats per token, by the width that one layer alone keeps; 0 at the layer's own d_k."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Budget:
     """How one state budget was spent over the layers."""
 
     state_bytes: int
-    """The limit."""
+    """The most bytes of state that a request may hold."""
     align: int
+    """The widths are multiples of this."""
     curves: tuple[Curve, ...]
-    """Per layer."""
+    """The error curve of each linear-attention layer, in order."""
     origin: Origin
     """The text that the curves were measured on."""
 

@@ -26,7 +26,7 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Text:
-    """Documents and what to call them."""
+    """Documents, and a name for messages and records."""
 
     name: str
     documents: list[str]
@@ -44,7 +44,7 @@ class Origin:
     text_sha256: str
     seed: int
     windows: int
-    """How many were run, of this shard."""
+    """How many windows were run: those of this shard."""
     window_length: int
     tokens_sha256: str
     """Hash of the tokens that were run, as little-endian int64."""

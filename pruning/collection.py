@@ -35,7 +35,7 @@ SAVE_EVERY = 120.0
 
 
 def zeros(spec: ModelSpec, names: Collection[StatisticName]) -> dict[int, dict[StatisticName, Tensor]]:
-    """Sums of nothing, by the index of each linear-attention layer."""
+    """Sums over no tokens: zeros of all shapes, by the index of each linear-attention layer."""
     return {
         i: {name: torch.zeros(shape, dtype=torch.float64) for name, shape in layer.items()}
         for i, layer in shapes(spec, names).items()

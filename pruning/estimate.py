@@ -29,7 +29,7 @@ from pruning.statistics import StatisticName, shapes
 from pruning.views import change, width
 
 PROCESS_BYTES = 400 * 10**6
-"""Python, torch and what it loads."""
+"""Bytes that a process holds without any model: Python, torch and the libraries that it loads."""
 
 
 def parameter_count(spec: ModelSpec) -> int:
@@ -39,7 +39,7 @@ def parameter_count(spec: ModelSpec) -> int:
 
 
 def statistics_bytes(spec: ModelSpec, names: Collection[StatisticName]) -> int:
-    """Size of the statistics, in memory and as a file."""
+    """Bytes of the statistics, in memory and as a file."""
     return 8 * sum(
         torch.Size(shape).numel() for layer in shapes(spec, names).values() for shape in layer.values()
     )
@@ -50,13 +50,13 @@ def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
 
     Counted in tensors of `modeling.layers` and `modeling.ops.chunked` that are alive together, in float32.
     """
-    mixer, ffn = [], []
+    mixer = []
     hidden = spec.hidden_size
-    for i, m in spec.deltas.items():
+    ffn = [3 * hidden + 5 * layer.ffn.intermediate_size for layer in spec.layers]
+    for m in spec.deltas.values():
         chunked = m.num_v_heads * (4 * TOKEN_BLOCK + 5 * (m.d_k + m.d_v))
         # The last term: float64 rows of the Grams, raw and normalised.
         mixer.append(3 * hidden + sum(m.in_proj_sizes) + 4 * m.conv_channels + chunked + 4 * 2 * m.key_dim)
-        ffn.append(3 * hidden + 5 * spec.layers[i].ffn.intermediate_size)
     forward = BATCH * length * max(*mixer, *ffn)
     if not gradients:
         return 4 * forward
@@ -85,7 +85,7 @@ def calibration_lines(spec: ModelSpec, names: Collection[StatisticName], windows
 
 
 def time_line(parts: Sequence[tuple[str, float]], device: torch.device) -> str:
-    """How long it takes: the parts, (what, seconds), and their sum."""
+    """A line that says how long the work takes: each of its parts, (what, seconds), and their sum."""
     told = ", ".join(f"{what} {duration(seconds)}" for what, seconds in parts)
     total = duration(sum(seconds for _, seconds in parts))
     of = f" ({told})" if len(parts) > 1 else ""
@@ -157,7 +157,7 @@ def _run(names: Collection[StatisticName], model: Model, windows: Tensor) -> Non
     layers = zeros(model.spec, names)
     with torch.no_grad():
         model(windows.flatten(), [0, windows.numel()], tap=Collector(layers).tap if names else None)
-    if need_gradients(names):
+    if need_gradients(names) and layers:
         for _ in add_gradients(model, windows, layers):
             pass
 
@@ -172,7 +172,7 @@ def _head(spec: ModelSpec, length: int, device: torch.device, *, gradients: bool
 
 
 def _seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Seconds of the second of two runs: the first one pays for what is only made once."""
+    """How long the second of two runs takes: the first one pays for what is made only once."""
     for _ in range(2):
         began = time.perf_counter()
         run()
@@ -183,7 +183,7 @@ def _seconds(run: Callable[[], None], device: torch.device) -> float:
 
 
 def shape_lines(spec: ModelSpec) -> Iterator[str]:
-    """What the checkpoint is."""
+    """A line with the model's shapes and sizes."""
     m = next(iter(spec.deltas.values()))
     yield (
         f"{spec.family}: {counted(len(spec.layers), 'layer')}, hidden {spec.hidden_size}, "
@@ -193,7 +193,7 @@ def shape_lines(spec: ModelSpec) -> Iterator[str]:
 
 
 def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
-    """Widths and state before and after."""
+    """Lines with the widths and the state before and after, and what kernels lose by the new widths."""
     before, after = spec.state_bytes(0), spec.with_d_k(tuple(widths)).state_bytes(0)
     yield (
         f"d_k {width(spec.d_k)} => {width(widths)}, "
@@ -203,7 +203,7 @@ def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
 
 
 def budget_line(passes: int, limit: int, windows: Tensor) -> str:
-    """What is measured to choose each layer's width."""
+    """A line about what is measured to choose each layer's width."""
     return (
         f"widths: measured per layer for at most {counted(limit, 'byte')} of state, "
         f"{counted(passes, 'forward pass')} over {counted(windows.numel(), 'token')}"
@@ -233,12 +233,12 @@ def _listed(widths: Sequence[int]) -> str:
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
-    """Size of the checkpoint's weights."""
+    """Bytes of the checkpoint's weight files."""
     return sum(file.stat().st_size for file in set(checkpoint.files.values()))
 
 
 def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
-    """Size of the reduced checkpoint's weights."""
+    """Bytes of the reduced checkpoint's weight files."""
     total = stored_bytes(checkpoint)
     spec = checkpoint.spec
     after = dict(zip(spec.linear_layers, widths, strict=True))

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from lowkey.files import OutputError, write_or_keep
+from lowkey.files import OutputError, OutputTakenError, write_or_keep
 from lowkey.signals import handled_by, interrupt, written
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,13 @@ def going_on_from(saved: Path) -> Iterator[None]:
     before = len(written)
     try:
         yield
+    except OutputTakenError:  # the result is whole, though elsewhere
+        saved.unlink(missing_ok=True)
+        raise
     except KeyboardInterrupt as e:
         if len(written) > before:
             saved.unlink(missing_ok=True)
             raise
         kept = f"the same command goes on from {saved}" if saved.exists() else "nothing was saved"
         raise type(e)(kept) from e
+    saved.unlink(missing_ok=True)

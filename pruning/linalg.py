@@ -75,11 +75,11 @@ class StrongRRQR:
     """What `strong_rrqr` picked, and how."""
 
     keep: NDArray[np.int64]
-    """`[n]`, ascending."""
+    """Indices of the kept channels, `[n]`, ascending."""
     rank: int
     """Numerical rank of the Gram."""
     swaps: int
-    """Exchanges after the pivoted factorisation."""
+    """How many exchanges followed the pivoted factorisation."""
     condition: float
     """2-norm condition number of the kept part of the Gram (infinite where it is singular)."""
     energy: float

@@ -35,7 +35,7 @@ class Job:
     threads: int
     """CPU threads of a shard: as many as here, so that products are summed in the same order."""
     memory: int
-    """Bytes that one shard takes."""
+    """Bytes of memory that one shard takes."""
 
     @property
     def resources(self) -> dict[str, float]:

@@ -95,7 +95,14 @@ PerLayer = Annotated[
         help="Spend the same total state where it hurts least. Lowkey runs the result; stock loaders refuse it.",
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of the calibration draw and of the random method.", min=0)]
+Heldout = Annotated[
+    list[Path] | None,
+    typer.Option("--heldout", help="UTF-8 file of held-out text, one document; may be repeated."),
+]
+HeldoutTokens = Annotated[
+    int, typer.Option(help="Held-out tokens, from the front of the text; 0 for all of it.", min=0)
+]
+Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of the random method.", min=0)]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 DryRun = Annotated[
@@ -130,7 +137,7 @@ class CalibrationText:
 
     @property
     def given(self) -> bool:
-        """Whether any option but the seed was given."""
+        """Whether any of these options but the seed was given."""
         return any(
             option not in (None, [])
             for option in (self.files, self.field, self.dataset, self.tokens, self.window_length)
@@ -138,12 +145,12 @@ class CalibrationText:
 
     @property
     def length(self) -> int:
-        """Tokens of one window."""
+        """How many tokens a window has."""
         return WINDOW if self.window_length is None else self.window_length
 
     @property
     def count(self) -> int:
-        """Windows to draw."""
+        """How many windows to draw."""
         return -(-(DEFAULT_TOKENS if self.tokens is None else self.tokens) // self.length)
 
     def read(self, tokens: int) -> Text:

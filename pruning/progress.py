@@ -26,7 +26,7 @@ Bar = Callable[[str, int], AbstractContextManager[Advance]]
 
 
 def no_progress(tokens: int) -> None:
-    """For callers that show nothing."""
+    """An `Advance` for callers that show nothing."""
 
 
 class Meter:

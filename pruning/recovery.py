@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowkey.files import Found, OutputTakenError, check_writable, write_or_keep
+from lowkey.files import Found, check_writable, write_or_keep
 from lowkey.publishing import new_directory, write_json
 from modeling.checkpoint import (
     FLOATS,
@@ -27,6 +27,7 @@ from pruning.companions import RECOVERY, Companions
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.finite import check_finite, finite
+from pruning.interrupts import going_on_from
 from pruning.reduction import check_output, record_of
 from pruning.surgery import check_runs
 from pruning.training import OnStep, Result, TrainingSettings, check_saved, heldout_loss, no_report, train
@@ -46,16 +47,16 @@ class Run:
     settings: TrainingSettings
     batches: Batches
     heldout: Tensor
-    """int64 `[count, window + 1]`"""
+    """Held-out windows, int64 `[count, window + 1]`."""
     text: Text
     heldout_text: Text
     control: bool
     replaces: Found | None
-    """What the output may replace."""
+    """What is at the output's place and may be replaced; None if nothing is."""
 
     @property
     def student(self) -> Checkpoint:
-        """What is trained."""
+        """The checkpoint that is trained."""
         return self.dense if self.control else self.reduced
 
     @property
@@ -64,7 +65,7 @@ class Run:
 
     @property
     def saved(self) -> Path:
-        """Where the progress is kept until the output is there."""
+        """The file that keeps the progress until the output is there."""
         return progress_file(self.out)
 
     @property
@@ -86,7 +87,7 @@ class Run:
 
 
 def progress_file(out: Path) -> Path:
-    """Where a recovery into `out` keeps its progress."""
+    """The file in which a recovery into `out` keeps its progress."""
     return out.with_name(f"{out.name}.progress.safetensors")
 
 
@@ -105,7 +106,7 @@ def plan(
     """Check everything and read the text.
 
     Args:
-        heldout_tokens: as in `evaluation_windows`.
+        heldout_tokens: How many to measure on, as in `evaluation_windows`.
         control: train the dense checkpoint instead, on the same tokens with the same settings, without a teacher.
 
     Raises:
@@ -157,26 +158,21 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
         PruningError, CheckpointError: training diverged, or the result does not load and run.
         OutputError: the output can't be written or is there by now; the message says where the result is instead.
     """
-    model = run.student.load(device=device)
-    teacher = None if run.teacher is None else run.teacher.load(device=device)
-    result = train(
-        model,
-        teacher,
-        run.batches,
-        run.heldout,
-        run.settings,
-        saved=run.saved,
-        fingerprint=run.fingerprint,
-        on_step=on_step,
-    )
-    del teacher
-    try:
-        record = write_or_keep(run.out, lambda out: _write(run, model, result, out, device))
-    except OutputTakenError:  # the result is whole: there is nothing to go on with
-        run.saved.unlink(missing_ok=True)
-        raise
-    run.saved.unlink(missing_ok=True)
-    return record
+    with going_on_from(run.saved):
+        model = run.student.load(device=device)
+        teacher = None if run.teacher is None else run.teacher.load(device=device)
+        result = train(
+            model,
+            teacher,
+            run.batches,
+            run.heldout,
+            run.settings,
+            saved=run.saved,
+            fingerprint=run.fingerprint,
+            on_step=on_step,
+        )
+        del teacher
+        return write_or_keep(run.out, lambda out: _write(run, model, result, out, device))
 
 
 def _write(run: Run, model: Model, result: Result, out: Path, device: torch.device) -> dict[str, Any]:

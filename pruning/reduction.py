@@ -106,14 +106,14 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a selection came about."""
+    """How a selection was made."""
 
     method: str
     seed: int
     statistics: Statistics | None = None
-    """None for a method that needs none."""
+    """What the method read; None for a method that reads none."""
     budget: Budget | None = None
-    """None where all layers were given the same width."""
+    """How the state was spent over the layers; None where all of them were given the same width."""
 
 
 def check_output(

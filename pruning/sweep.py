@@ -17,7 +17,7 @@ from torch import Tensor
 from lowkey.publishing import scratch_directory
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from pruning.budget import Curve, curve_passes, spend, widths_per_layer
-from pruning.calibration import Origin, Text
+from pruning.calibration import Origin, Text, tokens_sha256
 from pruning.collection import collect, tokens_to_run
 from pruning.criteria import CRITERIA
 from pruning.evaluation import DEFAULT_TOKENS, compare, perplexity
@@ -36,14 +36,14 @@ class RecoveryPlan:
     """How each reduced checkpoint is recovered."""
 
     settings: TrainingSettings
-    """Their seed is that of each cell instead."""
+    """How to train; the seed is replaced by that of each cell."""
     text: Text
     heldout: Text
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is measured, and on what."""
+    """A plan: which reduced checkpoints are measured, and on what text."""
 
     source: Checkpoint
     methods: tuple[str, ...]
@@ -54,7 +54,7 @@ class Sweep:
     align: int
     """Widths per layer are multiples of this."""
     drawn: Mapping[int, tuple[Tensor, Origin]]
-    """By seed: calibration windows, int64 `[count, length]`, and where they came from."""
+    """Calibration windows, int64 `[count, length]`, and where they came from, by calibration seed."""
     heldout: Tensor
     """Windows to measure on, int64 `[count, window + 1]`."""
     compared: int
@@ -70,7 +70,7 @@ class Sweep:
 
     @property
     def needed(self) -> set[StatisticName]:
-        """What the methods read of calibration."""
+        """Names of the statistics that the methods read."""
         return {name for method in (*self.methods, *self.per_layer) for name in CRITERIA[method].statistics}
 
     @property
@@ -83,13 +83,13 @@ class Sweep:
             "align": self.align,
             "calibration": [origin.as_json() for _, origin in self.drawn.values()],
             "heldout_tokens": self.heldout[:, 1:].numel(),
+            "heldout_sha256": tokens_sha256(self.heldout),
             "compared_windows": self.compared,
             "recovery": None
             if recovery is None
             else {
                 "settings": asdict(recovery.settings),
                 "text_sha256": recovery.text.sha256,
-                "heldout_sha256": recovery.heldout.sha256,
             },
         }
 
@@ -158,7 +158,7 @@ class Measuring:
         )
 
     def _statistics(self, seed: int) -> Statistics | None:
-        """What the methods read, or None if none of them reads any."""
+        """The statistics that the methods read, or None if none of them reads any."""
         needed = self._sweep.needed
         if not needed:
             return None

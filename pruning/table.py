@@ -36,7 +36,7 @@ class Cell:
 
     row: str
     column: int
-    """The width that names the budget."""
+    """The uniform width whose state the checkpoint may hold."""
     method: str
     seed: int
     d_k: list[int]

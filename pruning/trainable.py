@@ -56,7 +56,7 @@ def trainable(
     `small`: q and k projections, convolutions and norms. `full`: everything.
 
     Args:
-        seed: of the adapters' initial values.
+        seed: Seed of the adapters' initial values.
 
     Raises:
         PruningError: `which` is "lora" and peft is not installed.

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ OnStep = Callable[[int, float], None]
 
 
 def no_report(tokens: int, loss: float) -> None:
-    """For callers that show nothing."""
+    """An `OnStep` for callers that show nothing."""
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,26 @@ class TrainingSettings:
     """How to train. Raises PruningError for values that can't be meant."""
 
     tokens: int
-    """Budget, rounded up to whole steps."""
+    """How many tokens to train on, rounded up to whole steps."""
     train: TrainableSet = "small"
     lr: float = 1e-3
     """Peak learning rate."""
     batch: int = 8
     """Windows per forward pass."""
     accumulate: int = 1
-    """Passes per step."""
+    """Forward passes per step, whose gradients are added up."""
     window: int = WINDOW
     """Tokens to predict per window; each window starts from an empty state."""
     ce_weight: float = 1.0
+    """Weight of the cross entropy in the loss."""
     kl_weight: float = 1.0
+    """Weight of the distillation, `temperature^2 * KL(dense || reduced)`, in the loss."""
     temperature: float = 2.0
+    """Temperature of the distillation."""
     rank: int = 32
+    """Rank of the adapters."""
     alpha: int = 64
+    """Adapters are scaled by alpha / rank."""
     seed: int = 0
     """Seed of the order of the text and of the adapters."""
     evaluations: int = 10
@@ -130,7 +136,7 @@ class _Progress:
     curve: list[Point]
     ce: float = 0.0
     kl: float = 0.0
-    """Sums over the steps since the last point."""
+    """`ce` and `kl` are sums over the steps since the last point."""
 
 
 def train(
@@ -153,7 +159,7 @@ def train(
     Args:
         model: parameters in float32, on the device to train on.
         teacher: the dense model on the same device, or None to train on cross entropy alone.
-        batches: of `settings.batch` windows.
+        batches: Batches of `settings.batch` windows.
         heldout: int64 `[count, window + 1]`, measured in float32 for the curve.
         saved: file of a run's progress, written every `save_seconds`, when Ctrl-C is pressed and at the end; if it
             exists, the run goes on from there. The caller removes it.
@@ -165,90 +171,68 @@ def train(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, once the progress is saved.
         OutputError: it could not be saved then.
     """
-    torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
-    try:
-        with trainable(
-            model, settings.train, rank=settings.rank, alpha=settings.alpha, seed=settings.seed
-        ) as parameters:
-            curve = _train(
-                model,
-                teacher,
-                batches,
-                heldout,
-                settings,
-                parameters,
-                saved,
-                fingerprint,
-                save_seconds,
-                on_step,
+    which = {"rank": settings.rank, "alpha": settings.alpha, "seed": settings.seed}
+    with _no_denormals(), trainable(model, settings.train, **which) as parameters:
+        optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=BETAS, weight_decay=0.0)
+        evaluated = settings.evaluated_steps
+
+        def measured(progress: _Progress) -> Point:
+            steps = progress.step - (progress.curve[-1].step if progress.curve else 0)
+            return Point(
+                step=progress.step,
+                tokens=progress.step * settings.tokens_per_step,
+                lr=settings.lr_at(progress.step),
+                train_loss=progress.ce / steps if steps else None,
+                train_kl=progress.kl / steps if steps and teacher is not None else None,
+                heldout_loss=heldout_loss(model, heldout),
             )
-            return Result(curve, sum(p.numel() for p in parameters.values()))
+
+        if saved.exists():
+            progress = _load(saved, parameters, optimizer, fingerprint)
+        else:
+            progress = _Progress(0, [])
+            progress.curve.append(measured(progress))
+
+        def save(path: Path) -> None:
+            _save(path, parameters, optimizer, progress, fingerprint)
+
+        with saving(saved, save, save_seconds) as step_done:
+            while progress.step < settings.steps:
+                for group in optimizer.param_groups:
+                    group["lr"] = settings.lr_at(progress.step)
+                first = progress.step * settings.accumulate
+                losses = [
+                    backward(model, teacher, batches[first + i], settings) for i in range(settings.accumulate)
+                ]
+                norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
+                ce, kl, size = torch.cat([torch.stack(losses).mean(0), norm[None]]).tolist()
+                if not all(map(math.isfinite, (ce, kl, size))):
+                    raise PruningError(
+                        f"step {progress.step + 1} of {settings.steps}: cross entropy {ce}, KL {kl}, gradient norm "
+                        f"{size}; a smaller lr than {settings.lr} may help"
+                        + (f" (the last good state stays in {saved})" if saved.exists() else "")
+                    )
+                optimizer.step()
+                optimizer.zero_grad()
+                progress.step += 1
+                progress.ce += ce
+                progress.kl += kl
+                if progress.step in evaluated:
+                    progress.curve.append(measured(progress))
+                    progress.ce = progress.kl = 0.0
+                step_done(last=progress.step == settings.steps)
+                on_step(settings.tokens_per_step, ce)
+        return Result(progress.curve, sum(p.numel() for p in parameters.values()))
+
+
+@contextmanager
+def _no_denormals() -> Iterator[None]:
+    """Takes denormal numbers for zero in the block: decays of a whole chunk underflow, and denormals are slow."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
     finally:
         torch.set_flush_denormal(False)
-
-
-def _train(
-    model: Model,
-    teacher: Model | None,
-    batches: Batches,
-    heldout: Tensor,
-    settings: TrainingSettings,
-    parameters: Mapping[str, nn.Parameter],
-    saved: Path,
-    fingerprint: Mapping[str, Any],
-    save_seconds: float,
-    on_step: OnStep,
-) -> list[Point]:
-    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=BETAS, weight_decay=0.0)
-    evaluated = settings.evaluated_steps
-
-    def measured(progress: _Progress) -> Point:
-        steps = progress.step - (progress.curve[-1].step if progress.curve else 0)
-        return Point(
-            step=progress.step,
-            tokens=progress.step * settings.tokens_per_step,
-            lr=settings.lr_at(progress.step),
-            train_loss=progress.ce / steps if steps else None,
-            train_kl=progress.kl / steps if steps and teacher is not None else None,
-            heldout_loss=heldout_loss(model, heldout),
-        )
-
-    if saved.exists():
-        progress = _load(saved, parameters, optimizer, fingerprint)
-    else:
-        progress = _Progress(0, [])
-        progress.curve.append(measured(progress))
-
-    def save(path: Path) -> None:
-        _save(path, parameters, optimizer, progress, fingerprint)
-
-    with saving(saved, save, save_seconds) as step_done:
-        while progress.step < settings.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr_at(progress.step)
-            first = progress.step * settings.accumulate
-            losses = [
-                backward(model, teacher, batches[first + i], settings) for i in range(settings.accumulate)
-            ]
-            norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
-            ce, kl, size = torch.cat([torch.stack(losses).mean(0), norm[None]]).tolist()
-            if not all(map(math.isfinite, (ce, kl, size))):
-                raise PruningError(
-                    f"step {progress.step + 1} of {settings.steps}: cross entropy {ce}, KL {kl}, gradient norm {size}; "
-                    f"a smaller lr than {settings.lr} may help"
-                    + (f" (the last good state stays in {saved})" if saved.exists() else "")
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            progress.step += 1
-            progress.ce += ce
-            progress.kl += kl
-            if progress.step in evaluated:
-                progress.curve.append(measured(progress))
-                progress.ce = progress.kl = 0.0
-            step_done(last=progress.step == settings.steps)
-            on_step(settings.tokens_per_step, ce)
-    return progress.curve
 
 
 def backward(model: Model, teacher: Model | None, rows: Tensor, settings: TrainingSettings) -> Tensor:

@@ -1,8 +1,7 @@
 """What the terminal shows: the before => after tree and the evaluation table."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,7 +11,7 @@ from rich.tree import Tree
 
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
-from modeling.spec import ModelSpec
+from modeling.spec import FLOAT32_STATES, ModelSpec
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.reduction import record_of
@@ -65,7 +64,8 @@ def tree(checkpoint: Checkpoint) -> Tree:
 
 
 def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
-    """Add to a checkpoint's `tree` the state of each layer and every tensor; before => after where it is reduced.
+    """Add to a checkpoint's `tree` the state of each linear-attention layer and every tensor; before => after where it
+    is reduced.
 
     Neighbouring layers that are alike share a line.
 
@@ -77,15 +77,15 @@ def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
     record = record_of(checkpoint)
     before = after if record is None else after.with_d_k(tuple(record["source"]["d_k"]))
     states = root.add("state per request and layer")
-    lines = [
-        [
+    lines = {
+        layer: [
             Text.assemble(
-                *("d_k ", *_arrow(str(a.d_k), str(b.d_k)), ", "),
-                *(*_arrow(f"{_state_bytes(before, i):,}", f"{_state_bytes(after, i):,}"), " bytes"),
+                *("d_k ", *_arrow(str(before.deltas[layer].d_k), str(m.d_k)), ", "),
+                *(*_arrow(f"{_state_bytes(before, layer):,}", f"{_state_bytes(after, layer):,}"), " bytes"),
             )
         ]
-        for i, (a, b) in enumerate(zip(before.deltas.values(), after.deltas.values(), strict=True))
-    ]
+        for layer, m in after.deltas.items()
+    }
     for label, (line,) in _alike(lines):
         states.add(Text.assemble(f"{label}: ", line))
     tensors = root.add("tensors")
@@ -98,12 +98,12 @@ def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
             branch.add(line)
 
 
-def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], list[list[Text]]]:
-    """A line for every tensor: those outside the layers, and those of each layer."""
+def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], dict[int, list[Text]]]:
+    """A line for every tensor: those outside the layers, and those of each layer by its index."""
     spec = checkpoint.spec
     keys = checkpoint.family.key_rows(spec)
     outside: list[str] = []
-    by_layer: list[list[Text]] = [[] for _ in spec.layers]
+    by_layer: dict[int, list[Text]] = {i: [] for i in range(len(spec.layers))}
     for m in checkpoint.family.tensors(spec):
         for name in m.theirs:
             dtype, shape = checkpoint.dtype_and_shape(name)
@@ -119,13 +119,12 @@ def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str],
     return outside, by_layer
 
 
-def _alike(lines: Sequence[list[Text]]) -> Iterator[tuple[str, list[Text]]]:
-    """(which layers, their common lines) for each run of layers with the same lines."""
-    first = 0
-    for of_layers, run in itertools.groupby(lines):
-        last = first + len(list(run)) - 1
-        yield f"layer {first}" if first == last else f"layers {first} to {last}, each", of_layers
-        first = last + 1
+def _alike(lines: Mapping[int, list[Text]]) -> Iterator[tuple[str, list[Text]]]:
+    """(which layers, their common lines) for each run of neighbouring layers with the same lines."""
+    places = enumerate(lines.items())  # in a run, the index of a layer grows as fast as its place
+    for (_, common), run in itertools.groupby(places, key=lambda at: (at[1][0] - at[0], at[1][1])):
+        first, *others = [layer for _, (layer, _) in run]
+        yield f"layers {first} to {others[-1]}, each" if others else f"layer {first}", common
 
 
 def _arrow(before: str, after: str) -> tuple[str | tuple[str, str], ...]:
@@ -134,7 +133,7 @@ def _arrow(before: str, after: str) -> tuple[str | tuple[str, str], ...]:
 
 
 def _state_bytes(spec: ModelSpec, layer: int) -> int:
-    return replace(spec, layers=spec.layers[layer : layer + 1]).state_bytes(0)
+    return spec.layers[layer].mixer.state_bytes(0, FLOAT32_STATES)
 
 
 def _heads(spec: ModelSpec) -> str:

@@ -43,7 +43,7 @@ class Run:
     section_end: float = math.inf
     """time.monotonic() at which this section must leave the rest to the later ones."""
     is_cut_off: bool = False
-    """It did not, and was interrupted."""
+    """Whether the section went on for longer and was interrupted."""
     report: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 

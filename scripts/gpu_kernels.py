@@ -20,9 +20,9 @@ from modeling.spec import DeltaSpec
 from modeling.state import DeltaState
 
 KERNEL_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-3}
-"""Relative to float64: float32 arithmetic, and one rounding of what is stored."""
+"""Largest difference from float64, relative, by dtype: float32 arithmetic, and one rounding of what is stored."""
 RULE_TOLERANCE = 1e-2
-"""fla's kernels on bfloat16 inputs, against float64 on the same inputs."""
+"""Largest difference of fla's kernels on bfloat16 inputs from float64 on the same inputs."""
 BANDWIDTH_GOAL = 1.25
 """A step's time over its bytes at the measured copy rate."""
 VARIANTS = ((16384, 4), (16384, 8), (8192, 4), (8192, 2), (4096, 4), (4096, 2))

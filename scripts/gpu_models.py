@@ -31,7 +31,7 @@ from modeling.spec import StateTypes
 from modeling.state import StatePool
 
 FP32_TOLERANCE = 1e-3
-"""Relative, of logits: both sides in float32, sums in another order."""
+"""Largest relative difference of logits: both sides are float32, their sums in another order."""
 BF16_FACTOR = 1.5
 """Our bfloat16 logits may be this much further from float32 than stock fla's own bfloat16 logits are."""
 TIE = 1e-3

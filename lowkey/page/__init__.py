@@ -12,6 +12,20 @@ from typing import Any
 import jinja2
 from plotly.offline import get_plotlyjs
 
+COLOURS = (
+    "#2f7ed8",
+    "#e8792b",
+    "#2aa876",
+    "#d64545",
+    "#8c6bd8",
+    "#b8860b",
+    "#1aa3b8",
+    "#c44e8e",
+    "#7f9f3f",
+    "#7a8594",
+)
+"""Colours of the series of a figure, which read on a light and on a dark page."""
+
 
 def render(
     package: str, template: str, drawings: Mapping[str, Any], *, margin: Mapping[str, int], **fields: Any

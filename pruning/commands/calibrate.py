@@ -10,7 +10,7 @@ import torch
 import typer
 from torch import Tensor
 
-from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, refuse_input, write_or_keep
+from lowkey.files import Found, check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import sole_user
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
@@ -179,7 +179,7 @@ def calibrate_on_ray(
 
 
 def tell(plan: Iterable[str], *, dry_run: bool) -> None:
-    """Show what is going to be done: the result of a dry run, a message before anything else."""
+    """Show what is going to be done: on standard output where that is all, else as a message before the work."""
     console = out_console if dry_run else err_console
     for line in plan:
         console.print(line, soft_wrap=True)
@@ -193,7 +193,7 @@ def draw(encoder: Encoder, source: CalibrationText, shard: tuple[int, int] = (1,
 
 
 def unfinished_of(out: Path) -> Path:
-    """Where a calibration into `out` keeps its progress."""
+    """The file in which a calibration or a sweep into `out` keeps its progress."""
     return out.with_name(f"{out.name}.partial")
 
 
@@ -233,10 +233,5 @@ def run_calibration(
             statistics = collect(
                 model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=unfinished
             )
-        try:
-            write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
-        except OutputTakenError:  # the statistics are whole: there is nothing to go on with
-            unfinished.unlink(missing_ok=True)
-            raise
-        unfinished.unlink(missing_ok=True)
+        write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     return statistics

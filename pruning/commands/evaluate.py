@@ -48,7 +48,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the recall prompts and of the query noise.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the recall prompts and of the query noise.", min=0)] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
     device: Device = "cpu",
     overwrite: Overwrite = False,

@@ -16,8 +16,8 @@ from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning import views
-from pruning.budget import DEFAULT_ALIGN, Budget, check_spendable, curve_passes, spend
-from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text
+from pruning.budget import DEFAULT_ALIGN, check_spendable, curve_passes, spend
+from pruning.calibration import WINDOW, Encoder, Text, bundled_text
 from pruning.commands.calibrate import check_unfinished, draw, run_calibration, tell, unfinished_of
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
@@ -62,7 +62,7 @@ from pruning.options import (
 from pruning.progress import Busy, tokens_bar
 from pruning.reduction import Provenance, check_output, reduce_checkpoint
 from pruning.selection import Selection, check_statistics, select
-from pruning.statistics import Statistics, load_statistics, names_for
+from pruning.statistics import load_statistics, names_for
 
 
 def prune(
@@ -186,7 +186,19 @@ def prune(
     with left_behind(left if calibrating else "nothing was written"):
         if per_layer:
             assert drawn is not None
-            widths, budget = _spend(checkpoint, criterion, limit, align, statistics, model, *drawn, seed)
+            measured = curve_passes(checkpoint.spec, align) * drawn[0][:, 1:].numel()
+            with tokens_bar(err_console, "measuring each layer", measured) as advance:
+                widths, budget = spend(
+                    checkpoint,
+                    criterion,
+                    limit,
+                    align,
+                    model,
+                    *drawn,
+                    statistics=statistics,
+                    seed=seed,
+                    advance=advance,
+                )
         if drawn is not None:
             del model  # surgery needs little memory; the model is what would stay
         with Busy(err_console, f"selecting channels ({method})"):
@@ -287,30 +299,3 @@ def _plan(
         yield time_line(times, device)
     yield disk_line(written, out)
     yield from Companions(checkpoint).notes()
-
-
-def _spend(
-    checkpoint: Checkpoint,
-    criterion: Criterion,
-    limit: int,
-    align: int,
-    statistics: Statistics | None,
-    model: Model,
-    windows: Tensor,
-    origin: Origin,
-    seed: int,
-) -> tuple[tuple[int, ...], Budget]:
-    total = curve_passes(checkpoint.spec, align) * windows[:, 1:].numel()
-    with tokens_bar(err_console, "measuring each layer", total) as advance:
-        return spend(
-            checkpoint,
-            criterion,
-            limit,
-            align,
-            model,
-            windows,
-            origin,
-            statistics=statistics,
-            seed=seed,
-            advance=advance,
-        )

@@ -23,8 +23,16 @@ from pruning.estimate import (
     training_seconds,
 )
 from pruning.evaluation import DEFAULT_TOKENS
-from pruning.interrupts import going_on_from
-from pruning.options import Device, Overwrite, TextFiles, WindowLength, device_named, text_of
+from pruning.options import (
+    Device,
+    Heldout,
+    HeldoutTokens,
+    Overwrite,
+    TextFiles,
+    WindowLength,
+    device_named,
+    text_of,
+)
 from pruning.progress import Busy, training_bar
 from pruning.recovery import Run, plan
 from pruning.recovery import recover as run_recovery
@@ -47,13 +55,8 @@ def recover(
     ] = TrainingSettings.train,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = TrainingSettings.lr,
     text: TextFiles = None,
-    heldout: Annotated[
-        list[Path] | None,
-        typer.Option("--heldout", help="UTF-8 file of held-out text, one document; may be repeated."),
-    ] = None,
-    heldout_tokens: Annotated[
-        int, typer.Option(help="Held-out tokens, from the front of the text; 0 for all of it.", min=0)
-    ] = DEFAULT_TOKENS,
+    heldout: Heldout = None,
+    heldout_tokens: HeldoutTokens = DEFAULT_TOKENS,
     evaluations: Annotated[
         int, typer.Option(help="Points of the held-out curve, after the first.")
     ] = TrainingSettings.evaluations,
@@ -67,9 +70,9 @@ def recover(
         float, typer.Option(help="Weight of T^2 KL(dense || reduced); 0 trains without a teacher.")
     ] = TrainingSettings.kl_weight,
     temperature: Annotated[float, typer.Option(help="T of the distillation.")] = TrainingSettings.temperature,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = TrainingSettings.rank,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = TrainingSettings.rank,
     alpha: Annotated[int, typer.Option(help="Adapters are scaled by alpha / rank.")] = TrainingSettings.alpha,
-    seed: Annotated[int, typer.Option(help="Of the order of the text and of the adapters.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the order of the text and of the adapters.", min=0)] = 0,
     control: Annotated[
         bool,
         typer.Option(
@@ -125,7 +128,6 @@ def recover(
     per_step = settings.tokens_per_step
     with (
         sole_user(run.saved),
-        going_on_from(run.saved),
         training_bar(err_console, description, settings.steps * per_step, done=done * per_step) as on_step,
     ):
         record = run_recovery(run, target, on_step=on_step)

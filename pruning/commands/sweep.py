@@ -9,7 +9,7 @@ from typing import Annotated, cast
 import typer
 from rich.table import Table as TerminalTable
 
-from lowkey.files import OutputTakenError, check_new_file, check_writable, refuse_input, write_or_keep
+from lowkey.files import check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import new_json, replacing, sole_user
 from lowkey.words import counted
 from modeling.checkpoint import open_checkpoint
@@ -31,6 +31,8 @@ from pruning.options import (
     DatasetSplit,
     Device,
     Field,
+    Heldout,
+    HeldoutTokens,
     Overwrite,
     Source,
     TextFiles,
@@ -83,13 +85,8 @@ def sweep(
     split: DatasetSplit = None,
     tokens: Tokens = None,
     window_length: WindowLength = None,
-    heldout: Annotated[
-        list[Path] | None,
-        typer.Option("--heldout", help="UTF-8 file of held-out text, one document; may be repeated."),
-    ] = None,
-    heldout_tokens: Annotated[
-        int, typer.Option(help="Held-out tokens, from the front of the text; 0 for all of it.", min=0)
-    ] = DEFAULT_TOKENS,
+    heldout: Heldout = None,
+    heldout_tokens: HeldoutTokens = DEFAULT_TOKENS,
     kl_tokens: Annotated[
         int, typer.Option(help="How many of them are compared with the dense model.", min=1)
     ] = 16 * WINDOW,
@@ -134,7 +131,7 @@ def sweep(
     refuse_input(out, "out", [source.path, *named_files(text), *named_files(heldout)])
     source.check_tensors()
     spec = source.spec
-    columns = tuple(dict.fromkeys(widths or _default_widths(spec)))
+    columns = tuple(dict.fromkeys(widths or _default_widths(spec, align)))
     least = min(spec.with_d_k(widths_to_keep(spec, n)).state_bytes(0) for n in columns)
     read = CalibrationText(text, field, dataset, split, tokens, window_length, seed=0)
     for name in per_layer:
@@ -182,18 +179,14 @@ def sweep(
                 partial(Busy, err_console),
             )
             finished = measuring.run()
-            try:
-                write_or_keep(out, partial(new_json, value=asdict(finished), replaces=replaces))
-            except OutputTakenError:  # the table is whole: there is nothing to go on with
-                unfinished.unlink(missing_ok=True)
-                raise
-            unfinished.unlink(missing_ok=True)
+            write_or_keep(out, partial(new_json, value=asdict(finished), replaces=replaces))
     _show(finished)
 
 
-def _default_widths(spec: ModelSpec) -> list[int]:
+def _default_widths(spec: ModelSpec, align: int) -> list[int]:
+    """Some shares of the narrowest d_k, without those that are too narrow for the alignment."""
     d_k = min(spec.d_k)
-    return [n for n in (d_k * 3 // 4, d_k // 2, d_k // 4, d_k // 8) if n]
+    return [n for n in (d_k * 3 // 4, d_k // 2, d_k // 4, d_k // 8) if n >= align] or [d_k]
 
 
 def _unfinished(file: Path, planned: Sweep, *, overwrite: bool) -> Table | None:

@@ -1,9 +1,10 @@
 """What a criterion is: given one head, which n of its d_k key channels to keep."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +25,12 @@ class Head:
     seed: int
     """Seed of the whole selection; `generator` makes the head's own from it."""
     tokens: int = 0
-    """That the statistics are sums over."""
+    """How many tokens the statistics are sums over."""
     statistics: Mapping[StatisticName, NDArray[np.float64]] = field(default_factory=dict)
     """The head's part of the calibration statistics: Grams `[d_k, d_k]`, sums of rows `[d_k]`, `x_squares` `[hidden]`
     (of the layer, the same for all heads), weight gradients `[d_k, hidden]`, `gate_fisher` `[d_k]`."""
     weights: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-    """The head's rows of the q and k projections, `[d_k, hidden]` each."""
+    """The head's rows of the q and k projections, `[d_k, hidden]` each; None if the criterion does not read them."""
 
     def generator(self) -> np.random.Generator:
         """A generator that depends on (seed, layer, head) only, so the order of heads does not matter."""
@@ -42,42 +43,29 @@ class Choice:
     """The kept channels of one head."""
 
     keep: NDArray[np.int64]
-    """`[n]`, ascending, distinct."""
+    """Indices of the kept channels, `[n]`, ascending and distinct."""
     report: Report = field(default_factory=dict)
     rotation: NDArray[np.float64] | None = None
-    """`[d_k, d_k]` with orthonormal rows, of every head or of none: `keep` then counts these mixtures of the head's
-    channels. A choice of channels has none."""
+    """Mixtures of the head's channels, `[d_k, d_k]` with orthonormal rows, which `keep` counts instead of the channels;
+    None where channels are chosen. Either every head of a layer has one, or none does."""
 
 
-class Criterion(Protocol):
+class Criterion(ABC):
     """One way to choose channels. It declares what it needs and gets exactly that."""
 
-    @property
-    def name(self) -> str: ...
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for help texts."""
+    statistics: ClassVar[tuple[StatisticName, ...]] = ()
+    """Names of the statistics that it reads; without any no calibration is run."""
+    weights: ClassVar[bool] = False
+    """Whether it reads the q and k projections."""
+    mixes: ClassVar[bool] = False
+    """Whether it keeps mixtures of channels (`Choice.rotation`) instead of channels."""
 
-    @property
-    def summary(self) -> str:
-        """One line for help texts."""
-        ...
-
-    @property
-    def statistics(self) -> tuple[StatisticName, ...]:
-        """Statistics that it reads; none means that no calibration is run."""
-        ...
-
-    @property
-    def weights(self) -> bool:
-        """Whether it reads the q and k projections."""
-        ...
-
-    @property
-    def mixes(self) -> bool:
-        """Whether it keeps mixtures of channels (`Choice.rotation`) instead of channels."""
-        ...
-
+    @abstractmethod
     def select(self, head: Head, n: int) -> Choice:
         """Choose n channels, 1 <= n <= d_k; n = d_k keeps all."""
-        ...
 
 
 def largest(scores: NDArray[np.float64], n: int) -> Choice:

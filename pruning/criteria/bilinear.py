@@ -16,8 +16,7 @@ It is maximised over the kept set I by greedy removal, then by the best exchange
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pruning.criteria.base import Choice, Head
-from pruning.statistics import StatisticName
+from pruning.criteria.base import Choice, Criterion, Head
 
 
 def squared_cosine(m: NDArray[np.float64], keep: NDArray[np.int64]) -> float:
@@ -89,12 +88,10 @@ def _best_exchange(
     return int(inside[i]), int(outside[j])
 
 
-class Bilinear:
+class Bilinear(Criterion):
     name = "bilinear"
     summary = "best preserves the products q.k themselves"
-    statistics: tuple[StatisticName, ...] = ("q_normalised", "k_normalised")
-    weights = False
-    mixes = False
+    statistics = ("q_normalised", "k_normalised")
 
     def select(self, head: Head, n: int) -> Choice:
         m = head.statistics["q_normalised"] * head.statistics["k_normalised"]

@@ -5,17 +5,14 @@ q and k are taken after convolution and SiLU and before L2 normalisation, so the
 
 import math
 
-from pruning.criteria.base import Choice, Head
+from pruning.criteria.base import Choice, Criterion, Head
 from pruning.linalg import strong_rrqr
-from pruning.statistics import StatisticName
 
 
-class DRRQR:
+class DRRQR(Criterion):
     name = "drrqr"
     summary = "strong rank-revealing QR of the stacked queries and keys (the paper's method)"
-    statistics: tuple[StatisticName, ...] = ("q", "k")
-    weights = False
-    mixes = False
+    statistics = ("q", "k")
 
     def select(self, head: Head, n: int) -> Choice:
         result = strong_rrqr(head.statistics["q"] + head.statistics["k"], n)

@@ -2,16 +2,13 @@
 
 import numpy as np
 
-from pruning.criteria.base import Choice, Head, largest
-from pruning.statistics import StatisticName
+from pruning.criteria.base import Choice, Criterion, Head, largest
 
 
-class L1:
+class L1(Criterion):
     name = "l1"
     summary = "largest L1 norm of the q and k projection rows (needs no text)"
-    statistics: tuple[StatisticName, ...] = ()
     weights = True
-    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         assert head.weights is not None

@@ -7,17 +7,14 @@ know which channels say the same thing. F is a squared gradient; its fourth root
 
 import numpy as np
 
-from pruning.criteria.base import Choice, Head
+from pruning.criteria.base import Choice, Criterion, Head
 from pruning.criteria.bilinear import maximise, squared_cosine
-from pruning.statistics import StatisticName
 
 
-class LossAware:
+class LossAware(Criterion):
     name = "loss-aware"
     summary = "bilinear, weighed by each channel's effect on the loss (needs gradients)"
-    statistics: tuple[StatisticName, ...] = ("q_normalised", "k_normalised", "gate_fisher")
-    weights = False
-    mixes = False
+    statistics = ("q_normalised", "k_normalised", "gate_fisher")
 
     def select(self, head: Head, n: int) -> Choice:
         fisher = head.statistics["gate_fisher"]

@@ -11,17 +11,15 @@ An eigenvector's sign is free and SiLU is not odd: it is taken so that the keys'
 
 import numpy as np
 
-from pruning.criteria.base import Choice, Head
-from pruning.statistics import StatisticName
+from pruning.criteria.base import Choice, Criterion, Head
 
 
-class PCA:
+class PCA(Criterion):
     name = "pca"
     summary = (
         "rotates to the keys' principal components (a baseline: exact only without convolution and SiLU)"
     )
-    statistics: tuple[StatisticName, ...] = ("k", "k_sum")
-    weights = False
+    statistics = ("k", "k_sum")
     mixes = True
 
     def select(self, head: Head, n: int) -> Choice:

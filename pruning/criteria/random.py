@@ -2,16 +2,12 @@
 
 import numpy as np
 
-from pruning.criteria.base import Choice, Head
-from pruning.statistics import StatisticName
+from pruning.criteria.base import Choice, Criterion, Head
 
 
-class Random:
+class Random(Criterion):
     name = "random"
     summary = "channels drawn at random from --seed"
-    statistics: tuple[StatisticName, ...] = ()
-    weights = False
-    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         return Choice(np.sort(head.generator().permutation(head.d_k)[:n]))

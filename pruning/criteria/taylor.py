@@ -3,16 +3,14 @@ score is sum_j |Wq_ij dL/dWq_ij| + |Wk_ij dL/dWk_ij|, with the gradients summed 
 
 import numpy as np
 
-from pruning.criteria.base import Choice, Head, largest
-from pruning.statistics import StatisticName
+from pruning.criteria.base import Choice, Criterion, Head, largest
 
 
-class Taylor:
+class Taylor(Criterion):
     name = "taylor"
     summary = "largest weight times gradient of the projection rows (needs gradients)"
-    statistics: tuple[StatisticName, ...] = ("q_gradient", "k_gradient")
+    statistics = ("q_gradient", "k_gradient")
     weights = True
-    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         assert head.weights is not None

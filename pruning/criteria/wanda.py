@@ -3,16 +3,14 @@ sum_j (|Wq_ij| + |Wk_ij|) * rms(x_j), with x the input of the projections."""
 
 import numpy as np
 
-from pruning.criteria.base import Choice, Head, largest
-from pruning.statistics import StatisticName
+from pruning.criteria.base import Choice, Criterion, Head, largest
 
 
-class Wanda:
+class Wanda(Criterion):
     name = "wanda"
     summary = "largest projection rows, each weight times the size of its input"
-    statistics: tuple[StatisticName, ...] = ("x_squares",)
+    statistics = ("x_squares",)
     weights = True
-    mixes = False
 
     def select(self, head: Head, n: int) -> Choice:
         assert head.weights is not None

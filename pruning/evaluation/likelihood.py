@@ -16,6 +16,7 @@ from pruning.errors import PruningError
 from pruning.progress import Advance, no_progress
 
 CPU_BATCH, GPU_BATCH = 4, 32
+"""Windows in one forward."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,10 @@ class Perplexity:
     """Mean cross entropy in nats."""
     perplexity: float
     tokens: int
-    """Scored tokens."""
+    """How many tokens were scored."""
     window: int
     stride: int
-    """Targets scored per window, its last ones."""
+    """How many targets of each window were scored: its last ones."""
 
     def as_json(self) -> dict[str, float | int]:
         return asdict(self)

@@ -23,8 +23,9 @@ from pruning.progress import Advance, no_progress
 
 PAIRS = (4, 8, 16, 32, 64)
 QUERIES = 512
-"""Per number of pairs."""
+"""How many queries there are, about, for each number of pairs."""
 _WORDS = 1024
+"""How many of the tokenizer's words keys and values are drawn from."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Recall:
     accuracy: float
     """Share of queries where the value is the most likely token of the whole vocabulary."""
     accuracy_among_values: float
-    """Share where it is the most likely of the prompt's values; 1 / pairs by chance."""
+    """Share of queries where the value is the most likely of the prompt's values; by chance it is 1 / pairs."""
     log_prob: float
     """Mean log-probability of the value, in nats."""
 

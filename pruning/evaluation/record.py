@@ -19,20 +19,20 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class EvaluatedCheckpoint:
-    """One checkpoint; None for what was not measured."""
+    """What was measured of one checkpoint; None for what was not."""
 
     name: str
     sha256: str
     d_k: list[int]
     state_bytes: int
-    """Size of one request's state in float32."""
+    """Bytes of one request's state in float32."""
     method: str | None
     """The method that reduced it; None for a dense one."""
     layers: list[int] | None = None
     """Indices of the linear-attention layers, which `d_k` and figures by layer are of; None for the first ones."""
     perplexity: Perplexity | None = None
     divergence: Divergence | None = None
-    """None for the baseline too."""
+    """How its predictions differ from the baseline's; None for the baseline itself."""
     recall: list[Recall] | None = None
     rank: Rank | None = None
     retrieval: Retrieval | None = None
@@ -50,12 +50,12 @@ class Evaluation:
     text: str
     text_sha256: str
     seed: int
-    """Seed of prompts and noise."""
+    """Seed of the recall prompts and of the query noise."""
     checkpoints: list[EvaluatedCheckpoint]
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
-    """What figures of speed depend on."""
+    """The machine's properties that speeds depend on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "device": str(device),

@@ -23,11 +23,11 @@ class Speed:
 
     batch: int
     steps: int
-    """Per round."""
+    """Tokens that each request decodes in a round."""
     rounds: int
     back_end: str
     tokens_per_second: float
-    """Median over rounds, all requests together."""
+    """Speed of all requests together, the median over rounds."""
     quartiles: tuple[float, float]
     ratio: float
     """Speed over the baseline's, median over rounds; 1 for the baseline itself."""

@@ -30,9 +30,9 @@ class Rank:
 
     windows: int
     positions: list[int]
-    """Tokens that the state has seen."""
+    """How many tokens the state has seen at each point."""
     utilisation: PerHead
-    """`[layer][position][value head]`, each in [0, 1]."""
+    """Rank utilisation, from 0 to 1, as `[layer][position][value head]`; the layers are the linear ones in order."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Retrieval:
 
     tokens: int
     noise: list[float]
-    """Norm of the noise over the norm of the query."""
+    """Levels of noise: its norm over the norm of the query."""
     retrieval_error: PerHead
-    """`[layer][noise][value head]`: mean sine of the angle between what a noisy key reads and the value it was
+    """As `[layer][noise][value head]`, the mean sine of the angle between what a noisy key reads and the value it was
     stored with."""
     read_error: PerHead
-    """`[layer][noise][value head]`: change in a read by noise on the model's own query, over the read (norms), the
-    median over tokens: a read of almost nothing makes the mean anything."""
+    """As `[layer][noise][value head]`, how much noise on the model's own query changes a read: the norm of the change
+    over that of the read. It is the median over tokens, since a read of almost nothing would rule the mean."""
 
 
 def utilisation(state: Tensor) -> Tensor:

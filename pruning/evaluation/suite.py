@@ -35,7 +35,7 @@ class EvaluationSettings:
     text: Text
     parts: Sequence[Part] = ("perplexity",)
     tokens: int = DEFAULT_TOKENS
-    """To score, from the front of the text; 0 for all of it."""
+    """How many tokens to score, from the front of the text; 0 for all of it."""
     window: int = WINDOW
     stride: int | None = None
     seed: int = 0
@@ -112,7 +112,7 @@ def _measure(
     settings: EvaluationSettings,
     bar: Bar,
 ) -> EvaluatedCheckpoint:
-    """All parts but speed; `dense` is None for the baseline itself."""
+    """Measure all parts but speed of one checkpoint; `dense` is None for the baseline itself."""
     parts, name = settings.parts, checkpoint.source
     entry = EvaluatedCheckpoint(
         name,

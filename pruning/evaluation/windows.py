@@ -20,7 +20,8 @@ def evaluation_windows(
 
     Args:
         tokens: score this many, rounded down to whole strides; 0 for as many as the text has.
-        stride: from 1 to `window`; None for `window`: windows then follow one another, each from an empty state.
+        stride: Tokens from one window to the next, from 1 to `window`; None for `window`: windows then follow one
+            another, each from an empty state.
 
     Returns:
         int64 `[windows, window + 1]`: the last column is target only.

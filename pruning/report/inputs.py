@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Kind:
-    """What any JSON file of ours says first."""
+    """The field of our JSON files that says what they are."""
 
     kind: str | None = None
 
@@ -62,7 +62,7 @@ class Reduction:
     layers: list[int] | None = None
     """Indices of the linear-attention layers, which `d_k` and the like are of; None for the first ones."""
     rotated: bool = False
-    """Kept channels are mixtures, not channels of the source."""
+    """Whether the kept channels are mixtures of the source's channels."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Inputs:
     reductions: list[tuple[str, Reduction]] = field(default_factory=list)
     recoveries: list[tuple[str, Recovery]] = field(default_factory=list)
     hashes: list[tuple[str, str]] = field(default_factory=list)
-    """(file, sha256) of all that was read."""
+    """(file, sha256) of each file that was read."""
 
 
 def read_inputs(paths: Sequence[Path]) -> Inputs:

@@ -7,10 +7,10 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from lowkey.page import COLOURS
 from pruning.evaluation.record import Evaluation
 from pruning.report.inputs import Recovery, Reduction
 from pruning.report.style import (
-    COLOURS,
     SCALE,
     SHADES,
     Figure,

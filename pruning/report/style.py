@@ -1,4 +1,4 @@
-"""Colours and layout that all figures share; both read on a light and on a dark page."""
+"""Lines, symbols and layout that all figures share."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -10,18 +10,8 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-COLOURS = (
-    "#2f7ed8",
-    "#e8792b",
-    "#2aa876",
-    "#d64545",
-    "#8c6bd8",
-    "#b8860b",
-    "#1aa3b8",
-    "#c44e8e",
-    "#7f9f3f",
-    "#7a8594",
-)
+from lowkey.page import COLOURS
+
 SYMBOLS = (
     "circle",
     "square",
@@ -45,11 +35,11 @@ class Figure:
     """One figure with what stands around it."""
 
     name: str
-    """For files and links: lower case, digits and dashes."""
+    """The figure's name in files and links: lower case, digits and dashes."""
     title: str
     caption: str
     figure: Any
-    """plotly.graph_objects.Figure."""
+    """The drawing, a plotly.graph_objects.Figure."""
 
 
 def subplots(titles: Sequence[str], *, columns: int = 2, height: int = 360, **options: Any) -> Any:

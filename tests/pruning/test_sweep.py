@@ -165,3 +165,20 @@ def test_help_shows_examples():
     assert (
         result.exit_code == 0 and "lowkey-prune sweep  demo/model table.json --device cuda" in result.output
     )
+
+
+def test_widths_are_shares_of_the_models_own(made, tmp_path):
+    given = (
+        "sweep",
+        made / "dense",
+        tmp_path / "t.json",
+        "--method",
+        "l1",
+        "--per-layer",
+        "none",
+        "--seed",
+        0,
+    )
+    run(*given, "--text", made / "text", "--heldout", made / "text", *SMALL[4:])
+    table = json.loads((tmp_path / "t.json").read_text())
+    assert [cell["column"] for cell in table["reduced"]] == [24, 16], "of 32, and none below the alignment"

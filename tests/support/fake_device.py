@@ -72,7 +72,7 @@ class FakeDevice:
         self.logit_rows = logit_rows
         self.total = total
         self.others = 0
-        """What other processes have of the memory."""
+        """Bytes of the memory that other processes have."""
         self.peak = peak
         self.now = self.busy_until = 0.0
         self.events: list[tuple[str, int]] = []

@@ -59,7 +59,7 @@ class FakeRunner:
         self.prefilled = 0
         self.fail: str | None = None
         self.base: dict[Any, tuple[int, int]] = {}
-        """By path of a saved state, the tokens in it."""
+        """The tokens in each saved state, by its path."""
         self._state = pool.layers[0].recurrent.view(pool.num_slots + 1, -1)
 
     def read(self, slot: int) -> tuple[int, int]:

@@ -26,11 +26,11 @@ class Stock:
     """What stock fla says."""
 
     shapes: dict[str, dict[str, list[int]]]
-    """Per config: the shape of every tensor that the stock model would save."""
+    """Shape of every tensor that the stock model would save, for each config."""
     logits: dict[str, Tensor] = field(default_factory=dict)
-    """Per checkpoint: logits of the prompt, `[tokens, vocab]`."""
+    """Logits of the prompt, `[tokens, vocab]`, by checkpoint."""
     ids: dict[str, list[int]] = field(default_factory=dict)
-    """Per checkpoint: the greedy continuation by stock `generate` with its cache."""
+    """The greedy continuation by stock `generate` with its cache, by checkpoint."""
 
 
 def ask_stock_fla(

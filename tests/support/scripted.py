@@ -22,7 +22,7 @@ CONTEXT = 512
 FIRST_AT = 1000.0
 """When engines make the first token of each request, by their own clock."""
 STEP_S = 0.25
-"""Seconds between their tokens."""
+"""Seconds between the tokens of a request."""
 D_K = {"dense": 32, "reduced": 16}
 
 
@@ -35,12 +35,12 @@ class Script:
         logits[:, [0, *range(128, VOCAB)]] -= 8  # mostly ASCII, seldom an end of text
         self.logprobs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         self.queue: list[list[int]] = []
-        """Tokens to give instead, one list for each request to come."""
+        """Tokens to give instead of the usual ones: a list for each request to come."""
         self.fail_after: int | None = None
         self.seen: list[Any] = []
         self.cached_tokens = 0
         self.together = 1
-        """Tokens that come at once."""
+        """How many tokens come at once."""
 
     def top(self, last: int, count: int) -> list[tuple[int, float]]:
         order = np.argsort(-self.logprobs[last], kind="stable")[:count]
