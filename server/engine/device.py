@@ -24,11 +24,11 @@ class Download(Protocol):
         ...
 
     def seal(self) -> None:
-        """That was all."""
+        """Say that nothing more will be added: what `wait` waits for is complete."""
         ...
 
     def wait(self) -> None:
-        """Until the copies are there. What was launched after `seal` may still run."""
+        """Wait until the copies are there. What was launched after `seal` may still run."""
         ...
 
 
@@ -49,7 +49,7 @@ class Device(Protocol):
     def download(self) -> Download: ...
 
     def recorder(self) -> Recorder | None:
-        """None where steps can't be recorded, or needn't be."""
+        """What records decode steps; None where they can't be recorded, or needn't be."""
         ...
 
     def free_memory(self) -> int:

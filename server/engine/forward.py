@@ -15,7 +15,8 @@ ROWS = 16
 
 
 class Forward:
-    """Whole batches at once: fastest. Logits differ by rounding with what shares the batch.
+    """A batch goes through the model as a whole, which is the fastest way. A request's logits differ by rounding with
+    what shares its batch.
 
     Args:
         graphs: recorded decode steps on this model and pool.

@@ -20,7 +20,7 @@ RESERVED = 2**30
 """Bytes of a GPU for what torch does not count: the CUDA context, kernels, libraries, fragments."""
 
 GRAPH_BYTES = 8 * 2**20
-"""Bytes that each recorded decode step takes of it."""
+"""Bytes of a GPU that each recorded decode step takes."""
 
 
 class DoesNotFitError(Exception):
@@ -82,7 +82,7 @@ def table(device: str, budget: int | None, parts: dict[str, int]) -> str:
 
 
 def check_weights(config: EngineConfig, device: Device, weights: int) -> None:
-    """Before they are loaded. Raises DoesNotFitError."""
+    """Refuse weights that do not fit, before they are loaded. Raises DoesNotFitError."""
     free = device.free_memory()
     if device.name == "cpu":
         if weights > free:
@@ -102,7 +102,7 @@ def check_weights(config: EngineConfig, device: Device, weights: int) -> None:
 def plan_memory(
     config: EngineConfig, device: Device, needs: Needs, bytes_per_slot: int, sharing: int = 1
 ) -> MemoryPlan:
-    """How many slots the pool has.
+    """Plan how many slots the pool has.
 
     Args:
         needs: what is not states; of it, the weights are on the device already.

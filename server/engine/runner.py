@@ -126,7 +126,7 @@ class Runner:
         rows = pool.num_slots + 1
         self._sampler = Sampler(rows, runtime.model.spec.vocab_size, self._at)
         self._last_token = torch.zeros(rows, dtype=torch.long, device=self._at)
-        # Made anew only when the batch is another one.
+        # These are what a step reads of its batch. They are made anew only when the batch is another one.
         self._decoding: list[Request] = []
         self._decode_slots = torch.empty(0, dtype=torch.long, device=self._at)
         self._planned: list[Request] = []
