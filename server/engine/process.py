@@ -3,9 +3,11 @@
 import contextlib
 import gc
 import logging
+import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -227,13 +229,21 @@ def serve(config: EngineConfig) -> None:
 
 
 def main() -> None:
-    """`python -P -m server.engine.process CONFIG_JSON`, started by `server.wire.client` only."""
+    """`python -P -m server.engine.process CONFIG_JSON`, started by `server.wire.supervisor` only."""
     config = msgspec.json.decode(sys.argv[1], type=EngineConfig)
     configure(config.log_level, config.log_format)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's: it drains, then closes our stdin
     torch.set_num_threads(config.threads)
     torch.set_num_interop_threads(1)
-    serve(config)
+    status = 0
+    try:
+        serve(config)
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # Returning, Python would wait for the threads that read and write files, and a file server may never answer them.
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
