@@ -9,7 +9,7 @@ from pathlib import Path
 from modeling.spec import TOKEN_BLOCK
 from modeling.state import StatePool
 from server.engine.prefix_cache import TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
-from server.engine.state_file import HostState, fill, host_tensors, read_state, save_state
+from server.engine.state_file import host_tensors, load_state, save_state
 
 
 @dataclass(frozen=True)
@@ -84,14 +84,10 @@ class StateCache:
     def free(self, allocation: Allocation) -> None:
         self._pool.free(allocation.slot)
 
-    def load(self, path: Path) -> Callable[[], HostState]:
-        """The function that reads a state from a file, for `fill`. It may be called in any thread, and raises
-        StateLoadError."""
-        return partial(read_state, self._pool, path)
-
-    def fill(self, allocation: Allocation, state: HostState) -> None:
-        """Give an allocation the state that has been read from a file."""
-        fill(self._pool, allocation.slot, state)
+    def load(self, allocation: Allocation, path: Path) -> Callable[[], None]:
+        """The function that reads the state from a file. It may be called in any thread, for as long as nothing else is
+        done with the allocation, and raises StateLoadError and MemoryError."""
+        return partial(load_state, self._pool, allocation.slot, path)
 
     def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> Callable[[], None]:
         """The function that writes the state to a file. It may be called in any thread, for as long as nothing else is

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.engine.file_work import FileWork
 from server.engine.request import Request
 from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
 from server.engine.scheduler import Batch, Scheduler
-from server.engine.state_file import HostState, StateLoadError
-from server.engine.state_files import FileWork
+from server.engine.state_file import StateLoadError
 from server.wire.messages import (
     Abort,
     FinishReason,
@@ -49,9 +49,11 @@ class Engine:
         self._runner = runner
         self._depth = depth
         self._launched: deque[_Launched] = deque()
-        disk = ThreadPoolExecutor(1, "states")
-        self._reads: FileWork[HostState, StateLoadError] = FileWork(disk, StateLoadError)
-        self._writes: FileWork[None, OSError] = FileWork(disk, OSError)
+        # A thread each: whoever goes on from a saved state does not wait until those of others are on the disk.
+        self._reads: FileWork[StateLoadError | MemoryError] = FileWork(
+            ThreadPoolExecutor(1, "reads"), StateLoadError, MemoryError
+        )
+        self._writes = FileWork(ThreadPoolExecutor(1, "writes"), OSError)
         self._collected_at = 0.0
         self._blocked = False
         self._reported = 0, 0
@@ -90,6 +92,12 @@ class Engine:
         match message:
             case Abort():
                 self._scheduler.abort(message.request_id)
+                for request in (
+                    self._reads.cancel(message.request_id),
+                    self._writes.cancel(message.request_id),
+                ):
+                    if request is not None:
+                        self._scheduler.work_done(request)
             case Pause():
                 self._scheduler.pause(message.request_id, now)
             case Resume():
@@ -103,12 +111,11 @@ class Engine:
         Raises:
             IntegrityError: nothing is running, and yet slots are in use.
         """
-        for request, state in self._reads.ended():
-            self._scheduler.loaded(request, state)
-        batch = self._scheduler.next_batch()
-        for request, read in self._scheduler.loads:
+        for request, failure in self._reads.ended():
+            self._loaded(request, failure)
+        for request, read in self._scheduler.start_loads():
             self._reads.begin(request, read)
-        self._scheduler.loads.clear()
+        batch = self._scheduler.next_batch()
         if batch is not None:
             now = time.monotonic()
             for chunk in batch.prefills:
@@ -117,7 +124,8 @@ class Engine:
             pending = self._runner.launch(batch)
             self._launched.append(_Launched(pending, now))
             for request in pending.failed:
-                self._scheduler.out_of_memory(request)
+                error = f"the device has no memory left for this request (a prompt of {request.prompt_length} tokens)"
+                self._scheduler.fail(request, "memory", error)
             self._scheduler.launched(batch)
         output: StepOutput | None = None
         if self._launched and (batch is None or len(self._launched) > self._depth):
@@ -146,10 +154,11 @@ class Engine:
         batch = launched.step.batch
         done = [c.request for c in batch.prefills if c.is_last and c.request.finish_reason is None]
         scored = [self._scored(request) for request in done if isinstance(request.message, Score)]
-        writing = [request for request in done if self._write(request)]
+        for request in done:
+            if isinstance(request.message, SaveState):
+                self._writes.begin(request, self._scheduler.save(request, request.message))
         for request in batch.requests:
-            if request not in writing:
-                self._scheduler.collected(request)
+            self._scheduler.work_done(request)
         return self._output(tokens, scored, batch, step_s)
 
     def _output(self, tokens: list[Token], scored: list[Scored], batch: Batch, step_s: float) -> StepOutput:
@@ -213,12 +222,15 @@ class Engine:
             top=request.top,
         )
 
-    def _write(self, request: Request) -> bool:
-        """Start to write a file if the request asks for one; its step is over when that is."""
-        if not isinstance(request.message, SaveState):
-            return False
-        self._writes.begin(request, self._scheduler.save(request, request.message))
-        return True
+    def _loaded(self, request: Request, failure: StateLoadError | MemoryError | None) -> None:
+        """A saved state has been read into the request's slot, or can't be."""
+        if failure is None:
+            self._scheduler.loaded(request)
+        elif isinstance(failure, StateLoadError):
+            self._scheduler.fail(request, "state", str(failure))
+        else:
+            self._scheduler.fail(request, "memory", "the host has no memory left to read the saved state")
+        self._scheduler.work_done(request)
 
     def _saved(self, request: Request, failure: OSError | None) -> StateSaved | None:
         """A file has been written, or can't be. None when it was aborted meanwhile: nobody will want the file."""
@@ -227,5 +239,5 @@ class Engine:
         if aborted and error is None and isinstance(request.message, SaveState):
             Path(request.message.path).unlink(missing_ok=True)
         self._scheduler.finish(request, "stop")
-        self._scheduler.collected(request)
+        self._scheduler.work_done(request)
         return None if aborted else StateSaved(request_id=request.id, error=error)

@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from server.engine.cache import Allocation
 from server.engine.prefix_cache import CachedPrefix, Prefix
@@ -46,11 +47,9 @@ class Request:
     """time.monotonic() of the last pause."""
     paused_s: float = 0.0
     """Seconds for which it was paused and no token of it was being made, up to when it was last resumed."""
-    steps_in_flight: int = 0
-    """Steps that have been launched for it and not collected yet. The slot is freed only at 0."""
-    loading: bool = False
-    """Whether the saved state that it goes on from is being read from its file. The slot is freed only once that is
-    over."""
+    in_flight: int = 0
+    """How many pieces of work use its slot now: steps that have been launched and not collected yet, and a file that
+    its state is being read from or written to. The slot is freed only at 0."""
     finish_reason: FinishReason | None = None
     started: float | None = None
     """time.monotonic() at the first launch."""
@@ -77,6 +76,12 @@ class Request:
         owners could tell by the time and by `cached`."""
         m = self.message
         return (m.cache_salt, self.token_bytes, m.state_path) if isinstance(m, Generate) else None
+
+    @property
+    def state_path(self) -> Path | None:
+        """The file of the saved state that it goes on from; None for one that begins with an empty state."""
+        path = self.message.state_path if isinstance(self.message, Generate) else None
+        return None if path is None else Path(path)
 
     @property
     def prefill_done(self) -> bool:

@@ -6,11 +6,11 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from modeling.spec import TOKEN_BLOCK
 from server.engine.cache import Allocation, StateCache
 from server.engine.request import Request, TwinKey
-from server.engine.state_file import HostState, StateLoadError
 from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
 
 SNAPSHOTS = 2
@@ -84,9 +84,6 @@ class Scheduler:
         """Prompt tokens so far that the prefix cache might have had: all but those whose logits are needed."""
         self.cache_hits = 0
         """Prompt tokens among them that it had."""
-        self.loads: list[tuple[Request, Callable[[], HostState]]] = []
-        """Requests that have a slot and wait for a saved state to be read into it, each with the function that reads
-        the file; the engine clears the list, and calls `loaded` once a file has been read."""
         self.failed: list[Failed] = []
         """Requests that can't go on, and why; the engine reports them and clears the list."""
 
@@ -120,7 +117,7 @@ class Scheduler:
         if isinstance(message, Score):
             limit = message.from_position - 1
             request.prefix = self._cache.prefix(request.token_bytes, limit, message.cache_salt)
-        elif isinstance(message, SaveState) or message.state_path is None:
+        elif request.state_path is None:
             limit = request.prompt_length - 1
             request.prefix = self._cache.prefix(request.token_bytes, limit, message.cache_salt)
             request.cut = 0 if request.prefix is None else self._cache.remember(request.prefix)
@@ -158,22 +155,44 @@ class Scheduler:
                 self._decoding.append(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """No more steps for this request; its slot is freed once no launched step uses it."""
+        """No more steps for this request; its slot is freed once no work in flight uses it."""
         if request.finish_reason is None:
             request.finish_reason = reason
-            if not request.prefill_done:
-                if not request.loading:
-                    self._prefilling.remove(request)
-                self._unlead(request)
-            elif request in self._decoding:
-                self._decoding.remove(request)
+            for queue in (self._prefilling, self._decoding):
+                if request in queue:
+                    queue.remove(request)
+            self._unlead(request)
         self._release_if_idle(request)
 
-    def out_of_memory(self, request: Request) -> None:
-        """The device had no memory for a step of this request, whose state is of no use any more."""
-        error = f"the device has no memory left for this request (a prompt of {request.prompt_length} tokens)"
-        self.failed.append(Failed(request_id=request.id, reason="memory", error=error))
-        self.finish(request, "error")
+    def fail(self, request: Request, reason: Literal["state", "memory"], error: str) -> None:
+        """This request can't go on, and its state is of no use any more. One that has ended meanwhile has been told
+        of."""
+        if request.finish_reason is None:
+            self.failed.append(Failed(request_id=request.id, reason=reason, error=error))
+            self.finish(request, "error")
+
+    def start_loads(self) -> list[tuple[Request, Callable[[], None]]]:
+        """Give slots to the waiting requests that go on from a saved state, as far as their turn has come and nobody
+        else is feeding their prompt.
+
+        Returns:
+            These requests, each with the function that reads its state into its slot (`StateCache.load`); that is work
+            in flight. Once it is done, `loaded` lets the prompt be fed.
+        """
+        loads: list[tuple[Request, Callable[[], None]]] = []
+        for request in self._waiting[: max(self._room, 0)]:
+            if request.state_path is None or self._has_leader(request):
+                continue
+            allocation = self._admit(request)
+            if allocation is not None:
+                request.in_flight += 1
+                loads.append((request, self._cache.load(allocation, request.state_path)))
+        return loads
+
+    def loaded(self, request: Request) -> None:
+        """The saved state of a request is in its slot: its prompt can be fed, unless it has ended meanwhile."""
+        if request.finish_reason is None:
+            insort(self._prefilling, request, key=_order)
 
     def next_batch(self) -> Batch | None:
         """Plan a step and count it as launched. None when there is nothing to run."""
@@ -195,7 +214,7 @@ class Scheduler:
                     if sampling.decodable and sampling.id not in self._paused:
                         self._decoding.append(sampling)
         for request in batch.requests:
-            request.steps_in_flight += 1
+            request.in_flight += 1
         return batch
 
     def launched(self, batch: Batch) -> None:
@@ -215,42 +234,34 @@ class Scheduler:
                     self._cache.drop(request.snapshots.pop(0))
 
     def save(self, request: Request, message: SaveState) -> Callable[[], None]:
-        """The function that writes the state of a request whose prompt has been fed (`StateCache.save`). To be asked
-        for before the request's last step is `collected`."""
+        """The function that writes the state of a request whose prompt has been fed (`StateCache.save`); that is work
+        in flight. To be asked for before the request's last step is `work_done`."""
         if request.allocation is None:
             raise RuntimeError(f"request {request.id} has no state to save")
+        request.in_flight += 1
         return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
 
-    def loaded(self, request: Request, state: HostState | StateLoadError) -> None:
-        """The saved state of a request (one of `loads`) has been read, or can't be."""
-        request.loading = False
-        if request.finish_reason is None and request.allocation is not None:
-            if isinstance(state, StateLoadError):
-                self.failed.append(Failed(request_id=request.id, reason="state", error=str(state)))
-                request.finish_reason = "error"
-                self._unlead(request)
-            else:
-                self._cache.fill(request.allocation, state)
-                insort(self._prefilling, request, key=_order)
-        self._release_if_idle(request)
-
-    def collected(self, request: Request) -> None:
-        """A launched step of this request has been collected, and nothing more is done with the state that it left."""
-        request.steps_in_flight -= 1
+    def work_done(self, request: Request) -> None:
+        """A piece of work in flight no longer uses the request's slot: a launched step has been collected, or the
+        reading or writing of a file has ended or was cancelled."""
+        request.in_flight -= 1
         self._release_if_idle(request)
 
     def _plan_prefills(self) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         budget = self._prefill_tokens
-        # No more than these can get a slot now.
-        candidates = self._prefilling + self._waiting[: max(self._room, 0)]
+        # No more than these can get a slot now. Those that go on from a saved state get theirs in `start_loads`.
+        first = self._waiting[: max(self._room, 0)]
+        candidates = self._prefilling + [request for request in first if request.state_path is None]
         for request in sorted(candidates, key=_order):
             if not budget:
                 break
             if request.prefill_done:  # a fork of one before it
                 continue
-            if request.allocation is None and (self._has_leader(request) or not self._admit(request)):
-                continue
+            if request.allocation is None:
+                if self._has_leader(request) or self._admit(request) is None:
+                    continue
+                insort(self._prefilling, request, key=_order)
             end = self._chunk_end(request, budget)
             if end == request.prefilled:
                 break
@@ -277,28 +288,20 @@ class Scheduler:
         slots = self._cache.available
         return slots if self._max_running is None else min(slots, self._max_running - self.running)
 
-    def _admit(self, request: Request) -> bool:
-        """Give a waiting request a slot, with as much of its prompt as is cached. False when its prompt can't be fed
-        now: there is no slot, or the saved state that goes into it is yet to be read."""
-        if self._room <= 0:
-            return False
-        allocation = self._cache.allocate(request.prefix)
+    def _admit(self, request: Request) -> Allocation | None:
+        """Give a waiting request a slot, with as much of its prompt as is cached. None when there is no slot."""
+        allocation = self._cache.allocate(request.prefix) if self._room > 0 else None
         if allocation is None:
-            return False
+            return None
         self._start(request, allocation)
         if request.twin_key is not None:
             self._leaders.setdefault(request.twin_key, request)
-        if isinstance(request.message, Generate) and request.message.state_path is not None:
-            request.loading = True
-            self.loads.append((request, self._cache.load(Path(request.message.state_path))))
-            return False
-        insort(self._prefilling, request, key=_order)
         if request.prefix is not None:
             self.cache_queries += request.prefix.limit
             self.cache_hits += allocation.cached
         if request.cut <= allocation.cached:
             request.cut = 0
-        return True
+        return allocation
 
     def _start(self, request: Request, allocation: Allocation) -> None:
         self._waiting.remove(request)
@@ -331,7 +334,7 @@ class Scheduler:
                     chunk.forks.append(request)
 
     def _release_if_idle(self, request: Request) -> None:
-        if request.finish_reason is None or request.steps_in_flight or request.loading:
+        if request.finish_reason is None or request.in_flight:
             return
         if request.allocation is None:
             return

@@ -5,6 +5,7 @@ import os
 import secrets
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -14,10 +15,6 @@ from modeling.state import StatePool
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 """The dtypes of a pool, as safetensors calls them."""
-
-
-HostState = dict[str, Tensor]
-"""A state in the host's memory: its tensors by name, as a file holds them."""
 
 
 class StateLoadError(Exception):
@@ -30,12 +27,12 @@ def layout(pool: StatePool) -> dict[str, tuple[str, list[int]]]:
     return {name: (_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()}
 
 
-def host_tensors(pool: StatePool, slot: int) -> HostState:
-    """What a file of the state in `slot` holds: on a CPU the slot itself, else a copy."""
+def host_tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
+    """The tensors of the state in `slot` by their names in a file: on a CPU those of the slot itself, else copies."""
     return {name: t.cpu() for name, t in pool.tensors(slot).items()}
 
 
-def save_state(tensors: HostState, path: Path, metadata: dict[str, str]) -> None:
+def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Write a state and wait for the disk; a file of that name is replaced at once or not at all. Raises OSError."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -49,21 +46,22 @@ def save_state(tensors: HostState, path: Path, metadata: dict[str, str]) -> None
         partial.unlink(missing_ok=True)
 
 
-def read_state(pool: StatePool, path: Path) -> HostState:
-    """What `fill` takes, read from a file; in any thread. All of it is in memory then, on a GPU's host in memory that
-    the device copies from by itself.
+def load_state(pool: StatePool, slot: int, path: Path) -> None:
+    """Read a state from a file into a slot, on a GPU behind all work that the device has been given already.
 
     Raises:
         StateLoadError: the file can't be read, or its state is not one of this pool. Its message goes to the client: it
             names no path.
+        MemoryError: the host has no memory left for it.
     """
     try:
+        _read_ahead(path)
         loaded = load_file(path)
     except OSError as e:
         raise StateLoadError("the saved state can't be read; it may have expired or been deleted") from e
     except SafetensorError as e:
         raise StateLoadError(f"the saved state can't be read: {e}") from e
-    ours = pool.tensors(pool.null_slot)
+    ours = pool.tensors(slot)
     if loaded.keys() != ours.keys():
         odd = min(loaded.keys() ^ ours.keys())
         raise StateLoadError(f"the saved state is of another model: {odd} is in one of the two only")
@@ -74,12 +72,33 @@ def read_state(pool: StatePool, path: Path) -> HostState:
                 f"the saved state is of another model: {name} is {theirs.dtype} {list(theirs.shape)}, "
                 f"and {t.dtype} {list(t.shape)} is needed"
             )
-    # What the library gives is the file itself, of which nothing has been read yet.
-    pinned = ours[name].is_cuda
-    return {name: t.pin_memory() if pinned else t.clone() for name, t in loaded.items()}
+    for name, t in ours.items():
+        _copy(loaded[name], t)
 
 
-def fill(pool: StatePool, slot: int, tensors: HostState) -> None:
-    """Copy what `read_state` has read into a slot, behind all work that the device has been given already."""
-    for name, t in pool.tensors(slot).items():
-        t.copy_(tensors[name], non_blocking=True)
+def _read_ahead(path: Path) -> None:
+    """Have the system read a file into memory. Python's own reads let the steps' thread run meanwhile; the library
+    would keep the interpreter to itself for as long as the disk takes to open the file."""
+    chunk = bytearray(2**20)
+    with path.open("rb", buffering=0) as file:
+        while file.readinto(chunk):
+            pass
+
+
+def _copy(source: Tensor, target: Tensor) -> None:
+    """Copy a tensor of a file into one of a slot; on a GPU the copy is only queued. Raises MemoryError."""
+    host = _pinned_like(target) if target.is_cuda else target
+    # By numpy: torch would start threads for it that compete with those of the steps.
+    np.copyto(host.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
+    if target.is_cuda:
+        # torch keeps the pinned block until it is copied: its allocator reuses a block only when the streams that have
+        # copied from it are past that.
+        target.copy_(host, non_blocking=True)
+
+
+def _pinned_like(tensor: Tensor) -> Tensor:
+    """Pinned memory on the host for as much as the tensor holds. Raises MemoryError."""
+    try:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    except RuntimeError as e:  # torch has no class of its own for this
+        raise MemoryError(f"no pinned memory: {e}") from e

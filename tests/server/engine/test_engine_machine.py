@@ -18,9 +18,9 @@ from modeling.families import family_of
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine, IntegrityError
+from server.engine.file_work import FileWork
 from server.engine.scheduler import Scheduler
 from server.engine.state_file import StateLoadError
-from server.engine.state_files import FileWork
 from server.wire.messages import Abort, Generate, Pause, Resume, SaveState
 
 SPEC = family_of(DELTA).spec({**DELTA, "num_hidden_layers": 1, "hidden_size": 8, "expand_v": 1.0})
@@ -42,6 +42,8 @@ class OnDemand(Executor):
 
     def run_one(self):
         future, work = self.work.pop(0)
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             future.set_result(work())
         except StateLoadError as e:
@@ -74,9 +76,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner = FakeRunner(self.pool, prefill_tokens)
         self.runner.base = self.saved
         self.engine = Engine(self.scheduler, self.runner, self.depth)
-        self.disk = OnDemand()
-        self.engine._reads = FileWork(self.disk, StateLoadError)
-        self.engine._writes = FileWork(self.disk, OSError)
+        self.disks = [OnDemand(), OnDemand()]
+        self.engine._reads = FileWork(self.disks[0], StateLoadError)
+        self.engine._writes = FileWork(self.disks[1], OSError)
         self.slots = slots
 
     def prompt(self, length, family):
@@ -148,10 +150,15 @@ class EngineMachine(RuleBasedStateMachine):
         for request_id in self.added:
             self.engine.handle(Resume(request_id=request_id))
 
-    @rule()
-    def write_or_read_a_file(self):
-        if self.disk.work:
-            self.disk.run_one()
+    @rule(pick=st.integers(0, 1))
+    def write_or_read_a_file(self, pick):
+        if self.disks[pick].work:
+            self.disks[pick].run_one()
+
+    def write_or_read_all_that_began(self):
+        for disk in self.disks:
+            while disk.work:
+                disk.run_one()
 
     @rule(where=st.sampled_from(["launch", "collect"]))
     def crash(self, where):
@@ -168,7 +175,7 @@ class EngineMachine(RuleBasedStateMachine):
             if output is not None:
                 self.check(output)  # a step that only refused, or told of a file
             if self.engine.blocked and self.engine.on_disk:
-                self.disk.run_one()
+                self.write_or_read_all_that_began()
             if self.engine.idle:
                 break
         else:
@@ -257,7 +264,7 @@ class EngineMachine(RuleBasedStateMachine):
                 break
             self.step()
             if self.engine.blocked and self.engine.on_disk:
-                self.disk.run_one()
+                self.write_or_read_all_that_began()
         assert self.engine.idle and self.engine.occupancy.paused == 0
         assert self.scheduler.used_slots == 0 and not self.scheduler._requests
         assert not self.scheduler._leaders and not self.scheduler._prefilling and not self.scheduler._decoding

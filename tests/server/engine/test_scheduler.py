@@ -37,7 +37,7 @@ def step(target):
     if batch is None:
         return None
     for request in batch.requests:
-        target.collected(request)
+        target.work_done(request)
     return [(c.request, c.start, c.end) for c in batch.prefills], batch.decodes
 
 
@@ -107,7 +107,7 @@ def test_a_slot_is_freed_only_once_no_launched_step_uses_it():
     for batch in (first, second):
         assert s.used_slots == 1
         (request,) = batch.requests
-        s.collected(request)
+        s.work_done(request)
     assert s.used_slots == 0
     assert s.next_batch().prefills[0].request is b
 
@@ -120,7 +120,7 @@ def test_aborting_twice_or_after_the_end_is_no_error():
     batch = s.next_batch()
     s.abort(a.id)
     s.abort(a.id)
-    s.collected(batch.requests[0])
+    s.work_done(batch.requests[0])
     s.abort(a.id)
     s.abort("never seen")
     assert (s.running, s.waiting, s.used_slots) == (0, 0, 0)
@@ -144,7 +144,7 @@ def test_an_id_in_use_is_refused_until_its_request_has_gone():
     s.abort("x")
     with pytest.raises(ValueError, match="already in use"):
         add(s, 5, request_id="x")
-    s.collected(batch.requests[0])
+    s.work_done(batch.requests[0])
     add(s, 5, request_id="x")
     assert a.allocation is None
 

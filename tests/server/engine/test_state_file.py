@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 
+import msgspec
 import pytest
 import torch
 from checkpoints import GATED
@@ -15,8 +16,8 @@ from states import tensors
 from modeling.families import family_of
 from modeling.spec import StateTypes
 from modeling.state import StatePool
-from server.engine import cache
-from server.engine.state_file import StateLoadError, fill, host_tensors, read_state, save_state
+from server.engine import cache, state_file
+from server.engine.state_file import StateLoadError, host_tensors, load_state, save_state
 from server.wire.messages import Abort, SaveState
 
 SPEC = family_of(GATED).spec({**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]})
@@ -39,7 +40,7 @@ def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
     pool = random_pool(dtype)
     save_state(host_tensors(pool, 1), tmp_path / "a", {"model": "x"})
     before = [t.clone() for t in tensors(pool)]
-    fill(pool, 2, read_state(pool, tmp_path / "a"))
+    load_state(pool, 2, tmp_path / "a")
     for t, old in zip(tensors(pool), before, strict=True):
         assert torch.equal(t[2], old[1]) and torch.equal(t[:2], old[:2]) and torch.equal(t[3], old[3])
     with safe_open(tmp_path / "a", "pt") as f:
@@ -82,7 +83,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, chang
     save_file(loaded, tmp_path / "a")
     before = [t.clone() for t in tensors(pool)]
     with pytest.raises(StateLoadError, match=CHANGES[change]):
-        read_state(pool, tmp_path / "a")
+        load_state(pool, 2, tmp_path / "a")
     assert all(torch.equal(t, b) for t, b in zip(tensors(pool), before, strict=True))
 
 
@@ -92,7 +93,7 @@ def test_what_is_no_state_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(StateLoadError, match="can't be read"):
-        read_state(random_pool(), path)
+        load_state(random_pool(), 2, path)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -167,34 +168,40 @@ def test_errors_end_their_request_only(bench, tmp_path):
 
 
 class Disk:
-    """Writes and reads files once it has been `let_go`, and notes what it did."""
+    """Writes and reads files once they have been `let_go`, and notes what it did."""
 
     def __init__(self):
         self.done = []
-        self._ready = threading.Event()
+        self._begun = {"write": threading.Semaphore(0), "read": threading.Semaphore(0)}
+        self._may = {"write": threading.Event(), "read": threading.Event()}
 
-    def let_go(self):
-        self._ready.set()
+    def let_go(self, *kinds):
+        for kind in kinds or ("write", "read"):
+            self._may[kind].set()
+
+    def wait_until_begun(self, kind):
+        """Once for each piece of work of that kind."""
+        assert self._begun[kind].acquire(timeout=600), f"no {kind} began"
 
     def save_state(self, *arguments):
-        self._wait()
+        self._hold("write")
         save_state(*arguments)
-        self.done.append("write")
 
-    def read_state(self, *arguments):
-        self._wait()
-        self.done.append("read")
-        return read_state(*arguments)
+    def load_state(self, *arguments):
+        self._hold("read")
+        load_state(*arguments)
 
-    def _wait(self):
-        assert self._ready.wait(600), "the disk held up those who were to let it go on"
+    def _hold(self, kind):
+        self._begun[kind].release()
+        assert self._may[kind].wait(600), "the disk held up those who were to let it go on"
+        self.done.append(kind)
 
 
 @pytest.fixture
 def disk(monkeypatch):
     disk = Disk()
     monkeypatch.setattr(cache, "save_state", disk.save_state)
-    monkeypatch.setattr(cache, "read_state", disk.read_state)
+    monkeypatch.setattr(cache, "load_state", disk.load_state)
     yield disk
     disk.let_go()
 
@@ -238,6 +245,7 @@ def test_a_file_that_nobody_waits_for_any_more_is_removed(bench, tmp_path, disk)
     engine = bench.engine(slots=1)
     engine.handle(save_message(prompt(5), tmp_path / "state"))
     engine.step()
+    disk.wait_until_begun("write")
     engine.handle(Abort(request_id="save"))
     assert engine.occupancy.used_slots == 1, "the slot is still being read"
     disk.let_go()
@@ -293,6 +301,7 @@ def test_a_request_that_leaves_while_its_state_is_read_frees_its_slot_after_that
     engine = bench.engine(slots=1)
     engine.handle(generate(prompt(9), 5, request_id="gone", state_path=state[1]))
     steps_until_blocked(engine)
+    disk.wait_until_begun("read")
     engine.handle(Abort(request_id="gone"))
     assert engine.occupancy.used_slots == 1, "it is still being read for"
     disk.let_go()
@@ -326,6 +335,7 @@ def test_whoever_waits_for_one_that_leaves_reads_the_state_itself(bench, state, 
     engine.handle(first)
     engine.handle(second)
     steps_until_blocked(engine)
+    disk.wait_until_begun("read")
     engine.handle(Abort(request_id=first.request_id))
     steps_until_blocked(engine)
     assert engine.occupancy.used_slots == 2
@@ -353,15 +363,119 @@ def test_a_broken_file_fails_all_that_go_on_from_it_and_nobody_else(bench, tmp_p
     assert engine.idle and engine.occupancy.used_slots == 0
 
 
-def test_a_file_that_is_written_and_then_read_is_read_as_it_was_written(bench, state, disk):
-    engine = bench.engine(slots=2)
-    other, path = prompt(80, seed=3), state[1]
-    engine.handle(save_message(other, path))
+@pytest.mark.parametrize("depth", [0, 1])
+def test_nobody_waits_for_the_files_of_others_to_be_written(bench, state, tmp_path, disk, depth):
+    engine = bench.engine(slots=3, depth=depth)
+    ids, path = state
+    for i in range(2):
+        save = save_message(prompt(5, seed=i), tmp_path / f"saved{i}")
+        engine.handle(msgspec.structs.replace(save, request_id=f"save{i}"))
     steps_until_blocked(engine)
+    disk.wait_until_begun("write")
+    disk.let_go("read")
     goes_on = generate(prompt(9), 5, state_path=path)
-    engine.handle(goes_on)
+    outputs = steps_until_all_end(engine, [goes_on])
+    assert disk.done == ["read"] and not any(output.saved for output in outputs)
+    bench.check_tokens(generate(ids + prompt(9), 5), tokens_of(outputs)[goes_on.request_id])
+    disk.let_go("write")
+    outputs = run(engine, {0: []})
+    assert sorted(s.request_id for o in outputs for s in o.saved) == ["save0", "save1"]
+
+
+@pytest.mark.parametrize("work", ["read", "write"])
+def test_work_on_a_file_that_has_not_begun_is_dropped_when_its_request_leaves(
+    bench, state, tmp_path, disk, work
+):
+    engine = bench.engine(slots=3)
+    for i in range(3):
+        if work == "read":
+            engine.handle(generate(prompt(9 + i), 5, request_id=f"{i}", state_path=state[1]))
+        else:
+            save = save_message(prompt(9 + i), tmp_path / f"saved{i}")
+            engine.handle(msgspec.structs.replace(save, request_id=f"{i}"))
     steps_until_blocked(engine)
+    disk.wait_until_begun(work)
+    assert engine.occupancy.used_slots == 3
+    engine.handle(Abort(request_id="1"))
+    assert engine.occupancy.used_slots == engine.occupancy.running == 2
+    engine.handle(Abort(request_id="0"))
+    assert engine.occupancy.used_slots == 2, "this one has begun"
     disk.let_go()
     outputs = run(engine, {0: []})
-    assert disk.done == ["write", "read"]
-    bench.check_tokens(generate(other + prompt(9), 5), tokens_of(outputs)[goes_on.request_id])
+    assert disk.done == [work, work] and engine.occupancy.used_slots == 0
+    ended = [t.request_id for o in outputs for t in o.tokens if t.finish_reason]
+    assert ended + [s.request_id for o in outputs for s in o.saved] == ["2"]
+    assert not (tmp_path / "saved0").exists() and not (tmp_path / "saved1").exists()
+
+
+def test_states_are_read_while_the_prompts_before_them_are_still_being_fed(bench, state, disk):
+    engine = bench.engine(slots=3, prefill_tokens=64)
+    ids, path = state
+    long, goes_on, last = generate(prompt(640), 1), generate(prompt(9), 5, state_path=path), generate([7], 1)
+    for message in (long, goes_on, last):
+        engine.handle(message)
+    engine.step()
+    disk.wait_until_begun("read")
+    assert (engine.occupancy.used_slots, engine.occupancy.waiting) == (2, 1)
+    disk.let_go()
+    tokens = tokens_of(run(engine, {0: []}))
+    bench.check_tokens(generate(ids + prompt(9), 5), tokens[goes_on.request_id])
+    assert tokens.keys() == {long.request_id, goes_on.request_id, last.request_id}
+
+
+def test_no_slot_is_given_to_one_that_reads_before_the_turn_of_those_who_came_earlier(bench, state, disk):
+    engine = bench.engine(slots=2, prefill_tokens=64)
+    for message in (generate(prompt(640), 1), generate(prompt(5), 1)):
+        engine.handle(message)
+    engine.handle(generate(prompt(9), 5, state_path=state[1]))
+    engine.step()
+    assert (engine.occupancy.running, engine.occupancy.waiting) == (1, 2) and not engine.on_disk
+    disk.let_go()
+    assert len(tokens_of(run(engine, {0: []}))) == 3
+
+
+def test_a_host_without_memory_for_a_state_fails_its_request_only(bench, state, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(cache, "load_state", full)
+    engine = bench.engine()
+    lost, fine = generate(prompt(9), 5, state_path=state[1]), generate(prompt(5), 3)
+    outputs = run(engine, {0: [lost, fine]})
+    (failed,) = (f for o in outputs for f in o.failed)
+    assert (failed.request_id, failed.reason) == (lost.request_id, "memory")
+    assert tokens_of(outputs).keys() == {fine.request_id}
+    assert engine.idle and engine.occupancy.used_slots == 0
+
+
+def test_pinned_memory_that_is_not_there_is_a_memory_error(monkeypatch):
+    def empty(*arguments, **options):
+        assert options["pin_memory"]
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(MemoryError, match="out of memory"):
+        state_file._pinned_like(torch.zeros(3))
+
+
+def test_a_file_is_read_and_written_without_more_threads(tmp_path):
+    pool = StatePool(family_of(GATED).spec({**GATED, "head_dim": 64, "expand_v": 4.0}), 2)
+    assert max(t[0].numel() for t in tensors(pool)) >= 2**16, "torch would not share the work out"
+    threads = torch.get_num_threads()
+    counts = []
+
+    def work():
+        torch.set_num_threads(4)
+        counts.append(len(os.listdir("/proc/self/task")))
+        save_state(host_tensors(pool, 0), tmp_path / "a", {})
+        load_state(pool, 1, tmp_path / "a")
+        counts.append(len(os.listdir("/proc/self/task")))
+
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_num_threads(threads)
+    before, after = counts
+    assert after <= before
