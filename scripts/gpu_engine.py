@@ -24,7 +24,7 @@ from modeling.state import StatePool
 from server.engine.device import Cuda, Device, Host
 from server.engine.engine import Engine
 from server.engine.process import build
-from server.wire.messages import EngineConfig, Generate, Ready, Sampling
+from server.wire.messages import EngineConfig, Generate, Ready, Sampling, SaveState
 
 STREAMS = 256
 CLIENTS = 4
@@ -78,10 +78,15 @@ def make_engine(
     return build(engine_config, device_of(run, graphs=graphs))
 
 
-def request(number: int, ids: list[int], new_tokens: int) -> Generate:
+def request(name: str, ids: list[int], new_tokens: int, state: Path | None = None) -> Generate:
     greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
     return Generate(
-        request_id=str(number), token_ids=ids, max_tokens=new_tokens, sampling=greedy, stop_token_ids=[]
+        request_id=name,
+        token_ids=ids,
+        max_tokens=new_tokens,
+        sampling=greedy,
+        stop_token_ids=[],
+        state_path=None if state is None else str(state),
     )
 
 
@@ -90,17 +95,42 @@ def random_prompts(lengths: list[int], vocab: int) -> list[list[int]]:
     return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
-def texts(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Greedy tokens of each prompt; they join one after the other, so that batches of many sizes run."""
-    tokens: list[list[int]] = [[] for _ in prompts]
-    waiting = [request(i, ids, new_tokens) for i, ids in enumerate(prompts)]
+def run_all(engine: Engine, messages: list[Generate | SaveState]) -> dict[str, list[int]]:
+    """Tokens of each request; they join one after the other, so that batches of many sizes run."""
+    tokens: dict[str, list[int]] = {}
+    waiting = list(messages)
     while waiting or not engine.idle:
         if waiting:
             engine.handle(waiting.pop(0))
         output = engine.step()
         for token in output.tokens if output else ():
-            tokens[int(token.request_id)].append(token.token_id)
+            tokens.setdefault(token.request_id, []).append(token.token_id)
     return tokens
+
+
+def texts(engine: Engine, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Greedy tokens of each prompt."""
+    tokens = run_all(engine, [request(str(i), ids, new_tokens) for i, ids in enumerate(prompts)])
+    return [tokens[str(i)] for i in range(len(prompts))]
+
+
+def texts_from_saved_states(
+    engine: Engine, prompts: list[list[int]], new_tokens: int, folder: Path
+) -> list[list[int]]:
+    """As `texts`, but each prompt's second half goes on from a saved state of its first half. Others decode while
+    states are written, and while they are read."""
+    saves: list[Generate | SaveState] = []
+    going_on: list[Generate | SaveState] = []
+    for i, ids in enumerate(prompts):
+        file, half = folder / f"state-{i}", len(ids) // 2
+        saves.append(request(f"beside {i}", ids, new_tokens))
+        if half:
+            save = SaveState(request_id=f"save {i}", token_ids=ids[:half], path=str(file), fingerprint={})
+            saves.append(save)
+        going_on.append(request(str(i), ids[half:], new_tokens, file if half else None))
+    run_all(engine, saves)
+    tokens = run_all(engine, going_on)
+    return [tokens[str(i)] for i in range(len(prompts))]
 
 
 @torch.inference_mode()
@@ -144,7 +174,8 @@ def waits_counted(run: Run, engine: Engine) -> Iterator[dict[str, int]]:
 
 
 def check_engine_text(run: Run) -> Iterator[list[str]]:
-    """Both ways of launching, and the CPU, give the same text; launches of decode steps wait for nothing."""
+    """Both ways of launching, and the CPU, give the same text, also from saved states; launches of decode steps wait
+    for nothing."""
     new = 6 if run.small else 24
     lengths = [1, 9, 30] if run.small else [1, 63, 64, 65, 150, 7, 200, 31]
     for family in FAMILIES[:1] if run.small else FAMILIES:
@@ -154,8 +185,17 @@ def check_engine_text(run: Run) -> Iterator[list[str]]:
             run.folder / f"engine-{family}", config(family, d_k=width, **parity_size(run))
         )
         prompts = random_prompts(lengths, checkpoint.spec.vocab_size)
+        references = [reference(checkpoint, ids, new) for ids in prompts]
         result: dict[str, Any] = {}
         run.report.setdefault("engine", {})[f"text {family}"] = result
+
+        def against_references(made: list[list[int]], references: list[Any] = references) -> list[str]:
+            """How the texts that were made compare with those of the CPU."""
+            pairs = zip(made, references, strict=True)
+            return sorted(
+                {same_text(t[None], logits[None], torch.tensor([text])) for text, (t, logits) in pairs}
+            )
+
         for name, graphs in (("graphs", True), ("eager", False)):
             engine, _ = make_engine(
                 run, checkpoint, "float32", requests=len(prompts), graphs=graphs, state_memory=2**28
@@ -164,16 +204,17 @@ def check_engine_text(run: Run) -> Iterator[list[str]]:
             with waits_counted(run, engine) as waits:
                 made = texts(engine, prompts, new)
             result[f"waits {name}"] = waits
-            same = [
-                same_text(tokens[None], logits[None], torch.tensor([text]))
-                for text, (tokens, logits) in zip(
-                    made, (reference(checkpoint, ids, new) for ids in prompts), strict=True
-                )
-            ]
-            result[name] = sorted(set(same))
+            result[name] = against_references(made)
+            result[f"saved {name}"] = against_references(
+                texts_from_saved_states(engine, prompts, new, run.folder)
+            )
+            same = [*result[name], *result[f"saved {name}"]]
             good = all(s.startswith("equal") for s in same) and not waits["decode"]
             what = f"engine {family} {name}"
-            details = f"text against the CPU: {', '.join(result[name])}; waits in launches: {waits}"
+            details = (
+                f"text against the CPU: {', '.join(result[name])}; from saved states: "
+                f"{', '.join(result[f'saved {name}'])}; waits in launches: {waits}"
+            )
             yield [what, run.check(good, what), details]
             del engine
             free(run)
@@ -182,7 +223,7 @@ def check_engine_text(run: Run) -> Iterator[list[str]]:
 def full_speed(engine: Engine, batch: int, vocab: int, new_tokens: int) -> float:
     """Tokens per second while all of `batch` requests decode."""
     for i, ids in enumerate(random_prompts([16] * batch, vocab)):
-        engine.handle(request(i, ids, new_tokens))
+        engine.handle(request(str(i), ids, new_tokens))
     times: list[float] = []
     while not engine.idle:
         output = engine.step()

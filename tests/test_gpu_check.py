@@ -30,7 +30,8 @@ def test_every_section_runs_and_says_what_it_found(tmp_path):
     assert report["failures"] == [] and set(report["skipped"]) == {"check_peer", "check_capacity"}
     assert report["warm"]["failed"] == 0
     assert {"kernels", "parity", "bandwidth", "tuning", "decode"} <= set(report)
-    assert report["engine"]["text gated_deltanet"]["graphs"] == ["equal"]
+    text = report["engine"]["text gated_deltanet"]
+    assert text["graphs"] == text["saved graphs"] == text["saved eager"] == ["equal"]
     for variant in ("dense", "reduced"):
         figures = report["server"][variant]
         assert figures["errors"] == 0 and figures["tokens"] == 2 * figures["streams"] * 8
