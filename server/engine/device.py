@@ -20,7 +20,7 @@ class Download(Protocol):
     """The results of one step, copied to the host behind the step's own work."""
 
     def add(self, tensor: Tensor) -> Tensor:
-        """The host's copy, to be read after `wait`."""
+        """Queue a copy of the tensor. Returns the host's, to be read after `wait`."""
         ...
 
     def seal(self) -> None:
@@ -101,7 +101,7 @@ def _cgroup_number(name: str) -> int | None:
 
 
 class _Here:
-    """Nothing to copy, nothing to wait for."""
+    """The results of a step on the CPU: nothing is to be copied or waited for."""
 
     def add(self, tensor: Tensor) -> Tensor:
         return tensor

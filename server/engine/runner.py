@@ -65,7 +65,7 @@ class PendingStep:
         download.seal()
 
     def collect(self) -> StepResult:
-        """The tokens; scores go to their requests."""
+        """Wait for the step's tokens and return them. Scores go to their requests."""
         self._download.wait()
         tokens: list[NewToken] = []
         for plan, sampled in self._sampled:
@@ -79,7 +79,7 @@ class PendingStep:
 
 
 def _on_host(sampled: Sampled, download: Download) -> Sampled:
-    """The same, once the download is there."""
+    """The host's copies of these tensors, to be read once the download is there."""
 
     def add(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else download.add(tensor)

@@ -72,7 +72,8 @@ class Scheduler:
         self._waiting: list[Request] = []
         """Requests that have no slot yet, in order."""
         self._prefilling: list[Request] = []
-        """Requests that have a slot and a part of their prompt still to feed, in order."""
+        """Requests that have a slot and a part of their prompt still to feed, in order; those that go on from a saved
+        state only once it is in the slot."""
         self._leaders: dict[TwinKey, Request] = {}
         """For each prompt that is being fed, the request that feeds it. Others with the same prompt
         (`Request.twin_key`) wait for its state instead of feeding the prompt again."""
