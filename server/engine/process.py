@@ -172,7 +172,7 @@ def _plan(
     if recorder is None:
         return states, plan, None
     sizes = graph_sizes(min(plan.slots, config.max_requests or MAX_BATCH))
-    return states, plan, DecodeGraphs(runtime, states, sizes, states.null_slot, recorder)
+    return states, plan, DecodeGraphs(runtime, states, sizes, recorder)
 
 
 def serve(config: EngineConfig) -> None:

@@ -147,7 +147,7 @@ def test_recorded_steps_take_any_kind(spec):
         output = function()
         return lambda: output.copy_(function()), output
 
-    graphs = DecodeGraphs(runtime, pool, [2], pool.null_slot, recorder)
+    graphs = DecodeGraphs(runtime, pool, [2], recorder)
     for ids in torch.randint(0, 37, (3, 2)):
         slots = torch.tensor([3, 0])
         torch.testing.assert_close(graphs(ids, slots), runtime.decode(ids, plain, slots))
