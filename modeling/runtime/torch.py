@@ -9,8 +9,8 @@ from modeling.state import LayerState, StatePool
 
 
 class TorchRuntime:
-    """`modeling.runtime.Runtime` that goes from block to block, as those of other machines may with blocks of
-    theirs."""
+    """A `modeling.runtime.Runtime` that goes from block to block. Those of certain machines inherit the way and have
+    blocks of their own."""
 
     name = "torch"
 

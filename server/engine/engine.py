@@ -9,7 +9,8 @@ from pathlib import Path
 from server.engine.request import Request
 from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
 from server.engine.scheduler import Batch, Scheduler
-from server.engine.state_files import StateFiles
+from server.engine.state_file import HostState, StateLoadError
+from server.engine.state_files import FileWork
 from server.wire.messages import (
     Abort,
     FinishReason,
@@ -48,7 +49,9 @@ class Engine:
         self._runner = runner
         self._depth = depth
         self._launched: deque[_Launched] = deque()
-        self._files = StateFiles(ThreadPoolExecutor(1, "states"))
+        disk = ThreadPoolExecutor(1, "states")
+        self._reads: FileWork[HostState, StateLoadError] = FileWork(disk, StateLoadError)
+        self._writes: FileWork[None, OSError] = FileWork(disk, OSError)
         self._collected_at = 0.0
         self._blocked = False
         self._reported = 0, 0
@@ -68,7 +71,7 @@ class Engine:
     @property
     def on_disk(self) -> bool:
         """Whether a file is being written or read."""
-        return self._files.busy
+        return bool(self._reads or self._writes)
 
     @property
     def occupancy(self) -> Occupancy:
@@ -100,11 +103,11 @@ class Engine:
         Raises:
             IntegrityError: nothing is running, and yet slots are in use.
         """
-        for request, state in self._files.loaded():
+        for request, state in self._reads.ended():
             self._scheduler.loaded(request, state)
         batch = self._scheduler.next_batch()
         for request, read in self._scheduler.loads:
-            self._files.read(request, read)
+            self._reads.begin(request, read)
         self._scheduler.loads.clear()
         if batch is not None:
             now = time.monotonic()
@@ -119,7 +122,7 @@ class Engine:
         output: StepOutput | None = None
         if self._launched and (batch is None or len(self._launched) > self._depth):
             output = self._collect(self._launched.popleft())
-        elif self._scheduler.failed or self._files.due:
+        elif self._scheduler.failed or self._writes.due:
             output = self._output([], [], Batch([], []), 0.0)
         self._blocked = batch is None and output is None and not self._launched
         if self.idle:
@@ -150,7 +153,7 @@ class Engine:
         return self._output(tokens, scored, batch, step_s)
 
     def _output(self, tokens: list[Token], scored: list[Scored], batch: Batch, step_s: float) -> StepOutput:
-        saved = [s for ended in self._files.written() if (s := self._saved(*ended)) is not None]
+        saved = [s for ended in self._writes.ended() if (s := self._saved(*ended)) is not None]
         failed = list(self._scheduler.failed)
         self._scheduler.failed.clear()
         counts = self._scheduler.cache_queries, self._scheduler.cache_hits
@@ -214,12 +217,13 @@ class Engine:
         """Start to write a file if the request asks for one; its step is over when that is."""
         if not isinstance(request.message, SaveState):
             return False
-        self._files.write(request, self._scheduler.save(request, request.message))
+        self._writes.begin(request, self._scheduler.save(request, request.message))
         return True
 
-    def _saved(self, request: Request, error: str | None) -> StateSaved | None:
+    def _saved(self, request: Request, failure: OSError | None) -> StateSaved | None:
         """A file has been written, or can't be. None when it was aborted meanwhile: nobody will want the file."""
         aborted = request.finish_reason is not None
+        error = None if failure is None else f"the state can't be written: {failure}"
         if aborted and error is None and isinstance(request.message, SaveState):
             Path(request.message.path).unlink(missing_ok=True)
         self._scheduler.finish(request, "stop")

@@ -6,16 +6,14 @@ Imports no torch: the API process stays light and never blocks on a device.
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator
-from pathlib import Path
+from dataclasses import KW_ONLY, dataclass, field
 
 from server.wire.exchange import Answer, BrokenOutputError, EngineUnavailableError, Exchange, StateError
 from server.wire.messages import (
     Abort,
-    EngineConfig,
     Generate,
     Input,
     Occupancy,
-    Ready,
     SaveState,
     Score,
     Scored,
@@ -26,57 +24,16 @@ from server.wire.messages import (
 from server.wire.supervisor import Supervisor
 
 
-class EngineClient:
-    """One engine process and the requests in it.
+@dataclass(eq=False)
+class EngineClient(Supervisor):
+    """One engine process and the requests in it."""
 
-    Args:
-        config, runtime_dir, hang_s, on_ready, on_down, on_fatal: as for a Supervisor.
-        on_step, on_occupancy: told of each step, and of who is in the engine.
-    """
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        runtime_dir: Path,
-        *,
-        hang_s: float,
-        on_ready: Callable[[Ready], None],
-        on_step: Callable[[StepOutput], None],
-        on_occupancy: Callable[[Occupancy], None],
-        on_down: Callable[[], None],
-        on_fatal: Callable[[str], None],
-    ) -> None:
-        self.config = config
-        self._on_step, self._on_occupancy = on_step, on_occupancy
-        self._requests: dict[str, Exchange] = {}
-        self._supervisor = Supervisor(
-            config,
-            runtime_dir,
-            hang_s=hang_s,
-            on_ready=on_ready,
-            on_output=self._deliver,
-            on_lost=self._fail_all,
-            on_down=on_down,
-            on_fatal=on_fatal,
-        )
-
-    @property
-    def ready(self) -> Ready | None:
-        """What the engine said of itself when it last loaded; None until it first has."""
-        return self._supervisor.ready
-
-    @property
-    def up(self) -> bool:
-        """Whether the engine takes requests now."""
-        return self._supervisor.up
-
-    def start(self) -> None:
-        """Start the process and keep it running until `close`."""
-        self._supervisor.start()
-
-    async def close(self) -> None:
-        """Stop the process; requests still in it fail with EngineUnavailableError."""
-        await self._supervisor.close()
+    _: KW_ONLY
+    on_step: Callable[[StepOutput], None]
+    """Told of each step."""
+    on_occupancy: Callable[[Occupancy], None]
+    """Told of who is in the engine."""
+    _requests: dict[str, Exchange] = field(default_factory=dict, init=False)
 
     async def generate(
         self,
@@ -146,7 +103,7 @@ class EngineClient:
         exchange = Exchange(request_id, self.config.variant, most_unread, self._tell, on_finish)
         self._requests[request_id] = exchange
         try:
-            self._supervisor.send(message)
+            self.send(message)
             yield exchange
         finally:
             del self._requests[request_id]
@@ -157,21 +114,21 @@ class EngineClient:
     def _tell(self, message: Input) -> None:
         """Send a message that an engine that has gone away need not hear."""
         with contextlib.suppress(EngineUnavailableError):
-            self._supervisor.send(message)
+            self.send(message)
 
     def _deliver(self, output: StepOutput | Occupancy) -> None:
         if isinstance(output, Occupancy):
-            self._on_occupancy(output)
+            self.on_occupancy(output)
             return
         items: list[Answer] = [*output.tokens, *output.scored, *output.saved, *output.failed]
         for item in items:
             exchange = self._requests.get(item.request_id)
             if exchange is not None:  # else it was aborted while this was on its way
                 exchange.put(item)
-        self._on_step(output)
-        self._on_occupancy(output.occupancy)
+        self.on_step(output)
+        self.on_occupancy(output.occupancy)
 
-    def _fail_all(self) -> None:
-        """The engine is gone, and all requests that were in it with it."""
+    def _lost(self) -> None:
+        """Requests that were in the engine fail with EngineUnavailableError."""
         for exchange in self._requests.values():
             exchange.put(None)

@@ -7,7 +7,9 @@ import math
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -34,49 +36,35 @@ HEALTHY_AFTER_S = 60.0
 """An engine that was up for this long is started again after a second, however often it has died before."""
 
 
-class Supervisor:
-    """Keeps one engine process running, and carries messages to it and from it.
+@dataclass(eq=False)
+class Supervisor(ABC):
+    """Keeps one engine process running, and carries messages to it and from it."""
 
-    Args:
-        config: how to start the process; its addresses are filled in here, anew for every start.
-        runtime_dir: a private directory for the sockets.
-        hang_s: an engine that has loaded and then says nothing for this long is killed. It speaks every second, but
-            for the length of a step.
-        on_ready: told when the engine has loaded, before it counts as up.
-        on_output: told of everything else that the engine says.
-        on_lost: told when the process is gone, or could not be started: nothing more comes of what was sent to it.
-        on_down: told after that, if the process is started again.
-        on_fatal: told after that, if the model can't be loaded at all, and why; the process is not started again.
-    """
-
-    def __init__(
-        self,
-        config: EngineConfig,
-        runtime_dir: Path,
-        *,
-        hang_s: float,
-        on_ready: Callable[[Ready], None],
-        on_output: Callable[[StepOutput | Occupancy], None],
-        on_lost: Callable[[], None],
-        on_down: Callable[[], None],
-        on_fatal: Callable[[str], None],
-    ) -> None:
-        self.ready: Ready | None = None
-        """What the engine said of itself when it last loaded; None until it first has."""
-        self.up = False
-        self._config = config
-        self._runtime_dir = runtime_dir
-        self._reason = runtime_dir / f"{config.variant}.reason"
-        self._hang_s = hang_s
-        self._silent_s = 0.0
-        """Seconds since the engine's last message in which this process's loop ran."""
-        self._on_ready, self._on_output = on_ready, on_output
-        self._on_lost, self._on_down, self._on_fatal = on_lost, on_down, on_fatal
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._ready_at = math.inf
-        """time.monotonic() of the last Ready; infinite until this start's."""
+    config: EngineConfig
+    """How to start the process; its addresses are filled in here, anew for every start."""
+    runtime_dir: Path
+    """A private directory for the sockets."""
+    _: KW_ONLY
+    hang_s: float
+    """An engine that has loaded and then says nothing for this long is killed. It speaks every second, but for the
+    length of a step."""
+    on_ready: Callable[[Ready], None]
+    """Told when the engine has loaded, before it counts as up."""
+    on_down: Callable[[], None]
+    """Told when the engine is gone and will be started again."""
+    on_fatal: Callable[[str], None]
+    """Told when the model can't be loaded at all, and why; the process is then not started again."""
+    ready: Ready | None = field(default=None, init=False)
+    """What the engine said of itself when it last loaded; None until it first has."""
+    up: bool = field(default=False, init=False)
+    """Whether the engine takes requests now."""
+    _silent_s: float = field(default=0.0, init=False)
+    """Seconds since the engine's last message in which this process's loop ran."""
+    _ready_at: float = field(default=math.inf, init=False)
+    """time.monotonic() of the last Ready; infinite until this start's."""
+    _context: "zmq.Context[zmq.Socket[bytes]]" = field(default_factory=zmq.Context, init=False)
+    _socket: "zmq.Socket[bytes] | None" = field(default=None, init=False)
+    _task: "asyncio.Task[None] | None" = field(default=None, init=False)
 
     def start(self) -> None:
         """Start the process and keep it running until `close`."""
@@ -98,11 +86,24 @@ class Supervisor:
             EngineUnavailableError: the engine is not up.
         """
         if self._socket is None or not self.up:
-            raise EngineUnavailableError(f"variant {self._config.variant!r} is not up")
+            raise EngineUnavailableError(f"variant {self.config.variant!r} is not up")
         try:
             self._socket.send(encoder.encode(message), zmq.NOBLOCK)
         except zmq.Again as e:
-            raise EngineUnavailableError(f"variant {self._config.variant!r} went away") from e
+            raise EngineUnavailableError(f"variant {self.config.variant!r} went away") from e
+
+    @abstractmethod
+    def _deliver(self, output: StepOutput | Occupancy) -> None:
+        """Take in what the engine says once it has loaded."""
+
+    @abstractmethod
+    def _lost(self) -> None:
+        """The process is gone, or could not be started: nothing more comes of what was sent to it."""
+
+    @property
+    def _reason(self) -> Path:
+        """The file in which an engine that can't load leaves the reason."""
+        return self.runtime_dir / f"{self.config.variant}.reason"
 
     async def _supervise(self) -> None:
         backoff, generation = 1.0, 0
@@ -112,32 +113,32 @@ class Supervisor:
             code: int | None = None
             try:
                 code = await self._run_once(generation)
-                logger.error("%s: engine process ended with code %s", self._config.variant, code)
+                logger.error("%s: engine process ended with code %s", self.config.variant, code)
             except Exception:  # whatever it was, a supervisor that ends would leave the variant down for good
-                logger.exception("%s: the engine can't be started or understood", self._config.variant)
+                logger.exception("%s: the engine can't be started or understood", self.config.variant)
             finally:
                 self.up, self._socket = False, None
-                self._on_lost()
+                self._lost()
             if code == CANNOT_LOAD and self.ready is None:
                 reason = self._reason.read_text() if self._reason.is_file() else ""
-                self._on_fatal(reason or "the log says why")
+                self.on_fatal(reason or "the log says why")
                 return
-            self._on_down()
+            self.on_down()
             if time.monotonic() - self._ready_at > HEALTHY_AFTER_S:
                 backoff = 1.0
-            logger.info("%s: restarting in %.0f s", self._config.variant, backoff)
+            logger.info("%s: restarting in %.0f s", self.config.variant, backoff)
             await asyncio.sleep(backoff)
             backoff = min(2 * backoff, MAX_BACKOFF_S)
 
     async def _run_once(self, generation: int) -> int:
         """Start one process, serve its messages until it ends; returns its exit code."""
-        stem = self._runtime_dir / f"{self._config.variant}-{generation}"
+        stem = self.runtime_dir / f"{self.config.variant}-{generation}"
         config = msgspec.structs.replace(
-            self._config,
+            self.config,
             input_address=f"ipc://{stem}.in",
             output_address=f"ipc://{stem}.out",
             reason_path=str(self._reason),
-            devices=self._config.devices if self.ready is None else [],  # when it restarts, the others are up
+            devices=self.config.devices if self.ready is None else [],  # when it restarts, the others are up
         )
         inputs = self._context.socket(zmq.PUSH)
         outputs = zmq.asyncio.Context(self._context).socket(zmq.PULL)
@@ -189,13 +190,13 @@ class Supervisor:
         """Kill an engine that has stopped to answer. Counts ticks of this loop, not the clock: when this process was
         held up itself, the engine's messages are yet to be read."""
         self._silent_s = 0.0
-        tick = min(1.0, self._hang_s / 4)
+        tick = min(1.0, self.hang_s / 4)
         while True:
             await asyncio.sleep(tick)
             self._silent_s += tick
-            if self.up and self._silent_s >= self._hang_s:
+            if self.up and self._silent_s >= self.hang_s:
                 logger.error(
-                    "%s: no sign of life for %.0f s; killing the engine", self._config.variant, self._hang_s
+                    "%s: no sign of life for %.0f s; killing the engine", self.config.variant, self.hang_s
                 )
                 process.kill()
                 return
@@ -205,7 +206,7 @@ class Supervisor:
             message = output_decoder.decode(await socket.recv())
             self._silent_s = 0.0
             if isinstance(message, Ready):
-                self._on_ready(message)
+                self.on_ready(message)
                 self.ready, self.up, self._ready_at = message, True, time.monotonic()
             else:
-                self._on_output(message)
+                self._deliver(message)

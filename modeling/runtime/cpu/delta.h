@@ -35,7 +35,7 @@ struct Delta {
         const float x = in[decay_at() + head] + dt_bias[head];
         return decay_rate[head] * (x > 20.0f ? x : std::log1p(std::exp(x)));
     }
-    // RMSNorm and output gate of o [d_v], into `out`.
+    // Writes o [d_v] to `out` after its RMSNorm and its output gate.
     void finish(const float *in, int64_t head, const float *o, float *out) const {
         const float scale = 1.0f / std::sqrt(sum_of_squares(o, d_v) / d_v + o_norm_eps);
         const float *z = in + channels() + head * d_v;
@@ -47,7 +47,7 @@ struct Delta {
     }
 };
 
-// A row for each slot of a pool, or for each packed sequence.
+// The state of one layer; it has a row for each slot of a pool, or for each packed sequence.
 struct DeltaState {
     void *recurrent;                   // [rows, num_v_heads, d_k, d_v]
     void *conv;                        // [rows, channels, conv_kernel - 1]

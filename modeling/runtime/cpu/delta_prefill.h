@@ -9,8 +9,8 @@ struct Piece {
     int64_t sequence, first, tokens;
 };
 
-// Convolution and SiLU over `tokens` rows of n neighbouring channels from row `first` of a piece on. x: the piece's row
-// 0; before it lies `past`, in `tail` as rows of n once more.
+// The convolution and SiLU of n neighbouring channels, over `tokens` rows from row `first` of a piece on. x is the
+// piece's row 0. The inputs before it are the state's, which `tail` holds once more as rows of n.
 template <int KERNEL>
 static inline void convolve_rows(const float *x, int64_t width, int64_t first, int tokens, const float *tail,
                                  const float *weight, const float *bias, int kernel, int64_t channels, int n, float *y,
@@ -45,13 +45,14 @@ static inline void normalise_rows(float *x, int64_t row, int tokens, int d_k, fl
     }
 }
 
-// Floats that `mix_piece` works in.
+// How many floats `mix_piece` works in.
 static inline size_t piece_floats(const Delta &l) {
     return Chunk::floats(l.d_k, l.d_v) + l.groups() * Chunk::state_floats(l.d_k, l.d_v) +
            (size_t)l.history() * std::max(l.d_k, l.d_v);
 }
 
-// One key head of a piece with its value heads. in: the piece's first row; state, past: the sequence's, moved on.
+// Runs one key head of a piece with its value heads. `in` is the piece's first row; `state` and `past` are the
+// sequence's, and move on.
 static void mix_piece(const Delta &l, const float *in, int64_t tokens, float *state, float *past, int head,
                       float *memory, float *out) {
     const int d_k = l.d_k, d_v = l.d_v, history = l.history();
@@ -99,7 +100,8 @@ static void mix_piece(const Delta &l, const float *in, int64_t tokens, float *st
     for (int g = 0; g < l.groups(); g++) chunk.store_state(padded(g), state + (first_head + g) * d_k * d_v);
 }
 
-// The states are float32, a row for each sequence. Called by every thread of a team; `memory` is the thread's own.
+// Runs pieces whose states are float32, a row for each sequence. Every thread of a team calls it with `memory` of its
+// own.
 static void mix_pieces(const Delta &l, const float *in, const Piece *pieces, int64_t count, const DeltaState &state,
                        float *memory, float *out) {
     float *const recurrent = (float *)state.recurrent, *const conv = (float *)state.conv;

@@ -20,7 +20,7 @@ static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to
 
 // ---- small products: vectors along the columns of b, elements of a broadcast
 
-// BLOCK_ROWS rows and VECTORS vectors of c: c = scale c + a b, or with FRESH c = a b.
+// Computes c = scale c + a b, or with FRESH c = a b, for BLOCK_ROWS rows and VECTORS vectors of columns of c.
 template <int VECTORS, bool FRESH>
 static inline void product_block(const float *a, int64_t a_row, const float *b, int64_t b_row, int depth, float scale,
                                  float *c, int64_t c_row) {
@@ -41,7 +41,8 @@ static inline void product_block(const float *a, int64_t a_row, const float *b, 
         for (int v = 0; v < VECTORS; v++) store(c + i * c_row + v * LANES, sum[i][v]);
 }
 
-// The same for all rows (whole blocks) and columns (whole vectors). LOWER: a has zeros above its diagonal.
+// Does the same for all rows, in whole blocks, and columns, in whole vectors. With LOWER, a has zeros above its
+// diagonal.
 template <bool FRESH, bool LOWER = false>
 static void multiply_rows(const float *a, int64_t a_row, int rows, const float *b, int64_t b_row, int depth,
                           int64_t columns, float scale, float *c, int64_t c_row) {
@@ -52,7 +53,7 @@ static void multiply_rows(const float *a, int64_t a_row, int rows, const float *
         }
 }
 
-// x = (I - a)^-1 x for a [rows][CHUNK], strictly lower triangular; one vector of columns.
+// Computes x = (I - a)^-1 x for one vector of columns; a [rows][CHUNK] is strictly lower triangular.
 static inline void solve_columns(const float *a, int rows, float *x, int64_t x_row) {
     for (int r = 0; r < rows; r += BLOCK_ROWS) {
         vec sum[BLOCK_ROWS];
@@ -72,8 +73,8 @@ static inline void solve_columns(const float *a, int rows, float *x, int64_t x_r
 
 // ---- one chunk
 
-// What a thread works on. Fill q, k (normalised, q scaled; rows of `key_row`), then `prepare`; fill v, log_decay and
-// beta, then `advance`, for each value head.
+// The memory that a thread works on. Fill q, k (normalised, q scaled; rows of `key_row`), then `prepare`; fill v,
+// log_decay and beta, then `advance`, for each value head.
 struct Chunk {
     int64_t d_k, d_v, key_row, value_row; // a value row has a vector more: rows of 2^n bytes would share cache sets
     float *q, *k, *v, *o;                 // [CHUNK] rows
@@ -95,7 +96,7 @@ struct Chunk {
         kk = take(CHUNK * CHUNK), qk = take(CHUNK * CHUNK), a = take(CHUNK * CHUNK), b = take(CHUNK * CHUNK);
     }
 
-    // A head's state [d_k][d_v] with padding, and back.
+    // Copies a head's state [d_k][d_v] to where rows are padded, and back.
     void load_state(const float *from, float *state) const {
         std::fill_n(state, state_floats(d_k, d_v), 0.0f);
         for (int64_t i = 0; i < d_k; i++) std::memcpy(state + i * value_row, from + i * d_v, d_v * sizeof(float));
@@ -120,7 +121,7 @@ struct Chunk {
         multiply_rows<true>(q, key_row, rows, k_columns, CHUNK, d_k, rows, 0, qk, CHUNK);
     }
 
-    // o, and the state after the chunk.
+    // Computes o, and the state after the chunk.
     void advance(int tokens, float *state) {
         const int rows = round_up(tokens, PADDING);
         const int64_t columns = value_row - LANES;
@@ -163,7 +164,7 @@ struct Rule {
     int32_t num_k_heads, num_v_heads, d_k, d_v;
 };
 
-// One key head of one sequence. `memory` has room for a Chunk and a state.
+// Runs one key head of one sequence. `memory` has room for a Chunk and a state.
 static void run_rule(const Rule &r, int64_t sequence, int64_t head, float *memory) {
     Chunk chunk(r.d_k, r.d_v, memory);
     float *padded = memory + Chunk::floats(r.d_k, r.d_v);

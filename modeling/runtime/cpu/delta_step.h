@@ -4,7 +4,7 @@
 
 #include "delta.h"
 
-// Convolution over the last inputs and x, SiLU; `past` moves on. All of n neighbouring channels.
+// The convolution over the last inputs and x, and SiLU, of n neighbouring channels; `past` moves on.
 template <class C>
 static inline void convolve(const float *x, C *past, const float *weight, const float *bias, int kernel,
                             int64_t channels, int n, float *y) {
@@ -29,7 +29,8 @@ static inline void convolve(const float *x, C *past, const float *weight, const 
     for (int i = 0; i < n; i++) y[i] = silu(y[i]);
 }
 
-// COLUMNS vectors of columns of one head's state: S = decay S + k d^T with d = beta (v - decay S^T k), o = S^T q.
+// Updates COLUMNS vectors of columns of one head's state: S = decay S + k d^T with d = beta (v - decay S^T k), o = S^T
+// q.
 template <int COLUMNS, class S>
 static inline void update_columns(S *state, int d_k, int d_v, const float *q, const float *k, const float *v,
                                   float decay, float beta, float qk, float *o) {
@@ -72,7 +73,7 @@ static void update_head(S *state, int d_k, int d_v, const float *q, const float 
     }
 }
 
-// One key head of one request with its value heads. `scratch` has room for 2 * d_k + d_v floats.
+// Runs one key head of one request with its value heads. `scratch` has room for 2 * d_k + d_v floats.
 template <class S, class C>
 static void mix_head(const Delta &l, const float *in, S *state, C *past, int head, float *scratch, float *out) {
     const int d_k = l.d_k, d_v = l.d_v;
@@ -97,7 +98,7 @@ static void mix_head(const Delta &l, const float *in, S *state, C *past, int hea
     }
 }
 
-// Called by every thread of a team. `scratch` is the thread's own.
+// Runs all heads of a batch. Every thread of a team calls it with `scratch` of its own.
 template <class S, class C>
 static void mix_rows(const Delta &l, const float *in, int64_t batch, const int64_t *slots, const DeltaState &state,
                      float *scratch, float *out) {
@@ -117,5 +118,5 @@ static void mix(const Delta &l, const float *in, int64_t batch, const int64_t *s
     rows(l, in, batch, slots, state, scratch, out);
 }
 
-// Floats that `mix` works in.
+// How many floats `mix` works in.
 static inline size_t step_floats(const Delta &l) { return 2 * l.d_k + l.d_v; }

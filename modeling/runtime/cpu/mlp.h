@@ -10,7 +10,7 @@ struct Mlp {
     int64_t width() const { return 2 * (int64_t)intermediate; }
 };
 
-// SwiGLU of n rows of the input projection. Called by every thread of a team.
+// Computes SwiGLU of n rows of the input projection. Every thread of a team calls it.
 static void swiglu(const Mlp &mlp, const float *in, int64_t n, float *out) {
     const int64_t inner = mlp.intermediate;
 #pragma omp for schedule(static)

@@ -30,7 +30,7 @@ static int thread_number() {
 #endif
 }
 
-// Grows, and stays with its thread: fresh memory for every step would be zeroed by the kernel page by page.
+// Memory that grows, and stays with its thread: fresh memory for every step would be zeroed by the kernel page by page.
 struct Scratch {
     float *memory = nullptr;
     size_t size = 0;
@@ -54,7 +54,7 @@ struct FlushDenormals {
 #endif
 };
 
-// x += added (if any), out = rms_norm(x); of one token.
+// Adds `added`, if any, to one token's x, and writes the RMSNorm of that to `out`.
 static void norm(float *x, const float *added, const float *weight, float eps, int n, float *out) {
     if (added)
         for (int i = 0; i < n; i++) x[i] += added[i];
@@ -62,7 +62,7 @@ static void norm(float *x, const float *added, const float *weight, float eps, i
     for (int i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-// `arranged` has room for `batch` rows of depth + LANES.
+// Multiplies x by w; `arranged` has room for `batch` rows of depth + LANES.
 template <class W>
 static void linear(const float *x, int64_t batch, int64_t depth, const void *w, int64_t rows, float *arranged,
                    float *y) {
@@ -70,7 +70,7 @@ static void linear(const float *x, int64_t batch, int64_t depth, const void *w, 
     product(arranged, batch, depth, (const W *)w, rows, y);
 }
 
-// Activations of n tokens, and `own` floats for each thread's mixer.
+// The activations of n tokens, and `own` floats for each thread's mixer.
 struct Buffers {
     float *x, *y, *in, *out, *arranged, *own;
     size_t own_size;
@@ -91,7 +91,7 @@ struct Buffers {
     }
 };
 
-// n tokens through all layers. mix(layer, own) turns buffers.in into buffers.out; called by every thread.
+// Runs n tokens through all layers. mix(layer, own) turns buffers.in into buffers.out; every thread calls it.
 template <class W, class Mix>
 static void forward(const Model &model, int64_t n, const int64_t *ids, void *hidden, const Buffers &buffers,
                     int threads, Mix mix) {
@@ -193,8 +193,9 @@ static bool within(const int64_t *values, int64_t n, int64_t end) {
     return std::all_of(values, values + n, [=](int64_t x) { return x >= 0 && x < end; });
 }
 
-// states: one for each layer, each of `rows` rows, moved on in place. hidden: [batch, hidden] in the weights' dtype; of
-// a part of a model float32, in and out, and no ids.
+// One token of each of `batch` requests. There is a state for each layer, each of `rows` rows, which moves on in place.
+// `hidden` is [batch, hidden] in the weights' dtype; for a part of a model it is float32 and goes in as well as out,
+// and there are no ids.
 extern "C" int lowkey_decode(const Model *model, const DeltaState *states, int64_t rows, int64_t batch,
                              const int64_t *ids, const int64_t *slots, void *hidden, int threads) {
     if (!model->is_part() && !within(ids, batch, model->vocab)) return 1;
@@ -202,7 +203,7 @@ extern "C" int lowkey_decode(const Model *model, const DeltaState *states, int64
     return (model->bf16_weights ? decode<bf16> : decode<float>)(*model, states, batch, ids, slots, hidden, threads);
 }
 
-// states: float32, a row for each sequence. hidden: as above, [tokens, hidden].
+// Packed sequences. The states are float32, a row for each sequence; `hidden` is as above, [tokens, hidden].
 extern "C" int lowkey_prefill(const Model *model, const DeltaState *states, int64_t sequences,
                               const int64_t *cu_seqlens, const int64_t *ids, void *hidden, int threads) try {
     if (!model->is_part() && !within(ids, cu_seqlens[sequences], model->vocab)) return 1;
@@ -226,14 +227,14 @@ extern "C" int lowkey_rule(const Rule *rule, int threads) {
     return 0;
 }
 
-// y [batch, rows] float32 = x [batch, depth] w [rows, depth]^T, both float32 or both bfloat16.
+// Computes y [batch, rows] float32 = x [batch, depth] w [rows, depth]^T, both float32 or both bfloat16.
 extern "C" int lowkey_linear(const void *x, int64_t batch, int64_t depth, const void *w, int64_t rows, float *y,
                              int is_bf16, int threads) {
     return is_bf16 ? linear_rows((const bf16 *)x, batch, depth, (const bf16 *)w, rows, y, threads)
                    : linear_rows((const float *)x, batch, depth, (const float *)w, rows, y, threads);
 }
 
-// What compiled.py compares its mirror of the structures with.
+// The sizes of the structures, with which compiled.py compares those of its mirror.
 extern "C" int64_t lowkey_layout() {
     return (int64_t)sizeof(Layer) << 40 | (int64_t)sizeof(Delta) << 20 | sizeof(Model) << 10 | sizeof(DeltaState);
 }

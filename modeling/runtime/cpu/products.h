@@ -16,7 +16,7 @@ constexpr int ROWS = 8, WIDE = LANES == 16 ? 2 * LANES : LANES;
 template <class W> constexpr int PER_WORD = 4 / sizeof(W);
 template <class W> static inline int64_t words(int64_t depth) { return (depth + PER_WORD<W> - 1) / PER_WORD<W>; }
 
-// Floats that a row of x takes once arranged.
+// How many floats a row of x takes once it is arranged.
 static inline int64_t arranged_size(int64_t depth) { return (depth + LANES - 1) / LANES * LANES; }
 
 // Calls f(first, width) for each tile of rows `from` to `to`, the width as a constant.
@@ -40,7 +40,7 @@ template <class F> static inline void for_tiles(int64_t from, int64_t to, F f) {
     }
 }
 
-// LANES words of a row of which `left` numbers are left, zeros after those.
+// Reads LANES words of a row that has `left` more numbers; zeros follow those.
 template <class W> static inline uvec read_words(const float *x, int64_t left) {
     constexpr int NUMBERS = LANES * PER_WORD<W>;
     float padded[NUMBERS];
@@ -54,7 +54,7 @@ template <class W> static inline uvec read_words(const float *x, int64_t left) {
     return peek<uvec>(halves);
 }
 
-// One tile of x in the order in which `tile` reads it.
+// Copies one tile of x in the order in which `tile` reads it.
 template <int WIDTH, class W> static void arrange_tile(const float *x, int64_t depth, float *out) {
     const int64_t size = arranged_size(words<W>(depth));
     for (int64_t k = 0; k < size; k += LANES) {
@@ -76,7 +76,7 @@ template <int WIDTH, class W> static void arrange_tile(const float *x, int64_t d
     }
 }
 
-// x[batch][depth] as `product` wants it, `batch` rows of arranged_size. Called by every thread of a team.
+// Arranges x[batch][depth] as `product` reads it, in `batch` rows of arranged_size. Every thread of a team calls it.
 template <class W> static void arrange(const float *x, int64_t batch, int64_t depth, float *out) {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < batch; first += WIDE)
@@ -85,7 +85,7 @@ template <class W> static void arrange(const float *x, int64_t batch, int64_t de
         });
 }
 
-// `GROUP` words from p, repeated over the lanes.
+// Reads `GROUP` words from p, repeated over the lanes.
 template <int GROUP> static inline uvec broadcast(const void *p) {
     if constexpr (GROUP == LANES) return peek<uvec>(p);
     if constexpr (GROUP == 1) return peek<uint32_t>(p) - uvec{};
@@ -120,7 +120,8 @@ static inline vec multiply(vec sum, uvec x, uvec w, const bf16 *) {
 #endif
 }
 
-// WIDTH rows of x as `arrange` left them, times ROWS rows of w. Not inlined: registers then hold all sums.
+// Multiplies WIDTH rows of x, as `arrange` left them, by ROWS rows of w. It is not inlined, so that registers hold all
+// sums.
 template <int WIDTH, class W>
 [[gnu::noinline]] static void tile(const float *x, int64_t depth, const W *w, float *y, int64_t stride) {
     constexpr int GROUP = WIDTH < LANES ? LANES / WIDTH : 1, VECTORS = WIDTH < LANES ? 1 : WIDTH / LANES;
@@ -160,7 +161,7 @@ template <int WIDTH, class W>
     }
 }
 
-// x as `arrange` left it. Called by every thread of a team.
+// Multiplies x, as `arrange` left it, by w. Every thread of a team calls it.
 template <class W>
 static void product(const float *x, int64_t batch, int64_t depth, const W *w, int64_t rows, float *y) {
     const int64_t size = arranged_size(words<W>(depth));

@@ -73,7 +73,7 @@ template <int N> static inline void transpose(vec *x) {
 
 // ---- elementwise; written without branches so that loops over them vectorise
 
-// exp to about 1e-7 relative, clamped to the range of normal numbers; NaN stays NaN (Cephes' polynomial).
+// The exponential, to about 1e-7 relative, clamped to the range of normal numbers; NaN stays NaN (Cephes' polynomial).
 static inline float exp32(float x) {
     x = x < -87.0f ? -87.0f : x;
     x = x > 88.0f ? 88.0f : x;

@@ -67,7 +67,7 @@ def score_bytes(tokens: int, variant: Variant) -> int:
 
 def same_vocabulary(a: Variant, b: Variant) -> bool:
     """Whether the log-probabilities of one can be read as those of the other. Both have loaded."""
-    return a.tokenizer_sha256 == b.tokenizer_sha256 and a.info.vocab_size == b.info.vocab_size
+    return a.text.sha256 == b.text.sha256 and a.info.vocab_size == b.info.vocab_size
 
 
 async def score(

@@ -28,52 +28,39 @@ from server.wire.messages import Generate
 NOTHING = Chunk("", [])
 
 
+@dataclass(frozen=True)
 class Choices:
-    """All choices of one request. Take their `chunks` or `run` them, once.
+    """All choices of one request. Take their `chunks` or `run` them, once."""
 
-    Args:
-        places: in the variant's queue, one for each choice, that are left when the engine is done with each.
-        prompts: what is completed.
-        messages: what the engine is asked for, for each choice (`generate_messages`).
-        observers: told of each choice that has ended.
-        settings: whose `stream_buffer_bytes` bounds what waits for the reader.
-    """
-
-    def __init__(
-        self,
-        places: Places,
-        fields: ChoiceFields,
-        prompts: Prompts,
-        messages: list[Generate],
-        origin: Origin,
-        observers: Sequence[Observer],
-        settings: Settings,
-    ) -> None:
-        self._places = places
-        self._fields = fields
-        self._prompts = prompts
-        self._messages = messages
-        self._origin = origin
-        self._observers = observers
-        # A reader who keeps up leaves a token or two waiting. A whole answer takes each token as it comes.
-        self._most_unread = settings.stream_buffer_bytes / len(messages)
+    places: Places
+    """Places in the variant's queue, one for each choice, that are left when the engine is done with each."""
+    fields: ChoiceFields
+    prompts: Prompts
+    messages: list[Generate]
+    """What the engine is asked for, for each choice (`generate_messages`)."""
+    origin: Origin
+    observers: Sequence[Observer]
+    """Who is told of each choice that has ended."""
+    settings: Settings
 
     @cached_property
     def generations(self) -> list[Generation]:
         """One generation for each choice."""
-        saved = self._prompts.saved
+        saved = self.prompts.saved
+        # A reader who keeps up leaves a token or two waiting. A whole answer takes each token as it comes.
+        most_unread = self.settings.stream_buffer_bytes / len(self.messages)
         return [
             Generation(
-                self._places.variant,
-                self._fields,
+                self.places.variant,
+                self.fields,
                 message,
-                self._origin,
-                observers=self._observers,
+                self.origin,
+                observers=self.observers,
                 saved_tokens=0 if saved is None else saved.header.tokens,
-                most_unread=self._most_unread,
-                on_sampled=self._places.leave,
+                most_unread=most_unread,
+                on_sampled=self.places.leave,
             )
-            for message in self._messages
+            for message in self.messages
         ]
 
     async def run(self) -> list[Chunk]:
@@ -88,7 +75,7 @@ class Choices:
         def whole() -> list[Chunk]:
             return [joined(before, chunk) for before, chunk in zip(echo, chunks, strict=True)]
 
-        return whole() if self._fields.alternatives is None else await aside(whole)
+        return whole() if self.fields.alternatives is None else await aside(whole)
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk, str | None]]:
         """(choice, what is new, finish reason) as they come; the reason with the last chunk of each, whose text is
@@ -101,17 +88,17 @@ class Choices:
 
     async def _echo(self) -> list[Chunk]:
         """What stands before each choice."""
-        if self._prompts.echo is None:
+        if self.prompts.echo is None:
             return [NOTHING for _ in self.generations]
         chunks = await echoed(
-            self._places.variant, self._fields, self._origin, self._prompts.ids, self._prompts.echo
+            self.places.variant, self.fields, self.origin, self.prompts.ids, self.prompts.echo
         )
-        return [chunk for chunk in chunks for _ in range(self._fields.choices_each)]
+        return [chunk for chunk in chunks for _ in range(self.fields.choices_each)]
 
     async def _stream(
         self, generation: Generation, before: Chunk
     ) -> AsyncGenerator[tuple[Chunk, str | None]]:
-        if self._prompts.echo is not None:
+        if self.prompts.echo is not None:
             for part in in_parts(before):
                 yield part, None
                 await asyncio.sleep(0)  # let others run: a fast reader never makes this wait
@@ -128,7 +115,7 @@ class Choices:
     @property
     def usage(self) -> dict[str, Any]:
         """The tokens of all choices; a prompt counts once, however many choices it has."""
-        firsts = self.generations[:: self._fields.choices_each]
+        firsts = self.generations[:: self.fields.choices_each]
         return usage(
             sum(g.prompt_tokens for g in firsts),
             sum(len(g.token_ids) for g in self.generations),

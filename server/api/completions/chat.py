@@ -51,7 +51,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
 def _format(body: ChatRequest, variant: Variant) -> Format:
     def listed(chunk: Chunk) -> dict[str, Any] | None:
-        return logprobs.chat(variant.token_texts, chunk.entries) if body.logprobs else None
+        return logprobs.chat(variant.text.token_texts, chunk.entries) if body.logprobs else None
 
     def whole(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": chunk.text, "refusal": None}

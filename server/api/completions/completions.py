@@ -59,7 +59,7 @@ async def _prompts(body: CompletionRequest, variant: Variant, request: Request) 
     if not body.echo:
         return Prompts(ids, saved=saved)
     decoded = await asyncio.to_thread(
-        variant.tokenizer.decode_batch, ids, skip_special_tokens=body.skip_special_tokens is not False
+        variant.text.tokenizer.decode_batch, ids, skip_special_tokens=body.skip_special_tokens is not False
     )
     whole = body.truncate_prompt_tokens is None
     echo = [
@@ -75,7 +75,7 @@ def _format(body: CompletionRequest, variant: Variant) -> Format:
         return {
             "index": index,
             "text": chunk.text,
-            "logprobs": logprobs.legacy(variant.token_texts, chunk.entries) if listed else None,
+            "logprobs": logprobs.legacy(variant.text.token_texts, chunk.entries) if listed else None,
             "finish_reason": reason,
         }
 

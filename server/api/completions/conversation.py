@@ -15,7 +15,7 @@ REASONING = ("reasoning", "reasoning_content")
 
 async def conversation(variant: Variant, messages: list[Message], fields: TemplateFields) -> str:
     """The text of messages by the model's chat template. 400 if it has none, or refuses them."""
-    template = variant.chat_template
+    template = variant.text.chat_template
     if template is None:
         raise APIError(
             400,

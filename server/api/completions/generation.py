@@ -120,7 +120,7 @@ class Generation:
         self._keep_stop = bool(fields.include_stop_str_in_output)
         self._matcher = StopMatcher(stops, keep=self._keep_stop)
         skip = fields.skip_special_tokens is not False
-        self._detokenizer = Detokenizer(variant.tokenizer, skip_special_tokens=skip)
+        self._detokenizer = Detokenizer(variant.text.tokenizer, skip_special_tokens=skip)
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
         """The text as it comes: of one token at a time, or of all that have come while the reader was busy. Tokens
@@ -242,7 +242,7 @@ class Generation:
             ttft_s=self.ttft_s,
         )
         if context.log_texts:
-            prompt = self.variant.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
+            prompt = self.variant.text.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
             context.texts.append({"variant": self.variant.name, "prompt": prompt, "completion": self.text})
 
     @property

@@ -1,17 +1,10 @@
 """From a prompt to token ids that a variant takes."""
 
-import asyncio
 from collections.abc import Iterable
 
 from server.api.http.errors import APIError
 from server.api.serving.variants import Variant
-
-
-async def tokenize(variant: Variant, text: str, *, special: bool = True) -> list[int]:
-    """Token ids of a text. In a thread and as a batch: `encode` would hold the GIL."""
-    batch = await asyncio.to_thread(variant.tokenizer.encode_batch, [text], add_special_tokens=special)
-    ids: list[int] = batch[0].ids
-    return ids
+from server.text.tokenizer import encode
 
 
 async def encode_prompt(
@@ -37,10 +30,10 @@ async def encode_prompt(
         last = max(limit - before - max_tokens, 1)
     if isinstance(prompt, str):
         # No need to tokenise what can't fit.
-        least = len(prompt) // variant.longest_token
+        least = len(prompt) // variant.text.longest_token
         if least > limit and last is None:
             raise _too_long(variant, f"the prompt has at least {least}", param)
-        ids = await tokenize(variant, prompt, special=special)
+        ids = await encode(variant.text.tokenizer, prompt, special=special)
     else:
         ids = prompt
     if last is not None:

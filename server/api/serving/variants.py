@@ -2,32 +2,19 @@
 
 import contextlib
 import fcntl
-import logging
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
-from tokenizers import Tokenizer
-
-from modeling.tokenizer import TokenizerFile
 from server.api.serving.metrics import Metrics, VariantMetrics
 from server.settings import Settings, VariantSettings, device_shares
-from server.text.chat_template import (
-    ChatTemplate,
-    TemplateRefusedError,
-    read_tokenizer_config,
-    special_tokens_of,
-    template_of,
-)
-from server.text.detokenizer import TokenTexts
+from server.text.tokenizer import CheckpointText
 from server.wire.client import EngineClient
 from server.wire.messages import EngineConfig, Occupancy, Ready, one_or_all
-
-logger = logging.getLogger("lowkey.variants")
 
 
 class Variant:
@@ -45,14 +32,7 @@ class Variant:
         """Answers that have not ended: of a stream, for as long as the client has not been sent all of it."""
         self.waiting = 0
         """Requests in the engine's queue, as it last said."""
-        self._tokenizer: Tokenizer | None = None
-        self._token_texts: TokenTexts | None = None
-        self.tokenizer_sha256 = ""
-        self.tokenizer_config: dict[str, Any] = {}
-        self.chat_template: ChatTemplate | None = None
-        """The model's chat template; None if it has none, or a bad one."""
-        self.longest_token = 0
-        """Characters of the longest entry of the vocabulary: so much text takes at least one token."""
+        self._text: CheckpointText | None = None
 
     @property
     def loaded(self) -> bool:
@@ -67,40 +47,20 @@ class Variant:
         return self.client.ready
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        if self._tokenizer is None:
+    def text(self) -> CheckpointText:
+        """The tokenizer and the chat template. Only for a variant that has loaded."""
+        if self._text is None:
             raise RuntimeError(f"variant {self.name!r} has not loaded")
-        return self._tokenizer
-
-    @property
-    def token_texts(self) -> TokenTexts:
-        if self._token_texts is None:
-            raise RuntimeError(f"variant {self.name!r} has not loaded")
-        return self._token_texts
+        return self._text
 
     @property
     def d_k(self) -> int | list[int]:
         """Key channels per head: one number when all layers agree."""
         return one_or_all(self.info.d_k)
 
-    def load_tokenizer(self, checkpoint: Path) -> None:
-        """Read the checkpoint's tokenizer, unless it is the one that is there, and its chat template."""
-        file = TokenizerFile(checkpoint)
-        if file.sha256 != self.tokenizer_sha256:
-            self._tokenizer, ignored = file.open()
-            if ignored:
-                logger.warning("%s: %s", self.name, file.ignoring(ignored))
-            self._token_texts = TokenTexts(self._tokenizer)
-            self.tokenizer_sha256 = file.sha256
-            self.longest_token = max(map(len, self._tokenizer.get_vocab(with_added_tokens=True)))
-        self.chat_template, self.tokenizer_config = None, {}
-        try:
-            self.tokenizer_config = read_tokenizer_config(checkpoint)
-            source = template_of(self.tokenizer_config)
-            if source is not None:
-                self.chat_template = ChatTemplate(source, special_tokens_of(self.tokenizer_config))
-        except (OSError, ValueError, RecursionError, TemplateRefusedError) as e:  # completions need neither
-            logger.warning("%s: no chat: %s", self.name, e)
+    def load_text(self, checkpoint: Path) -> None:
+        """Read the tokenizer, unless it is the one that is there, and the chat template."""
+        self._text = CheckpointText(checkpoint, self.name, self._text)
 
 
 def _make_runtime_dir() -> tuple[tempfile.TemporaryDirectory[str], IO[bytes]]:
@@ -182,7 +142,7 @@ class Variants:
         )
 
         def on_ready(ready: Ready) -> None:
-            variant.load_tokenizer(Path(ready.checkpoint_path))
+            variant.load_text(Path(ready.checkpoint_path))
             metrics.on_ready(own.source, ready)
 
         def on_occupancy(occupancy: Occupancy) -> None:

@@ -12,10 +12,10 @@ from server.api.http.aside import aside
 from server.api.http.bodies import JSONRoute
 from server.api.http.encoding import json_list, json_response, json_text
 from server.api.http.errors import APIError, unavailable
-from server.api.serving.prompts import tokenize
 from server.api.serving.service import service_of
 from server.api.serving.variants import Variant
 from server.api.tokens.schemas import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from server.text.tokenizer import encode
 
 router = APIRouter(route_class=JSONRoute)
 
@@ -48,7 +48,7 @@ async def create_tokens(body: TokenizeRequest, request: Request) -> Response:
         field = "prompt" if body.messages is None else "messages"
         message = f"{field}: a text to tokenise may have {MAX_TEXT_BYTES} bytes, got {size}"
         raise APIError(400, message, param=field)
-    ids = await tokenize(variant, text, special=bool(special))
+    ids = await encode(variant.text.tokenizer, text, special=bool(special))
     return await aside(_tokenized, variant, ids, strings=bool(body.return_token_strs))
 
 
@@ -59,7 +59,7 @@ def _tokenized(variant: Variant, ids: list[int], *, strings: bool) -> Response:
         "tokens": json_list(ids, lambda token_id: token_id),
     }
     if strings:
-        answer["token_strs"] = json_list(ids, variant.tokenizer.id_to_token)
+        answer["token_strs"] = json_list(ids, variant.text.tokenizer.id_to_token)
     return json_response(answer)
 
 
@@ -70,16 +70,18 @@ async def create_text(body: DetokenizeRequest, request: Request) -> Response:
     if len(body.tokens) > MAX_IDS:
         message = f"tokens: up to {MAX_IDS} token ids are put into text, got {len(body.tokens)}"
         raise APIError(400, message, param="tokens")
-    size = variant.tokenizer.get_vocab_size(with_added_tokens=True)
+    size = variant.text.tokenizer.get_vocab_size(with_added_tokens=True)
     if body.tokens and max(body.tokens) >= size:
         raise APIError(400, f"tokens: token id {max(body.tokens)} is not below {size}", param="tokens")
-    texts = await asyncio.to_thread(variant.tokenizer.decode_batch, [body.tokens], skip_special_tokens=False)
+    texts = await asyncio.to_thread(
+        variant.text.tokenizer.decode_batch, [body.tokens], skip_special_tokens=False
+    )
     return await aside(lambda: json_response({"prompt": json_text(texts[0])}))
 
 
 @router.get("/tokenizer_info", response_model=dict[str, Any])
 async def get_tokenizer_info(request: Request, model: str | None = None) -> Response:
     """The tokenizer's configuration, its chat template included."""
-    info = {"tokenizer_class": "PreTrainedTokenizerFast", **_variant(request, model).tokenizer_config}
+    info = {"tokenizer_class": "PreTrainedTokenizerFast", **_variant(request, model).text.tokenizer_config}
     # All in ASCII: a configuration may hold half a surrogate pair, which has no UTF-8.
     return Response(json.dumps(info), media_type="application/json")

@@ -27,9 +27,7 @@ def variant(name="dense", **info):
     defaults = {"vocab_size": 257, "context_length": 100, "state_bytes_per_request": 1000}
     return SimpleNamespace(
         name=name,
-        tokenizer=byte_tokenizer(),
-        tokenizer_sha256="a",
-        longest_token=13,
+        text=SimpleNamespace(tokenizer=byte_tokenizer(), sha256="a", longest_token=13),
         loaded=True,
         admitted=0,
         metrics=METRICS.add_variant(name),
@@ -89,7 +87,7 @@ def test_a_prompt_may_fill_the_context_to_the_last_token():
         asyncio.run(encode_prompt(v, "x" * 90, 11))
     assert rejected.get() == before + 1
     # Far too long to be worth tokenising: no token has more than 13 characters.
-    v.tokenizer = None
+    v.text.tokenizer = None
     with pytest.raises(APIError, match="100 tokens, but the prompt has at least 107"):
         asyncio.run(encode_prompt(v, "x" * 1400, 1))
 
@@ -105,7 +103,7 @@ def test_variants_that_cannot_be_compared():
     base = variant("a")
     same, other_vocab = variant("b"), variant("c", vocab_size=258)
     other_tokenizer = variant("d")
-    other_tokenizer.tokenizer_sha256 = "b"
+    other_tokenizer.text.sha256 = "b"
     s = service(base, same, other_vocab, other_tokenizer)
     assert chosen(s, variants=["a", "b"]) == [base, same]
     # The log-probabilities of one vocabulary can't be read as those of another.

@@ -20,7 +20,7 @@ from server.engine.cache import StateCache
 from server.engine.engine import Engine, IntegrityError
 from server.engine.scheduler import Scheduler
 from server.engine.state_file import StateLoadError
-from server.engine.state_files import StateFiles
+from server.engine.state_files import FileWork
 from server.wire.messages import Abort, Generate, Pause, Resume, SaveState
 
 SPEC = family_of(DELTA).spec({**DELTA, "num_hidden_layers": 1, "hidden_size": 8, "expand_v": 1.0})
@@ -75,7 +75,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner.base = self.saved
         self.engine = Engine(self.scheduler, self.runner, self.depth)
         self.disk = OnDemand()
-        self.engine._files = StateFiles(self.disk)
+        self.engine._reads = FileWork(self.disk, StateLoadError)
+        self.engine._writes = FileWork(self.disk, OSError)
         self.slots = slots
 
     def prompt(self, length, family):

@@ -281,7 +281,7 @@ def client_of(tmp_path):
         on_down=lambda: None,
         on_fatal=print,
     )
-    client._supervisor.up, client._supervisor._socket = True, Socket()
+    client.up, client._socket = True, Socket()
     return client
 
 

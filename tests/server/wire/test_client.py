@@ -182,11 +182,11 @@ def test_an_engine_that_hangs_is_killed_and_its_requests_fail(bench, tmp_path, c
             assert client._silent_s < 1000 and client.up and harness.downs == 0
             engine = harness.engine()
             engine.suspend()
-            client._hang_s = 2.0
+            client.hang_s = 2.0
             with pytest.raises(EngineUnavailableError, match="'hanging' went down"):
                 await asyncio.wait_for(task, START_S)
             assert not engine.is_running() and harness.downs == 1
-            client._hang_s = 2000.0
+            client.hang_s = 2000.0
 
         harness.run(work())
         assert "no sign of life for 2 s" in caplog.text

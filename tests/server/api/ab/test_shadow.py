@@ -117,7 +117,8 @@ class Stub:
     """A variant whose scores come when the test says so, or never."""
 
     def __init__(self, name):
-        self.name, self.waiting, self.tokenizer_sha256 = name, 0, "a"
+        self.name, self.waiting = name, 0
+        self.text = SimpleNamespace(sha256="a")
         self.info = SimpleNamespace(vocab_size=8, context_length=100)
         self.client = self
         self.up = True
@@ -205,7 +206,7 @@ def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog
     [
         lambda service, generation, variants: setattr(variants["b"], "up", False),
         lambda service, generation, variants: setattr(variants["a"], "waiting", 1),
-        lambda service, generation, variants: setattr(variants["b"], "tokenizer_sha256", "b"),
+        lambda service, generation, variants: setattr(variants["b"].text, "sha256", "b"),
         lambda service, generation, variants: setattr(variants["b"].info, "context_length", 3),
         lambda service, generation, variants: setattr(generation, "token_ids", [1] * 2**24),
         lambda service, generation, variants: setattr(service, "draining", True),

@@ -84,7 +84,7 @@ def test_the_template_alone_says_which_special_tokens_there_are(api, script, mon
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    monkeypatch.setattr(api.app.state.service.variants.get("dense"), "_tokenizer", tokenizer)
+    monkeypatch.setattr(api.app.state.service.variants.get("dense").text, "tokenizer", tokenizer)
     chat(api)
     assert sent(script) == "<user>Hello<|endoftext|>\n<assistant>"
 
@@ -188,11 +188,11 @@ def test_what_changes_nothing_is_accepted(api):
 
 def test_a_model_without_a_template_has_no_chat(api):
     variant = api.app.state.service.variants.get("reduced")
-    template, variant.chat_template = variant.chat_template, None
+    template, variant.text.chat_template = variant.text.chat_template, None
     try:
         refused(post(api, model="reduced"), "messages", "no chat template", "/v1/completions")
     finally:
-        variant.chat_template = template
+        variant.text.chat_template = template
 
 
 def test_templates_as_transformers_renders_them():
@@ -306,12 +306,12 @@ def test_a_bad_configuration_costs_the_chat_only(api, config, tmp_path, caplog):
     else:
         file.write_bytes(config if isinstance(config, bytes) else config.encode())
     try:
-        variant.load_tokenizer(tmp_path)
+        variant.load_text(tmp_path)
         refused(post(api, model="reduced"), "messages", "no chat template")
         if not isinstance(config, str):
             assert "reduced: no chat: " in caplog.text and str(file) in caplog.text
         assert api.post("/v1/completions", json={"model": "reduced", "prompt": "x"}).status_code == 200
         assert api.get("/tokenizer_info", params={"model": "reduced"}).status_code == 200
     finally:
-        variant.load_tokenizer(Path(variant.source))
+        variant.load_text(Path(variant.source))
     chat(api, model="reduced")

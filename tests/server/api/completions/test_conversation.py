@@ -72,7 +72,7 @@ def rendered(api, monkeypatch):
     variant = api.app.state.service.variants.get("dense")
 
     def render(source, *messages, **fields):
-        monkeypatch.setattr(variant, "chat_template", ChatTemplate(source, {"bos_token": "<s>"}))
+        monkeypatch.setattr(variant.text, "chat_template", ChatTemplate(source, {"bos_token": "<s>"}))
         body = json.dumps({"model": "dense", "messages": messages, **fields})
         chat, tokens = (
             api.post(path, content=body, headers={"content-type": "application/json"})

@@ -195,7 +195,7 @@ def test_special_tokens_are_added_as_asked(api, script, monkeypatch):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     for name in ("dense", "reduced"):
-        monkeypatch.setattr(api.app.state.service.variants.get(name), "_tokenizer", tokenizer)
+        monkeypatch.setattr(api.app.state.service.variants.get(name).text, "tokenizer", tokenizer)
     for path, default in (("/v1/completions", True), ("/v1/chat/completions", False), ("/v1/compare", True)):
         for given, added in ((None, default), (True, True), (False, False)):
             ok(post(api, path, add_special_tokens=given))

@@ -53,7 +53,7 @@ def test_special_tokens_are_added_to_prompts_and_not_to_messages(api, monkeypatc
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
-    monkeypatch.setattr(api.app.state.service.variants.get("dense"), "_tokenizer", tokenizer)
+    monkeypatch.setattr(api.app.state.service.variants.get("dense").text, "tokenizer", tokenizer)
 
     def first(**fields):
         return ok(api.post("/tokenize", json={"model": "dense", **fields}))["tokens"][0] == 0
@@ -82,7 +82,7 @@ def test_tokenizer_info(api):
 
 def test_tokenizer_info_with_half_a_surrogate_pair(api, monkeypatch):
     variant = api.app.state.service.variants.get("dense")
-    monkeypatch.setattr(variant, "tokenizer_config", {"pad_token": "\ud800", "eos_token": "é"})
+    monkeypatch.setattr(variant.text, "tokenizer_config", {"pad_token": "\ud800", "eos_token": "é"})
     info = ok(api.get("/tokenizer_info"))
     assert (info["pad_token"], info["eos_token"]) == ("\ud800", "é")
 
