@@ -33,3 +33,6 @@ class StateTypes:
 
 
 FLOAT32_STATES = StateTypes()
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What recurrent states may be served in, by the names that users give."""
