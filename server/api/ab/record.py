@@ -12,7 +12,8 @@ from server.api.serving.metrics import Metrics
 
 @dataclass
 class ABRecord:
-    """What a server knows of how its variants compare, and what its comparisons share; lives in `app.state.ab_record`."""
+    """What a server knows of how its variants compare, and what its comparisons share; lives in
+    `app.state.ab_record`."""
 
     metrics: Metrics
     window: ABWindow
