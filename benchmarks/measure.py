@@ -22,8 +22,8 @@ import transformers
 from loadtest.facts import processor
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
+from modeling.huge_pages import zeros
 from modeling.model import Model
-from modeling.pages import zeros
 
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 200
 

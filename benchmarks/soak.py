@@ -218,8 +218,9 @@ def verdict(server: Server, names: list[str], options: argparse.Namespace, tally
     restarts = len(re.findall(r"engine process ended with code", text))
     if restarts != 2:
         wrong.append(f"engines ended {restarts} times, and 2 were killed")
-    if "IntegrityError" in text or "Traceback" in text:
-        wrong.append(f"the log has an error: ...{text[text.find('Traceback') :][:2000]}")
+    traceback = re.search(r"Traceback.*?^\S[^\n]*", text, re.DOTALL | re.MULTILINE)
+    if traceback or "IntegrityError" in text:
+        wrong.append(f"the log has an error: {traceback[0] if traceback else 'IntegrityError'}")
     return wrong
 
 

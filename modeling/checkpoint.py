@@ -101,10 +101,10 @@ class Checkpoint:
     def _check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         if name not in self._stored_shapes:
             raise CheckpointError(f"{self.path}: the config does not account for tensor {name!r}")
-        expected, is_filter = self._stored_shapes[name]
-        if shape != expected and not (is_filter and shape == (expected[0], 1, *expected[1:])):
+        expected = self._stored_shapes[name]
+        if shape not in expected:
             raise CheckpointError(
-                f"{self.path}: tensor {name!r} has shape {list(shape)}, the config says {list(expected)}"
+                f"{self.path}: tensor {name!r} has shape {list(shape)}, the config says {list(expected[0])}"
             )
         if dtype not in FLOATS:
             raise CheckpointError(
@@ -118,15 +118,13 @@ class Checkpoint:
         return {name: m for m in self.family.tensors(self.spec) for name in m.theirs}
 
     @cached_property
-    def _stored_shapes(self) -> dict[str, tuple[tuple[int, ...], bool]]:
-        """Shape of each tensor that the config accounts for, and whether it holds a convolution's filters, by name."""
-        stored = {
-            name: ((rows, *self._shapes[m.ours][1:]), m.role == "filters")
-            for m in self.family.tensors(self.spec)
-            for name, rows in zip(m.theirs, m.rows, strict=True)
-        }
+    def _stored_shapes(self) -> dict[str, list[tuple[int, ...]]]:
+        """The shapes that each tensor that the config accounts for may have, by name."""
+        stored: dict[str, list[tuple[int, ...]]] = {}
+        for m in self.family.tensors(self.spec):
+            stored |= m.stored_shapes(self._shapes[m.ours])
         if self.spec.tie_embeddings:
-            stored[HEAD] = tuple(self._shapes["embeddings.weight"]), False
+            stored[HEAD] = [tuple(self._shapes["embeddings.weight"])]
         return stored
 
     def load(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:

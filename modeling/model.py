@@ -1,6 +1,7 @@
 """The language model: embeddings, blocks, final norm and head, for every family alike."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,8 @@ class Model(nn.Module):
 
     @property
     def blocks(self) -> list[Block]:
-        """The layers."""
-        return [block for block in self.layers if isinstance(block, Block)]
+        """The modules of `layers`, which torch types as any module."""
+        return [cast(Block, block) for block in self.layers]
 
     @property
     def deltas(self) -> dict[int, DeltaMixer]:

@@ -19,7 +19,8 @@ from modeling.checkpoint import HEAD, Checkpoint, CheckpointError, open_checkpoi
 from modeling.families import ConfigError
 from modeling.layers import Block, RMSNorm
 from modeling.sources import INDEX, SINGLE
-from modeling.spec import FLOAT32_STATES, ModelSpec
+from modeling.spec import ModelSpec
+from modeling.state import DeltaState
 from pruning.companions import Companions
 from pruning.errors import PruningError
 from pruning.finite import finite
@@ -193,9 +194,13 @@ def _run(directory: Path, expected: ModelSpec) -> None:
             block.to_empty(device="cpu")
         block.load_state_dict(checkpoint.parameters(f"layers.{layer}."))
         x, state = block(x, offsets)
-        held, needed = state.bytes_per_row, spec.mixer.state_bytes(sum(lengths), FLOAT32_STATES)
-        if held != needed:
-            raise PruningError(f"layer {layer} has a state of {held} bytes, expected {needed}")
+        if isinstance(state, DeltaState):
+            m = expected.deltas[layer]
+            shape = (len(lengths), m.num_v_heads, m.d_k, m.d_v)
+            if state.recurrent.shape != shape:
+                raise PruningError(
+                    f"layer {layer} has state {list(state.recurrent.shape)}, expected {list(shape)}"
+                )
     norm = RMSNorm(expected.hidden_size, expected.norm.eps)
     norm.load_state_dict(checkpoint.parameters("norm."))
     hidden = norm(x)

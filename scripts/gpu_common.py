@@ -202,9 +202,9 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Greedy tokens `[B, new_tokens]` and the logits that they came from, decoding by graphs padded to one row more."""
     batch = prompts.shape[0]
-    pool = StatePool(runtime.model.spec, batch + 1, device=run.device, types=StateTypes(inputs=dtype))
+    pool = StatePool(runtime.model.spec, batch, device=run.device, types=StateTypes(inputs=dtype))
     slots = torch.arange(batch, device=run.device).flip(0)
-    graphs = DecodeGraphs(runtime, pool, [batch + 1], batch, recorder(run))
+    graphs = DecodeGraphs(runtime, pool, [batch + 1], recorder(run))
     logits = [prefill(runtime, prompts, pool, slots)]
     for _ in range(new_tokens - 1):
         logits.append(runtime.logits(graphs(logits[-1].argmax(-1), slots)))

@@ -177,10 +177,10 @@ def parity(run: Run, checkpoint: Checkpoint, *, ours: bool) -> dict[str, Any]:
 def time_model(run: Run, model: Model, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
     """TTFT of a batch that arrives at once, then its decode steps with greedy sampling on the device."""
     runtime = run.runtime(model)
-    pool = StatePool(model.spec, batch + 1, device=run.device, types=StateTypes(inputs=torch.bfloat16))
+    pool = StatePool(model.spec, batch, device=run.device, types=StateTypes(inputs=torch.bfloat16))
     slots = torch.randperm(batch, device=run.device)
     prompts = torch.randint(0, model.spec.vocab_size, (batch, prompt), device=run.device)
-    graphs = DecodeGraphs(runtime, pool, [batch], batch, recorder(run))
+    graphs = DecodeGraphs(runtime, pool, [batch], recorder(run))
     prefill(runtime, prompts[:1], pool, slots[:1])
     first: list[Tensor] = []
     ttft = seconds(run, lambda: first.append(prefill(runtime, prompts, pool, slots).argmax(-1)))
@@ -316,7 +316,7 @@ def check_capacity(run: Run) -> Iterator[list[str]]:
             available = torch.cuda.mem_get_info()[0] - reserve
             slots = available // spec.state_bytes(0, StateTypes(inputs=torch.bfloat16))
             pool = StatePool(spec, slots, device=run.device, types=StateTypes(inputs=torch.bfloat16))
-            graphs = DecodeGraphs(runtime, pool, [largest], 0, recorder(run))
+            graphs = DecodeGraphs(runtime, pool, [largest], recorder(run))
             at = torch.arange(slots - largest, slots, device=run.device)
             ids = torch.randint(0, spec.vocab_size, (largest,), device=run.device)
             for _ in range(2):

@@ -14,7 +14,8 @@ from results import KINDS, appear, content, make
 
 import lowkey.publishing
 from lowkey.files import OutputError, OutputTakenError, check_new_file, check_writable, found_at
-from lowkey.publishing import replacing, sole_user, write_all
+from lowkey.publishing import replacing, scratch_directory, sole_user, write_all
+from lowkey.signals import written
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,3 +269,12 @@ def test_a_progress_file_is_the_commands_own(tmp_path):
         with replacing(file) as temporary:
             temporary.write_text(what)
     assert file.read_text() == "two" and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_is_written_to_a_scratch_directory_is_no_result(tmp_path):
+    make("file", tmp_path / "out")
+    before = list(written)
+    with scratch_directory() as folder:
+        make("file", folder / "out")
+        assert written == [*before, folder / "out"]
+    assert written == before and not folder.exists()

@@ -28,7 +28,7 @@ convolution's, `decay` what its decay is made of, `norm` the weight of any norm,
 class TensorMap:
     """How one of our tensors is made of a checkpoint's: they are concatenated along the first axis.
 
-    What else may lie between the two (an order of rows, an offset, a reshape) belongs into `join` and `split`: nothing
+    What else may lie between the two (an order of rows, an offset, a reshape) belongs into these three methods: nothing
     else knows how the checkpoint's tensors lie.
     """
 
@@ -38,15 +38,25 @@ class TensorMap:
     ours: str
     theirs: tuple[str, ...]
     rows: tuple[int, ...]
-    """Rows of each of theirs."""
+    """The rows of our tensor that each of theirs makes up."""
+
+    def stored_shapes(self, shape: torch.Size) -> dict[str, list[tuple[int, ...]]]:
+        """The shapes that each of theirs may have, by name, for our tensor of `shape`."""
+        shapes: dict[str, list[tuple[int, ...]]] = {}
+        for name, n in zip(self.theirs, self.rows, strict=True):
+            shapes[name] = [(n, *shape[1:])]
+            if (
+                self.role == "filters"
+            ):  # of a depthwise convolution; some have an axis for its one input channel
+                shapes[name].append((n, 1, *shape[1:]))
+        return shapes
 
     def join(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Our tensor, of `shape`, from theirs."""
-        # Filters of a depthwise convolution are stored with an axis for their one input channel, or without.
+        """Makes our tensor, of `shape`, of theirs."""
         return torch.cat([part.reshape(n, *shape[1:]) for part, n in zip(parts, self.rows, strict=True)])
 
     def split(self, tensor: Tensor) -> list[Tensor]:
-        """Theirs from our tensor."""
+        """Makes theirs of our tensor."""
         parts = tensor.split(list(self.rows))
         return [part[:, None, :] if self.role == "filters" else part for part in parts]
 

@@ -7,8 +7,8 @@ in float32 (float64 where the parameters are).
 """
 
 from modeling.layers.block import Block
-from modeling.layers.delta import DeltaMixer
-from modeling.layers.mixer import Mixer, Tap
+from modeling.layers.delta import DeltaMixer, Tap
+from modeling.layers.mixer import Mixer
 from modeling.layers.mlp import MLP
 from modeling.layers.norms import L2_EPS, RMSNorm, l2_normalise
 

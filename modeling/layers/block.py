@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from modeling.layers.delta import DeltaMixer
-from modeling.layers.mixer import Mixer, Tap
+from modeling.layers.delta import DeltaMixer, Tap
+from modeling.layers.mixer import Mixer
 from modeling.layers.mlp import MLP
 from modeling.layers.norms import RMSNorm
 from modeling.ops import GatedDeltaRule
@@ -49,9 +49,17 @@ class Block(nn.Module):
         Returns:
             Output like x, and the mixer's state after each sequence's last token.
         """
-        y, state = self.mixer(self.mixer_norm(x), cu_seqlens, state, rule=rule, tap=tap)
+        linear = {"rule": rule, "tap": tap} if isinstance(self.mixer, DeltaMixer) else {}
+        y, state = self.mixer(self.mixer_norm(x), cu_seqlens, state, **linear)
         x = x + y
         return x + self.ffn(self.ffn_norm(x)), state
+
+    def prefill(self, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor) -> Tensor:
+        """Packed sequences, x `[tokens, hidden]`, whose states are at `slots` `[sequences]` and move on there in
+        place."""
+        x = x + self.mixer.prefill(self.mixer_norm(x), cu_seqlens, state, slots)
+        y: Tensor = self.ffn(self.ffn_norm(x))
+        return x + y
 
     def decode(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         """One token of each of B requests: x `[B, hidden]`, output like it; `state` moves on in place at `slots`

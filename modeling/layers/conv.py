@@ -48,11 +48,13 @@ class ShortConv(nn.Module):
         last = torch.stack([buffer[end - history : end] for end in ends])
         return F.silu(y).to(x.dtype), last.transpose(1, 2)
 
-    def decode(self, x: Tensor, pool: Tensor, slots: Tensor) -> Tensor:
-        """x `[B, channels]`, pool `[slots, channels, kernel - 1]` updated in place at `slots` `[B]`."""
-        window = torch.cat([pool[slots].to(x.dtype), x[..., None]], dim=-1)
-        pool[slots] = window[..., 1:].to(pool.dtype)
+    def decode(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
+        """One token of each of B requests: x `[B, channels]`, past `[B, channels, kernel - 1]`, the inputs before it.
+
+        Returns y like x and the new past.
+        """
+        window = torch.cat([past.to(x.dtype), x[..., None]], dim=-1)
         y = (wide(window) * wide(self.weight)).sum(-1)
         if self.bias is not None:
             y = y + self.bias
-        return F.silu(y).to(x.dtype)
+        return F.silu(y).to(x.dtype), window[..., 1:]

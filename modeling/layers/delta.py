@@ -8,11 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.layers.conv import ShortConv
-from modeling.layers.mixer import Mixer, Tap
+from modeling.layers.mixer import Mixer
 from modeling.layers.norms import RMSNorm, l2_normalise
 from modeling.ops import GatedDeltaRule, RuleInputs, chunked_gated_delta_rule, reference_step, wide
 from modeling.spec import DeltaSpec
 from modeling.state import DeltaState, LayerState
+
+Tap = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Called in each linear layer as `tap(layer, x, q, k)` with the layer's index in the model, the mixer's input
+`[tokens, hidden]` and the post-convolution, pre-normalisation q and k `[tokens, num_k_heads, d_k]`; what it returns is
+used as q and k. Statistics observe through it, masks and gates act through it."""
 
 
 class DeltaMixer(Mixer):
@@ -119,11 +124,13 @@ class DeltaMixer(Mixer):
             The output projection's input, `[B, value_dim]`, in `projected`'s dtype.
         """
         qkv, gate, beta_in, decay_in = projected.split(self.spec.in_proj_sizes, dim=-1)
-        q, k, v = self.split_heads(self.conv.decode(qkv, state.conv, slots))
+        before = state.gather(slots)
+        qkv, conv = self.conv.decode(qkv, before.conv)
+        q, k, v = self.split_heads(qkv)
         beta, g = self.gates(beta_in, decay_in)
         q, k = l2_normalise(q), l2_normalise(k)
-        o, new = reference_step(
-            wide(state.recurrent[slots]), q, k, wide(v), g, beta, scale=self.spec.d_k**-0.5
+        o, recurrent = reference_step(
+            wide(before.recurrent), q, k, wide(v), g, beta, scale=self.spec.d_k**-0.5
         )
-        state.recurrent[slots] = new.to(state.recurrent.dtype)
+        state.scatter(slots, DeltaState(recurrent, conv))
         return self.gated_norm(o, gate)

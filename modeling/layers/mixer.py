@@ -1,17 +1,11 @@
 """What a block asks of its mixer, whatever its kind."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from modeling.ops import GatedDeltaRule
 from modeling.state import LayerState
-
-Tap = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Called in each linear layer as `tap(layer, x, q, k)` with the layer's index in the model, the mixer's input
-`[tokens, hidden]` and the post-convolution, pre-normalisation q and k `[tokens, num_k_heads, d_k]`; what it returns is
-used as q and k. Statistics observe through it, masks and gates act through it."""
 
 
 class Mixer(nn.Module, ABC):
@@ -19,13 +13,7 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        x: Tensor,
-        cu_seqlens: Sequence[int],
-        state: LayerState | None = None,
-        *,
-        rule: GatedDeltaRule | None = None,
-        tap: Tap | None = None,
+        self, x: Tensor, cu_seqlens: Sequence[int], state: LayerState | None = None
     ) -> tuple[Tensor, LayerState]:
         """Packed sequences.
 
@@ -33,11 +21,19 @@ class Mixer(nn.Module, ABC):
             x: `[tokens, hidden]`, all sequences one after the other.
             cu_seqlens: offsets, `[0, ..., tokens]`.
             state: a row for each sequence; None for the beginning.
-            rule, tap: of linear attention only (`Model.forward`).
 
         Returns:
             Output like x, and the state after each sequence.
         """
+
+    def prefill(self, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor) -> Tensor:
+        """`forward` of sequences whose states are at `slots` int64 `[sequences]`, distinct, and move on there in place.
+
+        The states are copied out and in again; a kind whose states are large has a better way of its own.
+        """
+        y, after = self(x, cu_seqlens, state.gather(slots))
+        state.scatter(slots, after)
+        return y  # type: ignore[no-any-return]
 
     @abstractmethod
     def decode(self, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:

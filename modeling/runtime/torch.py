@@ -19,30 +19,35 @@ class TorchRuntime:
         self._blocks = model.blocks
 
     def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
-        # Only one layer's states are copied at a time: a batch of many short prompts needs no copy of all that it
-        # holds.
-        x = self.model.embeddings(input_ids)
+        x = self._embed(input_ids)
         for i, state in enumerate(pool.layers):
-            x, after = self._prefill_block(i, x, cu_seqlens, state.gather(slots))
-            state.scatter(slots, after)
-        y: Tensor = self.model.norm(x)
-        return y
+            x = self._prefill_block(i, x, cu_seqlens, state, slots)
+        return self._finish(x)
 
     def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
-        x = self.model.embeddings(input_ids)
+        x = self._embed(input_ids)
         for i, state in enumerate(pool.layers):
             x = self._decode_block(i, x, state, slots)
-        y: Tensor = self.model.norm(x)
-        return y
+        return self._finish(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """What goes into the first block."""
+        x: Tensor = self.model.embeddings(input_ids)
+        return x
+
+    def _finish(self, x: Tensor) -> Tensor:
+        """Hidden states after the final norm, of what comes out of the last block."""
+        y: Tensor = self.model.norm(x)
+        return y
+
     def _prefill_block(
-        self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState
-    ) -> tuple[Tensor, LayerState]:
-        """Packed sequences through one layer, x `[tokens, hidden]`; what is given may be overwritten."""
-        return self._blocks[layer](x, cu_seqlens, state)  # type: ignore[no-any-return]
+        self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor
+    ) -> Tensor:
+        """Packed sequences through one layer, x `[tokens, hidden]`, which may be overwritten."""
+        return self._blocks[layer].prefill(x, cu_seqlens, state, slots)
 
     def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         """One token of each of B requests through one layer, x `[B, hidden]`, which may be overwritten."""

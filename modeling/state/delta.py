@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modeling.pages import zeros
+from modeling.huge_pages import zeros
 from modeling.spec import DeltaSpec, StateTypes
 
 
-@dataclass
+@dataclass(frozen=True)
 class DeltaState:
     """`modeling.state.LayerState` of a delta rule mixer.
 

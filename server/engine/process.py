@@ -19,7 +19,7 @@ from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.runtime import Runtime, compile_model
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
-from modeling.spec import StateTypes
+from modeling.spec import STATE_DTYPES, StateTypes
 from modeling.state import StatePool
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
@@ -159,7 +159,7 @@ def _plan(
 ) -> tuple[StatePool, MemoryPlan, DecodeGraphs | None]:
     """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
     spec = runtime.model.spec
-    types = StateTypes(torch.float32 if config.state_dtype == "float32" else torch.bfloat16, inputs=dtype)
+    types = StateTypes(STATE_DTYPES[config.state_dtype], inputs=dtype)
 
     def pool(slots: int) -> StatePool:
         return StatePool(spec, slots, device=device.torch_device, types=types)
@@ -174,7 +174,7 @@ def _plan(
     if recorder is None:
         return states, plan, None
     sizes = graph_sizes(min(plan.slots, config.max_requests or MAX_BATCH))
-    return states, plan, DecodeGraphs(runtime, states, sizes, states.null_slot, recorder)
+    return states, plan, DecodeGraphs(runtime, states, sizes, recorder)
 
 
 def serve(config: EngineConfig) -> None:

@@ -38,7 +38,7 @@ def model(request, tmp_path):
 
 
 def filled_pool(model):
-    pool = StatePool(model.spec, 6)
+    pool = StatePool(model.spec, NULL_SLOT)
     torch.manual_seed(0)
     for t in tensors(pool):
         t.copy_(torch.randn_like(t) * 0.1)
@@ -49,7 +49,7 @@ def filled_pool(model):
 def test_any_batch_runs_on_the_smallest_graph_that_holds_it_and_touches_no_other_slot(model):
     pool, plain = filled_pool(model), filled_pool(model)
     recorder = CallingRecorder()
-    graphs = DecodeGraphs(TorchRuntime(model), pool, [4, 1, 2], NULL_SLOT, recorder)
+    graphs = DecodeGraphs(TorchRuntime(model), pool, [4, 1, 2], recorder)
     assert recorder.sizes == [4, 2, 1], "the largest first: the others reuse its memory"
     requests = [i for i in range(6) if i != NULL_SLOT]
     for t, p in zip(tensors(pool), tensors(plain), strict=True):
@@ -69,7 +69,7 @@ def test_any_batch_runs_on_the_smallest_graph_that_holds_it_and_touches_no_other
 
 @torch.inference_mode()
 def test_a_batch_over_the_largest_size_is_refused(model):
-    graphs = DecodeGraphs(TorchRuntime(model), filled_pool(model), [2], NULL_SLOT, CallingRecorder())
+    graphs = DecodeGraphs(TorchRuntime(model), filled_pool(model), [2], CallingRecorder())
     with pytest.raises(ValueError, match="a batch of 3 exceeds the largest recorded size, 2"):
         graphs(torch.tensor([1, 2, 3]), torch.tensor([0, 1, 2]))
 
@@ -77,7 +77,7 @@ def test_a_batch_over_the_largest_size_is_refused(model):
 @pytest.mark.parametrize("sizes", [[], [0, 4], [-1]])
 def test_batch_sizes_must_be_positive(model, sizes):
     with pytest.raises(ValueError, match="batch_sizes"):
-        DecodeGraphs(TorchRuntime(model), filled_pool(model), sizes, NULL_SLOT, CallingRecorder())
+        DecodeGraphs(TorchRuntime(model), filled_pool(model), sizes, CallingRecorder())
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 100, 511, 512, 700])

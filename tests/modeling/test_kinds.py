@@ -147,7 +147,7 @@ def test_recorded_steps_take_any_kind(spec):
         output = function()
         return lambda: output.copy_(function()), output
 
-    graphs = DecodeGraphs(runtime, pool, [2], pool.null_slot, recorder)
+    graphs = DecodeGraphs(runtime, pool, [2], recorder)
     for ids in torch.randint(0, 37, (3, 2)):
         slots = torch.tensor([3, 0])
         torch.testing.assert_close(graphs(ids, slots), runtime.decode(ids, plain, slots))
@@ -163,6 +163,11 @@ def test_a_runtime_refuses_a_kind_that_it_does_not_know(spec):
         CpuRuntime(model_of(spec_of(AVERAGE)))
     with pytest.raises(ValueError, match="another model"):
         CpuRuntime(model_of(spec)).decode(torch.tensor([0]), StatePool(spec_of(DELTA), 1), torch.tensor([0]))
+
+
+def test_the_log_names_layers_that_run_in_plain_torch(spec, caplog):
+    CpuRuntime(model_of(spec))
+    assert "layers [1, 3] are of kinds that are not written in C++" in caplog.text
 
 
 def test_every_layer_is_differentiable(spec):

@@ -7,9 +7,9 @@ from ctypes import POINTER, Array, Structure, c_float, c_int, c_int32, c_int64, 
 import torch
 from torch import Tensor
 
+from modeling.huge_pages import gather_parameters
 from modeling.layers import MLP, Block, DeltaMixer
 from modeling.model import Model
-from modeling.pages import gather_parameters
 from modeling.runtime.cpu.build import compiled
 from modeling.runtime.cpu.calls import check, offsets_of
 from modeling.runtime.cpu.delta import Delta, State
@@ -145,7 +145,7 @@ class CompiledModel:
         )
         return hidden
 
-    def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], states: Array[State]) -> Tensor:
+    def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], states: Sequence[DeltaState]) -> Tensor:
         """Packed sequences through the whole model.
 
         Args:
@@ -158,7 +158,7 @@ class CompiledModel:
 
         Raises:
             IndexError: an id is out of range; no state has moved then.
-            ValueError: ids or offsets have the wrong dtype, device or shape.
+            ValueError: ids, offsets or states have the wrong dtype, device or shape.
         """
         ids = _integers(input_ids, "ids")
         hidden = torch.empty(len(ids), self._model.hidden, dtype=self._parameters.dtype)
@@ -167,22 +167,29 @@ class CompiledModel:
     def prefill_layer(self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: DeltaState) -> Tensor:
         """Packed sequences through one layer: x float32 `[tokens, hidden]` -> output like x, in its memory. The state
         is float32, a row for each sequence, and updated in place. Raises as `prefill`."""
-        return self._prefill(self._parts[layer], None, cu_seqlens, State.of(state), x)
+        return self._prefill(self._parts[layer], None, cu_seqlens, [state], x)
 
     def _prefill(
         self,
         model: _Model,
         ids: Tensor | None,
         cu_seqlens: Sequence[int],
-        states: Array[State] | State,
+        states: Sequence[DeltaState],
         hidden: Tensor,
     ) -> Tensor:
         offsets = offsets_of(cu_seqlens, len(hidden))
+        sequences = len(offsets) - 1
+        for state in states:
+            if len(state.recurrent) != sequences or state.recurrent.dtype != torch.float32:
+                raise ValueError(
+                    f"{len(state.recurrent)} states in {state.recurrent.dtype} for {sequences} sequences, whose states "
+                    "must be float32"
+                )
         given = None if ids is None else ids.data_ptr()
         at, threads = offsets.data_ptr(), torch.get_num_threads()
         check(
             self._library.lowkey_prefill(
-                model, states, len(offsets) - 1, at, given, hidden.data_ptr(), threads
+                model, states_of(states), sequences, at, given, hidden.data_ptr(), threads
             )
         )
         return hidden
@@ -210,7 +217,7 @@ class CompiledModel:
 
 
 def states_of(states: Sequence[DeltaState]) -> Array[State]:
-    """Where each layer's states are."""
+    """The addresses of each layer's states. Raises ValueError for some that the C++ would misread."""
     return (State * len(states))(*map(State.of, states))
 
 

@@ -24,7 +24,7 @@ class Delta(Structure):
 
     @classmethod
     def of(cls, mixer: DeltaMixer, parameters: Parameters) -> "Delta":
-        """Raises UnavailableError."""
+        """A mixer's parameters, where they lie. Raises UnavailableError for one that the C++ does not take."""
         s = mixer.spec
         return cls(
             in_proj=parameters.matrix(mixer.in_proj.weight),
@@ -56,7 +56,16 @@ class State(Structure):
 
     @classmethod
     def of(cls, state: DeltaState) -> "State":
-        """Where a state's tensors are."""
+        """Where a state's tensors are. Raises ValueError for tensors that the C++ would misread."""
+        for t in (state.recurrent, state.conv):
+            if (
+                t.dtype not in (torch.float32, torch.bfloat16)
+                or t.device.type != "cpu"
+                or not t.is_contiguous()
+            ):
+                raise ValueError(
+                    f"states must be contiguous float32 or bfloat16 on the CPU, got {t.dtype} on {t.device}"
+                )
         return cls(
             state.recurrent.data_ptr(),
             state.conv.data_ptr(),

@@ -13,7 +13,7 @@ class Mlp(Structure):
 
     @classmethod
     def of(cls, mlp: MLP, parameters: Parameters) -> "Mlp":
-        """Raises UnavailableError."""
+        """A feed-forward's parameters, where they lie. Raises UnavailableError for one that the C++ does not take."""
         return cls(
             parameters.matrix(mlp.in_proj.weight),
             parameters.matrix(mlp.out_proj.weight),

@@ -1,5 +1,6 @@
 """A model on a CPU, compiled for the machine at hand."""
 
+import logging
 from collections.abc import Sequence
 from ctypes import Array
 from weakref import WeakKeyDictionary
@@ -14,10 +15,13 @@ from modeling.runtime.interface import UnavailableError
 from modeling.runtime.torch import TorchRuntime
 from modeling.state import DeltaState, LayerState, StatePool
 
+logger = logging.getLogger("lowkey.modeling")
+
 
 class CpuRuntime(TorchRuntime):
     """`modeling.runtime.Runtime` in C++: in one call where all layers are of kinds that are written in C++, else from
-    layer to layer, the others in plain torch operations. Activations are float32 whatever the weights are.
+    layer to layer, the others in plain torch operations, as the log then says. What passes between layers is float32
+    whatever the weights are.
 
     Raises:
         UnavailableError: no layer is of a kind that is written in C++, there is no compiled library on this machine, or
@@ -28,20 +32,25 @@ class CpuRuntime(TorchRuntime):
 
     def __init__(self, model: Model) -> None:
         super().__init__(model)
-        known = [knows(block) for block in model.blocks]
-        if not any(known):
+        unknown = [i for i, block in enumerate(self._blocks) if not knows(block)]
+        if len(unknown) == len(self._blocks):
             raise UnavailableError("no layer of the model is of a kind that is written in C++")
-        self._whole = all(known)
+        if unknown:
+            logger.warning("layers %s are of kinds that are not written in C++: plain torch, slower", unknown)
+        self._whole = not unknown
         self._compiled = CompiledModel(model)
+        self._dtype = model.embeddings.weight.dtype
         # A pool's tensors stay where they are: their addresses are looked up once.
         self._addresses: WeakKeyDictionary[StatePool, Array[State]] = WeakKeyDictionary()
 
     def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
         self._check(pool)
+        if bool((slots < 0).any()) or bool((slots > pool.null_slot).any()):
+            raise IndexError("a slot is outside the pool")
         if not self._whole:
             return super().prefill(input_ids, cu_seqlens, pool, slots)
         states = [_float32(state) for state in pool.gather(slots)]
-        hidden = self._compiled.prefill(input_ids, cu_seqlens, states_of(states))
+        hidden = self._compiled.prefill(input_ids, cu_seqlens, states)
         pool.scatter(slots, states)
         return hidden
 
@@ -60,20 +69,26 @@ class CpuRuntime(TorchRuntime):
         """`x [n, in]` times `weight [out, in]` transposed, in float32."""
         return self._compiled.linear(x, weight)
 
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        return super()._embed(input_ids).float()
+
+    def _finish(self, x: Tensor) -> Tensor:
+        return super()._finish(x).to(self._dtype)
+
     def _prefill_block(
-        self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState
-    ) -> tuple[Tensor, LayerState]:
+        self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor
+    ) -> Tensor:
         if not knows(self._blocks[layer]):
-            return super()._prefill_block(layer, x, cu_seqlens, state)
-        after = _float32(state)
-        return self._compiled.prefill_layer(layer, x.float().contiguous(), cu_seqlens, after).to(
-            x.dtype
-        ), after
+            return super()._prefill_block(layer, x.to(self._dtype), cu_seqlens, state, slots).float()
+        moved = _float32(state.gather(slots))
+        x = self._compiled.prefill_layer(layer, x.contiguous(), cu_seqlens, moved)
+        state.scatter(slots, moved)
+        return x
 
     def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         if not knows(self._blocks[layer]):
-            return super()._decode_block(layer, x, state, slots)
-        return self._compiled.decode_layer(layer, x.float().contiguous(), _delta(state), slots).to(x.dtype)
+            return super()._decode_block(layer, x.to(self._dtype), state, slots).float()
+        return self._compiled.decode_layer(layer, x.contiguous(), _delta(state), slots)
 
     def _check(self, pool: StatePool) -> None:
         if pool.spec != self.model.spec:

@@ -116,12 +116,26 @@ def delta_heads(
     return q, k, v.view(tokens, s.num_v_heads, s.d_v), after
 
 
+def add_delta(mixer: DeltaMixer, x: Tensor, normed: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
+    """x `[B, hidden]` plus the mixer's decode step of `normed`, in x's memory; the states move on in place."""
+    y = delta_step(mixer, mixer.in_proj(normed), state, slots)
+    return x.addmm_(y, mixer.o_proj.weight.t())
+
+
 def delta_prefill(
-    mixer: DeltaMixer, x: Tensor, cu_seqlens: Sequence[int], state: DeltaState, rule: GatedDeltaRule
-) -> tuple[Tensor, DeltaState]:
-    """`DeltaMixer.forward` with `delta_heads` and the given rule."""
+    mixer: DeltaMixer,
+    x: Tensor,
+    cu_seqlens: Sequence[int],
+    state: DeltaState,
+    slots: Tensor,
+    rule: GatedDeltaRule,
+) -> Tensor:
+    """`DeltaMixer.prefill` with `delta_heads` and the given rule."""
+    before = state.gather(slots)
     qkv, gate, beta_in, decay_in = mixer.project(x)
-    q, k, v, conv = delta_heads(mixer, qkv, cu_seqlens, state.conv)
+    q, k, v, conv = delta_heads(mixer, qkv, cu_seqlens, before.conv)
     beta, g = mixer.gates(beta_in, decay_in)
-    o, recurrent = rule(RuleInputs(q, k, v, g, beta, mixer.spec.d_k**-0.5, cu_seqlens, state.recurrent))
-    return mixer.o_proj(mixer.gated_norm(o, gate)), DeltaState(recurrent, conv)
+    o, recurrent = rule(RuleInputs(q, k, v, g, beta, mixer.spec.d_k**-0.5, cu_seqlens, before.recurrent))
+    state.scatter(slots, DeltaState(recurrent, conv))
+    y: Tensor = mixer.o_proj(mixer.gated_norm(o, gate))
+    return y

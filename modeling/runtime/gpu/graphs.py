@@ -74,7 +74,6 @@ class DecodeGraphs:
         runtime: Runtime,
         pool: StatePool,
         batch_sizes: Sequence[int],
-        null_slot: int,
         recorder: Recorder,
     ) -> None:
         """Records one graph per batch size.
@@ -86,9 +85,9 @@ class DecodeGraphs:
         if not self.batch_sizes or self.batch_sizes[0] < 1:
             raise ValueError(f"batch_sizes={list(batch_sizes)} must name at least one size, all positive")
         device = runtime.model.device
-        self._null_slot = null_slot
+        self._null_slot = pool.null_slot
         self._input_ids = torch.zeros(self.batch_sizes[-1], dtype=torch.int64, device=device)
-        self._slots = torch.full_like(self._input_ids, null_slot)
+        self._slots = torch.full_like(self._input_ids, pool.null_slot)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
         # The largest first: the smaller ones fit into the memory that it leaves.
         with torch.inference_mode():

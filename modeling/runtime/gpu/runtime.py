@@ -1,18 +1,26 @@
 """A model on an NVIDIA GPU: Triton kernels for decode steps, a chunk kernel for prompts."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from modeling.layers import MLP, DeltaMixer
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule
-from modeling.runtime.gpu.delta import delta_prefill, delta_step
+from modeling.runtime.gpu.delta import add_delta, delta_prefill
 from modeling.runtime.gpu.mlp import add_mlp
 from modeling.runtime.gpu.norms import normed
 from modeling.runtime.interface import UnavailableError
 from modeling.runtime.torch import TorchRuntime
-from modeling.state import DeltaState, LayerState
+from modeling.state import LayerState
+
+MIXERS: dict[type, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    DeltaMixer: (delta_prefill, add_delta)
+}
+"""What runs each kind of mixer: its prefill, and what adds its decode step to the residual."""
+
+FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLP: add_mlp}
+"""What adds each kind of feed-forward to the residual in a decode step."""
 
 
 class GpuRuntime(TorchRuntime):
@@ -31,30 +39,25 @@ class GpuRuntime(TorchRuntime):
 
     def __init__(self, model: Model, rule: GatedDeltaRule) -> None:
         super().__init__(model)
-        self.rule = rule
-        for i, block in enumerate(model.blocks):
-            for part, kind in ((block.mixer, DeltaMixer), (block.ffn, MLP)):
-                if not isinstance(part, kind):
+        self._rule = rule
+        for i, block in enumerate(self._blocks):
+            for part in (block.mixer, block.ffn):
+                if type(part) not in (*MIXERS, *FEED_FORWARDS):
                     raise UnavailableError(
                         f"layer {i} has a {type(part).__name__}, for which there are no kernels"
                     )
 
     def _prefill_block(
-        self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState
-    ) -> tuple[Tensor, LayerState]:
+        self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor
+    ) -> Tensor:
         block = self._blocks[layer]
-        assert isinstance(block.mixer, DeltaMixer)
-        assert isinstance(state, DeltaState)
-        y, after = delta_prefill(block.mixer, block.mixer_norm(x), cu_seqlens, state, self.rule)
-        x = x + y
-        return x + block.ffn(block.ffn_norm(x)), after
+        prefill, _ = MIXERS[type(block.mixer)]
+        x = x + prefill(block.mixer, block.mixer_norm(x), cu_seqlens, state, slots, self._rule)
+        y: Tensor = block.ffn(block.ffn_norm(x))
+        return x + y
 
     def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         block = self._blocks[layer]
-        mixer, ffn = block.mixer, block.ffn
-        assert isinstance(mixer, DeltaMixer)
-        assert isinstance(state, DeltaState)
-        assert isinstance(ffn, MLP)
-        y = delta_step(mixer, mixer.in_proj(normed(block.mixer_norm, x)), state, slots)
-        x.addmm_(y, mixer.o_proj.weight.t())
-        return add_mlp(ffn, x, normed(block.ffn_norm, x))
+        _, add_mixer = MIXERS[type(block.mixer)]
+        x = add_mixer(block.mixer, x, normed(block.mixer_norm, x), state, slots)
+        return FEED_FORWARDS[type(block.ffn)](block.ffn, x, normed(block.ffn_norm, x))

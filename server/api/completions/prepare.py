@@ -52,11 +52,11 @@ def stop_ids(fields: SamplingFields, variant: Variant) -> set[int]:
     return {*(fields.stop_token_ids or []), *own}
 
 
-def per_choice(settings: Settings, fields: ChoiceFields, prompts: int = 1) -> int:
+def per_choice(settings: Settings, fields: ChoiceFields) -> int:
     """How many tokens each choice may have, so that an answer with log-probabilities of all keeps to
     `max_answer_entries`."""
     each = 1 + (fields.alternatives or 0)
-    return settings.max_answer_entries // (prompts * fields.choices_each * each)
+    return settings.max_answer_entries // (fields.choices_each * each)
 
 
 def check_size(settings: Settings, fields: ChoiceFields, prompts: Prompts) -> None:

@@ -32,7 +32,7 @@ class Setup:
         self.device = FakeDevice()
         self.pool = StatePool(bench.model.spec, slots)
         runtime = TorchRuntime(bench.model)
-        graphs = DecodeGraphs(runtime, self.pool, largest, self.pool.null_slot, self.device.recorder())
+        graphs = DecodeGraphs(runtime, self.pool, largest, self.device.recorder())
         self.device.events.clear()
         self.runner = Runner(runtime, self.pool, device=self.device, graphs=graphs)
         cache = StateCache(self.pool, prefix_cache=prefix_cache)

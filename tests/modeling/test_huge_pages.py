@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling.pages import PAGE_BYTES, gather_parameters, zeros
+from modeling.huge_pages import PAGE_BYTES, gather_parameters, zeros
 
 
 def is_large(tensor):
