@@ -49,7 +49,7 @@ class Averaged(GatedDeltaNet):
             TensorMap(AVERAGE, role, f"{ours}{name}.weight", parts, rows)
             for role, name, parts, rows in (
                 ("norm", "mixer_norm", (f"{theirs}attn_norm.weight",), (hidden,)),
-                ("in_proj", "mixer.in_proj", (f"{theirs}average.in_proj.weight",), (48,)),
+                ("in_proj", "mixer.in_proj", (f"average_{AVERAGE}_in.weight",), (48,)),
                 ("out_proj", "mixer.o_proj", (f"{theirs}average.out_proj.weight",), (hidden,)),
                 ("norm", "ffn_norm", (f"{theirs}mlp_norm.weight",), (hidden,)),
                 ("ffn", "ffn.in_proj", gate_up, (size, size)),
@@ -138,7 +138,7 @@ def test_other_layers_are_copied(made):
 def test_it_is_shown_by_index(made, tmp_path):
     shown = run("inspect", made / "uniform")
     assert "layer 0: d_k 32 => 8" in shown and "layers 2 to 3, each: d_k 32 => 8" in shown
-    assert "average.in_proj.weight F32 [48, 64]" in shown
+    assert "average_1_in.weight F32 [48, 64]" in shown
     run(
         *("evaluate", made / "dense", made / "uniform", "--text", made / "text", *EVALUATE),
         *("--part", "perplexity", "--part", "rank", "--part", "retrieval", "--json", tmp_path / "e.json"),
