@@ -12,7 +12,6 @@ from rich.table import Table as TerminalTable
 from lowkey.files import check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import new_json, replacing, sole_user
 from lowkey.words import counted
-from modeling.checkpoint import open_checkpoint
 from modeling.spec import ModelSpec
 from pruning.budget import check_spendable
 from pruning.calibration import WINDOW, Encoder
@@ -38,6 +37,7 @@ from pruning.options import (
     TextFiles,
     Tokens,
     WindowLength,
+    checkpoint_named,
     device_named,
     named_files,
     text_of,
@@ -127,7 +127,7 @@ def sweep(
         settings = TrainingSettings(
             tokens=recover, train=cast(TrainableSet, train), lr=lr, batch=batch, evaluations=1
         )
-    source = open_checkpoint(src)
+    source = checkpoint_named(src)
     refuse_input(out, "out", [source.path, *named_files(text), *named_files(heldout)])
     source.check_tensors()
     spec = source.spec

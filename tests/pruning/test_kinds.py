@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import GATED, random_tensors, write_checkpoint
-from pruning_runs import EVALUATE, RECOVER, SWEEP, TEXT, invoke
+from pruning_runs import EVALUATE, RECOVER, SWEEP, TEXT, arguments, invoke
 from safetensors.torch import load_file, safe_open
 from second_kind import AverageSpec, registered
 
@@ -154,6 +154,24 @@ def test_it_is_shown_by_index(made, tmp_path):
     assert list(figure.figure.data[-1].x) == LINEAR
     by_layer, _ = spectra("s", load_statistics(made / "s.safetensors"), 0)
     assert [line.name for line in by_layer.figure.data[:3]] == [f"layer {i}" for i in LINEAR]
+
+
+class Averages(Averaged):
+    """A model without any layer of linear attention."""
+
+    def spec(self, config):
+        spec = super().spec(config)
+        return replace(spec, layers=(spec.layers[AVERAGE],) * 4)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "prune", "recover", "evaluate", "sweep", "inspect"])
+def test_without_linear_attention_there_is_nothing_to_prune(tmp_path, monkeypatch, command):
+    monkeypatch.setitem(FAMILIES, "averaged", Averages())
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense/config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "text").write_text("some")
+    said = run(*arguments(tmp_path, command, tmp_path / "out"), code=2)
+    assert "dense has no linear-attention layer: nothing to prune" in said
 
 
 def test_it_is_recovered_and_swept(made, tmp_path):
