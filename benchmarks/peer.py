@@ -49,7 +49,8 @@ class LinearOnlyCache(DynamicCache):
 
 
 def peer_of(model: Model) -> Any:
-    """The same function as `model`, a Gated DeltaNet with a SiLU gate and one shape for all layers."""
+    """transformers' model that computes what `model` does, a Gated DeltaNet with a SiLU gate and one shape for all
+    layers. Raises ValueError for any other."""
     spec = model.spec
     m, ffn = spec.layers[0].mixer, spec.layers[0].ffn
     if len(set(spec.layers)) > 1 or not isinstance(m, DeltaSpec) or not isinstance(ffn, MLPSpec):

@@ -178,7 +178,7 @@ def test_help_shows_examples():
     ],
 )
 def test_widths_are_shares_of_the_models_own(made, tmp_path, monkeypatch, more, widths):
-    """Of 32 channels; where widths are chosen per layer, none is below the alignment of 16."""
+    """The model has 32 channels. Where widths are chosen per layer, none is below the alignment, 16 by default here."""
     planned = []
     monkeypatch.setattr("pruning.commands.sweep._plan", lambda sweep, table: planned.append(sweep) or [])
     text = ("--text", made / "text", "--heldout", made / "text")
