@@ -12,6 +12,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import httpx
 import numpy as np
@@ -33,11 +34,11 @@ class EngineTime:
         self.seconds = 0.0
         generate = variant.client.generate
 
-        async def timed(message: Generate) -> AsyncGenerator[Token]:
+        async def timed(message: Generate, **options: Any) -> AsyncGenerator[list[Token]]:
             start = time.perf_counter()
-            async for token in generate(message):
+            async for tokens in generate(message, **options):
                 self.seconds += time.perf_counter() - start
-                yield token
+                yield tokens
                 start = time.perf_counter()
 
         variant.client.generate = timed  # type: ignore[method-assign]
@@ -64,8 +65,8 @@ async def nothing() -> None:
     """The empty route."""
 
 
-def fatal(name: str) -> None:
-    raise SystemExit(f"variant {name!r} can't be loaded")
+def fatal(name: str, reason: str) -> None:
+    raise SystemExit(f"variant {name!r} can't be loaded: {reason}")
 
 
 async def measure(source: str, requests: int) -> dict[str, np.ndarray]:

@@ -27,9 +27,9 @@ class _Layout:
     active: list[int]
     """Number of sequences that have a chunk at step i."""
     order: Tensor
-    """Sequence index by rank (longest first)."""
+    """The index of each sequence in the batch, the longest first."""
     rank: Tensor
-    """Rank by sequence index."""
+    """The inverse of `order`: the place of each sequence in it."""
     rows: Tensor
     """For every padded chunk position its packed token, or the number of tokens for padding."""
     positions: Tensor

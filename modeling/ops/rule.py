@@ -13,7 +13,7 @@ class RuleInputs:
     q: Tensor
     """Queries `[tokens, num_k_heads, d_k]`, L2-normalised over d_k."""
     k: Tensor
-    """Keys, like q."""
+    """Keys `[tokens, num_k_heads, d_k]`, L2-normalised over d_k."""
     v: Tensor
     """Values `[tokens, num_v_heads, d_v]`."""
     g: Tensor | None

@@ -26,5 +26,13 @@ class StateTypes:
     recurrent: torch.dtype = torch.float32
     inputs: torch.dtype = torch.float32
 
+    def __post_init__(self) -> None:
+        for name, dtype in vars(self).items():
+            if not dtype.is_floating_point:
+                raise ValueError(f"{name} states must be kept in a floating-point dtype, got {dtype}")
+
 
 FLOAT32_STATES = StateTypes()
+
+STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""What recurrent states may be served in, by the names that users give."""

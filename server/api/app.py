@@ -9,7 +9,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from lowkey import __version__
 from server.api.ab import compare, summary
-from server.api.ab.comparisons import Comparisons
+from server.api.ab.record import ABRecord
 from server.api.ab.shadow import Shadow
 from server.api.ab.window import ABWindow
 from server.api.completions import chat, completions
@@ -37,8 +37,8 @@ def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> Fast
     variants = Variants(settings, metrics, on_fatal)
     service = Service(settings, variants, metrics, Routing(settings))
     saved_states = SavedStates(settings)
-    comparisons = Comparisons(metrics, ABWindow(settings.ab_samples))
-    shadow = Shadow(service, comparisons)
+    record = ABRecord(metrics, ABWindow(settings.ab_samples))
+    shadow = Shadow(service, record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -62,8 +62,8 @@ def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> Fast
     )
     app.state.service = service
     app.state.saved_states = saved_states
-    app.state.comparisons = comparisons
-    app.state.observers = [comparisons.add_generation, shadow.offer]  # of completions and chat
+    app.state.ab_record = record
+    app.state.observers = [record.add_generation, shadow.offer]  # of completions and chat
     errors.install(app)
     for module in (completions, chat, tokenize, states, compare, summary, models, health, ui):
         app.include_router(module.router)

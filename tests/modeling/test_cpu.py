@@ -272,6 +272,31 @@ def test_what_is_out_of_range_is_refused_before_anything_moves():
     assert runtime.decode(one([], dtype=torch.long), pool, one([], dtype=torch.long)).shape == (0, 24)
 
 
+def test_a_prompts_states_must_be_those_of_its_sequences():
+    spec = spec_of()
+    runtime, ids = CpuRuntime(model_of(spec)), torch.arange(10)
+    pool, _ = pools_of(spec, 4)
+    before = [t.clone() for t in tensors(pool)]
+    for slots in ([0], [0, 1, 2]):
+        with pytest.raises(ValueError, match=f"{len(slots)} states in torch.float32 for 2 sequences"):
+            runtime.prefill(ids, [0, 5, 10], pool, torch.tensor(slots))
+    for slot in (pool.null_slot + 1, -1):
+        with pytest.raises(IndexError, match="slot"):
+            runtime.prefill(ids, [0, 5, 10], pool, torch.tensor([0, slot]))
+    with pytest.raises(IndexError, match="token id"):
+        runtime.prefill(ids + 30, [0, 5, 10], pool, torch.tensor([0, 1]))
+    assert all(map(torch.equal, tensors(pool), before))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_states_that_it_would_misread_are_refused(dtype):
+    spec = spec_of()
+    runtime, one = CpuRuntime(model_of(spec)), torch.tensor([0])
+    for types in (StateTypes(dtype), StateTypes(inputs=dtype)):
+        with pytest.raises(ValueError, match=f"float32 or bfloat16 on the CPU, got {dtype}"):
+            runtime.decode(one, StatePool(spec, 2, types=types), one)
+
+
 def test_shapes_and_dtypes_that_it_does_not_take_go_to_torch_and_the_log_says_so(caplog):
     for model in (model_of(spec_of()).double(), model_of(spec_of(vocab=7))):
         caplog.clear()

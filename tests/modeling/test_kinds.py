@@ -165,6 +165,11 @@ def test_a_runtime_refuses_a_kind_that_it_does_not_know(spec):
         CpuRuntime(model_of(spec)).decode(torch.tensor([0]), StatePool(spec_of(DELTA), 1), torch.tensor([0]))
 
 
+def test_the_log_names_layers_that_run_in_plain_torch(spec, caplog):
+    CpuRuntime(model_of(spec))
+    assert "layers [1, 3] are of kinds that are not written in C++" in caplog.text
+
+
 def test_every_layer_is_differentiable(spec):
     model = model_of(spec).requires_grad_()
     lengths = [70, 9]

@@ -123,6 +123,12 @@ def test_a_pool_needs_a_slot(slots):
         StatePool(spec_of(DELTA), slots)
 
 
+@pytest.mark.parametrize("types", [{"recurrent": torch.int8}, {"inputs": torch.int32}], ids=str)
+def test_a_dtype_that_would_cut_states_to_whole_numbers_is_refused(types):
+    with pytest.raises(ValueError, match="floating-point"):
+        StateTypes(**types)
+
+
 def test_copy_takes_everything_and_leaves_the_source():
     pool = StatePool(spec_of(SPECS["per-layer"]), 3)
     for t in tensors(pool):

@@ -307,7 +307,7 @@ class Held(Replica):
 
 
 async def made(settings):
-    """As Ray makes one."""
+    """A replica that is made as Ray makes one."""
     replica = Held.__new__(Held)
     await replica.__init__(settings)
     return replica

@@ -3,6 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
+from modeling.spec import TOKEN_BLOCK
 from server.settings import Settings
 
 
@@ -19,3 +20,9 @@ def test_state_memory_is_a_size_or_a_share(text, value):
 def test_other_state_memory_is_refused(text):
     with pytest.raises(ValidationError):
         Settings(state_memory=text)
+
+
+def test_prompts_are_cut_at_whole_token_blocks():
+    """Settings are read where no torch is, and can't take the number from where it stands."""
+    rules = {type(rule).__name__: rule for rule in Settings.model_fields["prefill_tokens"].metadata}
+    assert rules["Ge"].ge == rules["MultipleOf"].multiple_of == TOKEN_BLOCK

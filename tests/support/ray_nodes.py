@@ -18,7 +18,7 @@ QUIET = {
 
 
 def processes(command: str) -> list[psutil.Process]:
-    """Those below this one that have the text in their command line: other clusters of the machine are not ours."""
+    """The processes below this one that have the text in their command line: other clusters are not ours."""
     found = []
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):

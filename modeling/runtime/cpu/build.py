@@ -9,11 +9,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
 
+from lowkey.files import OutputError
+from lowkey.publishing import replacing
 from modeling.runtime.interface import UnavailableError
 
 logger = logging.getLogger("lowkey.modeling")
@@ -49,27 +50,23 @@ def _compiler() -> list[str]:
 
 
 def _compile(target: Path) -> None:
-    """Compile into a temporary file beside `target`, then rename."""
+    """Compile the library `target`, which is there whole or not at all."""
     compiler = _compiler()
     began = time.monotonic()
     logger.info("compiling the model for this CPU, once (some seconds): %s", target)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.stem, suffix=".tmp")
-    os.close(handle)
-    try:
-        done = subprocess.run(
-            [*compiler, *FLAGS, str(SOURCES[0]), "-o", name],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=COMPILE_TIMEOUT_S,
-        )
+    with replacing(target) as library:
+        try:
+            done = subprocess.run(
+                [*compiler, *FLAGS, str(SOURCES[0]), "-o", str(library)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=COMPILE_TIMEOUT_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise UnavailableError(f"{compiler[0]} took more than {COMPILE_TIMEOUT_S} s") from None
         if done.returncode:
             raise UnavailableError(f"{compiler[0]} failed: {done.stderr.strip()[-2000:]}")
-        os.replace(name, target)
-    except subprocess.TimeoutExpired:
-        raise UnavailableError(f"{compiler[0]} took more than {COMPILE_TIMEOUT_S} s") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
     logger.info("compiled the model in %.1f s", time.monotonic() - began)
 
 
@@ -100,7 +97,7 @@ def compiled() -> ctypes.CDLL:
                 if not target.exists():
                     _compile(target)
         return ctypes.CDLL(str(target))
-    except (OSError, RuntimeError) as e:  # RuntimeError: no home directory
+    except (OSError, OutputError, RuntimeError) as e:  # RuntimeError: no home directory
         raise UnavailableError(
             f"{e} (the library is kept in $XDG_CACHE_HOME/lowkey or ~/.cache/lowkey)"
         ) from e

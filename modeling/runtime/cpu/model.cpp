@@ -2,8 +2,9 @@
 // (decode), or the tokens of packed sequences (prefill).
 //
 // Compiled for the machine it runs on (build.py) and called through ctypes, so it sees no torch: the structures in
-// layer.h, delta.h, mlp.h and delta_rule.h are mirrored in compiled.py and rule.py. Weights are read as they lie in the
-// module, row major [out, in], float32 or bfloat16; activations, norms, gates and the recurrence are float32.
+// layer.h, delta.h, mlp.h and delta_rule.h are mirrored in compiled.py, delta.py, mlp.py and rule.py. Weights are read
+// as they lie in the module, row major [out, in], float32 or bfloat16; activations, norms, gates and the recurrence are
+// float32.
 
 #include "delta_prefill.h"
 #include "delta_rule.h"

@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from server.api.ab.comparisons import Comparisons, comparisons_of
+from server.api.ab.record import ABRecord, record_of
 from server.api.ab.schemas import CompareRequest
 from server.api.ab.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
 from server.api.completions.generation import Generation
@@ -42,7 +42,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
         _check_comparable(service.settings, body, variants)
         comparison = Comparison(
             service,
-            comparisons_of(request),
+            record_of(request),
             body,
             variants,
             await _encoded(body, variants),
@@ -132,7 +132,7 @@ class Comparison:
     `events` or `run` it, once.
 
     Args:
-        comparisons: told what was measured.
+        record: told what was measured.
         variants: the baseline first.
         prompt_ids: token ids of the prompt by variant name (`_encoded`).
     """
@@ -140,14 +140,14 @@ class Comparison:
     def __init__(
         self,
         service: Service,
-        comparisons: Comparisons,
+        record: ABRecord,
         body: CompareRequest,
         variants: list[Variant],
         prompt_ids: dict[str, list[int]],
         origin: Origin,
     ) -> None:
         self._service = service
-        self._comparisons = comparisons
+        self._record = record
         # With one seed for all, sampled answers differ only where the distributions do. The answer says which it was:
         # 53 bits are as many as JavaScript can read.
         self._body = body.model_copy(
@@ -180,16 +180,16 @@ class Comparison:
                 async for _, event in tagged:
                     yield event
         else:
-            self._comparisons.timed += 1
+            self._record.timed += 1
             # Whoever goes first finds cold caches.
-            order = self._variants[:: -1 if self._comparisons.timed % 2 == 0 else 1]
+            order = self._variants[:: -1 if self._record.timed % 2 == 0 else 1]
             for variant in order:
                 begins = self._origin.arrived if variant is order[0] else time.monotonic()
                 async with contextlib.aclosing(self._generate(variant, begins)) as events:
                     async for event in events:
                         yield event
         base = self._generations[self._variants[0].name]
-        async with self._comparisons.scoring:
+        async with self._record.scoring:
             scores = await score(
                 self._service.variants.runtime_dir,
                 self._variants,
@@ -289,7 +289,7 @@ class Comparison:
                 "ttft_difference_s": other.ttft_s - base.ttft_s,
             }
         pair = pair_of(scores[names[0]], scores[names[1]], **timings)
-        self._comparisons.add_pair(names[1], names[0], "compare", pair)
+        self._record.add_pair(names[1], names[0], "compare", pair)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

@@ -7,7 +7,7 @@ lowest priority, one at a time, and is given up as soon as anything else is wait
 import asyncio
 import logging
 
-from server.api.ab.comparisons import Comparisons
+from server.api.ab.record import ABRecord
 from server.api.ab.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
 from server.api.completions.generation import Generation
 from server.api.http.context import current
@@ -28,12 +28,12 @@ class Shadow:
     """Is offered every generation of completions and chat that ends, and repeats those that the rules draw.
 
     Args:
-        comparisons: told what was measured.
+        record: told what was measured.
     """
 
-    def __init__(self, service: Service, comparisons: Comparisons) -> None:
+    def __init__(self, service: Service, record: ABRecord) -> None:
         self._service = service
-        self._comparisons = comparisons
+        self._record = record
         self._running: asyncio.Task[None] | None = None
 
     def offer(self, generation: Generation) -> None:
@@ -100,7 +100,7 @@ class Shadow:
     def _observe(self, scores: dict[str, Scores], variants: list[Variant]) -> None:
         base, *targets = (variant.name for variant in variants)
         for name in targets:
-            self._comparisons.add_pair(name, base, "shadow", pair_of(scores[base], scores[name]))
+            self._record.add_pair(name, base, "shadow", pair_of(scores[base], scores[name]))
 
     def _count(self, variant: str, baseline: str, outcome: str) -> None:
         self._service.metrics.shadow_requests.labels(variant, baseline, outcome).inc()

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from server.api.ab.comparisons import comparisons_of
+from server.api.ab.record import record_of
 from server.api.ab.window import CONFIDENCE
 from server.api.serving.service import service_of
 
@@ -18,7 +18,7 @@ def summary(
 ) -> dict[str, Any]:
     """What each variant did in the last `window` seconds, and how they differed on the same prompts."""
     # Not async, so in a thread: over full rings it takes a fraction of a second.
-    known = comparisons_of(request).window
+    known = record_of(request).window
     variants = {
         variant.name: {
             **known.traffic(variant.name, window),

@@ -11,13 +11,12 @@ from fastapi.responses import Response
 from server.api.completions import logprobs
 from server.api.completions.answer import Choices, Format, answer
 from server.api.completions.conversation import conversation
-from server.api.completions.generation import Chunk, observers_of
+from server.api.completions.generation import Chunk
 from server.api.completions.prepare import Prompts, generate_messages, per_choice
 from server.api.completions.schemas import STREAMED, ChatCompletion, ChatRequest
 from server.api.http.bodies import JSONRoute
 from server.api.serving.prompts import encode_prompt
 from server.api.serving.service import origin_of, service_of, sticky_identity
-from server.api.serving.variants import Variant
 
 router = APIRouter(route_class=JSONRoute)
 
@@ -27,29 +26,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Answer a conversation, streaming or not."""
     service = service_of(request)
     variant = service.find(body.model, "model", sticky_identity(request, body.user))
-    with ExitStack() as stack:
-        places = stack.enter_context(service.admit(variant, body.choices_each))
-        origin = origin_of(request, "chat", priority=body.priority, salt=body.cache_salt)
-        text = await conversation(variant, body.messages, body)
-        ids = await encode_prompt(
-            variant,
-            text,
-            body.given_limit or 1,
-            param="messages",
-            special=bool(body.add_special_tokens),  # by default the template has written those that it wants
-            last=body.truncate_prompt_tokens,
-        )
-        limit = body.given_limit or variant.info.context_length - len(ids)
-        if body.given_limit is None and body.logprobs:
-            limit = min(limit, per_choice(service.settings, body))
-        fields = body.model_copy(update={"max_tokens": limit})
-        prompts = Prompts([ids])
-        messages = generate_messages(service.settings, fields, variant, prompts, origin)
-        choices = Choices(places, fields, prompts, messages, origin, observers_of(request), service.settings)
-        return await answer(request, body, choices, _format(body, variant), stack)
 
-
-def _format(body: ChatRequest, variant: Variant) -> Format:
     def listed(chunk: Chunk) -> dict[str, Any] | None:
         return logprobs.chat(variant.text.token_texts, chunk.entries) if body.logprobs else None
 
@@ -72,4 +49,24 @@ def _format(body: ChatRequest, variant: Variant) -> Format:
         {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
         for index in range(body.choices_each)
     ]
-    return Format(head, whole, part, first)
+    with ExitStack() as stack:
+        places = stack.enter_context(service.admit(variant, body.choices_each))
+        origin = origin_of(request, "chat", priority=body.priority, salt=body.cache_salt)
+        text = await conversation(variant, body.messages, body)
+        ids = await encode_prompt(
+            variant,
+            text,
+            body.given_limit or 1,
+            param="messages",
+            special=bool(body.add_special_tokens),  # by default the template has written those that it wants
+            last=body.truncate_prompt_tokens,
+        )
+        limit = body.given_limit or variant.info.context_length - len(ids)
+        if body.given_limit is None and body.logprobs:
+            limit = min(limit, per_choice(service.settings, body))
+        fields = body.model_copy(update={"max_tokens": limit})
+        prompts = Prompts([ids])
+        messages = generate_messages(service.settings, fields, variant, prompts, origin)
+        observers = request.app.state.observers
+        choices = Choices(places, fields, prompts, messages, origin, observers, service.settings)
+        return await answer(request, body, choices, Format(head, whole, part, first), stack)

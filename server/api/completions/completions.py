@@ -11,7 +11,7 @@ from fastapi.responses import Response
 
 from server.api.completions import logprobs
 from server.api.completions.answer import Choices, Format, answer
-from server.api.completions.generation import Chunk, observers_of
+from server.api.completions.generation import Chunk
 from server.api.completions.prepare import Prompts, generate_messages
 from server.api.completions.schemas import STREAMED, Completion, CompletionRequest
 from server.api.http.auth import owner_of
@@ -30,46 +30,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     """Complete prompts, streaming or not."""
     service = service_of(request)
     variant = service.find(body.model, "model", sticky_identity(request, body.user))
-    with ExitStack() as stack:
-        places = stack.enter_context(service.admit(variant, len(body.prompts) * body.choices_each))
-        origin = origin_of(request, "completions", priority=body.priority, salt=body.cache_salt)
-        prompts = await _prompts(body, variant, request)
-        messages = generate_messages(service.settings, body, variant, prompts, origin)
-        choices = Choices(places, body, prompts, messages, origin, observers_of(request), service.settings)
-        return await answer(request, body, choices, _format(body, variant), stack)
 
-
-async def _prompts(body: CompletionRequest, variant: Variant, request: Request) -> Prompts:
-    saved = None
-    if body.state_id is not None:
-        saved = await saved_states(request).to_continue(variant, body.state_id, owner_of(request))
-    ids = await together(
-        [
-            encode_prompt(
-                variant,
-                prompt,
-                body.token_limit,
-                before=0 if saved is None else saved.header.tokens,
-                special=body.add_special_tokens is not False,
-                last=body.truncate_prompt_tokens,
-            )
-            for prompt in body.prompts
-        ]
-    )
-    if not body.echo:
-        return Prompts(ids, saved=saved)
-    decoded = await asyncio.to_thread(
-        variant.text.tokenizer.decode_batch, ids, skip_special_tokens=body.skip_special_tokens is not False
-    )
-    whole = body.truncate_prompt_tokens is None
-    echo = [
-        given if isinstance(given, str) and whole else text
-        for given, text in zip(body.prompts, decoded, strict=True)
-    ]
-    return Prompts(ids, echo, saved)
-
-
-def _format(body: CompletionRequest, variant: Variant) -> Format:
     def shape(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
         listed = body.logprobs is not None
         return {
@@ -85,4 +46,39 @@ def _format(body: CompletionRequest, variant: Variant) -> Format:
         "created": int(time.time()),
         "model": variant.name,
     }
-    return Format(head, shape, shape)
+    with ExitStack() as stack:
+        places = stack.enter_context(service.admit(variant, len(body.prompts) * body.choices_each))
+        origin = origin_of(request, "completions", priority=body.priority, salt=body.cache_salt)
+        saved = None
+        if body.state_id is not None:
+            saved = await saved_states(request).to_continue(variant, body.state_id, owner_of(request))
+        ids = await together(
+            [
+                encode_prompt(
+                    variant,
+                    prompt,
+                    body.token_limit,
+                    before=0 if saved is None else saved.header.tokens,
+                    special=body.add_special_tokens is not False,
+                    last=body.truncate_prompt_tokens,
+                )
+                for prompt in body.prompts
+            ]
+        )
+        prompts = Prompts(ids, await _echo(body, variant, ids) if body.echo else None, saved)
+        messages = generate_messages(service.settings, body, variant, prompts, origin)
+        observers = request.app.state.observers
+        choices = Choices(places, body, prompts, messages, origin, observers, service.settings)
+        return await answer(request, body, choices, Format(head, shape, shape), stack)
+
+
+async def _echo(body: CompletionRequest, variant: Variant, ids: list[list[int]]) -> list[str]:
+    """The text to give back of each prompt: what was given, unless that was token ids or has been cut."""
+    decoded: list[str] = await asyncio.to_thread(
+        variant.text.tokenizer.decode_batch, ids, skip_special_tokens=body.skip_special_tokens is not False
+    )
+    whole = body.truncate_prompt_tokens is None
+    return [
+        given if isinstance(given, str) and whole else text
+        for given, text in zip(body.prompts, decoded, strict=True)
+    ]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from fastapi import Request
 
 from server.api.completions.schemas import SamplingFields
 from server.api.http.context import current
@@ -24,12 +23,6 @@ MIN_TIMED_TOKENS = 8
 
 Observer = Callable[["Generation"], None]
 """A function that is told of each generation that has ended, well or not."""
-
-
-def observers_of(request: Request) -> list[Observer]:
-    """What the server that the request came to tells of each generation of completions and chat."""
-    observers: list[Observer] = request.app.state.observers
-    return observers
 
 
 class TokenEntry(msgspec.Struct, frozen=True, gc=False):

@@ -28,16 +28,19 @@ class Prompts:
 def checked_bias(fields: SamplingFields, variant: Variant) -> dict[int, float]:
     """What is added to logits, by token id. 400 for an id that the model lacks. The variant has loaded."""
     bias = {int(token_id): value for token_id, value in (fields.logit_bias or {}).items()}
-    check_vocabulary(bias, variant, "logit_bias")
+    if bias:
+        check_vocabulary(bias, variant, "logit_bias")
     return bias
 
 
 def checked_allowed(fields: SamplingFields, variant: Variant) -> list[int]:
     """The only ids that may be generated; empty for all. 400 for one that the model lacks, or if `min_tokens` leaves
     none of them. The variant has loaded."""
-    allowed = fields.allowed_token_ids or []
+    allowed = fields.allowed_token_ids
+    if not allowed:
+        return []
     check_vocabulary(allowed, variant, "allowed_token_ids")
-    if allowed and fields.min_tokens and set(allowed) <= stop_ids(fields, variant):
+    if fields.min_tokens and set(allowed) <= stop_ids(fields, variant):
         message = "allowed_token_ids: each of them ends the completion, which min_tokens forbids"
         raise APIError(400, message, param="allowed_token_ids")
     return allowed
@@ -49,11 +52,11 @@ def stop_ids(fields: SamplingFields, variant: Variant) -> set[int]:
     return {*(fields.stop_token_ids or []), *own}
 
 
-def per_choice(settings: Settings, fields: ChoiceFields, prompts: int = 1) -> int:
+def per_choice(settings: Settings, fields: ChoiceFields) -> int:
     """How many tokens each choice may have, so that an answer with log-probabilities of all keeps to
     `max_answer_entries`."""
     each = 1 + (fields.alternatives or 0)
-    return settings.max_answer_entries // (prompts * fields.choices_each * each)
+    return settings.max_answer_entries // (fields.choices_each * each)
 
 
 def check_size(settings: Settings, fields: ChoiceFields, prompts: Prompts) -> None:

@@ -15,6 +15,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from msgspec import UNSET, Raw, UnsetType
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
 from server.api.http.aside import aside
@@ -86,7 +87,10 @@ async def _read(request: Request, model: type[M]) -> M:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if not re.fullmatch(r"application/(.+\+)?json", kind):
         raise APIError(400, "the body must be JSON, sent with content-type: application/json")
-    body = await request.body()
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise APIError(499, "the client closed the connection") from None  # which nobody reads
     if len(body) > LONG_BYTES:
         return await aside(parse, body, model)
     return parse(body, model)

@@ -50,6 +50,8 @@ async def merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[i
 async def together(work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """The results of all pieces of work, in order. When one fails, or the caller is cancelled, the others are
     cancelled and have ended by the time this does."""
+    if len(work) == 1:
+        return [await work[0]]
     tasks = [asyncio.create_task(each) for each in work]
     try:
         return await asyncio.gather(*tasks)

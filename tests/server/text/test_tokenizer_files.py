@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 PROMPT = "x" * 800
-"""As many tokens."""
+"""A prompt of as many tokens as characters."""
 
 
 @pytest.fixture(scope="module")

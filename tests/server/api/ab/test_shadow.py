@@ -8,7 +8,7 @@ import pytest
 from engine_process import until
 from live_server import ENDLESS, LiveServer, poll, suspended
 
-from server.api.ab.comparisons import Comparisons
+from server.api.ab.record import ABRecord
 from server.api.ab.shadow import Shadow
 from server.api.ab.window import ABWindow
 from server.api.serving.metrics import Metrics
@@ -143,7 +143,7 @@ def bench(tmp_path):
     metrics = Metrics()
     running = SimpleNamespace(get=variants.get, runtime_dir=tmp_path)
     service = Service(settings, running, metrics, Routing(settings))
-    shadow = Shadow(service, Comparisons(metrics, ABWindow(100)))
+    shadow = Shadow(service, ABRecord(metrics, ABWindow(100)))
     generation = SimpleNamespace(
         finish_reason="stop",
         from_state=False,
@@ -176,7 +176,7 @@ def test_a_shadow_under_way_is_given_up_as_soon_as_a_request_waits(bench, tmp_pa
     assert (
         counted(service) == {"dropped": 2}
         and not list(tmp_path.iterdir())
-        and shadow._comparisons.window.pairs(60) == []
+        and shadow._record.window.pairs(60) == []
     )
 
 
@@ -196,7 +196,7 @@ def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog
 
     asyncio.run(work())
     assert counted(service) == {"failed": 1, "scored": 1} and "gone" in caplog.text
-    (pair,) = shadow._comparisons.window.pairs(60)
+    (pair,) = shadow._record.window.pairs(60)
     assert pair["kl"]["mean"] == pytest.approx(0.2) and pair["top1_agreement"]["mean"] == 0.5
     assert not list(tmp_path.iterdir())
 

@@ -1,9 +1,11 @@
 """Bodies of requests: what is skipped, what is counted before it is looked at, and that nothing else changes."""
 
+import asyncio
 import json
 from typing import Annotated, Any
 
 import pytest
+from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
@@ -172,3 +174,15 @@ def test_an_echo_is_the_beginning_of_what_python_writes(value):
     shown = from_validation([error]).message.removeprefix("field: is bad, got ")
     whole = repr(value)
     assert shown == (whole if len(whole) <= MAX_ECHO else whole[:MAX_ECHO] + "...")
+
+
+def test_a_client_that_leaves_before_its_body_is_read_is_no_fault_of_the_servers():
+    """It was a traceback in the log and a 500 in the metrics."""
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "headers": [(b"content-type", b"application/json")]}
+    with pytest.raises(APIError) as error:
+        asyncio.run(bodies._read(Request(scope, receive), CompletionRequest))
+    assert error.value.status == 499

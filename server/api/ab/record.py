@@ -11,8 +11,9 @@ from server.api.serving.metrics import Metrics
 
 
 @dataclass
-class Comparisons:
-    """What all comparisons of a server's variants share; lives in `app.state.comparisons`."""
+class ABRecord:
+    """What a server knows of how its variants compare, and what its comparisons share; lives in
+    `app.state.ab_record`."""
 
     metrics: Metrics
     window: ABWindow
@@ -39,7 +40,7 @@ class Comparisons:
         self.window.add_request(generation.variant.name, request)
 
 
-def comparisons_of(request: Request) -> Comparisons:
-    """The comparisons of the server that the request came to."""
-    comparisons: Comparisons = request.app.state.comparisons
-    return comparisons
+def record_of(request: Request) -> ABRecord:
+    """The A/B record of the server that the request came to."""
+    record: ABRecord = request.app.state.ab_record
+    return record
