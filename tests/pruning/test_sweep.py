@@ -101,6 +101,13 @@ def test_an_interrupted_sweep_goes_on_where_it_was(made, tmp_path, monkeypatch):
     assert "its kind is 'unfinished_pruning_table'" in refused
     other = run(*arguments(made, out, *SMALL, "--seed", 1), code=2).output.replace("\n", "")
     assert "differs in calibration; repeat its options to go on with it" in other
+    kept = partial.read_bytes()
+    for more, said in (
+        (("--seed", 1, "--overwrite"), "6 checkpoints to measure, 0 of them done"),
+        ((), "3 checkpoints to measure, 2 of them done"),
+    ):
+        assert said in run(*arguments(made, out, *SMALL, *more, "--dry-run")).output
+        assert partial.read_bytes() == kept
     output = run(*arguments(made, out, *SMALL)).output
     assert "3 checkpoints to measure, 2 of them done" in output
     assert calls == ["l1", "random", "l1", "l1"], "no cell is measured twice"
