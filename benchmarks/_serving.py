@@ -5,7 +5,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.server_process import LOWKEY_SERVE, ServerProcess
+from server_process import LOWKEY_SERVE, ServerProcess
+
 from loadtest.client import Completion
 from modeling.checkpoint import open_checkpoint
 from pruning.surgery import Cut, write_reduced
@@ -58,7 +59,11 @@ class Server(ServerProcess):
             Path(self._directory.name) / "log",
             command=LOWKEY_SERVE if script is None else [str(script.absolute())],
         )
-        self.wait_ready()
+        try:
+            self.wait_ready()
+        except BaseException:
+            self.stop()
+            raise
 
     def stop(self, patience_s: float = 40.0) -> None:
         super().stop(patience_s)

@@ -110,11 +110,10 @@ def load(source: str, d_k: int | None, dtype: torch.dtype) -> Model:
         model = random_model(LARGE if d_k is None else {**LARGE, "head_dim": d_k, "expand_v": 128 / d_k})
     else:
         checkpoint = open_checkpoint(source)
-        if d_k in (None, checkpoint.spec.layers[0].mixer.d_k):
+        first = next(iter(checkpoint.spec.deltas.values()))
+        if d_k in (None, first.d_k):
             return checkpoint.load(dtype=dtype).requires_grad_(False)
-        model = random_model(
-            {**checkpoint.config, "head_dim": d_k, "expand_v": checkpoint.spec.layers[0].mixer.d_v / d_k}
-        )
+        model = random_model({**checkpoint.config, "head_dim": d_k, "expand_v": first.d_v / d_k})
     return model.to(dtype)
 
 

@@ -17,6 +17,7 @@ from transformers.models.qwen3_5.configuration_qwen3_5 import Qwen3_5TextConfig
 
 from modeling.layers import Block
 from modeling.model import Model
+from modeling.spec import DeltaSpec, MLPSpec
 
 
 class LinearOnlyCache(DynamicCache):
@@ -48,15 +49,20 @@ class LinearOnlyCache(DynamicCache):
 
 
 def peer_of(model: Model) -> Any:
-    """The same function as `model`, a Gated DeltaNet with a SiLU gate and one shape for all layers."""
+    """transformers' model that computes what `model` does, a Gated DeltaNet with a SiLU gate and one shape for all
+    layers. Raises ValueError for any other."""
     spec = model.spec
-    m = spec.layers[0].mixer
-    if len(set(spec.layers)) > 1 or not m.has_decay or m.gate != "silu" or m.beta_scale != 1.0 or m.conv_bias:
-        raise ValueError(f"Qwen3.5 can't express {m}, or layers that differ")
+    m, ffn = spec.layers[0].mixer, spec.layers[0].ffn
+    if len(set(spec.layers)) > 1 or not isinstance(m, DeltaSpec) or not isinstance(ffn, MLPSpec):
+        raise ValueError(
+            f"the peer's layers are alike: linear attention and a dense feed-forward, not {m} and {ffn}"
+        )
+    if not m.has_decay or m.gate != "silu" or m.beta_scale != 1.0 or m.conv_bias:
+        raise ValueError(f"Qwen3.5 can't express {m}")
     config = Qwen3_5TextConfig(
         vocab_size=spec.vocab_size,
         hidden_size=spec.hidden_size,
-        intermediate_size=spec.layers[0].ffn.intermediate_size,
+        intermediate_size=ffn.intermediate_size,
         num_hidden_layers=len(spec.layers),
         num_attention_heads=4,
         num_key_value_heads=2,

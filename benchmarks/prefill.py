@@ -38,8 +38,8 @@ CASES = ((1, 1024), (8, 512))
 
 
 def rules(model: Model, batch: int, length: int) -> dict[str, Callable[[], Tensor]]:
-    """The gated delta rule of the first layer on random inputs, by us and by transformers."""
-    m = model.spec.deltas[0]
+    """The gated delta rule of the first linear layer on random inputs, by us and by transformers."""
+    m = next(iter(model.spec.deltas.values()))
     shape = (batch * length, m.num_k_heads, m.d_k)
     q, k = l2_normalise(torch.randn(shape)), l2_normalise(torch.randn(shape))
     v, b = torch.randn(batch * length, m.num_v_heads, m.d_v), torch.rand(batch * length, m.num_v_heads)

@@ -102,7 +102,7 @@ def start(checkpoints: dict[str, Path]) -> Server:
 
 
 async def restart(service: Service, servers: list[Server], checkpoints: dict[str, Path]) -> None:
-    """One after the other, each once."""
+    """Restart each of the servers once, one after the other."""
     for i, old in enumerate(list(servers)):
         began = time.monotonic()
         old.process.send_signal(signal.SIGTERM)

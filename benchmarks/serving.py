@@ -87,7 +87,7 @@ class Setup:
     rounds: list[dict[str, float]] = field(default_factory=list)
 
     def run(self, requests: int, streams: int, seed: int) -> dict[str, float]:
-        """The same requests through both."""
+        """Give the same requests to the engine alone and to the server; what each round took, by name."""
         completions = workload(requests, self.vocab, PROMPTS, NEW, seed)
         alone = bare(self.engine, completions, streams)
         before = self.server.cpu_seconds(), time.process_time()

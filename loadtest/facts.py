@@ -61,7 +61,7 @@ VARIANT_COLUMNS = (
     "state bytes",
     "state",
     "device",
-    "back end",
+    "runtime",
 )
 
 
@@ -87,7 +87,7 @@ def sentence(record: Record) -> str:
     rows = (dict(zip(VARIANT_COLUMNS, variant_row(model), strict=True)) for model in record["models"])
     variants = [
         f"{row['variant']} ({row['source']}, d_k {row['d_k']}, {row['state bytes']} state bytes in {row['state']}, "
-        f"on {row['device']}, {row['back end']} back end)"
+        f"on {row['device']}, runtime {row['runtime']})"
         for row in rows
     ]
     return (

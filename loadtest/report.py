@@ -9,8 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from loadtest.client import quantile
 from loadtest.facts import sentence
 from loadtest.figures import FIGURES, MIN_ROUNDS, Objectives, Ratio, Slice, observe, ratios
 from loadtest.page import page
@@ -69,7 +68,7 @@ def describe(slices: Sequence[Slice], variants: Sequence[str], objectives: Objec
             "errors": seen.errors,
             "good": seen.good,
             "seconds": seen.seconds,
-            "client_lag_p99_s": float(np.quantile(lags, 0.99)) if lags else math.nan,
+            "client_lag_p99_s": quantile(lags, 0.99),
             **{name: figure(seen) for name, figure in FIGURES.items()},
         }
     for variant in variants[1:]:

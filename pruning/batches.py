@@ -52,7 +52,7 @@ class Batches:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the stream."""
+        """SHA-256 of the token stream, as int32: it says whether two runs read the same text."""
         return hashlib.sha256(self._stream.to(torch.int32).numpy().tobytes()).hexdigest()
 
     def epochs(self, batches: int) -> float:

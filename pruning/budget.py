@@ -61,6 +61,8 @@ class Budget:
 def parse_bytes(text: str) -> int:
     """`430080`, `13MB`, `1.5 GiB` -> bytes; K, M and G are powers of 1000, Ki, Mi and Gi of 1024.
 
+    pydantic's ByteSize, which reads the server's options, would take `1,000` for one byte and refuse `2Ki`.
+
     Raises:
         PruningError: anything else.
     """

@@ -251,8 +251,11 @@ def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     return total
 
 
-def disk_line(needed: Sequence[tuple[str, int]], out: Path) -> str:
+def disk_line(needed: Sequence[tuple[str, int]], out: Path, place: str | None = None) -> str:
     """What will be written, and what is free where it goes.
+
+    Args:
+        place: How a message names `out`; None for the argument of that name.
 
     Raises:
         PruningError: there is less.
@@ -261,6 +264,7 @@ def disk_line(needed: Sequence[tuple[str, int]], out: Path) -> str:
     free = check_writable(out)
     size = sum(size for _, size in needed)
     if size > free:
-        raise PruningError(f"out={str(out)!r} needs {in_units(size)}, but there is {in_units(free)} free")
+        place = place or f"out={str(out)!r}"
+        raise PruningError(f"{place} needs {in_units(size)}, but there is {in_units(free)} free")
     parts = " and ".join(f"{in_units(size)} for {what}" for what, size in needed)
     return f"disk: {parts}; {in_units(free)} free"

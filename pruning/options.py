@@ -9,6 +9,7 @@ import torch
 import typer
 from torch import Tensor
 
+from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.spec import ModelSpec
 from pruning.budget import DEFAULT_ALIGN, aligned_widths, parse_bytes, widths_for_bytes
 from pruning.calibration import WINDOW, Encoder, Origin, Text, bundled_text, draw_windows
@@ -226,6 +227,14 @@ def named_files(text: list[Path] | None) -> list[Path]:
 def text_of(files: list[Path] | None, split: Split, field: str | None = None) -> Text:
     """The files, folders and globs, or one side of the bundled text."""
     return read_text(files, field) if files else bundled_text(split)
+
+
+def checkpoint_named(source: str) -> Checkpoint:
+    """A checkpoint directory or hub id, opened. Raises PruningError if it has nothing that this package works on."""
+    checkpoint = open_checkpoint(source)
+    if not checkpoint.spec.linear_layers:
+        raise PruningError(f"{source} has no linear-attention layer: nothing to prune")
+    return checkpoint
 
 
 def device_named(name: str) -> torch.device:

@@ -32,6 +32,19 @@ class Selection:
         return tuple(cut.keep.shape[1] for cut in self.cuts)
 
     @property
+    def exchanges(self) -> int | None:
+        """How often the criterion's search exchanged one channel for another, over all heads; None for a criterion that
+        does not report it."""
+        counts = [
+            count
+            for layer in self.report
+            for head in layer
+            for count in map(head.get, ("exchanges", "swaps"))
+        ]
+        reported = [int(count) for count in counts if count is not None]
+        return sum(reported) if reported else None
+
+    @property
     def rotated(self) -> bool:
         """Whether any layer's channels are mixtures."""
         return any(cut.rotation is not None for cut in self.cuts)

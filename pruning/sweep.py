@@ -223,6 +223,7 @@ class Measuring:
             divergence.kl,
             divergence.top1_agreement,
             recovered,
+            selection.exchanges,
         )
 
     def _recovered(self, recovery: RecoveryPlan, seed: int, reduced: Path, name: str) -> float:

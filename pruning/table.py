@@ -47,6 +47,8 @@ class Cell:
     top1_agreement: float
     recovered: float | None = None
     """Perplexity after recovery; None where there was none."""
+    exchanges: int | None = None
+    """`Selection.exchanges`."""
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def trainable(
     """The parameters to train, by name; outside the block the model is an ordinary one again, training merged in.
 
     `lora`: adapters of `rank` on q, k and v (scale `alpha / rank`), convolutions, norms and biases.
-    `small`: q and k projections, convolutions and norms. `full`: everything.
+    `small`: q and k projections, convolutions and norms. `full`: everything. Mixers of another kind than linear
+    attention are trained by `full` alone.
 
     Args:
         seed: Seed of the adapters' initial values.
@@ -68,8 +69,8 @@ def trainable(
     try:
         if which == "lora":
             _add_adapters(model, rank, alpha, seed)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(_is_trained(which, name))
+        for parameter in _trained(model, which):
+            parameter.requires_grad_()
         yield {name: p for name, p in model.named_parameters() if p.requires_grad}
     finally:
         for mixer in mixers:
@@ -87,13 +88,24 @@ def trained_count(spec: ModelSpec, which: TrainableSet, rank: int) -> int:
             return sum(p.numel() for p in parameters.values())
 
 
-def _is_trained(which: TrainableSet, name: str) -> bool:
+def _trained(model: Model, which: TrainableSet) -> Iterator[nn.Parameter]:
+    """The parameters of a set, in a model whose projections are split and have their adapters."""
     if which == "full":
-        return True
-    common = ".mixer.conv." in name or name.endswith("norm.weight")
-    if which == "small":
-        return common or ".in_proj.q." in name or ".in_proj.k." in name
-    return common or ".lora_" in name or name.endswith("bias")
+        yield from model.parameters()
+        return
+    modules: list[nn.Module] = [model.norm]
+    for block in model.blocks:
+        modules += [block.mixer_norm, block.ffn_norm]
+    for mixer in model.deltas.values():
+        modules += [mixer.conv, mixer.o_norm]
+        if which == "small":
+            modules += [mixer.in_proj.get_submodule(part) for part in "qk"]
+            continue
+        yield from (p for name, p in mixer.in_proj.named_parameters() if "lora_" in name)  # peft's names
+        if mixer.spec.has_decay:
+            yield mixer.dt_bias
+    for module in modules:
+        yield from module.parameters()
 
 
 def _add_adapters(model: Model, rank: int, alpha: int, seed: int) -> None:

@@ -114,7 +114,8 @@ def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str],
             if name in keys:
                 sets, heads, d_k = keys[name].shape
                 was[0] += sets * heads * (before.deltas[m.layer].d_k - d_k)
-            inside = name.split(f".{m.layer}.", 1)[1]
+            # Layers that are alike have names that differ in the layer's index alone.
+            inside = name.partition(f".{m.layer}.")[2] or name
             by_layer[m.layer].append(Text.assemble(f"{inside} {dtype} ", *_arrow(str(was), str(shape))))
     return outside, by_layer
 

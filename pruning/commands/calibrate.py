@@ -13,7 +13,7 @@ from torch import Tensor
 from lowkey.files import Found, check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import sole_user
 from lowkey.words import counted
-from modeling.checkpoint import Checkpoint, open_checkpoint
+from modeling.checkpoint import Checkpoint
 from modeling.model import Model
 from modeling.sources import local_directory
 from pruning.calibration import BATCH, Encoder, Origin, take_shard
@@ -49,6 +49,7 @@ from pruning.options import (
     TextFiles,
     Tokens,
     WindowLength,
+    checkpoint_named,
     device_named,
     named_files,
     shard_numbers,
@@ -118,7 +119,7 @@ def calibrate(
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
     numbers = shard_numbers(shard)
     where = device_named(device)
-    checkpoint = open_checkpoint(src)
+    checkpoint = checkpoint_named(src)
     refuse_input(out, "out", [checkpoint.path, *named_files(text)])
     checkpoint.check_tensors()
     names = names_for(needed)

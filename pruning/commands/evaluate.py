@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lowkey.files import check_new_file, refuse_input, write_or_keep
 from lowkey.publishing import new_json
-from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
 from pruning import views
 from pruning.calibration import WINDOW
@@ -19,7 +18,7 @@ from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
 from pruning.evaluation.suite import PARTS, EvaluationSettings, Part, evaluate_checkpoints
 from pruning.finite import check_finite
-from pruning.options import Device, Overwrite, TextFiles, device_named, named_files, text_of
+from pruning.options import Device, Overwrite, TextFiles, checkpoint_named, device_named, named_files, text_of
 from pruning.progress import Busy, tokens_bar
 
 ALL = "all"
@@ -66,7 +65,7 @@ def evaluate(
     settings = EvaluationSettings(
         text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
     )
-    opened = [open_checkpoint(c) for c in checkpoints]
+    opened = [checkpoint_named(c) for c in checkpoints]
     if json is not None:
         refuse_input(json, "json", [*(c.path for c in opened), *named_files(text)])
     with Busy(err_console, "reading the weights"):

@@ -4,9 +4,9 @@ from typing import Annotated
 
 import typer
 
-from modeling.checkpoint import open_checkpoint
 from pruning import views
 from pruning.commands.console import out_console
+from pruning.options import checkpoint_named
 
 
 def inspect(
@@ -17,7 +17,7 @@ def inspect(
     \b
     lowkey-prune inspect  reduced
     """
-    opened = open_checkpoint(checkpoint)
+    opened = checkpoint_named(checkpoint)
     opened.check_tensors()
     root = views.tree(opened)
     views.add_layers(root, opened)

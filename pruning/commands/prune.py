@@ -56,6 +56,7 @@ from pruning.options import (
     TextFiles,
     Tokens,
     WindowLength,
+    checkpoint_named,
     device_named,
     uniform_widths,
 )
@@ -110,7 +111,7 @@ def prune(
         raise PruningError(f"align={align} is for the widths that --state-bytes and --per-layer choose")
     align = DEFAULT_ALIGN if align is None else align
     criterion = criterion_named(method)
-    checkpoint = open_checkpoint(src)
+    checkpoint = checkpoint_named(src)
     checkpoint.check_tensors()
     widths, limit = uniform_widths(checkpoint.spec, keep, ratio, state_bytes, align)
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)

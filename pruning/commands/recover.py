@@ -9,7 +9,6 @@ import typer
 
 from lowkey.publishing import sole_user
 from lowkey.words import counted
-from modeling.checkpoint import open_checkpoint
 from pruning.calibration import WINDOW
 from pruning.commands.calibrate import tell
 from pruning.commands.console import err_console, out_console
@@ -30,6 +29,7 @@ from pruning.options import (
     Overwrite,
     TextFiles,
     WindowLength,
+    checkpoint_named,
     device_named,
     text_of,
 )
@@ -112,8 +112,8 @@ def recover(
     )
     with Busy(err_console, "reading weights and text"):
         run = plan(
-            open_checkpoint(dense),
-            open_checkpoint(reduced),
+            checkpoint_named(dense),
+            checkpoint_named(reduced),
             out,
             settings,
             text_of(text, "train"),

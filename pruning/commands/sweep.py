@@ -1,6 +1,9 @@
 """`lowkey-prune sweep`: checkpoint -> table of methods by width."""
 
 import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +15,24 @@ from rich.table import Table as TerminalTable
 from lowkey.files import check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import new_json, replacing, sole_user
 from lowkey.words import counted
-from modeling.checkpoint import open_checkpoint
 from modeling.spec import ModelSpec
-from pruning.budget import check_spendable
+from pruning.budget import check_spendable, curve_passes
 from pruning.calibration import WINDOW, Encoder
 from pruning.commands.calibrate import draw, tell, unfinished_of
 from pruning.commands.console import err_console, out_console
 from pruning.criteria import CRITERIA, criterion_named
 from pruning.errors import PruningError
-from pruning.estimate import shape_lines
+from pruning.estimate import (
+    calibration_lines,
+    calibration_seconds,
+    disk_line,
+    evaluation_seconds,
+    reduced_bytes,
+    shape_lines,
+    stored_bytes,
+    time_line,
+    training_seconds,
+)
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.finite import check_finite
 from pruning.gradients import check_predicts, need_gradients
@@ -30,6 +42,7 @@ from pruning.options import (
     Dataset,
     DatasetSplit,
     Device,
+    DryRun,
     Field,
     Heldout,
     HeldoutTokens,
@@ -38,15 +51,17 @@ from pruning.options import (
     TextFiles,
     Tokens,
     WindowLength,
+    checkpoint_named,
     device_named,
     named_files,
     text_of,
 )
 from pruning.progress import Busy, tokens_bar
 from pruning.selection import widths_to_keep
+from pruning.statistics import names_for
 from pruning.sweep import Measuring, RecoveryPlan, Sweep
 from pruning.table import Table, methods_by_width, read_unfinished
-from pruning.trainable import TrainableSet
+from pruning.trainable import TrainableSet, trained_count
 from pruning.training import TrainingSettings
 
 NONE = "none"
@@ -102,6 +117,7 @@ def sweep(
     lr: Annotated[float, typer.Option(help="Its peak learning rate.")] = TrainingSettings.lr,
     batch: Annotated[int, typer.Option(help="Its windows per step.")] = TrainingSettings.batch,
     device: Device = "cpu",
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Measure methods at several widths and seeds: held-out perplexity, and KL and agreement with the dense model.
@@ -127,11 +143,11 @@ def sweep(
         settings = TrainingSettings(
             tokens=recover, train=cast(TrainableSet, train), lr=lr, batch=batch, evaluations=1
         )
-    source = open_checkpoint(src)
+    source = checkpoint_named(src)
     refuse_input(out, "out", [source.path, *named_files(text), *named_files(heldout)])
     source.check_tensors()
     spec = source.spec
-    columns = tuple(dict.fromkeys(widths or _default_widths(spec, align)))
+    columns = tuple(dict.fromkeys(widths or _default_widths(spec, align if per_layer else 1)))
     least = min(spec.with_d_k(widths_to_keep(spec, n)).state_bytes(0) for n in columns)
     read = CalibrationText(text, field, dataset, split, tokens, window_length, seed=0)
     for name in per_layer:
@@ -160,16 +176,13 @@ def sweep(
         recovery,
         where,
     )
+    tell(_plan(planned, _unfinished(unfinished, planned, overwrite=overwrite)), dry_run=dry_run)
+    if dry_run:
+        return
     with sole_user(unfinished):
         table = _unfinished(unfinished, planned, overwrite=overwrite)
-        done = 0 if table is None else len(table.reduced)
-        tell(
-            [
-                *shape_lines(spec),
-                f"{counted(len(planned.cells), 'checkpoint')} to measure, {done} of them done",
-            ],
-            dry_run=False,
-        )
+        if overwrite:
+            unfinished.unlink(missing_ok=True)
         with going_on_from(unfinished):
             measuring = Measuring(
                 planned,
@@ -183,14 +196,68 @@ def sweep(
     _show(finished)
 
 
-def _default_widths(spec: ModelSpec, align: int) -> list[int]:
-    """Some shares of the narrowest d_k, without those that are too narrow for the alignment."""
+def _default_widths(spec: ModelSpec, least: int) -> list[int]:
+    """Some shares of the narrowest d_k that are `least` or more. Raises PruningError if there is none."""
     d_k = min(spec.d_k)
-    return [n for n in (d_k * 3 // 4, d_k // 2, d_k // 4, d_k // 8) if n >= align] or [d_k]
+    widths = [n for n in (d_k * 3 // 4, d_k // 2, d_k // 4, d_k // 8) if n >= least]
+    if not widths:
+        raise PruningError(
+            f"none of 3/4, 1/2, 1/4 and 1/8 of d_k {d_k} is {least} or more; give --width, or a lower --align"
+        )
+    return widths
+
+
+def _plan(planned: Sweep, table: Table | None) -> Iterator[str]:
+    """What `sweep` is going to do, line by line; `table` has what is done."""
+    source, spec, device = planned.source, planned.source.spec, planned.device
+    done = 0 if table is None else len(table.reduced)
+    yield from shape_lines(spec)
+    yield f"{counted(len(planned.cells), 'checkpoint')} to measure, {done} of them done"
+    missing = planned.cells[done:]
+    seeds = {seed for *_, seed in missing}
+    reduced = {n: spec.with_d_k(widths_to_keep(spec, n)) for n in planned.widths}
+    windows, _ = next(iter(planned.drawn.values()))
+    seconds = dict.fromkeys(("calibration", "widths", "evaluation", "recovery"), 0.0)
+    if planned.needed:
+        names = names_for(planned.needed)
+        yield from calibration_lines(spec, names, windows)
+        seconds["calibration"] = len(seeds) * calibration_seconds(spec, names, windows, device)
+    curves = {(method, seed) for row, method, _, seed in missing if row != method}
+    if table is not None:
+        curves -= {(measured.method, measured.seed) for measured in table.curves}
+    if curves:
+        once = evaluation_seconds(spec, windows.numel(), windows.shape[1], device)
+        seconds["widths"] = len(curves) * curve_passes(spec, planned.align) * once
+    heldout, compared = (
+        part[:, 1:].numel() for part in (planned.heldout, planned.heldout[: planned.compared])
+    )
+    window = planned.heldout.shape[1] - 1
+    dense_tokens = len(missing) * compared + (heldout if table is None else 0)
+    seconds["evaluation"] = evaluation_seconds(spec, dense_tokens, window, device)
+    needed = [("a checkpoint at a time", max(reduced_bytes(source, one.d_k) for one in reduced.values()))]
+    students = [(reduced[n], spec, count) for n, count in Counter(n for _, _, n, _ in missing).items()]
+    for student, _, count in students:
+        seconds["evaluation"] += count * evaluation_seconds(student, heldout + compared, window, device)
+    if planned.recovery is not None:
+        settings = planned.recovery.settings
+        batches = settings.steps * settings.batch * settings.accumulate
+        controls = len(seeds - {control.seed for control in table.controls} if table else seeds)
+        measured = heldout + 3 * min(DEFAULT_TOKENS, heldout)
+        for student, teacher, count in [*students, (spec, None, controls)]:
+            seconds["recovery"] += count * (
+                training_seconds(student, teacher, batches, settings.window, device)
+                + evaluation_seconds(student, measured, window, device)
+            )
+        # The control is the largest that is trained: weights, and two files of value and moments in float32.
+        trained = trained_count(spec, settings.train, settings.rank)
+        needed.append(("its recovery", stored_bytes(source) + 2 * 12 * trained))
+    yield time_line([(what, value) for what, value in seconds.items() if value], device)
+    scratch = tempfile.gettempdir()
+    yield disk_line(needed, Path(scratch, "reduced"), f"TMPDIR={scratch!r}")
 
 
 def _unfinished(file: Path, planned: Sweep, *, overwrite: bool) -> Table | None:
-    """What an interrupted sweep left, or None. With `overwrite` it is removed.
+    """What an interrupted sweep left to go on from, or None; always None with `overwrite`.
 
     Raises:
         PruningError: It was another sweep, and `overwrite` is off; or it is no sweep's at all.
@@ -199,7 +266,6 @@ def _unfinished(file: Path, planned: Sweep, *, overwrite: bool) -> Table | None:
         return None
     table = read_unfinished(file)
     if overwrite:
-        file.unlink()
         return None
     now = {"checkpoint": planned.source.sha256, "device": str(planned.device), **planned.options}
     was = {"checkpoint": table.sha256, "device": table.device, **table.options}

@@ -114,7 +114,7 @@ def test_the_report_has_table_date_machine_models_and_settings(reports):
     for model in MODELS:
         assert model["id"] in text and model["lowkey"]["source"] in text
         assert f"{model['lowkey']['state_bytes']:,}" in text
-    assert "8 to 64" in text and f"lowkey {HOSTILE} at http://127.0.0.1" in text
+    assert "runtime" in text and "8 to 64" in text and f"lowkey {HOSTILE} at http://127.0.0.1" in text
     for option, value in (
         ("--rounds", MIN_ROUNDS),
         ("--requests", 4),
@@ -135,6 +135,7 @@ def test_the_markdown_has_it_too(reports):
     assert not re.search("<(?!/?[a-z]+:)", text), "no HTML of the server's"
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {5}
+    assert text.count(", runtime ") == len(MODELS)
 
 
 @needs_browser
@@ -189,6 +190,12 @@ def rounds(count):
             result = Result(0.0, ended=seconds, token_times=[0.5, seconds], tokens=10, state_bytes=100)
             made.append(Slice(variant, r, seconds, [result]))
     return made
+
+
+def test_the_clients_lag_is_one_that_a_request_had():
+    results = [Result(0.0, lag_s=lag / 100) for lag in range(1, 51)]
+    described = describe([Slice("dense", 0, 1.0, results)], ["dense"], Objectives(9.0, 9.0))
+    assert described["variants"]["dense"]["client_lag_p99_s"] == 0.5
 
 
 def test_too_few_rounds_make_no_interval():

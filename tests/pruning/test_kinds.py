@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import GATED, random_tensors, write_checkpoint
-from pruning_runs import EVALUATE, RECOVER, SWEEP, TEXT, invoke
+from pruning_runs import EVALUATE, RECOVER, SWEEP, TEXT, arguments, invoke
 from safetensors.torch import load_file, safe_open
 from second_kind import AverageSpec, registered
 
@@ -49,7 +49,7 @@ class Averaged(GatedDeltaNet):
             TensorMap(AVERAGE, role, f"{ours}{name}.weight", parts, rows)
             for role, name, parts, rows in (
                 ("norm", "mixer_norm", (f"{theirs}attn_norm.weight",), (hidden,)),
-                ("in_proj", "mixer.in_proj", (f"{theirs}average.in_proj.weight",), (48,)),
+                ("in_proj", "mixer.in_proj", (f"average_{AVERAGE}_in.weight",), (48,)),
                 ("out_proj", "mixer.o_proj", (f"{theirs}average.out_proj.weight",), (hidden,)),
                 ("norm", "ffn_norm", (f"{theirs}mlp_norm.weight",), (hidden,)),
                 ("ffn", "ffn.in_proj", gate_up, (size, size)),
@@ -138,7 +138,7 @@ def test_other_layers_are_copied(made):
 def test_it_is_shown_by_index(made, tmp_path):
     shown = run("inspect", made / "uniform")
     assert "layer 0: d_k 32 => 8" in shown and "layers 2 to 3, each: d_k 32 => 8" in shown
-    assert "average.in_proj.weight F32 [48, 64]" in shown
+    assert "average_1_in.weight F32 [48, 64]" in shown
     run(
         *("evaluate", made / "dense", made / "uniform", "--text", made / "text", *EVALUATE),
         *("--part", "perplexity", "--part", "rank", "--part", "retrieval", "--json", tmp_path / "e.json"),
@@ -154,6 +154,24 @@ def test_it_is_shown_by_index(made, tmp_path):
     assert list(figure.figure.data[-1].x) == LINEAR
     by_layer, _ = spectra("s", load_statistics(made / "s.safetensors"), 0)
     assert [line.name for line in by_layer.figure.data[:3]] == [f"layer {i}" for i in LINEAR]
+
+
+class Averages(Averaged):
+    """A model without any layer of linear attention."""
+
+    def spec(self, config):
+        spec = super().spec(config)
+        return replace(spec, layers=(spec.layers[AVERAGE],) * 4)
+
+
+@pytest.mark.parametrize("command", ["calibrate", "prune", "recover", "evaluate", "sweep", "inspect"])
+def test_without_linear_attention_there_is_nothing_to_prune(tmp_path, monkeypatch, command):
+    monkeypatch.setitem(FAMILIES, "averaged", Averages())
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense/config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "text").write_text("some")
+    said = run(*arguments(tmp_path, command, tmp_path / "out"), code=2)
+    assert "dense has no linear-attention layer: nothing to prune" in said
 
 
 def test_it_is_recovered_and_swept(made, tmp_path):

@@ -12,7 +12,7 @@ from pruning.collection import collect
 from pruning.criteria import CRITERIA, Choice
 from pruning.errors import PruningError
 from pruning.gradients import GRADIENTS
-from pruning.selection import select, widths_for_ratio, widths_to_keep
+from pruning.selection import Selection, select, widths_for_ratio, widths_to_keep
 from pruning.statistics import Statistics
 
 WINDOWS = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -219,3 +219,16 @@ def test_a_common_factor_on_the_statistics_changes_no_choice(checkpoint, statist
         a = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=statistics)
         b = select(checkpoint, CRITERIA[name], (7, 7, 7), statistics=doubled)
         assert all(torch.equal(x.keep, y.keep) for x, y in zip(a.cuts, b.cuts, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("reports", "exchanges"),
+    [
+        ([[{"exchanges": 2}, {"exchanges": 0}], [{"exchanges": 3}]], 5),
+        ([[{"swaps": 1, "rank": 8}]], 1),
+        ([[{"exchanges": 0}]], 0),
+        ([[{"score": 1.5}], [{}]], None),
+    ],
+)
+def test_exchanges_are_summed_over_heads(reports, exchanges):
+    assert Selection((), reports).exchanges == exchanges

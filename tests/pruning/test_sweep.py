@@ -1,6 +1,8 @@
 """`lowkey-prune sweep`: the table that the report reads, the figures in it, and going on after an interruption."""
 
 import json
+import re
+import tempfile
 
 import pytest
 from checkpoints import GATED, write_checkpoint
@@ -99,6 +101,13 @@ def test_an_interrupted_sweep_goes_on_where_it_was(made, tmp_path, monkeypatch):
     assert "its kind is 'unfinished_pruning_table'" in refused
     other = run(*arguments(made, out, *SMALL, "--seed", 1), code=2).output.replace("\n", "")
     assert "differs in calibration; repeat its options to go on with it" in other
+    kept = partial.read_bytes()
+    for more, said in (
+        (("--seed", 1, "--overwrite"), "6 checkpoints to measure, 0 of them done"),
+        ((), "3 checkpoints to measure, 2 of them done"),
+    ):
+        assert said in run(*arguments(made, out, *SMALL, *more, "--dry-run")).output
+        assert partial.read_bytes() == kept
     output = run(*arguments(made, out, *SMALL)).output
     assert "3 checkpoints to measure, 2 of them done" in output
     assert calls == ["l1", "random", "l1", "l1"], "no cell is measured twice"
@@ -167,18 +176,61 @@ def test_help_shows_examples():
     )
 
 
-def test_widths_are_shares_of_the_models_own(made, tmp_path):
-    given = (
-        "sweep",
-        made / "dense",
-        tmp_path / "t.json",
-        "--method",
-        "l1",
-        "--per-layer",
-        "none",
-        "--seed",
-        0,
+@pytest.mark.parametrize(
+    ("more", "widths"),
+    [
+        (("--per-layer", "none"), "24 16 8 4"),
+        (("--per-layer", "l1", "--align", 8), "24 16 8"),
+        (("--per-layer", "l1"), "24 16"),
+    ],
+)
+def test_widths_are_shares_of_the_models_own(made, tmp_path, monkeypatch, more, widths):
+    """The model has 32 channels. Where widths are chosen per layer, none is below the alignment, 16 by default here."""
+    planned = []
+    monkeypatch.setattr("pruning.commands.sweep._plan", lambda sweep, table: planned.append(sweep) or [])
+    text = ("--text", made / "text", "--heldout", made / "text")
+    run("sweep", made / "dense", tmp_path / "t.json", *text, *SMALL[2:], "--dry-run", *more)
+    assert " ".join(map(str, planned[0].widths)) == widths
+
+
+def test_nothing_to_remove_is_refused(made, tmp_path):
+    text = ("--text", made / "text", "--heldout", made / "text")
+    output = run("sweep", made / "dense", tmp_path / "t.json", *text, "--align", 32, code=2).output
+    assert "none of 3/4, 1/2, 1/4 and 1/8 of d_k 32 is 32 or more" in output.replace("\n", " ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_says_what_it_takes_and_writes_nothing(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(pruning.sweep.Measuring, "__init__", None)
+    out, recovery = tmp_path / "t.json", ("--recover", 600, "--batch", 1)
+    output = " ".join(run(*arguments(made, out, *SMALL, *recovery, "--dry-run")).output.split())
+    assert "3 checkpoints to measure, 0 of them done" in output
+    assert re.search(
+        r"time: about .* on cpu \(widths .*, evaluation .*, recovery .*\), by one window", output
     )
-    run(*given, "--text", made / "text", "--heldout", made / "text", *SMALL[4:])
+    assert re.search(r"disk: \S+ [KM]B for a checkpoint at a time and \S+ [KM]B for its recovery; ", output)
+    assert "calibration" not in output, "neither method reads statistics"
+    output = run(*arguments(made, out, *SMALL, "--method", "drrqr", "--dry-run")).output
+    assert "calibration: 256 tokens, 4 windows of 64; forward" in output and "memory: about" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_room_for_a_checkpoint_no_work_is_done(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("pruning.estimate.check_writable", lambda path: 1000)
+    monkeypatch.setattr(pruning.sweep.Measuring, "__init__", None)
+    output = run(*arguments(made, tmp_path / "t.json", *SMALL), code=2).output.replace("\n", " ")
+    assert f"error: TMPDIR={tempfile.gettempdir()!r} needs " in output and "there is 1.0 KB free" in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_exchanges_are_those_that_the_criterion_reports(made, tmp_path):
+    options = ("--text", made / "text", "--tokens", 256, "--window-length", 64)
+    methods = ("--method", "l1", "--method", "drrqr", "--method", "bilinear", "--per-layer", "none")
+    run("sweep", made / "dense", tmp_path / "t.json", *options, "--heldout", made / "text", *methods, *SMALL)
+    expected = {"l1": None}
+    for method, key in (("drrqr", "swaps"), ("bilinear", "exchanges")):
+        run("prune", made / "dense", tmp_path / method, "--method", method, "--keep", 16, *options)
+        record = json.loads((tmp_path / method / "state_reduction.json").read_text())
+        expected[method] = sum(head[key] for layer in record["selection"] for head in layer)
     table = json.loads((tmp_path / "t.json").read_text())
-    assert [cell["column"] for cell in table["reduced"]] == [24, 16], "of 32, and none below the alignment"
+    assert {cell["method"]: cell["exchanges"] for cell in table["reduced"]} == expected

@@ -1,12 +1,18 @@
 """What recovery trains, and that nothing else changes."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
+from second_kind import AverageSpec, registered
+from torch import nn
 
 from modeling.checkpoint import open_checkpoint
+from modeling.families import family_of
+from modeling.layers import RMSNorm
+from modeling.model import Model
 from pruning.trainable import TRAINABLE_SETS, part_rows, trainable
 
 CONFIGS = {
@@ -67,6 +73,22 @@ def test_only_what_is_claimed_changes(model, which, parts, ending):
                 assert p[a:b].equal(before[name][a:b]) == (part not in parts), (name, part)
         else:
             assert p.equal(before[name]) == (not name.endswith(ending)), name
+
+
+@pytest.mark.parametrize("which", ["lora", "small"])
+def test_of_a_layer_of_another_kind_only_the_blocks_norms_are_trained(which):
+    spec = family_of(GATED).spec(GATED)
+    layers = (spec.layers[0], replace(spec.layers[1], mixer=AverageSpec(48)), spec.layers[2])
+    with registered(), torch.device("meta"):
+        model = Model(replace(spec, layers=layers))
+        model.layers[1].mixer.q_norm = RMSNorm(48, 1e-6)
+        model.layers[1].mixer.o_proj.bias = nn.Parameter(torch.empty(64))
+    with trainable(model, which, rank=4) as parameters:
+        trained = {name.removeprefix("layers.1.") for name in parameters if name.startswith("layers.1.")}
+        linear = {name for name in parameters if name.startswith("layers.2.")}
+    assert trained == {"mixer_norm.weight", "ffn_norm.weight"}
+    assert {"layers.2.mixer.conv.weight", "layers.2.mixer.o_norm.weight"} <= linear
+    assert "norm.weight" in parameters
 
 
 def test_full_trains_every_parameter(model):
