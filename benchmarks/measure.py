@@ -11,19 +11,25 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median, quantiles
 from typing import Any
 
 import torch
-import transformers
 
 from loadtest.facts import processor
+from lowkey import how_to_install
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
 from modeling.huge_pages import zeros
 from modeling.model import Model
+
+try:
+    import transformers
+except ImportError as e:
+    sys.exit(f"{e}: {how_to_install('dev')}")
 
 MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 200
 

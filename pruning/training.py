@@ -317,7 +317,10 @@ def _load(
     try:
         with safe_open(file, framework="pt") as f:
             progress = json.loads(f.metadata()["progress"])
+            stored = set(f.keys())
             for i, (name, p) in enumerate(parameters.items()):
+                if f"{name}:value" not in stored:  # files of before the feed-forward got its name
+                    name = name.replace(".ffn", ".mlp")
                 for key, shape in (
                     ("value", p.shape),
                     ("step", ()),

@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modeling.checkpoint import open_checkpoint
@@ -173,6 +174,18 @@ def test_a_finished_run_is_not_trained_again(load, tmp_path):
     steps = []
     assert run(again, None, settings(), tmp_path / "saved", on_step=lambda *a: steps.append(a)).curve == curve
     assert steps == []
+    assert all(p.equal(q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
+
+
+def test_progress_of_before_the_feed_forward_got_its_name_goes_on(load, tmp_path):
+    first, again, saved = load(), load(), tmp_path / "saved"
+    curve = run(first, None, settings(train="full"), saved).curve
+    with safe_open(saved, framework="pt") as f:
+        old = {name.replace(".ffn", ".mlp"): f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        metadata = f.metadata()
+    assert any(".mlp_norm." in name for name in old) and any(".mlp.in_proj." in name for name in old)
+    save_file(old, saved, metadata)
+    assert run(again, None, settings(train="full"), saved).curve == curve
     assert all(p.equal(q) for p, q in zip(first.parameters(), again.parameters(), strict=True))
 
 
