@@ -297,6 +297,14 @@ def test_states_that_it_would_misread_are_refused(dtype):
             runtime.decode(one, StatePool(spec, 2, types=types), one)
 
 
+@pytest.mark.parametrize("weights", [FLOAT32, BFLOAT16])
+def test_a_model_on_a_cpu_is_compiled_and_nothing_is_said(caplog, weights):
+    model = model_of(spec_of()).to(weights)
+    runtime = compile_model(model)
+    assert isinstance(runtime, CpuRuntime) and runtime.name == "cpu" and runtime.model is model
+    assert not caplog.records
+
+
 def test_shapes_and_dtypes_that_it_does_not_take_go_to_torch_and_the_log_says_so(caplog):
     for model in (model_of(spec_of()).double(), model_of(spec_of(vocab=7))):
         caplog.clear()
