@@ -113,15 +113,20 @@ class Checkpoint:
             )
 
     @cached_property
+    def maps(self) -> list[TensorMap]:
+        """Every tensor of our model, and the tensors of the checkpoint that it is made of."""
+        return self.family.tensors(self.spec)
+
+    @cached_property
     def map_of(self) -> dict[str, TensorMap]:
         """What each of the checkpoint's tensors is in our model, by its name."""
-        return {name: m for m in self.family.tensors(self.spec) for name in m.theirs}
+        return {name: m for m in self.maps for name in m.theirs}
 
     @cached_property
     def _stored_shapes(self) -> dict[str, list[tuple[int, ...]]]:
         """The shapes that each tensor that the config accounts for may have, by name."""
         stored: dict[str, list[tuple[int, ...]]] = {}
-        for m in self.family.tensors(self.spec):
+        for m in self.maps:
             stored |= m.stored_shapes(self._shapes[m.ours])
         if self.spec.tie_embeddings:
             stored[HEAD] = [tuple(self._shapes["embeddings.weight"])]
@@ -154,7 +159,7 @@ class Checkpoint:
         """
         types = self.parameter_types(dtype)
         parameters: dict[str, Tensor] = {}
-        for m in self.family.tensors(self.spec):
+        for m in self.maps:
             if not m.ours.startswith(prefix):
                 continue
             shape, kind = types[m.ours]
@@ -166,8 +171,7 @@ class Checkpoint:
         """Shape and dtype of each of our parameters when the model is loaded in `dtype`."""
         wide = torch.promote_types(dtype, torch.float32)
         return {
-            m.ours: (self._shapes[m.ours], wide if m.role in ("norm", "decay") else dtype)
-            for m in self.family.tensors(self.spec)
+            m.ours: (self._shapes[m.ours], wide if m.role in ("norm", "decay") else dtype) for m in self.maps
         }
 
     @cached_property
@@ -188,7 +192,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: {found} that the config does not account for: {unexpected[:5]}"
             )
-        for m in self.family.tensors(self.spec):
+        for m in self.maps:
             for name in m.theirs:
                 self.dtype_and_shape(name)
         if self._head_differs is not None:
@@ -210,7 +214,7 @@ class Checkpoint:
 
     def name_of(self, ours: str) -> str:
         """The checkpoint's name of a tensor that is one of ours and one of theirs as well."""
-        ((name,),) = (m.theirs for m in self.family.tensors(self.spec) if m.ours == ours)
+        ((name,),) = (m.theirs for m in self.maps if m.ours == ours)
         return name
 
 

@@ -104,7 +104,7 @@ def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str],
     keys = checkpoint.family.key_rows(spec)
     outside: list[str] = []
     by_layer: dict[int, list[Text]] = {i: [] for i in range(len(spec.layers))}
-    for m in checkpoint.family.tensors(spec):
+    for m in checkpoint.maps:
         for name in m.theirs:
             dtype, shape = checkpoint.dtype_and_shape(name)
             if m.layer is None:

@@ -45,9 +45,8 @@ class TensorMap:
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for name, n in zip(self.theirs, self.rows, strict=True):
             shapes[name] = [(n, *shape[1:])]
-            if (
-                self.role == "filters"
-            ):  # of a depthwise convolution; some have an axis for its one input channel
+            if self.role == "filters":
+                # A depthwise convolution's; some checkpoints have an axis for its one input channel.
                 shapes[name].append((n, 1, *shape[1:]))
         return shapes
 
