@@ -8,10 +8,8 @@ import sys
 
 import pytest
 from checkpoints import DELTA, GATED, write_checkpoint
-from typer.testing import CliRunner
 
 from modeling.checkpoint import REDUCTION, open_checkpoint
-from pruning.cli import app
 from pruning.corpus import sha256
 from pruning.criteria import CRITERIA
 from pruning.statistics import load_statistics
@@ -22,19 +20,6 @@ def text(tmp_path_factory):
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text(" ".join(f"{i * i}" for i in range(2000)))
     return file
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args, code=0):
-        result = CliRunner().invoke(app, [str(a) for a in args])
-        assert result.exit_code == code, result.output + repr(result.exception)
-        return result.output
-
-    return run
 
 
 SMALL = ("--tokens", 256, "--window-length", 64)

@@ -6,24 +6,9 @@ import re
 import pytest
 import typer
 from checkpoints import GATED, write_checkpoint
-from typer.testing import CliRunner
 
 from modeling.checkpoint import open_checkpoint
-from pruning.cli import app
 from pruning.commands import calibrate, evaluate, inspect, merge, prune, recover, report
-
-
-@pytest.fixture
-def run(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*args, code=0):
-        result = CliRunner().invoke(app, [str(a) for a in args])
-        assert result.exit_code == code, result.output + repr(result.exception)
-        return result.output
-
-    return run
 
 
 def plain(text):

@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 import pytest
 from checkpoints import byte_tokenizer
-from scripted import CONTEXT, SCRIPTS, scripted_api
+from scripted import CONTEXT
 from tokenizers import processors
 
 from server.api.completions.schemas import ChatCompletion
@@ -20,21 +20,6 @@ from server.text.chat_template import (
 
 TOKENIZER = byte_tokenizer()
 HELLO = [{"role": "user", "content": "Hello"}]
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        with scripted_api(tmp_path_factory.mktemp("api"), patch) as client:
-            yield client
-
-
-@pytest.fixture
-def script(api):
-    script = SCRIPTS["dense"]
-    script.seen.clear()
-    yield script
-    script.queue.clear()
 
 
 def post(api, **fields):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 from checkpoints import byte_tokenizer
-from scripted import SCRIPTS, scripted_api
+from scripted import SCRIPTS
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from server.api.http import bodies
@@ -57,13 +57,6 @@ PARTS = """{% for m in messages %}<{{ m.role }}>{% for part in m.content %}
 {%- if part.type == 'text' %}{{ part.text }};{% endif %}{% endfor %}{% endfor %}"""
 EITHER = """{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}
 {%- for part in m.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}"""
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        with scripted_api(tmp_path_factory.mktemp("api"), patch) as client:
-            yield client
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import byte_tokenizer
-from scripted import CONTEXT, SCRIPTS, scripted_api
+from scripted import CONTEXT, SCRIPTS
 from tokenizers import processors
 
 from server.api.ab.schemas import CompareRequest
@@ -21,21 +21,6 @@ ENDPOINTS = {
 }
 GENERATING = [path for path in ENDPOINTS if path != "/tokenize"]
 TOO_LONG = "abc" * CONTEXT
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        with scripted_api(tmp_path_factory.mktemp("api"), patch) as client:
-            yield client
-
-
-@pytest.fixture
-def script(api):
-    script = SCRIPTS["dense"]
-    script.seen.clear()
-    yield script
-    script.queue.clear()
 
 
 def post(api, path="/v1/completions", **fields):

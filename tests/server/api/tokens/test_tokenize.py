@@ -4,20 +4,13 @@ import pytest
 from checkpoints import CHATML, byte_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted import CONTEXT, scripted_api
+from scripted import CONTEXT
 from tokenizers import Tokenizer, processors
 from tokenizers.models import BPE
 
 from server.text.detokenizer import TokenTexts
 
 TOKENIZER = byte_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def api(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        with scripted_api(tmp_path_factory.mktemp("api"), patch) as client:
-            yield client
 
 
 def ok(response):
