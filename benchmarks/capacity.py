@@ -41,8 +41,6 @@ def load(path: Path, options: argparse.Namespace) -> tuple[Engine, Ready]:
             prefill_tokens=512,
             threads=options.threads,
             prefix_cache=False,
-            input_address="",
-            output_address="",
         )
     )
 

@@ -46,8 +46,6 @@ def config(path: Path, streams: int, prefill_tokens: int | None) -> EngineConfig
         prefill_tokens=prefill_tokens,
         threads=1,
         prefix_cache=False,
-        input_address="",
-        output_address="",
     )
 
 

@@ -72,8 +72,6 @@ def make_engine(
         prefill_tokens=64 if run.small else 4096,
         prefix_cache=False,
         threads=1,
-        input_address="",
-        output_address="",
     )
     return build(engine_config, device_of(run, graphs=graphs))
 

@@ -1,35 +1,22 @@
 """`lowkey-serve`: serve dense and reduced variants of a model side by side."""
 
-import asyncio
-import errno
-import gc
 import json
 import logging
-import signal
-import socket
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import typer
-import uvicorn
 
 from lowkey.cli import Version
 from modeling.sources import CheckpointError, check_source
-from server.api.app import create_app
-from server.api.http.protocol import HttpProtocol
-from server.api.serving.service import Service
 from server.logs import configure
+from server.run import serve_until_over
 from server.settings import ConfigurationError, Settings, load_settings
 
 logger = logging.getLogger("lowkey.server")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-
-RELOADED = {"aliases": "[aliases]", "sticky": "[sticky]", "shadow": "shadow = []"}
-"""Settings that SIGHUP reads again, and how a file says that there are none."""
 
 EPILOG = """
 Examples:
@@ -43,151 +30,6 @@ Examples:
 Every option can also be set in the environment, e.g. LOWKEY_MAX_REQUESTS=128, or in the file of --config; the command
 line counts before the environment, and that before the file. SIGHUP re-reads aliases, stickiness and shadow rules.
 """
-
-
-class Server(uvicorn.Server):
-    """uvicorn that on SIGTERM or SIGINT refuses new work, lets the running requests end, and exits with 0.
-
-    While it drains it still listens: /ready and new requests get their 503.
-
-    Args:
-        reload: reads the settings again, at SIGHUP.
-        url: what to open in a browser.
-    """
-
-    def __init__(
-        self, config: uvicorn.Config, service: Service, reload: Callable[[], Settings], url: str
-    ) -> None:
-        super().__init__(config)
-        self._service = service
-        self._reload = reload
-        self._url = url
-        self._drain_at = self._drain_until = 0.0
-        self._announced = self._drain_announced = False
-        self.failed: dict[str, str] = {}
-        """The variants that could not be loaded, and why, if that is why the server stopped."""
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self.handle_hangup)
-        await super().startup(sockets)
-        logger.info("running on %s (Ctrl-C to quit)", self._url)
-
-    def handle_hangup(self) -> None:
-        """Take over what may change while the server runs, and say what may not. Requests don't notice.
-
-        What was set and is not any more keeps the old: a file that somebody is just writing looks like that.
-        """
-        old = self._service.settings
-        try:
-            new = self._reload()
-            missing = [name for name in RELOADED if name in old.model_fields_set - new.model_fields_set]
-            if missing:
-                empty = ", ".join(RELOADED[name] for name in missing)
-                raise ConfigurationError(
-                    f"no more {', '.join(missing)} there; to do without, say so: {empty}"
-                )
-            self._service.routing.replace(new)
-        except (ConfigurationError, ValueError) as e:
-            logger.error("SIGHUP: the old configuration stays: %s", e)
-            return
-        others = sorted(
-            name
-            for name in Settings.model_fields
-            if name not in RELOADED and getattr(old, name) != getattr(new, name)
-        )
-        taken = {name: getattr(new, name) for name in RELOADED if name in new.model_fields_set}
-        self._service.settings = old.model_copy(update=taken)
-        logger.info(
-            "SIGHUP: read aliases %s, sticky and %d shadow rules", sorted(new.aliases), len(new.shadow)
-        )
-        dropped = sorted(old.aliases.keys() - new.aliases.keys())
-        if dropped:
-            logger.warning("SIGHUP: aliases that are gone, and answered with 404: %s", ", ".join(dropped))
-        if others:
-            logger.warning("SIGHUP: changed too, but read at the start only: %s", ", ".join(others))
-
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not uvicorn's own: that one stops listening at once, and kills the process when all is done."""
-        settings, now, again = self._service.settings, time.monotonic(), self._service.leaving
-        self._service.leaving = True
-        self._drain_at = now if again else now + settings.drain_delay_s
-        self._drain_until = now if again else self._drain_at + settings.drain_s
-        self._service.draining = self._drain_at <= now
-
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: say when all models are up, and once a drain is over, stop. Requests that outlast it get
-        their error event first."""
-        variants = list(self._service.variants)
-        if not self._announced and all(variant.client.up for variant in variants):
-            self._announced = True
-            names = ", ".join(variant.name for variant in variants)
-            logger.info("ready: %s; open %s", names, self._url)
-            # What is there now stays. To look through it for garbage again and again would hold up all streams.
-            gc.collect()
-            gc.freeze()
-        if self._service.leaving and time.monotonic() >= self._drain_at:
-            self._service.draining = True
-        if self._service.draining and not self.should_exit:
-            await self._drain(sum(variant.answers for variant in variants))
-        return await super().on_tick(counter)
-
-    async def _drain(self, running: int) -> None:
-        left = self._drain_until - time.monotonic()
-        if running and left > 0:
-            if not self._drain_announced:
-                self._drain_announced = True
-                logger.info("draining: %d requests run, up to %.0f s; once more to stop now", running, left)
-            return
-        if running:
-            await self._service.variants.close()
-        self.should_exit = True
-
-    def fail(self, variant: str, reason: str) -> None:
-        self.failed[variant] = reason
-        self.should_exit = True
-
-
-def listen(host: str, port: int) -> list[socket.socket]:
-    """Sockets bound to each address of the host, before models are loaded for nothing.
-
-    Raises:
-        ConfigurationError: there is no such address here, or its port is taken.
-    """
-    bound: list[socket.socket] = []
-    problem: OSError | None = None
-    try:
-        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        for family, kind, protocol, _, address in addresses:
-            try:
-                one = socket.socket(family, kind, protocol)
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                one.bind(address)
-                bound.append(one)
-            except OSError as e:
-                if e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                problem = e  # localhost, say, where there is no IPv6
-        if not bound and problem is not None:
-            raise problem
-    except OSError as e:
-        for one in bound:
-            one.close()
-        if e.errno == errno.EADDRINUSE:
-            other = port + 10 if port < 65000 else 8010
-            raise ConfigurationError(
-                f"port {port} of {host} is taken; choose another with --port {other}, or with LOWKEY_PORT={other} "
-                f"before the command (LOWKEY_PORT={other} make demo)"
-            ) from e
-        raise ConfigurationError(f"can't listen on {host}, port {port}: {e.strerror}") from e
-    return bound
-
-
-def url_of(host: str, port: int) -> str:
-    """What a browser on this machine opens to get to a server that listens there."""
-    here = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
 
 
 def parse_variants(arguments: list[str]) -> dict[str, str]:
@@ -262,6 +104,12 @@ def serve(
             help="Most prompt tokens in one step, a multiple of 64. [default: 128 on a CPU, 512 on a GPU]"
         ),
     ] = None,
+    api_processes: Annotated[
+        int | None,
+        typer.Option(
+            help="Processes that answer HTTP requests, on one port. [default: 1, with a model on a GPU up to 4]"
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads of each engine process. [default: 1]")
     ] = None,
@@ -292,6 +140,7 @@ def serve(
         "batch_invariant": batch_invariant,
         "max_queue": max_queue,
         "prefill_tokens": prefill_tokens,
+        "api_processes": api_processes,
         "threads": threads,
     }
     given = {name: value for name, value in options.items() if value is not None}
@@ -322,25 +171,8 @@ def run(settings: Settings, reload: Callable[[], Settings]) -> None:
         ConfigurationError: the port is taken, or `state_dir` can't be written to.
     """
     configure(settings.log_level, settings.log_format)
-    sockets = listen(settings.host, settings.port)
-    fastapi_app = create_app(settings, on_fatal=lambda variant, reason: server.fail(variant, reason))
-    config = uvicorn.Config(
-        fastapi_app,
-        host=settings.host,
-        port=settings.port,
-        http=HttpProtocol.with_timeouts(
-            header_s=settings.header_timeout_s, write_s=settings.write_timeout_s, linger_s=settings.linger_s
-        ),
-        log_config=None,
-        access_log=False,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=5,  # the drain itself is over by then
-        server_header=False,
-    )
-    url = url_of(settings.host, sockets[0].getsockname()[1])
-    server = Server(config, fastapi_app.state.service, reload, url)
-    server.run(sockets=sockets)
-    for variant, reason in server.failed.items():
+    failed = serve_until_over(settings, reload)
+    for variant, reason in failed.items():
         logger.error("variant %r could not be loaded: %s", variant, reason)
-    if server.failed:
+    if failed:
         raise typer.Exit(1)

@@ -16,17 +16,17 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Metric, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, Metric, generate_latest
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.types import ASGIApp, Message
 
 from modeling.sources import as_path
-from server.api.app import create_app
 from server.api.http.errors import APIError, unavailable
 from server.api.http.events import DONE, sse
 from server.api.operations.health import why_not_ready
 from server.logs import configure
 from server.settings import ConfigurationError, Settings, VariantSettings, load_settings
+from server.single import create_server
 from server.wire.messages import DEFAULT_SLOTS
 
 logger = logging.getLogger("lowkey.ray")
@@ -133,7 +133,7 @@ class Replica:
     async def __init__(self, settings: Settings) -> None:  # type: ignore[misc]  # Ray awaits it
         configure(settings.log_level, settings.log_format)
         self._unloadable: str | None = None
-        self._app = create_app(settings, on_fatal=self._fail)
+        self._app, self._hub = create_server(settings, self._fail)
         self._service = self._app.state.service
         self._life = contextlib.AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
@@ -166,7 +166,7 @@ class Replica:
         from ray import serve
 
         context = serve.get_replica_context()
-        return labelled(self._service.metrics.registry, context.deployment, context.replica_id.unique_id)
+        return labelled(await self._hub.collect(), context.deployment, context.replica_id.unique_id)
 
     async def close(self) -> None:
         """End the engines."""
@@ -177,9 +177,8 @@ class Replica:
         await self.close()
 
 
-def labelled(registry: CollectorRegistry, deployment: str, replica: str) -> list[Metric]:
-    """The registry's metrics with labels that tell this replica from others."""
-    families = list(registry.collect())
+def labelled(families: list[Metric], deployment: str, replica: str) -> list[Metric]:
+    """A server's metrics with labels that tell this replica from others."""
     for family in families:
         family.samples = [
             sample._replace(labels={**sample.labels, "deployment": deployment, "replica": replica})

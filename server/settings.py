@@ -227,6 +227,13 @@ class Settings(BaseSettings):
         ge=2,
         description="An engine that gives no sign of life for so long is killed and started again.",
     )
+    api_processes: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Processes that answer HTTP requests, on one port; by default 1, and with a model on a GPU one for "
+        "each 4 cores, up to 4.",
+    )
     threads: int = Field(1, ge=1, description="CPU threads of each engine process.")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body; more is a 413.")
     max_answer_entries: int = Field(

@@ -1,8 +1,8 @@
-"""The FastAPI application: routes, middleware, and the life of the engines behind it."""
+"""The FastAPI application of a front end: routes and middleware."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
@@ -11,7 +11,6 @@ from lowkey import __version__
 from server.api.ab import compare, summary
 from server.api.ab.record import ABRecord
 from server.api.ab.shadow import Shadow
-from server.api.ab.window import ABWindow
 from server.api.completions import chat, completions
 from server.api.http import errors
 from server.api.http.auth import Clients
@@ -25,31 +24,38 @@ from server.api.states import routes as states
 from server.api.states.saved import SavedStates
 from server.api.tokens import tokenize
 from server.settings import Settings
+from server.wire.hub import Link
 
 
-def create_app(settings: Settings, on_fatal: Callable[[str, str], None]) -> FastAPI:
-    """The application for one set of variants.
+def create_app(
+    settings: Settings,
+    link: Link,
+    around: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+) -> FastAPI:
+    """The application of one front end.
 
     Args:
-        on_fatal: called with a variant's name and the reason when its checkpoint can't be loaded at all.
+        link: the way to the hub, which has the engines.
+        around: makes what the application lives in.
     """
     metrics = Metrics()
-    variants = Variants(settings, metrics, on_fatal)
-    service = Service(settings, variants, metrics, Routing(settings))
+    variants = Variants(settings, metrics, link)
+    service = Service(settings, variants, metrics, Routing(settings), link)
     saved_states = SavedStates(settings)
-    record = ABRecord(metrics, ABWindow(settings.ab_samples))
+    record = ABRecord(metrics, link)
     shadow = Shadow(service, record)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.variants.start()
-        sweeper = asyncio.create_task(saved_states.sweep())
-        try:
-            yield
-        finally:
-            sweeper.cancel()
-            await shadow.close()
-            await service.variants.close()
+        async with around():
+            link.listen(service.receive)
+            sweeper = asyncio.create_task(saved_states.sweep())
+            try:
+                yield
+            finally:
+                sweeper.cancel()
+                await shadow.close()
+                variants.close()
 
     app = FastAPI(
         title="Lowkey",
@@ -83,7 +89,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     )
     app.add_middleware(
         Guard,
-        clients=Clients(settings),
+        clients=Clients(settings, service.link),
         public=settings.public_paths,
         on_limit=lambda: service.metrics.on_rate_limit(1),
     )

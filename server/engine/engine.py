@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.engine.file_work import FileWork
+from server.engine.output import StepOutput
 from server.engine.request import Request
 from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
 from server.engine.scheduler import Batch, Scheduler
@@ -22,7 +23,6 @@ from server.wire.messages import (
     Score,
     Scored,
     StateSaved,
-    StepOutput,
     Token,
 )
 

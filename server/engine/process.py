@@ -26,6 +26,7 @@ from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
 from server.engine.engine import Engine
 from server.engine.memory import DoesNotFitError, MemoryPlan, check_weights, measure, plan_memory, weights_of
+from server.engine.output import FrontEnds
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.state_file import layout
@@ -33,8 +34,8 @@ from server.logs import configure
 from server.wire.messages import (
     CANNOT_LOAD,
     EngineConfig,
-    Output,
     Ready,
+    Report,
     encoder,
     input_decoder,
     one_or_all,
@@ -180,15 +181,16 @@ def _plan(
 def serve(config: EngineConfig) -> None:
     """Run until the parent closes our standard input (it does so when it dies, too)."""
     context = zmq.Context()
-    inputs, outputs = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-    for socket in (inputs, outputs):
+    requests, reports = context.socket(zmq.ROUTER), context.socket(zmq.PUSH)
+    for socket in (requests, reports):
         socket.set_hwm(0)  # never drop, never block: the API bounds what is in flight
         socket.setsockopt(zmq.LINGER, 0)
-    inputs.connect(config.input_address)
-    outputs.connect(config.output_address)
+    requests.bind(config.request_address)
+    reports.connect(config.report_address)
+    front_ends = FrontEnds(requests)
 
-    def send(message: Output) -> None:
-        outputs.send(encoder.encode(message))
+    def report(message: Report) -> None:
+        reports.send(encoder.encode(message))
 
     try:
         engine, ready = build(config)
@@ -200,10 +202,10 @@ def serve(config: EngineConfig) -> None:
         sys.exit(CANNOT_LOAD)
     gc.collect()  # what is there now stays: it need not be looked through again, which takes longer than a step
     gc.freeze()
-    send(ready)
-    sent = time.monotonic()
+    report(ready)
+    reported = time.monotonic()
     poller = zmq.Poller()
-    poller.register(inputs, zmq.POLLIN)
+    poller.register(requests, zmq.POLLIN)
     poller.register(sys.stdin.fileno(), zmq.POLLIN)
     while True:
         wait_s = 0.0
@@ -212,20 +214,23 @@ def serve(config: EngineConfig) -> None:
         events = dict(poller.poll(int(wait_s * 1000)))
         if sys.stdin.fileno() in events:
             return
-        received = inputs in events
-        if received:
-            while True:
-                try:
-                    data = inputs.recv(zmq.NOBLOCK)
-                except zmq.Again:
-                    break
-                engine.handle(input_decoder.decode(data))
-        message: Output | None = engine.step()
-        if message is None and ((received and engine.idle) or time.monotonic() - sent >= HEARTBEAT_S):
-            message = engine.occupancy
-        if message is not None:
-            send(message)
-            sent = time.monotonic()
+        received = requests in events
+        while received:
+            try:
+                front_end, data = requests.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            for message in front_ends.received(front_end, input_decoder.decode(data)):
+                engine.handle(message)
+        output = engine.step()
+        if output is not None:
+            report(output.step)  # first, so that whoever has an answer finds its step in the metrics
+            front_ends.answer(output)
+        elif (received and engine.idle) or time.monotonic() - reported >= HEARTBEAT_S:
+            report(engine.occupancy)
+        else:
+            continue
+        reported = time.monotonic()
 
 
 def main() -> None:

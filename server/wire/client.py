@@ -1,39 +1,74 @@
-"""The API process's side of an engine: hands each request to it, and its tokens to the request.
+"""A front end's side of an engine: hands each request to it, and its answers to the request.
 
-Imports no torch: the API process stays light and never blocks on a device.
+Imports no torch: a front end stays light and never waits for a device.
 """
 
 import contextlib
 import math
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import KW_ONLY, dataclass, field
+
+import zmq
 
 from server.wire.exchange import Answer, BrokenOutputError, EngineUnavailableError, Exchange, StateError
+from server.wire.inbox import Inbox
 from server.wire.messages import (
     Abort,
     Generate,
     Input,
-    Occupancy,
+    Ready,
     SaveState,
     Score,
     Scored,
     StateSaved,
-    StepOutput,
     Token,
+    answers_decoder,
+    encoder,
 )
-from server.wire.supervisor import Supervisor
 
 
-@dataclass(eq=False)
-class EngineClient(Supervisor):
-    """One engine process and the requests in it."""
+class EngineClient:
+    """The requests of one front end in one engine.
 
-    _: KW_ONLY
-    on_step: Callable[[StepOutput], None]
-    """Told of each step."""
-    on_occupancy: Callable[[Occupancy], None]
-    """Told of who is in the engine."""
-    _requests: dict[str, Exchange] = field(default_factory=dict, init=False)
+    Args:
+        variant: the engine's, for messages.
+        front_end: what the engine knows this front end by.
+    """
+
+    def __init__(self, variant: str, front_end: str) -> None:
+        self.ready: Ready | None = None
+        """What the engine said of itself when it last loaded; None until it first has."""
+        self._variant = variant
+        self._front_end = front_end
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._inbox: Inbox | None = None
+        self._requests: dict[str, Exchange] = {}
+
+    @property
+    def up(self) -> bool:
+        """Whether the engine takes requests now."""
+        return self._inbox is not None
+
+    def engine_up(self, ready: Ready, address: str) -> None:
+        """The engine has loaded, and takes requests there."""
+        self.engine_down()
+        socket = self._context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, self._front_end.encode())
+        socket.set_hwm(0)
+        socket.connect(address)
+        self.ready, self._inbox = ready, Inbox(socket, self._deliver)
+
+    def engine_down(self) -> None:
+        """The engine is gone: nothing more comes of what was sent to it, and its requests fail."""
+        if self._inbox is not None:
+            self._inbox.close()
+            self._inbox = None
+        for exchange in self._requests.values():
+            exchange.put(None)
+
+    def close(self) -> None:
+        """Have no more to do with the engine."""
+        self.engine_down()
+        self._context.destroy(linger=0)
 
     async def generate(
         self,
@@ -64,9 +99,7 @@ class EngineClient(Supervisor):
                 if reason == "error":
                     if len(tokens) > 1:
                         yield tokens[:-1]
-                    raise BrokenOutputError(
-                        f"variant {self.config.variant!r} gave NaN or Inf for this prompt"
-                    )
+                    raise BrokenOutputError(f"variant {self._variant!r} gave NaN or Inf for this prompt")
                 yield tokens
                 if reason is not None:
                     return
@@ -100,7 +133,7 @@ class EngineClient(Supervisor):
     ) -> Iterator[Exchange]:
         """Send a request; it is aborted when this is left before its last answer."""
         request_id = message.request_id
-        exchange = Exchange(request_id, self.config.variant, most_unread, self._tell, on_finish)
+        exchange = Exchange(request_id, self._variant, most_unread, self._tell, on_finish)
         self._requests[request_id] = exchange
         try:
             self.send(message)
@@ -116,19 +149,25 @@ class EngineClient(Supervisor):
         with contextlib.suppress(EngineUnavailableError):
             self.send(message)
 
-    def _deliver(self, output: StepOutput | Occupancy) -> None:
-        if isinstance(output, Occupancy):
-            self.on_occupancy(output)
-            return
-        items: list[Answer] = [*output.tokens, *output.scored, *output.saved, *output.failed]
+    def send(self, message: Input) -> None:
+        """Send a message to the engine. Never blocks: the socket has no high-water mark, and without an engine behind
+        it the answer is an error.
+
+        Raises:
+            EngineUnavailableError: the engine is not up.
+        """
+        if self._inbox is None:
+            raise EngineUnavailableError(f"variant {self._variant!r} is not up")
+        try:
+            self._inbox.send(encoder.encode(message))
+        except zmq.Again as e:
+            raise EngineUnavailableError(f"variant {self._variant!r} went away") from e
+
+    def _deliver(self, data: bytes) -> None:
+        """Hand the answers of one step to their requests."""
+        answers = answers_decoder.decode(data)
+        items: list[Answer] = [*answers.tokens, *answers.scored, *answers.saved, *answers.failed]
         for item in items:
             exchange = self._requests.get(item.request_id)
             if exchange is not None:  # else it was aborted while this was on its way
                 exchange.put(item)
-        self.on_step(output)
-        self.on_occupancy(output.occupancy)
-
-    def _lost(self) -> None:
-        """Requests that were in the engine fail with EngineUnavailableError."""
-        for exchange in self._requests.values():
-            exchange.put(None)

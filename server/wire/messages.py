@@ -40,8 +40,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens: int | None = None
     """Most prompt tokens in one step, a multiple of 64; None: as many as suit the device."""
     threads: int
-    input_address: str
-    output_address: str
+    request_address: str = ""
+    """Where the engine takes requests from front ends, and answers them. The supervisor fills in both addresses."""
+    report_address: str = ""
+    """Where the supervisor listens to what the engine says of itself."""
     reason_path: str | None = None
     """File in which an engine that ends with CANNOT_LOAD leaves the reason."""
     log_level: str = "info"
@@ -148,6 +150,16 @@ class Resume(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 Input = Generate | Score | SaveState | Abort | Pause | Resume
+"""What an engine is told of a request."""
+
+
+class FrontEndGone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A front end has ended: forget all its requests. Sent by the supervisor."""
+
+    front_end: str
+
+
+Received = Input | FrontEndGone
 
 
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -248,17 +260,22 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Slots that hold prefixes and may be taken when a request needs one."""
 
 
-class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """All that one step of the engine brought."""
+class Answers(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step of the engine brought for the requests of one front end."""
 
-    tokens: list[Token]
-    scored: list[Scored]
+    tokens: list[Token] = []
+    scored: list[Scored] = []
     saved: list[StateSaved] = []
     failed: list[Failed] = []
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What the supervisor is told of one step of the engine."""
+
     phase: Phase
     step_s: float
     batch_size: int
-    """0 for an output without a step: of requests that fail and of files that have been written."""
+    """0 where no step was run: requests failed, or files have been written."""
     occupancy: Occupancy
     cache_queries: int = 0
     """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""
@@ -266,7 +283,8 @@ class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Prompt tokens among them whose state was there."""
 
 
-Output = Ready | StepOutput | Occupancy
+Report = Ready | Step | Occupancy
+"""What an engine tells its supervisor."""
 
 
 def one_or_all(values: list[int]) -> int | list[int]:
@@ -275,7 +293,8 @@ def one_or_all(values: list[int]) -> int | list[int]:
 
 
 encoder = msgspec.msgpack.Encoder()
-input_decoder = msgspec.msgpack.Decoder(Input)
+input_decoder = msgspec.msgpack.Decoder(Received)
 pack_top = encoder.encode
 unpack_top = msgspec.msgpack.Decoder(TopLogprobs).decode
-output_decoder = msgspec.msgpack.Decoder(Output)
+answers_decoder = msgspec.msgpack.Decoder(Answers)
+report_decoder = msgspec.msgpack.Decoder(Report)

@@ -7,25 +7,24 @@ import math
 import os
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
-from server.wire.exchange import EngineUnavailableError
+from server.wire.inbox import Inbox
 from server.wire.messages import (
     CANNOT_LOAD,
     EngineConfig,
-    Input,
+    FrontEndGone,
     Occupancy,
     Ready,
-    StepOutput,
+    Step,
     encoder,
-    output_decoder,
+    report_decoder,
 )
 
 logger = logging.getLogger("lowkey.supervisor")
@@ -37,8 +36,8 @@ HEALTHY_AFTER_S = 60.0
 
 
 @dataclass(eq=False)
-class Supervisor(ABC):
-    """Keeps one engine process running, and carries messages to it and from it."""
+class Supervisor:
+    """Keeps one engine process running, and listens to what it says of itself."""
 
     config: EngineConfig
     """How to start the process; its addresses are filled in here, anew for every start."""
@@ -48,10 +47,16 @@ class Supervisor(ABC):
     hang_s: float
     """An engine that has loaded and then says nothing for this long is killed. It speaks every second, but for the
     length of a step."""
-    on_ready: Callable[[Ready], None]
-    """Told when the engine has loaded, before it counts as up."""
+    on_ready: Callable[[Ready, str], None]
+    """Told when the engine has loaded, before it counts as up, and at which address it takes requests."""
+    on_step: Callable[[Step], None]
+    """Told of each step."""
+    on_occupancy: Callable[[Occupancy], None]
+    """Told of who is in the engine."""
     on_down: Callable[[], None]
-    """Told when the engine is gone and will be started again."""
+    """Told when the engine is gone, or could not be started: nothing more comes of what was sent to it."""
+    on_restart: Callable[[], None]
+    """Told when an engine that is gone will be started again."""
     on_fatal: Callable[[str], None]
     """Told when the model can't be loaded at all, and why; the process is then not started again."""
     ready: Ready | None = field(default=None, init=False)
@@ -63,7 +68,9 @@ class Supervisor(ABC):
     _ready_at: float = field(default=math.inf, init=False)
     """time.monotonic() of the last Ready; infinite until this start's."""
     _context: "zmq.Context[zmq.Socket[bytes]]" = field(default_factory=zmq.Context, init=False)
-    _socket: "zmq.Socket[bytes] | None" = field(default=None, init=False)
+    _requests: "zmq.Socket[bytes] | None" = field(default=None, init=False)
+    """The socket on which the engine takes requests."""
+    _reports: Inbox | None = field(default=None, init=False)
     _task: "asyncio.Task[None] | None" = field(default=None, init=False)
 
     def start(self) -> None:
@@ -78,27 +85,16 @@ class Supervisor(ABC):
                 await self._task
         self._context.destroy(linger=0)
 
-    def send(self, message: Input) -> None:
-        """Send a message to the engine. Never blocks: the socket has no high-water mark, and without an engine behind
-        it the answer is an error.
+    def catch_up(self) -> None:
+        """Take in what the engine has said until now."""
+        if self._reports is not None:
+            self._reports.read()
 
-        Raises:
-            EngineUnavailableError: the engine is not up.
-        """
-        if self._socket is None or not self.up:
-            raise EngineUnavailableError(f"variant {self.config.variant!r} is not up")
-        try:
-            self._socket.send(encoder.encode(message), zmq.NOBLOCK)
-        except zmq.Again as e:
-            raise EngineUnavailableError(f"variant {self.config.variant!r} went away") from e
-
-    @abstractmethod
-    def _deliver(self, output: StepOutput | Occupancy) -> None:
-        """Take in what the engine says once it has loaded."""
-
-    @abstractmethod
-    def _lost(self) -> None:
-        """The process is gone, or could not be started: nothing more comes of what was sent to it."""
+    def front_end_gone(self, front_end: str) -> None:
+        """Have the engine forget the requests of a front end that has ended."""
+        if self._requests is not None and self.up:
+            with contextlib.suppress(zmq.Again):  # the engine is going away itself
+                self._requests.send(encoder.encode(FrontEndGone(front_end=front_end)), zmq.NOBLOCK)
 
     @property
     def _reason(self) -> Path:
@@ -117,13 +113,13 @@ class Supervisor(ABC):
             except Exception:  # whatever it was, a supervisor that ends would leave the variant down for good
                 logger.exception("%s: the engine can't be started or understood", self.config.variant)
             finally:
-                self.up, self._socket = False, None
-                self._lost()
+                self.up, self._requests = False, None
+                self.on_down()
             if code == CANNOT_LOAD and self.ready is None:
                 reason = self._reason.read_text() if self._reason.is_file() else ""
                 self.on_fatal(reason or "the log says why")
                 return
-            self.on_down()
+            self.on_restart()
             if time.monotonic() - self._ready_at > HEALTHY_AFTER_S:
                 backoff = 1.0
             logger.info("%s: restarting in %.0f s", self.config.variant, backoff)
@@ -135,22 +131,22 @@ class Supervisor(ABC):
         stem = self.runtime_dir / f"{self.config.variant}-{generation}"
         config = msgspec.structs.replace(
             self.config,
-            input_address=f"ipc://{stem}.in",
-            output_address=f"ipc://{stem}.out",
+            request_address=f"ipc://{stem}.requests",
+            report_address=f"ipc://{stem}.reports",
             reason_path=str(self._reason),
             devices=self.config.devices if self.ready is None else [],  # when it restarts, the others are up
         )
-        inputs = self._context.socket(zmq.PUSH)
-        outputs = zmq.asyncio.Context(self._context).socket(zmq.PULL)
+        requests, reports = self._context.socket(zmq.DEALER), self._context.socket(zmq.PULL)
         process: asyncio.subprocess.Process | None = None
-        receiver: asyncio.Task[None] | None = None
         watchdog: asyncio.Task[None] | None = None
+        trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         try:
-            for socket, address in ((inputs, config.input_address), (outputs, config.output_address)):
+            for socket in (requests, reports):
                 socket.set_hwm(0)
                 socket.setsockopt(zmq.LINGER, 0)
-                socket.bind(address)
-            self._socket = inputs
+            requests.connect(config.request_address)
+            reports.bind(config.report_address)
+            self._requests = requests
             threads = str(config.threads)
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -169,21 +165,24 @@ class Supervisor(ABC):
                 },
                 start_new_session=True,
             )
-            receiver = asyncio.create_task(self._receive(outputs))
+            self._reports = Inbox(reports, lambda data: self._receive(data, config.request_address, trouble))
             watchdog = asyncio.create_task(self._watch(process))
-            ended = asyncio.create_task(process.wait())
-            await asyncio.wait([receiver, ended], return_when=asyncio.FIRST_COMPLETED)
-            if receiver.done():
-                receiver.result()
+            ended = asyncio.ensure_future(process.wait())
+            first: set[asyncio.Future[Any]] = {trouble, ended}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if trouble.done():
+                trouble.result()
             return await ended
         finally:
-            for task in (receiver, watchdog):
-                if task is not None:
-                    task.cancel()
+            if watchdog is not None:
+                watchdog.cancel()
+            if self._reports is not None:
+                self._reports.close()
+                self._reports = None
             if process is not None and process.returncode is None:
                 process.kill()
                 await process.wait()
-            for socket in (inputs, outputs):
+            for socket in (requests, reports):
                 socket.close(linger=0)
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
@@ -201,12 +200,20 @@ class Supervisor(ABC):
                 process.kill()
                 return
 
-    async def _receive(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            message = output_decoder.decode(await socket.recv())
+    def _receive(self, data: bytes, address: str, trouble: "asyncio.Future[None]") -> None:
+        """Take in a message of the engine that takes requests at `address`. What is wrong with it, or with what is done
+        about it, ends up in `trouble`."""
+        try:
+            message = report_decoder.decode(data)
             self._silent_s = 0.0
             if isinstance(message, Ready):
-                self.on_ready(message)
+                self.on_ready(message, address)
                 self.ready, self.up, self._ready_at = message, True, time.monotonic()
-            else:
-                self._deliver(message)
+                return
+            if isinstance(message, Step):
+                self.on_step(message)
+                message = message.occupancy
+            self.on_occupancy(message)
+        except Exception as e:
+            if not trouble.done():
+                trouble.set_exception(e)

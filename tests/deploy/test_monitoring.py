@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.api.serving.metrics import Metrics
+from server.hub.metrics import HubMetrics
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
@@ -18,7 +19,7 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 def known() -> set[str]:
     """Every sample name that the server may expose."""
     names = set()
-    for family in Metrics().registry.collect():
+    for family in [*Metrics().registry.collect(), *HubMetrics().registry.collect()]:
         suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"]}.get(family.type, [""])
         names |= {family.name + suffix for suffix in suffixes}
     return names

@@ -5,10 +5,10 @@ import gc
 from types import SimpleNamespace
 
 import pytest
-import uvicorn
 from typer.testing import CliRunner
 
 from server import cli
+from server.front_end import FrontEnd
 from server.settings import ConfigurationError, Settings
 
 
@@ -94,13 +94,12 @@ def frozen():
 
 
 def test_what_is_there_once_all_models_are_up_is_no_garbage(frozen):
-    variants = [SimpleNamespace(name=name, admitted=0, client=SimpleNamespace(up=True)) for name in "ab"]
-    variants[1].client.up = False
-    state = SimpleNamespace(variants=variants, leaving=False, draining=False)
-    server = cli.Server(uvicorn.Config(lambda: None), state, reload=Settings, url="http://x")
+    variants = [SimpleNamespace(loaded=True), SimpleNamespace(loaded=False)]
+    service = SimpleNamespace(variants=variants, settings=Settings())
+    server = FrontEnd(SimpleNamespace(state=SimpleNamespace(service=service)))
     asyncio.run(server.on_tick(1))
     assert frozen() == 0
-    variants[1].client.up = True
+    variants[1].loaded = True
     asyncio.run(server.on_tick(1))
     after = frozen()
     assert after > 1000

@@ -260,7 +260,7 @@ def test_metrics_of_replicas_are_one_exposition():
     for number in (1, 2):
         registry = CollectorRegistry()
         Counter("lowkey_x", "Text.", ["variant"], registry=registry).labels("dense").inc(number)
-        replicas.append(labelled(registry, "Lowkey", f"r{number}"))
+        replicas.append(labelled(list(registry.collect()), "Lowkey", f"r{number}"))
     text = generate_latest(_Together(replicas)).decode()
     (family,) = [f for f in text_string_to_metric_families(text) if f.name == "lowkey_x"]
     assert text.count("# TYPE lowkey_x_total counter") == 1
@@ -325,7 +325,7 @@ def test_a_replica_answers_once_it_has_loaded_and_is_ill_without_an_engine(check
             (engine,) = (p for p in psutil.Process().children() if "server.engine.process" in p.cmdline())
             (variant,) = replica._service.variants
             engine.suspend()  # so that it says nothing that would bring the flag back
-            variant.client.up = False
+            variant.client.engine_down()
             with pytest.raises(RuntimeError, match="no variant is up"):
                 await replica.check_health()
             engine.resume()

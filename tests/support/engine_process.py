@@ -1,4 +1,5 @@
-"""An EngineClient with everything that it reports, on an event loop that lives as long as the harness."""
+"""An engine's supervisor and a client of it, with everything that they report, on an event loop that lives as long as
+the harness."""
 
 import asyncio
 import time
@@ -9,7 +10,8 @@ from typing import Any, TypeVar
 import psutil
 
 from server.wire.client import EngineClient
-from server.wire.messages import EngineConfig, Generate, Occupancy, Ready, StepOutput, Token
+from server.wire.messages import EngineConfig, Generate, Occupancy, Ready, Step, Token
+from server.wire.supervisor import Supervisor
 
 T = TypeVar("T")
 
@@ -26,8 +28,6 @@ def engine_config(source: Path, **fields: Any) -> EngineConfig:
         "max_requests": 4,
         "prefill_tokens": 64,
         "threads": 1,
-        "input_address": "",
-        "output_address": "",
     }
     return EngineConfig(**{**defaults, **fields})
 
@@ -41,59 +41,66 @@ async def until(condition: Callable[[], bool], seconds: float = START_S) -> None
 
 
 class Harness:
-    """One client; `run` runs a coroutine on its loop."""
+    """One engine, its supervisor and a client; `run` runs a coroutine on its loop."""
 
     def __init__(
         self, config: EngineConfig, runtime_dir: Path, on_ready: Any = None, hang_s: float = START_S
     ) -> None:
         self.readies: list[Ready] = []
-        self.steps: list[StepOutput] = []
+        self.steps: list[Step] = []
         self.occupancies: list[Occupancy] = []
         self.downs = 0
         self.fatals: list[str] = []
         self.on_ready = on_ready
         self._runner = asyncio.Runner()
-        self.client = self.run(self._make(config, runtime_dir, hang_s))
+        self.supervisor, self.client = self.run(self._make(config, runtime_dir, hang_s))
 
-    async def _make(self, config: EngineConfig, runtime_dir: Path, hang_s: float) -> EngineClient:
-        def ready(message: Ready) -> None:
+    async def _make(
+        self, config: EngineConfig, runtime_dir: Path, hang_s: float
+    ) -> tuple[Supervisor, EngineClient]:
+        client = EngineClient(config.variant, "0")
+
+        def ready(message: Ready, address: str) -> None:
             self.readies.append(message)
             if self.on_ready is not None:
                 self.on_ready()
+            client.engine_up(message, address)
 
-        def down() -> None:
+        def restart() -> None:
             self.downs += 1
 
-        client = EngineClient(
+        supervisor = Supervisor(
             config,
             runtime_dir,
             hang_s=hang_s,
             on_ready=ready,
             on_step=self.steps.append,
             on_occupancy=self.occupancies.append,
-            on_down=down,
+            on_down=client.engine_down,
+            on_restart=restart,
             on_fatal=self.fatals.append,
         )
-        client.start()
-        return client
+        supervisor.start()
+        return supervisor, client
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._runner.run(work)
 
     def wait_until_up(self) -> None:
-        self.run(until(lambda: self.client.up, START_S))
+        self.run(until(lambda: self.supervisor.up and self.client.up, START_S))
 
     def engine(self) -> psutil.Process:
         """The engine's process."""
         (process,) = (
             p
             for p in psutil.Process().children()
-            if f'"variant":"{self.client.config.variant}"' in " ".join(p.cmdline())
+            if f'"variant":"{self.supervisor.config.variant}"' in " ".join(p.cmdline())
         )
         return process
 
     def close(self) -> None:
-        self.run(self.client.close())
+        self.run(self.supervisor.close())
+        self.client.close()
         self._runner.close()
 
     async def tokens(self, message: Generate) -> list[Token]:

@@ -16,10 +16,11 @@ from modeling.spec import StateTypes
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
+from server.engine.output import StepOutput
 from server.engine.runner import Runner
 from server.engine.sampler import stream_key, uniform
 from server.engine.scheduler import Scheduler
-from server.wire.messages import Abort, Generate, Sampling, Score, StepOutput
+from server.wire.messages import Abort, Generate, Sampling, Score
 
 TOLERANCE = 1e-4
 """Relative difference of logits across batch sizes and prefill splits; tokens may differ only where this decides."""

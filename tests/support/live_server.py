@@ -102,7 +102,7 @@ class LiveServer(ServerProcess):
     def runtime_dir(self) -> Path:
         """The server's directory of sockets and shared log-probabilities."""
         (engine, *_) = self.engines().values()
-        address = re.search(r'"input_address":"ipc://([^"]+)"', " ".join(engine.cmdline()))
+        address = re.search(r'"request_address":"ipc://([^"]+)"', " ".join(engine.cmdline()))
         assert address is not None
         return Path(address[1]).parent
 

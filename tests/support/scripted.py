@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
-from server.api.app import create_app
 from server.api.serving import variants
+from server.hub import engines
 from server.settings import Settings
+from server.single import create_server
 from server.wire.exchange import EngineError
 from server.wire.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token, pack_top
 
@@ -50,20 +51,18 @@ class Script:
 SCRIPTS: dict[str, Script] = {}
 
 
-class ScriptedClient:
-    """In the place of EngineClient."""
+class ScriptedEngine:
+    """In the place of Supervisor: an engine that is up from the start."""
 
     def __init__(self, config: EngineConfig, runtime_dir: Path, *, on_ready: Any, **_: Any) -> None:
         self.config = config
         self.ready: Ready | None = None
         self.up = False
-        self.aborted = 0
         self._on_ready = on_ready
-        self.script = SCRIPTS.setdefault(config.variant, Script(len(SCRIPTS)))
 
     def start(self) -> None:
         d_k = D_K[self.config.variant]
-        self.ready = Ready(
+        ready = Ready(
             family="gated_deltanet",
             d_k=[d_k] * 3,
             d_v=[24] * 3,
@@ -83,10 +82,30 @@ class ScriptedClient:
             slots=4,
             max_running=4,
         )
-        self._on_ready(self.ready)
-        self.up = True
+        self._on_ready(ready, "nowhere")
+        self.ready, self.up = ready, True
+
+    def catch_up(self) -> None:
+        pass
 
     async def close(self) -> None:
+        self.up = False
+
+
+class ScriptedClient:
+    """In the place of EngineClient."""
+
+    def __init__(self, variant: str, front_end: str) -> None:
+        self.variant = variant
+        self.ready: Ready | None = None
+        self.up = False
+        self.aborted = 0
+        self.script = SCRIPTS.setdefault(variant, Script(len(SCRIPTS)))
+
+    def engine_up(self, ready: Ready, address: str) -> None:
+        self.ready, self.up = ready, True
+
+    def close(self) -> None:
         self.up = False
 
     async def generate(
@@ -152,7 +171,7 @@ class ScriptedClient:
 
     async def save_state(self, message: SaveState) -> None:
         self.script.seen.append(message)
-        state = np.zeros((1, D_K[self.config.variant], 24), dtype=np.float32)
+        state = np.zeros((1, D_K[self.variant], 24), dtype=np.float32)
         state[0, 0, 0] = message.token_ids[-1]
         save_file({"recurrent.0": state}, message.path, metadata=message.fingerprint)
 
@@ -174,6 +193,8 @@ def scripted_api(directory: Path, monkeypatch: Any, **settings: Any) -> Iterator
             (path / "chat_template.jinja").write_text(CHATML)
         sources[name] = str(path)
     monkeypatch.setattr(variants, "EngineClient", ScriptedClient)
-    app = create_app(Settings(variants=sources, **settings), on_fatal=print)
+    monkeypatch.setattr(engines, "Supervisor", ScriptedEngine)
+    app, hub = create_server(Settings(variants=sources, **settings), print)
+    app.state.hub = hub
     with TestClient(app) as client:
         yield client

@@ -27,6 +27,7 @@ from server.api.serving.variants import Variant
 from server.settings import Settings
 from server.text.detokenizer import Detokenizer
 from server.wire.exchange import EngineError
+from server.wire.hub import NextOrder
 
 router = APIRouter(route_class=JSONRoute)
 
@@ -38,7 +39,7 @@ async def compare(body: CompareRequest, request: Request) -> Response:
     variants = _chosen(service, body)
     with contextlib.ExitStack() as stack:
         for variant in variants:
-            stack.enter_context(service.admit(variant))
+            stack.enter_context(await service.admit(variant))
         _check_comparable(service.settings, body, variants)
         comparison = Comparison(
             service,
@@ -180,18 +181,18 @@ class Comparison:
                 async for _, event in tagged:
                     yield event
         else:
-            self._record.timed += 1
+            number = await self._service.link.ask(NextOrder())
             # Whoever goes first finds cold caches.
-            order = self._variants[:: -1 if self._record.timed % 2 == 0 else 1]
+            order = self._variants[:: -1 if number % 2 == 0 else 1]
             for variant in order:
                 begins = self._origin.arrived if variant is order[0] else time.monotonic()
                 async with contextlib.aclosing(self._generate(variant, begins)) as events:
                     async for event in events:
                         yield event
         base = self._generations[self._variants[0].name]
-        async with self._record.scoring:
+        async with self._record.scoring():
             scores = await score(
-                self._service.variants.runtime_dir,
+                self._service.link.runtime_dir,
                 self._variants,
                 base.prompt_ids,
                 base.token_ids,
@@ -288,8 +289,8 @@ class Comparison:
                 "speed_ratio": _ratio(other.tokens_per_second, base.tokens_per_second),
                 "ttft_difference_s": other.ttft_s - base.ttft_s,
             }
-        pair = pair_of(scores[names[0]], scores[names[1]], **timings)
-        self._record.add_pair(names[1], names[0], "compare", pair)
+        pair = pair_of(names[0], names[1], scores, "compare", **timings)
+        self._record.add_pair(pair)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:

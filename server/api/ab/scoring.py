@@ -8,14 +8,15 @@ import asyncio
 import math
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from server.api.ab.window import Pair
 from server.api.http.errors import unavailable
 from server.api.serving.variants import Variant
 from server.wire.exchange import BrokenOutputError
+from server.wire.hub import Pair, Source
 from server.wire.messages import KLReference, Score
 
 FLOAT_BYTES = 4
@@ -48,10 +49,16 @@ class Scores:
         return sum(self.agree) / len(self.agree)
 
 
-def pair_of(base: Scores, other: Scores, **timings: float | None) -> Pair:
+def pair_of(
+    baseline: str, variant: str, scores: Mapping[str, Scores], source: Source, **timings: float | None
+) -> Pair:
     """Two variants' scores of the same tokens as a pair for the A/B figures. `timings` are fields of Pair."""
+    base, other = scores[baseline], scores[variant]
     nlls = base.prompt_nll, other.prompt_nll
     return Pair(
+        variant=variant,
+        baseline=baseline,
+        source=source,
         tokens=other.tokens,
         kl=other.mean_kl,
         top1_agreement=other.top1_agreement,

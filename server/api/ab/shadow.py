@@ -8,13 +8,14 @@ import asyncio
 import logging
 
 from server.api.ab.record import ABRecord
-from server.api.ab.scoring import Scores, pair_of, same_vocabulary, score, score_bytes
+from server.api.ab.scoring import pair_of, same_vocabulary, score, score_bytes
 from server.api.completions.generation import Generation
 from server.api.http.context import current
 from server.api.http.errors import APIError
 from server.api.serving.service import Service
 from server.api.serving.variants import Variant
 from server.wire.exchange import EngineError
+from server.wire.hub import BeginShadow, EndShadow, Waiting
 
 logger = logging.getLogger("lowkey.shadow")
 
@@ -63,8 +64,7 @@ class Shadow:
         pair = (generation.variant, target)
         return (
             (self._running is None or self._running.done())
-            and not self._service.draining
-            and all(variant.client.up and not variant.waiting for variant in pair)
+            and all(variant.client.up for variant in pair)
             and same_vocabulary(*pair)
             and score_bytes(len(generation.token_ids), target) <= self._service.settings.shadow_bytes
             and len(generation.prompt_ids) + len(generation.token_ids) <= target.info.context_length
@@ -72,10 +72,25 @@ class Shadow:
 
     async def _run(self, generation: Generation, targets: list[Variant]) -> None:
         variants = [generation.variant, *targets]
-        outcome = "failed"
+        names = [variant.name for variant in variants]
+        outcome = "dropped"
+        try:
+            if await self._service.link.ask(BeginShadow(variants=names)):
+                outcome = "failed"
+                outcome = await self._measure(generation, variants)
+        except (APIError, EngineError) as e:
+            logger.warning("shadow of %s: %s", generation.variant.name, e)
+        finally:
+            self._service.link.tell(EndShadow())
+            for target in targets:
+                self._count(target.name, generation.variant.name, outcome)
+
+    async def _measure(self, generation: Generation, variants: list[Variant]) -> str:
+        """Score the completion by all variants; returns "scored", or "dropped" when something else waits."""
+        names = [variant.name for variant in variants]
         passes = asyncio.create_task(
             score(
-                self._service.variants.runtime_dir,
+                self._service.link.runtime_dir,
                 variants,
                 generation.prompt_ids,
                 generation.token_ids,
@@ -85,22 +100,15 @@ class Shadow:
         )
         try:
             while not (await asyncio.wait([passes], timeout=POLL_S))[0]:
-                if any(variant.waiting for variant in variants):
-                    outcome = "dropped"
-                    return
-            self._observe(passes.result(), variants)
-            outcome = "scored"
-        except (APIError, EngineError) as e:
-            logger.warning("shadow of %s: %s", generation.variant.name, e)
+                if await self._service.link.ask(Waiting(variants=names)):
+                    return "dropped"
+            scores = passes.result()
         finally:
             passes.cancel()
-            for target in targets:
-                self._count(target.name, generation.variant.name, outcome)
-
-    def _observe(self, scores: dict[str, Scores], variants: list[Variant]) -> None:
-        base, *targets = (variant.name for variant in variants)
+        base, *targets = names
         for name in targets:
-            self._record.add_pair(name, base, "shadow", pair_of(scores[base], scores[name]))
+            self._record.add_pair(pair_of(base, name, scores, "shadow"))
+        return "scored"
 
     def _count(self, variant: str, baseline: str, outcome: str) -> None:
         self._service.metrics.shadow_requests.labels(variant, baseline, outcome).inc()

@@ -4,33 +4,32 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 
-from server.api.ab.record import record_of
-from server.api.ab.window import CONFIDENCE
 from server.api.serving.service import service_of
+from server.wire.hub import Summarise
 
 router = APIRouter()
 
 
 @router.get("/v1/ab/summary")
-def summary(
+async def summary(
     request: Request,
     window: Annotated[float, Query(ge=1, le=7 * 86400, description="Seconds to look back.")] = 3600.0,
 ) -> dict[str, Any]:
     """What each variant did in the last `window` seconds, and how they differed on the same prompts."""
-    # Not async, so in a thread: over full rings it takes a fraction of a second.
-    known = record_of(request).window
+    service = service_of(request)
+    known = await service.link.ask(Summarise(window_s=window))
     variants = {
         variant.name: {
-            **known.traffic(variant.name, window),
+            **known["variants"][variant.name],
             "state_bytes": variant.info.state_bytes_per_request if variant.loaded else None,
         }
-        for variant in service_of(request).variants
+        for variant in service.variants
     }
-    pairs = known.pairs(window)
+    pairs = known["pairs"]
     return {
         "object": "ab.summary",
         "window_s": window,
-        "confidence": CONFIDENCE,
+        "confidence": known["confidence"],
         "variants": variants,
         "pairs": pairs,
         "verdict": "; ".join(pair["verdict"] for pair in pairs)

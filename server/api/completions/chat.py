@@ -50,7 +50,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         for index in range(body.choices_each)
     ]
     with ExitStack() as stack:
-        places = stack.enter_context(service.admit(variant, body.choices_each))
+        places = stack.enter_context(await service.admit(variant, body.choices_each))
         origin = origin_of(request, "chat", priority=body.priority, salt=body.cache_salt)
         text = await conversation(variant, body.messages, body)
         ids = await encode_prompt(

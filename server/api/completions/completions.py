@@ -47,7 +47,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         "model": variant.name,
     }
     with ExitStack() as stack:
-        places = stack.enter_context(service.admit(variant, len(body.prompts) * body.choices_each))
+        places = stack.enter_context(await service.admit(variant, len(body.prompts) * body.choices_each))
         origin = origin_of(request, "completions", priority=body.priority, salt=body.cache_salt)
         saved = None
         if body.state_id is not None:

@@ -99,7 +99,7 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                client = self._admit(scope)
+                client = await self._admit(scope)
             except APIError as e:
                 await e.response()(scope, receive, send)
                 return
@@ -109,14 +109,14 @@ class Guard:
                 context.client = client
         await self._app(scope, receive, send)
 
-    def _admit(self, scope: Scope) -> Client:
+    async def _admit(self, scope: Scope) -> Client:
         page = "/" if scope["path"].startswith("/ui/") else scope["path"]
         if page in self._public:
             return self._clients.anyone
         client = self._clients.identify(Headers(scope=scope).get("authorization", ""))
         if scope["method"] != "POST":
             return client
-        wait = client.take_request()
+        wait = await client.take_request()
         if wait > 0:
             self._on_limit()
             retry_after = int(wait) + 1

@@ -7,6 +7,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from lowkey import __version__
 from server.api.http.errors import unavailable
 from server.api.serving.service import Service, service_of
+from server.wire.hub import RenderMetrics
 
 router = APIRouter()
 
@@ -52,4 +53,5 @@ async def get_version() -> dict[str, str]:
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """All metrics in Prometheus' text format."""
-    return Response(service_of(request).metrics.render(), media_type=CONTENT_TYPE_LATEST)
+    text = await service_of(request).link.ask(RenderMetrics())
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -2,39 +2,58 @@
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 from fastapi import Request
 
 from server.api.http.auth import capped_priority, client_of, owner_of
 from server.api.http.errors import APIError, unavailable
-from server.api.serving.metrics import Metrics, Rejection
+from server.api.serving.metrics import Metrics
 from server.api.serving.routing import Routing
 from server.api.serving.variants import Variant, Variants
+from server.handover import from_json
 from server.settings import Settings
+from server.wire.hub import (
+    Admit,
+    AskTotals,
+    EndAnswer,
+    EngineDown,
+    EngineUp,
+    LeavePlace,
+    Leaving,
+    Link,
+    Refusal,
+    Reload,
+    Stop,
+    Totals,
+    Update,
+)
 
 
 class Places:
-    """Places in a variant's queue, for the requests to its engine that one answer takes."""
+    """Places in a variant's queue, for the requests to its engine that one answer takes. A context manager: at its end
+    the answer has ended."""
 
-    def __init__(self, variant: Variant, count: int) -> None:
+    def __init__(self, variant: Variant, link: Link) -> None:
         self.variant = variant
-        self._held = count
-        variant.admitted += count
-        variant.answers += 1
+        self.number = next(_numbers)
+        self._link = link
 
     def leave(self) -> None:
         """The engine is done with one of the requests. Its tokens may still be on their way to the client."""
-        if self._held:
-            self._held -= 1
-            self.variant.admitted -= 1
+        self._link.tell(LeavePlace(place=self.number))
 
-    def end(self) -> None:
-        """The answer has ended."""
-        self.variant.admitted -= self._held
-        self._held = 0
-        self.variant.answers -= 1
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._link.tell(EndAnswer(place=self.number))
+
+
+_numbers = itertools.count(1)
 
 
 @dataclass
@@ -45,10 +64,28 @@ class Service:
     variants: Variants
     metrics: Metrics
     routing: Routing
+    link: Link
     leaving: bool = False
     """Whether the server has been asked to stop: it is not ready any more, whether or not it still takes requests."""
-    draining: bool = False
-    """Whether the server takes no new requests."""
+    on_stop: Callable[[], None] = lambda: None
+    """Called when nothing more is to be answered."""
+
+    def receive(self, update: Update) -> None:
+        """Take in what the hub tells."""
+        match update:
+            case EngineUp():
+                self.variants[update.variant].engine_up(update.ready, update.address)
+            case EngineDown():
+                self.variants[update.variant].client.engine_down()
+            case Reload():
+                self.settings = from_json(update.settings)
+                self.routing.replace(self.settings)
+            case Leaving():
+                self.leaving = True
+            case Stop():
+                self.on_stop()
+            case AskTotals():
+                self.link.tell(Totals(families=self.metrics.families(), answers=update.number))
 
     def named(self, name: str, param: str) -> Variant:
         """The variant of that very name. 404 if there is none; `param` is the field that names it."""
@@ -68,38 +105,20 @@ class Service:
             raise APIError(404, f"{param}: no model {name[:200]!r}; there are: {known}", param=param)
         return self.named(name, param)
 
-    @contextlib.contextmanager
-    def admit(self, variant: Variant, places: int = 1) -> Iterator[Places]:
-        """Places in the variant's queue, from here to the end of the answer at the latest. 503 if there are none
-        now."""
-        self._check_room(variant, places)
-        held = Places(variant, places)
-        try:
-            yield held
-        finally:
-            held.end()
-
-    def _check_room(self, variant: Variant, places: int) -> None:
-        if self.draining:
-            raise _rejected(variant, "draining", "the server is shutting down")
-        if not variant.client.up:
-            now = "down" if variant.loaded else "still loading"
-            raise _rejected(variant, "engine_down", f"variant {variant.name!r} is {now}")
-        room = variant.info.max_running + self.settings.max_queue
-        if places > room:
-            raise APIError(
-                400,
-                f"n: {places} choices in all are more than variant {variant.name!r} has room for, {room}",
-                param="n",
-            )
-        if variant.admitted + places > room:
-            message = f"variant {variant.name!r} has {variant.admitted} requests in its queue"
-            raise _rejected(variant, "queue_full", message)
-
-
-def _rejected(variant: Variant, reason: Rejection, message: str) -> APIError:
-    variant.metrics.on_rejected(reason)
-    return unavailable(message)
+    async def admit(self, variant: Variant, count: int = 1) -> Places:
+        """Places in the variant's queue, which last until the block of them ends. 503 if there are none now."""
+        places = Places(variant, self.link)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(places)  # the hub may have given them although nobody waits any more
+            question = Admit(place=places.number, variant=variant.name, count=count)
+            refusal: Refusal | None = await self.link.ask(question)
+            if refusal is None:
+                stack.pop_all()
+                return places
+        if refusal.reason == "too_many":
+            raise APIError(400, refusal.message, param="n")
+        variant.metrics.on_rejected(refusal.reason)
+        raise unavailable(refusal.message)
 
 
 def service_of(request: Request) -> Service:

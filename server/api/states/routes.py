@@ -50,7 +50,7 @@ async def create_state(body: StateRequest, request: Request) -> dict[str, Any]:
     service, states = service_of(request), saved_states(request)
     store = states.store
     variant = service.find(body.model, "model")
-    with service.admit(variant):
+    with await service.admit(variant):
         # One token must have room after it.
         ids = await encode_prompt(variant, body.prompt, 1)
         _check_budget(store, variant.info.state_bytes_per_request)
@@ -163,7 +163,7 @@ async def _check_fits_one(
     refusals: list[Exception] = []
     for variant in variants:
         try:
-            with service.admit(variant):
+            with await service.admit(variant):
                 await states.check(variant, header)
                 if header.tokens >= variant.info.context_length:
                     raise StateFileError(f"stands for {header.tokens} tokens, which fill the context")

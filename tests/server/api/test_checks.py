@@ -20,6 +20,7 @@ from server.api.serving.service import Service
 from server.settings import Settings
 
 METRICS = Metrics()
+LINK = SimpleNamespace(front_end="0", started=0)
 
 
 def variant(name="dense", **info):
@@ -29,7 +30,6 @@ def variant(name="dense", **info):
         name=name,
         text=SimpleNamespace(tokenizer=byte_tokenizer(), sha256="a", longest_token=13),
         loaded=True,
-        admitted=0,
         metrics=METRICS.add_variant(name),
         client=SimpleNamespace(up=True),
         info=SimpleNamespace(**{**defaults, **info}),
@@ -43,11 +43,12 @@ def service(*variants, **settings):
         SimpleNamespace(get=by_name.get, names=list(by_name)),
         METRICS,
         Routing(Settings()),
+        LINK,
     )
 
 
 def test_an_unexpected_error_has_the_shape_and_the_request_id(caplog):
-    app = create_app(Settings(), on_fatal=print)
+    app = create_app(Settings(), LINK)
 
     @app.get("/broken")
     async def broken() -> None:
@@ -56,9 +57,7 @@ def test_an_unexpected_error_has_the_shape_and_the_request_id(caplog):
     async def work():
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            response = await client.get("/broken", headers={"x-request-id": "me-1"})
-        await app.state.service.variants.close()
-        return response
+            return await client.get("/broken", headers={"x-request-id": "me-1"})
 
     response = asyncio.run(work())
     assert response.status_code == 500 and response.headers["x-request-id"] == "me-1"

@@ -17,7 +17,6 @@ from engines import Bench, generate, prompt, run, score, tokens_of
 from fake_device import FakeDevice
 
 from modeling.spec import StateTypes
-from server.api.app import create_app
 from server.api.http.errors import from_engine
 from server.engine import process
 from server.engine.device import HOST, host_memory
@@ -31,9 +30,10 @@ from server.engine.memory import (
 )
 from server.engine.process import build
 from server.settings import ConfigurationError, Settings, device_shares, load_settings
+from server.single import create_server
 from server.wire.client import EngineClient
 from server.wire.exchange import EngineUnavailableError, OutOfMemoryError, StateError
-from server.wire.messages import CANNOT_LOAD, Failed, Occupancy, SaveState, StepOutput
+from server.wire.messages import CANNOT_LOAD, Answers, Failed, SaveState, encoder
 
 SLOT = 1000
 
@@ -265,31 +265,23 @@ def test_an_engine_that_does_not_fit_ends_with_the_code_that_is_not_tried_again(
     assert "big: cannot load x" in caplog.text and number in caplog.text
 
 
-class Socket:
-    def send(self, data, flags):
-        pass
+@pytest.fixture
+def nowhere(tmp_path):
+    """A client of an engine that never answers."""
 
+    async def made():
+        client = EngineClient("dense", "0")
+        client.engine_up(None, f"ipc://{tmp_path}/nobody")
+        return client
 
-def client_of(tmp_path):
-    client = EngineClient(
-        engine_config("x"),
-        tmp_path,
-        hang_s=30.0,
-        on_ready=lambda _: None,
-        on_step=lambda _: None,
-        on_occupancy=lambda _: None,
-        on_down=lambda: None,
-        on_fatal=print,
-    )
-    client.up, client._socket = True, Socket()
-    return client
+    return made
 
 
 @pytest.mark.parametrize(("reason", "kind"), [("memory", OutOfMemoryError), ("state", StateError)])
 @pytest.mark.parametrize("what", ["generate", "score", "save"])
-def test_a_failed_request_is_an_error_of_its_kind(tmp_path, reason, kind, what):
+def test_a_failed_request_is_an_error_of_its_kind(nowhere, reason, kind, what):
     async def work():
-        client = client_of(tmp_path)
+        client = await nowhere()
         message = generate(prompt(5))
         if what == "generate":
             items = client.generate(message)
@@ -302,21 +294,11 @@ def test_a_failed_request_is_an_error_of_its_kind(tmp_path, reason, kind, what):
             task = asyncio.ensure_future(client.save_state(message))
         await until(lambda: bool(client._requests))
         failed = Failed(request_id=message.request_id, reason=reason, error="why")
-        client._deliver(
-            StepOutput(
-                tokens=[],
-                scored=[],
-                failed=[failed],
-                phase="prefill",
-                step_s=0.0,
-                batch_size=1,
-                occupancy=Occupancy(running=0, waiting=0, used_slots=0),
-            )
-        )
+        client._deliver(encoder.encode(Answers(failed=[failed])))
         with pytest.raises(kind, match="why"):
             await task
         assert not client._requests
-        await client.close()
+        client.close()
 
     asyncio.run(work())
 
@@ -364,17 +346,19 @@ def test_more_than_there_is_is_an_error_that_names_the_variants(tmp_path, varian
 
 
 def test_models_say_what_memory_goes_to(monkeypatch, tmp_path):
-    from scripted import ScriptedClient
+    from scripted import ScriptedClient, ScriptedEngine
 
     monkeypatch.setattr("server.api.serving.variants.EngineClient", ScriptedClient)
+    monkeypatch.setattr("server.hub.engines.Supervisor", ScriptedEngine)
     path = write_checkpoint(tmp_path / "c", GATED)
 
     async def work():
-        app = create_app(Settings(variants={"dense": str(path)}), on_fatal=print)
-        app.state.service.variants.start()
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http:
+        app, _ = create_server(Settings(variants={"dense": str(path)}), print)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as http,
+        ):
             answer = (await http.get("/v1/models/dense")).json()
-        await app.state.service.variants.close()
         return answer["lowkey"]
 
     said = asyncio.run(work())

@@ -167,26 +167,26 @@ def test_killed_engine_fails_its_requests_and_comes_back(harness, bench):
 
 def test_an_engine_that_hangs_is_killed_and_its_requests_fail(bench, tmp_path, caplog):
     harness = Harness(engine_config(bench.checkpoint.path, variant="hanging"), tmp_path, hang_s=2000.0)
-    client = harness.client
+    supervisor = harness.supervisor
     try:
         harness.wait_until_up()
 
         async def work():
             # Idle or busy, whatever the engine says is a sign of life.
-            client._silent_s = 1000.0
-            await until(lambda: client._silent_s < 1000)
+            supervisor._silent_s = 1000.0
+            await until(lambda: supervisor._silent_s < 1000)
             task = asyncio.create_task(harness.tokens(generate(prompt(5), 60_000)))
             await until(lambda: len(harness.steps) > 20)
-            client._silent_s, steps = 1000.0, len(harness.steps)
+            supervisor._silent_s, steps = 1000.0, len(harness.steps)
             await until(lambda: len(harness.steps) > steps)
-            assert client._silent_s < 1000 and client.up and harness.downs == 0
+            assert supervisor._silent_s < 1000 and supervisor.up and harness.downs == 0
             engine = harness.engine()
             engine.suspend()
-            client.hang_s = 2.0
+            supervisor.hang_s = 2.0
             with pytest.raises(EngineUnavailableError, match="'hanging' went down"):
                 await asyncio.wait_for(task, START_S)
             assert not engine.is_running() and harness.downs == 1
-            client.hang_s = 2000.0
+            supervisor.hang_s = 2000.0
 
         harness.run(work())
         assert "no sign of life for 2 s" in caplog.text
@@ -203,11 +203,11 @@ def test_a_loop_that_was_held_up_itself_does_not_take_its_engine_for_hung(bench,
         harness.wait_until_up()
         engine = harness.engine()
         engine.suspend()
-        silent = harness.client._silent_s
+        silent = harness.supervisor._silent_s
         time.sleep(5)  # nobody runs the loop
         harness.run(asyncio.sleep(0))
         # What was on its way when the engine was held resets it; else it is the one tick that was due.
-        assert harness.client._silent_s <= silent + 1 and harness.client.up
+        assert harness.supervisor._silent_s <= silent + 1 and harness.client.up
         engine.resume()
     finally:
         harness.close()
@@ -231,7 +231,7 @@ def test_closing_fails_what_is_pending_and_leaves_no_process(bench, tmp_path):
     async def work():
         task = asyncio.create_task(harness.tokens(generate(prompt(5), 60_000)))
         await until(lambda: bool(harness.steps))
-        await harness.client.close()
+        await harness.supervisor.close()
         with pytest.raises(EngineUnavailableError):
             await task
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_that_cannot_be_served_is_fatal_and_not_tried_again(tmp_pat
     try:
         harness.run(until(lambda: bool(harness.fatals), START_S))
         # The supervisor has ended with it: nothing is left that could start it again.
-        harness.run(asyncio.wait_for(asyncio.shield(harness.client._task), START_S))
+        harness.run(asyncio.wait_for(asyncio.shield(harness.supervisor._task), START_S))
         (reason,) = harness.fatals
         assert reason.startswith(f"{path}/tokenizer.json is missing" if room else "the log says why")
         assert not harness.readies and not harness.client.up
@@ -319,7 +319,7 @@ def test_a_checkpoint_that_cannot_be_served_is_fatal_and_not_tried_again(tmp_pat
 
 def test_the_engine_ends_when_its_parents_pipe_closes_before_it_has_loaded(bench, tmp_path):
     # After it has loaded: test_failures, where the API process is killed.
-    addresses = {"input_address": f"ipc://{tmp_path}/in", "output_address": f"ipc://{tmp_path}/out"}
+    addresses = {"request_address": f"ipc://{tmp_path}/in", "report_address": f"ipc://{tmp_path}/out"}
     config = msgspec.json.encode(engine_config(bench.checkpoint.path, **addresses)).decode()
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "server.engine.process", config], stdin=subprocess.PIPE
@@ -334,7 +334,7 @@ def test_the_engine_ends_when_its_parents_pipe_closes_before_it_has_loaded(bench
 
 def test_the_api_process_imports_no_torch():
     code = (
-        "import sys, server.api.app, server.cli, server.wire.client\n"
+        "import sys, server.api.app, server.cli, server.front_end, server.wire.client\n"
         "heavy = {'torch', 'transformers', 'triton', 'fla'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -343,7 +343,7 @@ def test_the_api_process_imports_no_torch():
 
 def test_what_is_there_once_a_model_has_loaded_is_no_garbage(bench, tmp_path, monkeypatch):
     config = engine_config(
-        bench.checkpoint.path, input_address=f"ipc://{tmp_path}/in", output_address=f"ipc://{tmp_path}/out"
+        bench.checkpoint.path, request_address=f"ipc://{tmp_path}/in", report_address=f"ipc://{tmp_path}/out"
     )
     read, write = os.pipe()
     os.close(write)  # the parent is gone already

@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-from pathlib import Path
 
 import httpx
 import psutil
@@ -16,7 +15,7 @@ import pytest
 from checkpoints import GATED, random_tensors, write_checkpoint
 from live_server import DEADLINE_S, ENDLESS, LiveServer, poll, suspended, withheld
 
-from server.api.serving import variants
+from server.hub.engines import RuntimeDir
 
 DENSE = {"variant": "dense", "engine": "0"}
 BODY = {"model": "dense", "prompt": "Hi", "max_tokens": ENDLESS, "ignore_eos": True}
@@ -333,13 +332,12 @@ def test_two_servers_that_start_at_once_leave_each_other_alone(monkeypatch):
     def late(file, operation):
         if not operation & fcntl.LOCK_NB and not made:
             made.append(None)
-            made.append(variants._make_runtime_dir())
+            made.append(RuntimeDir())
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    made[:1] = [variants._make_runtime_dir()]
+    made[:1] = [RuntimeDir()]
     assert len(made) == 2
-    for directory, lock in made:
-        assert [path.name for path in Path(directory.name).iterdir()] == ["lock"]
-        directory.cleanup()
-        lock.close()
+    for directory in made:
+        assert [path.name for path in directory.path.iterdir()] == ["lock"]
+        directory.remove()

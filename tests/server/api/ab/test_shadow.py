@@ -10,10 +10,10 @@ from live_server import ENDLESS, LiveServer, poll, suspended
 
 from server.api.ab.record import ABRecord
 from server.api.ab.shadow import Shadow
-from server.api.ab.window import ABWindow
 from server.api.serving.metrics import Metrics
 from server.api.serving.routing import Routing
 from server.api.serving.service import Service
+from server.hub.hub import Hub, LocalLink
 from server.settings import Settings
 from server.wire.exchange import EngineUnavailableError
 
@@ -117,7 +117,7 @@ class Stub:
     """A variant whose scores come when the test says so, or never."""
 
     def __init__(self, name):
-        self.name, self.waiting = name, 0
+        self.name = name
         self.text = SimpleNamespace(sha256="a")
         self.info = SimpleNamespace(vocab_size=8, context_length=100)
         self.client = self
@@ -136,14 +136,19 @@ class Stub:
 
 @pytest.fixture
 def bench(tmp_path):
-    """(service, shadow, generation, variants) of a server with stubs for engines."""
+    """(service, shadow, generation, variants, hub) of a server with stubs for engines."""
     rules = [{"from": "a", "to": "b", "fraction": 1}]
     settings = Settings(variants={"a": "x/a", "b": "x/b"}, shadow=rules)
     variants = {name: Stub(name) for name in "ab"}
-    metrics = Metrics()
-    running = SimpleNamespace(get=variants.get, runtime_dir=tmp_path)
-    service = Service(settings, running, metrics, Routing(settings))
-    shadow = Shadow(service, ABRecord(metrics, ABWindow(100)))
+    metrics, hub = Metrics(), Hub(settings, print)
+    for engine in hub.engines.values():
+        engine.process.up = True
+    link = LocalLink(hub)
+    link.listen(lambda _: None)
+    link.runtime_dir = tmp_path
+    running = SimpleNamespace(get=variants.get)
+    service = Service(settings, running, metrics, Routing(settings), link)
+    shadow = Shadow(service, ABRecord(metrics, link))
     generation = SimpleNamespace(
         finish_reason="stop",
         from_state=False,
@@ -152,7 +157,8 @@ def bench(tmp_path):
         prompt_ids=[1, 2],
         token_ids=[3, 4],
     )
-    return service, shadow, generation, variants
+    yield service, shadow, generation, variants, hub
+    hub._runtime_dir.remove()
 
 
 def counted(service):
@@ -161,7 +167,7 @@ def counted(service):
 
 
 def test_a_shadow_under_way_is_given_up_as_soon_as_a_request_waits(bench, tmp_path):
-    service, shadow, generation, variants = bench
+    service, shadow, generation, _, hub = bench
 
     async def work():
         shadow.offer(generation)
@@ -169,19 +175,15 @@ def test_a_shadow_under_way_is_given_up_as_soon_as_a_request_waits(bench, tmp_pa
         assert counted(service) == {}
         shadow.offer(generation)  # one at a time
         assert counted(service) == {"dropped": 1}
-        variants["b"].waiting = 1
+        hub.engines["b"].waiting = 1
         await until(lambda: counted(service) == {"dropped": 2})
 
     asyncio.run(work())
-    assert (
-        counted(service) == {"dropped": 2}
-        and not list(tmp_path.iterdir())
-        and shadow._record.window.pairs(60) == []
-    )
+    assert counted(service) == {"dropped": 2} and not list(tmp_path.iterdir()) and hub._window.pairs(60) == []
 
 
 def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog):
-    service, shadow, generation, variants = bench
+    service, shadow, generation, variants, hub = bench
 
     async def work():
         variants["a"].error = EngineUnavailableError("gone")
@@ -196,7 +198,7 @@ def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog
 
     asyncio.run(work())
     assert counted(service) == {"failed": 1, "scored": 1} and "gone" in caplog.text
-    (pair,) = shadow._record.window.pairs(60)
+    (pair,) = hub._window.pairs(60)
     assert pair["kl"]["mean"] == pytest.approx(0.2) and pair["top1_agreement"]["mean"] == 0.5
     assert not list(tmp_path.iterdir())
 
@@ -205,25 +207,43 @@ def test_a_shadow_that_fails_is_counted_and_hurts_nobody(bench, tmp_path, caplog
     "spoil",
     [
         lambda service, generation, variants: setattr(variants["b"], "up", False),
-        lambda service, generation, variants: setattr(variants["a"], "waiting", 1),
         lambda service, generation, variants: setattr(variants["b"].text, "sha256", "b"),
         lambda service, generation, variants: setattr(variants["b"].info, "context_length", 3),
         lambda service, generation, variants: setattr(generation, "token_ids", [1] * 2**24),
-        lambda service, generation, variants: setattr(service, "draining", True),
     ],
 )
 def test_what_can_not_be_repeated_is_dropped_at_once(bench, spoil):
-    service, shadow, generation, variants = bench
+    service, shadow, generation, variants, _ = bench
     spoil(service, generation, variants)
     shadow.offer(generation)  # would need an event loop to do more
     assert counted(service) == {"dropped": 1}
 
 
 @pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda hub: setattr(hub.engines["a"], "waiting", 1),
+        lambda hub: setattr(hub.engines["b"].process, "up", False),
+        lambda hub: setattr(hub, "draining", True),
+        lambda hub: hub._begin_shadow("another front end", ["a", "b"]),
+    ],
+)
+def test_what_the_hub_does_not_let_begin_is_dropped_too(bench, spoil):
+    service, shadow, generation, _, hub = bench
+    spoil(hub)
+
+    async def work():
+        shadow.offer(generation)
+        await until(lambda: counted(service) == {"dropped": 1})
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize(
     ("field", "value"), [("finish_reason", "abort"), ("finish_reason", "error"), ("from_state", True)]
 )
 def test_what_is_no_traffic_is_not_even_counted(bench, field, value):
-    service, shadow, generation, _ = bench
+    service, shadow, generation, *_ = bench
     setattr(generation, field, value)
     shadow.offer(generation)
     assert counted(service) == {}

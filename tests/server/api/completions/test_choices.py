@@ -9,8 +9,8 @@ from checkpoints import byte_tokenizer
 from prometheus_client.metrics import MetricWrapperBase
 from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 
-from server.api.ab.window import ABWindow
 from server.api.completions.schemas import Completion
+from server.hub.window import ABWindow
 from server.text.detokenizer import TokenTexts
 from server.wire.messages import Score
 
@@ -310,7 +310,7 @@ def test_cached_tokens_are_in_the_usage(api, script):
 
 def test_a_failure_of_one_choice_ends_all(api, script):
     client = api.app.state.service.variants.get("dense").client
-    variant = api.app.state.service.variants.get("dense")
+    engine = api.app.state.hub.engines["dense"]
     before = client.aborted
     script.fail_after = 3
     body = {"model": "dense", "prompt": ["Hi", "you"], "max_tokens": 8, "ignore_eos": True}
@@ -319,7 +319,7 @@ def test_a_failure_of_one_choice_ends_all(api, script):
     chunks = events(api, n=2, ignore_eos=True)
     assert chunks[-1]["error"]["code"] == 500
     assert not any("error" in c or c["choices"][0]["finish_reason"] for c in chunks[:-1])
-    assert variant.admitted == 0 and client.aborted >= before
+    assert engine.admitted == 0 and client.aborted >= before
 
 
 def test_places_are_counted_by_choice(api):

@@ -12,7 +12,8 @@ import openai
 import pytest
 from live_server import DEADLINE_S, ENDLESS, LiveServer, poll
 
-from server.api.http.auth import Bucket, capped_priority
+from server.api.http.auth import capped_priority
+from server.hub.limits import Bucket
 
 KEYS = {name: f"{name}-0123456789abcdef" for name in ("alice", "bob", "few", "slow")}
 PROMPT = "Abracadabra"
@@ -234,7 +235,7 @@ def test_a_priority_is_no_more_urgent_than_the_key_allows(cap, asked, given):
 
 def test_a_bucket_fills_at_its_rate_and_no_higher(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("server.api.http.auth.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("server.hub.limits.time.monotonic", lambda: now[0])
     bucket = Bucket(60)
     bucket.take(60)
     assert bucket.wait_s() == pytest.approx(1)

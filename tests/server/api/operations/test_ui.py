@@ -10,7 +10,7 @@ import pytest
 from live_server import CONTEXT, DEADLINE_S, ENDLESS, LiveServer, poll, suspended
 from scipy import stats
 
-from server.api.ab import window as ab
+from server.hub import window as ab
 
 sync_api = pytest.importorskip(
     "playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'"

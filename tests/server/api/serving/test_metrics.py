@@ -42,6 +42,8 @@ SERIES = {
     "lowkey_compare_kl": "histogram",
     "lowkey_compare_top1_agreement": "histogram",
     "lowkey_shadow_requests": "counter",
+    "lowkey_api_processes": "gauge",
+    "lowkey_api_process_restarts": "counter",
 }
 
 VARIANT = {"variant": "dense"}

@@ -264,7 +264,7 @@ def test_an_import_waits_for_no_variant_that_it_does_not_need(api):
     dense, reduced = (
         api.get(f"/v1/states/{save(api, model=name)['id']}/content").content for name in ("dense", "reduced")
     )
-    api.app.state.service.variants.get("dense").client.up = False
+    api.app.state.hub.engines["dense"].process.up = False
     assert upload(api, reduced).json()["variant"] == "reduced"
     refused(upload(api, dense), 503, None, "'dense' is down")
     refused(upload(api, dense, model="reduced"), 409, None, "d_k")

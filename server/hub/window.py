@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-Source = Literal["compare", "shadow"]
+from server.wire.hub import EndedRequest, Pair, Source
+
 Rows = NDArray[np.float64]
 
 MIN_PAIRS = 30
@@ -47,37 +48,6 @@ class Ring:
         return self._count <= len(self._rows) or float(self._rows[:, 0].min()) < start
 
 
-@dataclass(frozen=True, kw_only=True)
-class EndedRequest:
-    """One request of a variant's traffic that has ended. What it did not get to is None."""
-
-    completion_tokens: int
-    decode_s: float | None
-    """Seconds from the first token to the last, as the engine made them."""
-    ttft_s: float | None
-    gaps_s: list[float]
-    failed: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """How two variants differed on one prompt. What a source can't tell is None."""
-
-    tokens: int
-    """A hash of the prompt's tokens and the baseline's completion. What two pairs of the same tokens say of quality is
-    one piece of evidence; their timings are two."""
-    kl: float
-    """Mean KL(baseline || variant) over the tokens of the baseline's completion, in nats."""
-    top1_agreement: float
-    prompt_nll_difference: float | None
-    """The variant's value less the baseline's: mean negative log-likelihood of the prompt's tokens, in nats. Not of
-    the completion's: those are the baseline's own choice, which any other model finds less likely."""
-    speed_ratio: float | None = None
-    """The variant's tokens per second divided by the baseline's."""
-    ttft_difference_s: float | None = None
-    """The variant's time to the first token less the baseline's, in seconds."""
-
-
 QUALITY_FIELDS = ("kl", "top1_agreement", "prompt_nll_difference")
 PAIR_FIELDS = (*QUALITY_FIELDS, "speed_ratio", "ttft_difference_s")
 
@@ -100,7 +70,8 @@ class ABWindow:
     _traffic: dict[str, _Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str, Source], Ring] = field(default_factory=dict)
 
-    def add_request(self, variant: str, request: EndedRequest) -> None:
+    def add_request(self, request: EndedRequest) -> None:
+        variant = request.variant
         traffic = self._traffic.get(variant)
         if traffic is None:
             traffic = _Traffic(Ring(self.samples, 4), Ring(self.samples * GAPS_PER_REQUEST, 1))
@@ -115,8 +86,9 @@ class ABWindow:
         traffic.requests.add(now, [row])
         traffic.gaps.add(now, [(gap,) for gap in request.gaps_s])
 
-    def add_pair(self, variant: str, baseline: str, source: Source, pair: Pair) -> None:
-        ring = self._pairs.setdefault((variant, baseline, source), Ring(PAIRS_KEPT, len(PAIR_FIELDS) + 1))
+    def add_pair(self, pair: Pair) -> None:
+        names = pair.variant, pair.baseline, pair.source
+        ring = self._pairs.setdefault(names, Ring(PAIRS_KEPT, len(PAIR_FIELDS) + 1))
         values = (_or_nan(getattr(pair, name)) for name in PAIR_FIELDS)
         ring.add(time.time(), [(*values, float(pair.tokens % 2**53))])
 

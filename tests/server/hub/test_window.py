@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from server.api.ab import window as ab
-from server.api.ab.window import ABWindow, EndedRequest, Pair, Ring, bootstrap_mean
+from server.hub import window as ab
+from server.hub.window import ABWindow, Ring, bootstrap_mean
+from server.wire.hub import EndedRequest, Pair
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Sets the time."""
     now = [1000.0]
-    monkeypatch.setattr("server.api.ab.window.time.time", lambda: now[0])
+    monkeypatch.setattr("server.hub.window.time.time", lambda: now[0])
 
     def at(seconds):
         now[0] = seconds
@@ -22,10 +23,19 @@ def clock(monkeypatch):
     return at
 
 
-def request(tokens=20, decode=0.2, ttft=0.1, gaps=(), failed=False):
+def request(variant="dense", *, tokens=20, decode=0.2, ttft=0.1, gaps=(), failed=False):
     return EndedRequest(
-        completion_tokens=tokens, decode_s=decode, ttft_s=ttft, gaps_s=list(gaps), failed=failed
+        variant=variant,
+        completion_tokens=tokens,
+        decode_s=decode,
+        ttft_s=ttft,
+        gaps_s=list(gaps),
+        failed=failed,
     )
+
+
+def pair_of(variant, baseline, source, **fields):
+    return Pair(variant=variant, baseline=baseline, source=source, **fields)
 
 
 def test_a_ring_keeps_the_last_rows_and_knows_what_it_gave_up():
@@ -42,12 +52,12 @@ def test_a_ring_keeps_the_last_rows_and_knows_what_it_gave_up():
 def test_traffic_of_a_window(clock):
     window, rng = ABWindow(samples=1000), np.random.default_rng(1)
     clock(100)
-    window.add_request("dense", request(tokens=999))
+    window.add_request(request(tokens=999))
     clock(200)
     speeds, ttfts, gaps = rng.uniform(10, 500, 57), rng.uniform(0, 1, 57), rng.uniform(0, 0.1, (57, 9))
     for speed, ttft, own in zip(speeds, ttfts, gaps, strict=True):
-        window.add_request("dense", request(decode=19 / speed, ttft=ttft, gaps=own))
-    window.add_request("dense", request(tokens=0, decode=None, ttft=None, failed=True))
+        window.add_request(request(decode=19 / speed, ttft=ttft, gaps=own))
+    window.add_request(request(tokens=0, decode=None, ttft=None, failed=True))
     clock(250)
     seen = window.traffic("dense", 60)
     assert (seen["requests"], seen["errors"], seen["completion_tokens"]) == (58, 1, 1140)
@@ -66,9 +76,7 @@ def test_traffic_of_a_window(clock):
 def test_short_requests_weigh_little_in_the_speed_and_have_no_part_in_its_percentiles(clock):
     window = ABWindow(samples=1000)
     for _ in range(10):
-        window.add_request(
-            "dense", request(tokens=2, decode=0.00005)
-        )  # two tokens in one burst: 20,000 tokens/s
+        window.add_request(request(tokens=2, decode=0.00005))  # two tokens in one burst: 20,000 tokens/s
     assert window.traffic("dense", 60)["tokens_per_second"] == {
         "mean": pytest.approx(20_000),
         "p50": None,
@@ -76,8 +84,8 @@ def test_short_requests_weigh_little_in_the_speed_and_have_no_part_in_its_percen
         "p99": None,
     }
     for decode in (0.9, 1.0, 1.1):
-        window.add_request("dense", request(tokens=101, decode=decode))
-    window.add_request("dense", request(tokens=1, decode=0.0))
+        window.add_request(request(tokens=101, decode=decode))
+    window.add_request(request(tokens=1, decode=0.0))
     speeds = window.traffic("dense", 60)["tokens_per_second"]
     assert speeds["mean"] == pytest.approx(310 / 3.0005)
     assert speeds["p50"] == pytest.approx(100) and speeds["p95"] < 112
@@ -87,7 +95,7 @@ def test_a_window_that_is_longer_than_the_memory_says_so(clock):
     window = ABWindow(samples=100)
     for i in range(150):
         clock(float(i))
-        window.add_request("dense", request())
+        window.add_request(request())
     assert not window.traffic("dense", 140)["complete"] and window.traffic("dense", 50)["complete"]
 
 
@@ -110,14 +118,17 @@ TOKENS = itertools.count(1000)
 def fill(window, n, *, source="shadow", shift=0.02, speed=None):
     rng = np.random.default_rng(0)
     for _ in range(n):
-        pair = Pair(
+        pair = pair_of(
+            "reduced",
+            "dense",
+            source,
             tokens=next(TOKENS),
             kl=float(rng.uniform(0.01, 0.05)),
             top1_agreement=0.9,
             prompt_nll_difference=float(rng.normal(shift, 0.01)),
             speed_ratio=None if speed is None else float(rng.normal(speed, 0.05)),
         )
-        window.add_pair("reduced", "dense", source, pair)
+        window.add_pair(pair)
 
 
 def verdict(window):
@@ -162,10 +173,16 @@ def test_equal_speeds_have_a_ratio_of_one_whichever_is_divided_by_the_other():
     rng = np.random.default_rng(5)
     for a, b in np.exp(rng.normal(0, 0.5, (400, 2))):
         for names, ratio in ((("b", "a"), b / a), (("a", "b"), a / b)):
-            pair = Pair(
-                tokens=1, kl=0.1, top1_agreement=1.0, prompt_nll_difference=0.0, speed_ratio=float(ratio)
+            pair = pair_of(
+                *names,
+                "compare",
+                tokens=1,
+                kl=0.1,
+                top1_agreement=1.0,
+                prompt_nll_difference=0.0,
+                speed_ratio=float(ratio),
             )
-            window.add_pair(*names, "compare", pair)
+            window.add_pair(pair)
     one, other = (pair["speed_ratio"] for pair in window.pairs(60))
     assert one["mean"] * other["mean"] == pytest.approx(1)
     assert one["low"] * other["high"] == pytest.approx(1, rel=0.02)
@@ -175,8 +192,8 @@ def test_equal_speeds_have_a_ratio_of_one_whichever_is_divided_by_the_other():
 def test_pairs_without_prompt_perplexity():
     window = ABWindow(samples=100)
     for i in range(40):
-        pair = Pair(tokens=i, kl=0.1, top1_agreement=1.0, prompt_nll_difference=None)
-        window.add_pair("b", "a", "shadow", pair)
+        pair = pair_of("b", "a", "shadow", tokens=i, kl=0.1, top1_agreement=1.0, prompt_nll_difference=None)
+        window.add_pair(pair)
     assert "too little data on the likelihood" in verdict(window) and "KL 0.1" in verdict(window)
 
 
@@ -186,14 +203,31 @@ def test_the_same_tokens_again_are_no_further_evidence_of_quality():
     for tokens in range(-20, 20):
         kl, ratio = float(rng.uniform(0, 1)), float(rng.uniform(1, 2))
         for source, speed in (("compare", None), ("compare", ratio), ("shadow", None)):
-            pair = Pair(tokens=tokens, kl=kl, top1_agreement=0.5, prompt_nll_difference=kl, speed_ratio=speed)
-            window.add_pair("reduced", "dense", source, pair)
+            pair = pair_of(
+                "reduced",
+                "dense",
+                source,
+                tokens=tokens,
+                kl=kl,
+                top1_agreement=0.5,
+                prompt_nll_difference=kl,
+                speed_ratio=speed,
+            )
+            window.add_pair(pair)
     (pairs,) = window.pairs(60)
     assert pairs["pairs"] == {"compare": 80, "shadow": 40}
     assert [pairs[name]["pairs"] for name in ab.QUALITY_FIELDS] == [40] * 3
     assert pairs["speed_ratio"]["pairs"] == 40 and "too little data:" not in pairs["verdict"]
     few = ABWindow(samples=100)
     for i in range(40):
-        pair = Pair(tokens=i % 20, kl=0.1, top1_agreement=1.0, prompt_nll_difference=0.1)
-        few.add_pair("reduced", "dense", "compare", pair)
+        pair = pair_of(
+            "reduced",
+            "dense",
+            "compare",
+            tokens=i % 20,
+            kl=0.1,
+            top1_agreement=1.0,
+            prompt_nll_difference=0.1,
+        )
+        few.add_pair(pair)
     assert "too little data: 20 different pairs" in verdict(few)

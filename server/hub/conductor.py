@@ -1,0 +1,110 @@
+"""The life of a server, from its first engine to its last answer: what signals do, and when it is over."""
+
+import logging
+import time
+from collections.abc import Callable
+
+from server.hub.hub import Hub
+from server.settings import ConfigurationError, Settings, check_routing
+
+logger = logging.getLogger("lowkey.server")
+
+TICK_S = 0.1
+"""Seconds between two looks at how things are."""
+
+RELOADED = {"aliases": "[aliases]", "sticky": "[sticky]", "shadow": "shadow = []"}
+"""Settings that SIGHUP reads again, and how a file says that there are none."""
+
+
+class Conductor:
+    """On SIGTERM or SIGINT refuses new work and lets the running requests end; while it does, the server still listens,
+    so that /ready and new requests get their 503.
+
+    Args:
+        reload: reads the settings again, at SIGHUP.
+        url: what to open in a browser.
+        complete: whether all front ends that there should be have come.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        reload: Callable[[], Settings],
+        url: str,
+        complete: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self._hub = hub
+        self._reload = reload
+        self._url = url
+        self._complete = complete
+        self._drain_at = self._drain_until = 0.0
+        self._announced = self._drain_announced = False
+        self.over = False
+        """Whether nothing more is to be answered."""
+
+    def listening(self) -> None:
+        """Requests are taken from now on."""
+        logger.info("running on %s (Ctrl-C to quit)", self._url)
+
+    def hang_up(self) -> None:
+        """SIGHUP: take over what may change while the server runs, and say what may not. Requests don't notice.
+
+        What was set and is not any more keeps the old: a file that somebody is just writing looks like that.
+        """
+        old = self._hub.settings
+        try:
+            new = self._reload()
+            missing = [name for name in RELOADED if name in old.model_fields_set - new.model_fields_set]
+            if missing:
+                empty = ", ".join(RELOADED[name] for name in missing)
+                raise ConfigurationError(
+                    f"no more {', '.join(missing)} there; to do without, say so: {empty}"
+                )
+            check_routing(new, set(old.variants))
+        except (ConfigurationError, ValueError) as e:
+            logger.error("SIGHUP: the old configuration stays: %s", e)
+            return
+        others = sorted(
+            name
+            for name in Settings.model_fields
+            if name not in RELOADED and getattr(old, name) != getattr(new, name)
+        )
+        taken = {name: getattr(new, name) for name in RELOADED if name in new.model_fields_set}
+        self._hub.reload(old.model_copy(update=taken))
+        logger.info(
+            "SIGHUP: read aliases %s, sticky and %d shadow rules", sorted(new.aliases), len(new.shadow)
+        )
+        dropped = sorted(old.aliases.keys() - new.aliases.keys())
+        if dropped:
+            logger.warning("SIGHUP: aliases that are gone, and answered with 404: %s", ", ".join(dropped))
+        if others:
+            logger.warning("SIGHUP: changed too, but read at the start only: %s", ", ".join(others))
+
+    def exit(self) -> None:
+        """SIGTERM or SIGINT: let what runs end. Once more: at once."""
+        settings, now, again = self._hub.settings, time.monotonic(), self._hub.leaving
+        self._hub.leave()
+        self._drain_at = now if again else now + settings.drain_delay_s
+        self._drain_until = now if again else self._drain_at + settings.drain_s
+        self._hub.draining = self._drain_at <= now
+
+    async def tick(self) -> None:
+        """To be called each `TICK_S`: say when all models are up, and once a drain is over, say so. Requests that
+        outlast it get their error event first."""
+        hub = self._hub
+        if not self._announced and self._complete() and all(engine.up for engine in hub.engines.values()):
+            self._announced = True
+            logger.info("ready: %s; open %s", ", ".join(hub.engines), self._url)
+        if hub.leaving and time.monotonic() >= self._drain_at:
+            hub.draining = True
+        if not hub.draining or self.over:
+            return
+        running, left = hub.answers, self._drain_until - time.monotonic()
+        if running and left > 0:
+            if not self._drain_announced:
+                self._drain_announced = True
+                logger.info("draining: %d requests run, up to %.0f s; once more to stop now", running, left)
+            return
+        if running:
+            await hub.close_engines()
+        self.over = True

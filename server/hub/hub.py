@@ -1,0 +1,323 @@
+"""The hub: what is one for all front ends of a server, however many there are."""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import Metric
+
+from server.handover import to_json
+from server.hub.engines import Engine, RuntimeDir, engine_configs
+from server.hub.limits import limits_of
+from server.hub.metrics import EngineMetrics, HubMetrics, as_metrics, render, summed
+from server.hub.window import CONFIDENCE, ABWindow
+from server.settings import Settings
+from server.wire.hub import (
+    Admit,
+    AskTotals,
+    BeginScoring,
+    BeginShadow,
+    Charge,
+    EndAnswer,
+    EndedRequest,
+    EndScoring,
+    EndShadow,
+    EngineUp,
+    Family,
+    LeavePlace,
+    Leaving,
+    News,
+    NextOrder,
+    Pair,
+    Question,
+    Refusal,
+    Reload,
+    RenderMetrics,
+    Stop,
+    Summarise,
+    TakeRequest,
+    Totals,
+    Update,
+    Waiting,
+)
+
+TOTALS_S = 2.0
+"""How long a front end may take to say what it has counted. One that takes longer counts as when it last said."""
+
+
+@dataclass
+class _Places:
+    """Places in an engine's queue that one answer has."""
+
+    engine: Engine
+    held: int
+
+
+@dataclass
+class _FrontEnd:
+    """One front end, and what it has of what is shared."""
+
+    receive: Callable[[Update], None]
+    places: dict[int, _Places] = field(default_factory=dict)
+    totals: list[Family] = field(default_factory=list)
+    """All that it has counted, as it last said."""
+    answered: int = 0
+    """The `AskTotals` that it last answered."""
+
+
+class Hub:
+    """Engines, places in their queues, limits, A/B figures and metrics of one server.
+
+    Front ends reach it by a `Link`. What a front end held when it went is given back.
+
+    Args:
+        on_fatal: called with a variant's name and the reason when its checkpoint can't be loaded at all.
+    """
+
+    def __init__(self, settings: Settings, on_fatal: Callable[[str, str], None]) -> None:
+        self.settings = settings
+        self.started = int(time.time())
+        self.leaving = False
+        """Whether the server has been asked to stop: it is not ready any more, whether or not it still takes
+        requests."""
+        self.draining = False
+        """Whether the server takes no new requests."""
+        self.metrics = HubMetrics()
+        self._runtime_dir = RuntimeDir()
+        self._window = ABWindow(settings.ab_samples)
+        self._limits = limits_of(settings)
+        self._front_ends: dict[str, _FrontEnd] = {}
+        self._gone: list[Family] = []
+        """All that front ends had counted that have gone."""
+        self._numbers = itertools.count(1)
+        self._totals_came = asyncio.Event()
+        """Set when a front end has said what it has counted."""
+        self._scoring: asyncio.Lock = asyncio.Lock()
+        """Held for the one comparison that may take up `compare_bytes` of shared memory now."""
+        self._scores = ""
+        """The front end whose comparison that is."""
+        self._shadows = ""
+        """The front end that repeats a request as shadow traffic; empty if none does."""
+        self._orders = itertools.count(1)
+        self.engines = {
+            config.variant: Engine(
+                config,
+                settings,
+                self.runtime_dir,
+                EngineMetrics(self.metrics, config.variant),
+                self.tell_all,
+                functools.partial(on_fatal, config.variant),
+            )
+            for config in engine_configs(settings)
+        }
+
+    @property
+    def runtime_dir(self) -> Path:
+        """Private to this server; gone when it closes."""
+        return self._runtime_dir.path
+
+    @property
+    def answers(self) -> int:
+        """Answers that have not ended: of a stream, for as long as the client has not been sent all of it."""
+        return sum(len(front_end.places) for front_end in self._front_ends.values())
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Engines run in this block."""
+        for engine in self.engines.values():
+            engine.process.start()
+        try:
+            yield
+        finally:
+            await self.close_engines()
+            self._runtime_dir.remove()
+
+    async def close_engines(self) -> None:
+        """End all engines. Requests in them fail."""
+        for engine in self.engines.values():
+            await engine.process.close()
+
+    # --- front ends
+
+    def join(self, name: str, receive: Callable[[Update], None]) -> None:
+        """A front end of a name that none has had before. `receive` is called with all updates, beginning with those
+        that lead to what is so now."""
+        self._front_ends[name] = _FrontEnd(receive)
+        self.metrics.api_processes.set(len(self._front_ends))
+        for engine in self.engines.values():
+            if engine.ready is not None and engine.up:
+                receive(EngineUp(variant=engine.variant, ready=engine.ready, address=engine.address))
+        if self.leaving:
+            receive(Leaving())
+
+    def gone(self, name: str) -> None:
+        """A front end has ended, however it came about: give back what it held."""
+        front_end = self._front_ends.pop(name, None)
+        if front_end is None:
+            return
+        self.metrics.api_processes.set(len(self._front_ends))
+        for places in front_end.places.values():
+            places.engine.admitted -= places.held
+        self._gone = summed([self._gone, front_end.totals])
+        self._end_scoring(name)
+        self._end_shadow(name)
+        for engine in self.engines.values():
+            engine.process.front_end_gone(name)
+
+    def tell_all(self, update: Update) -> None:
+        """Tell all front ends something."""
+        for front_end in list(self._front_ends.values()):
+            front_end.receive(update)
+
+    def leave(self) -> None:
+        """The server has been asked to stop."""
+        self.leaving = True
+        self.tell_all(Leaving())
+
+    def reload(self, settings: Settings) -> None:
+        """Take over what may change while the server runs. What does not fit the rest has been found before
+        (`check_routing`)."""
+        self.settings = settings
+        self.tell_all(Reload(settings=to_json(settings)))
+
+    def stop_front_ends(self) -> None:
+        """Have all front ends end."""
+        self.tell_all(Stop())
+
+    # --- questions and news
+
+    async def ask(self, front_end: str, question: Question) -> Any:
+        """The answer to a front end's question."""
+        match question:
+            case TakeRequest():
+                return self._limits[question.client].take_request()
+            case Admit():
+                return self._admit(self._front_ends[front_end], question)
+            case RenderMetrics():
+                return render(await self.collect())
+            case Summarise():
+                return await asyncio.to_thread(self._summary, question.window_s)
+            case BeginScoring():
+                await self._scoring.acquire()
+                if front_end not in self._front_ends:  # it went while it waited
+                    self._scoring.release()
+                else:
+                    self._scores = front_end
+                return None
+            case NextOrder():
+                return next(self._orders)
+            case BeginShadow():
+                return self._begin_shadow(front_end, question.variants)
+            case Waiting():
+                return any(self.engines[variant].waiting for variant in question.variants)
+
+    def tell(self, front_end: str, news: News) -> None:
+        """Take in what a front end tells. One that is gone has nothing to tell any more."""
+        teller = self._front_ends.get(front_end)
+        if teller is None:
+            return
+        match news:
+            case LeavePlace():
+                places = teller.places.get(news.place)
+                if places is not None and places.held:
+                    places.held -= 1
+                    places.engine.admitted -= 1
+            case EndAnswer():
+                places = teller.places.pop(news.place, None)
+                if places is not None:
+                    places.engine.admitted -= places.held
+            case Charge():
+                self._limits[news.client].take_tokens(news.tokens)
+            case EndedRequest():
+                self._window.add_request(news)
+            case Pair():
+                self._window.add_pair(news)
+            case EndScoring():
+                self._end_scoring(front_end)
+            case EndShadow():
+                self._end_shadow(front_end)
+            case Totals():
+                teller.totals, teller.answered = news.families, max(teller.answered, news.answers)
+                self._totals_came.set()
+
+    def _admit(self, front_end: _FrontEnd, question: Admit) -> Refusal | None:
+        if self.draining:
+            return Refusal("draining", "the server is shutting down")
+        engine = self.engines[question.variant]
+        refusal = engine.refusal(question.count)
+        if refusal is None:
+            front_end.places[question.place] = _Places(engine, question.count)
+            engine.admitted += question.count
+        return refusal
+
+    def _begin_shadow(self, front_end: str, variants: list[str]) -> bool:
+        engines = [self.engines[variant] for variant in variants]
+        free = not self._shadows and not self.draining
+        if free and all(engine.up and not engine.waiting for engine in engines):
+            self._shadows = front_end
+            return True
+        return False
+
+    def _end_shadow(self, front_end: str) -> None:
+        if self._shadows == front_end:
+            self._shadows = ""
+
+    def _end_scoring(self, front_end: str) -> None:
+        if self._scores == front_end:
+            self._scores = ""
+            self._scoring.release()
+
+    # --- figures
+
+    async def collect(self) -> list[Metric]:
+        """All metrics of the server: those of the engines, and the sums over all front ends that there are and
+        were."""
+        for engine in self.engines.values():
+            engine.process.catch_up()
+        number = next(self._numbers)
+        asked = list(self._front_ends.values())
+        for front_end in asked:
+            front_end.receive(AskTotals(number=number))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(TOTALS_S):
+                while any(
+                    front_end.answered < number and front_end in self._front_ends.values()
+                    for front_end in asked
+                ):
+                    self._totals_came.clear()
+                    await self._totals_came.wait()
+        counted = [self._gone, *(front_end.totals for front_end in self._front_ends.values())]
+        return [*as_metrics(summed(counted)), *self.metrics.registry.collect()]
+
+    def _summary(self, window_s: float) -> dict[str, Any]:
+        """Takes a fraction of a second over full rings."""
+        return {
+            "confidence": CONFIDENCE,
+            "variants": {variant: self._window.traffic(variant, window_s) for variant in self.engines},
+            "pairs": self._window.pairs(window_s),
+        }
+
+
+class LocalLink:
+    """The way to a hub in the same process."""
+
+    def __init__(self, hub: Hub, front_end: str = "0") -> None:
+        self.front_end = front_end
+        self.started = hub.started
+        self.runtime_dir = hub.runtime_dir
+        self._hub = hub
+
+    def listen(self, receive: Callable[[Update], None]) -> None:
+        self._hub.join(self.front_end, receive)
+
+    async def ask(self, question: Question) -> Any:
+        return await self._hub.ask(self.front_end, question)
+
+    def tell(self, news: News) -> None:
+        self._hub.tell(self.front_end, news)
