@@ -8,6 +8,7 @@ import asyncio
 import gc
 import json
 import multiprocessing
+import os
 import time
 from array import array
 from bisect import bisect_right
@@ -281,6 +282,8 @@ async def _read(task: Task, numbers: list[int], pipe: Connection) -> None:
     gc.freeze()
     try:
         window = await ended
+        loop.remove_reader(pipe.fileno())
+        os.set_blocking(pipe.fileno(), True)  # the loop has changed that, and the answer is long
         pipe.send(seen.between(*window))
     except RuntimeError as e:
         pipe.send(str(e))
