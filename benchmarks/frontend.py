@@ -105,8 +105,8 @@ def checkpoint(options: argparse.Namespace, directory: Path) -> Path:
 
 def measure(server: ServerProcess, streams: int, options: argparse.Namespace) -> dict[str, float]:
     """One window with so many streams. Raises SystemExit if an answer is not as it should be."""
-    task = Task(server.url, options.model, VARIANT, options.tokens, options.logprobs, options.chat)
-    clients = Clients(task, streams, options.clients)
+    task = Task(server.url, streams, options.model, VARIANT, options.tokens, options.logprobs, options.chat)
+    clients = Clients(task, options.clients)
 
     def spent() -> tuple[float, float, np.ndarray, float]:
         engines = server.engines().values()
@@ -115,8 +115,11 @@ def measure(server: ServerProcess, streams: int, options: argparse.Namespace) ->
 
     try:
         clients.wait_warm()
+        chunks = clients.chunks()
         begin, *before = spent()
         time.sleep(options.seconds)
+        while clients.chunks() == chunks:  # a window with nothing in it says nothing
+            time.sleep(0.1)
         end, *after = spent()
         seen = clients.end((begin, end))
     except RuntimeError as e:

@@ -12,6 +12,7 @@ import os
 import time
 from array import array
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,6 +27,7 @@ from stand_in_engine import text_from, text_ids
 
 from modeling.tokenizer import TokenizerFile
 
+PATIENCE_S = 300.0
 PROMPT_TOKENS = 64
 PLACES = 16
 """From how many places of the text streams start."""
@@ -63,9 +65,11 @@ decode_event = msgspec.json.Decoder(Event).decode
 
 @dataclass(frozen=True)
 class Task:
-    """What the streams of one client process ask for."""
+    """What all streams ask for."""
 
     url: str
+    streams: int
+    """How many are open at the same time."""
     model: Path
     variant: str
     tokens: int
@@ -127,18 +131,25 @@ class Stream(asyncio.Protocol):
     """One connection, and the stream that it reads now.
 
     Args:
-        number: Streams start at places of the text by their numbers.
-        first_tokens: New tokens of the first stream, so that not all end at the same time.
+        number: Which of the task's streams. They start at different places of the text.
         on_warm: Called when the first stream has ended.
         on_error: Called with what was wrong.
     """
 
-    def __init__(self, task: Task, texts: Texts, number: int, first_tokens: int, seen: Seen, on_warm: Any,
-                 on_error: Any) -> None:  # fmt: skip
+    def __init__(
+        self,
+        task: Task,
+        texts: Texts,
+        number: int,
+        seen: Seen,
+        on_warm: Callable[[], None],
+        on_error: Callable[[str], None],
+    ) -> None:
         self._task, self._seen, self._on_warm, self._on_error = task, seen, on_warm, on_error
         self._seed = texts.seed(number)
         self._prompt, self._lengths = texts.prompt(self._seed), texts.lengths(self._seed)
-        self._first_tokens: int | None = first_tokens
+        # The first ones are of all lengths, so that from then on streams end one after the other, not all at once.
+        self._first_tokens: int | None = task.tokens - number * task.tokens // task.streams
         self.closing = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -263,19 +274,19 @@ async def _read(task: Task, numbers: list[int], pipe: Connection) -> None:
     def on_exception(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         on_error(f"{context['message']}: {context.get('exception')!r}")
 
-    def on_end() -> None:
+    def on_message() -> None:
         window = pipe.recv()
-        if not ended.done():
+        if window is None:
+            pipe.send(len(seen.at))
+        elif not ended.done():
             ended.set_result(window)
 
     loop.set_exception_handler(on_exception)
-    loop.add_reader(pipe.fileno(), on_end)
+    loop.add_reader(pipe.fileno(), on_message)
     address = urlsplit(task.url)
     streams = []
     for number in numbers:
-        # Spread evenly, so that from then on streams end one after the other and not all at once.
-        first = 1 + number * 61 % task.tokens
-        stream = Stream(task, texts, number, first, seen, on_warm, on_error)
+        stream = Stream(task, texts, number, seen, on_warm, on_error)
         streams.append(stream)
         await loop.create_connection(lambda stream=stream: stream, address.hostname, address.port)
     gc.collect()
@@ -301,20 +312,19 @@ class Clients:
     """Processes that keep streams open, all alike.
 
     Args:
-        streams: How many in all.
-        processes: How many client processes share them.
+        processes: How many client processes share the streams.
 
     Raises:
         RuntimeError: From each method. What was wrong with an answer.
     """
 
-    def __init__(self, task: Task, streams: int, processes: int) -> None:
+    def __init__(self, task: Task, processes: int) -> None:
         self._pipes: list[Connection] = []
         self.processes = []
-        for i in range(min(processes, streams)):
+        for i in range(min(processes, task.streams)):
             ours, theirs = multiprocessing.Pipe()
             process = multiprocessing.Process(
-                target=_main, args=(task, list(range(i, streams, processes)), theirs), daemon=True
+                target=_main, args=(task, list(range(i, task.streams, processes)), theirs), daemon=True
             )
             process.start()
             theirs.close()
@@ -325,6 +335,12 @@ class Clients:
         """Until each connection has had its first answer."""
         for pipe in self._pipes:
             self._receive(pipe)
+
+    def chunks(self) -> int:
+        """How many chunks of text have come so far."""
+        for pipe in self._pipes:
+            pipe.send(None)
+        return sum(self._receive(pipe) for pipe in self._pipes)
 
     def end(self, window: tuple[float, float]) -> dict[str, np.ndarray]:
         """Close all connections; what was seen within the window, of time.monotonic()."""
@@ -342,6 +358,8 @@ class Clients:
 
     @staticmethod
     def _receive(pipe: Connection) -> Any:
+        if not pipe.poll(PATIENCE_S):
+            raise RuntimeError(f"a client process has said nothing for {PATIENCE_S:.0f} s")
         try:
             found = pipe.recv()
         except EOFError:
