@@ -59,9 +59,9 @@ def test_settings_are_handed_over_whole_whatever_the_environment_says(monkeypatc
         state_dir=tmp_path,
         requests_per_minute=3,
     )
+    for memory in (0.5, None):
+        assert from_json(to_json(Settings(state_memory=memory))).state_memory == memory
     monkeypatch.setenv("LOWKEY_MAX_QUEUE", "7")
     monkeypatch.setenv("LOWKEY_ALIASES", '{"other": {"a": 1}}')
     assert dict(from_json(to_json(settings))) == dict(settings)
     assert "a-key-of" not in to_json(settings)
-    for memory in (0.5, None):
-        assert from_json(to_json(Settings(state_memory=memory))).state_memory == memory

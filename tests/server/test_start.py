@@ -12,7 +12,7 @@ import httpx
 import pytest
 from live_server import DEADLINE_S, LiveServer, poll
 
-from server.cli import url_of
+from server.listening import url_of
 
 BIN = Path(sys.executable).parent
 
