@@ -15,6 +15,7 @@ from pathlib import Path
 from modeling.checkpoint import open_checkpoint
 from modeling.tokenizer import TokenizerFile
 from server.engine import process
+from server.engine.output import StepOutput
 from server.wire.messages import (
     Abort,
     EngineConfig,
@@ -24,7 +25,6 @@ from server.wire.messages import (
     Pause,
     Ready,
     Resume,
-    StepOutput,
     Token,
     TopLogprobs,
 )
