@@ -113,7 +113,7 @@ class Generation:
         self._keep_stop = bool(fields.include_stop_str_in_output)
         self._matcher = StopMatcher(stops, keep=self._keep_stop)
         skip = fields.skip_special_tokens is not False
-        self._detokenizer = Detokenizer(variant.text.tokenizer, skip_special_tokens=skip)
+        self._detokenizer = Detokenizer(variant.text.token_texts, skip_special_tokens=skip)
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
         """The text as it comes: of one token at a time, or of all that have come while the reader was busy. Tokens
