@@ -1,8 +1,10 @@
 """Prometheus metrics of the API process. Label values come from configuration only, never from a request."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import numpy as np
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -42,6 +44,8 @@ ITL_SECONDS = (
     1.0,
     2.5,
 )
+MOST_UNSETTLED = 10_000
+"""Gaps between tokens that are kept before they are put into the series."""
 TOKENS_PER_SECOND = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000)
 STATE_BYTES = tuple(2.0**n for n in range(16, 33))
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -54,6 +58,7 @@ class Metrics:
     """All series that this version serves, in a registry of their own."""
 
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    _variants: "list[VariantMetrics]" = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         variant, engine = ["variant"], ["variant", "engine"]
@@ -165,10 +170,13 @@ class Metrics:
         for reason in get_args(Rejection):
             if reason != "rate_limit":
                 self.rejected.labels(name, reason)
-        return VariantMetrics(self, name)
+        self._variants.append(VariantMetrics(self, name))
+        return self._variants[-1]
 
     def render(self) -> bytes:
         """All metrics in Prometheus' text format."""
+        for variant in self._variants:
+            variant.settle()
         return generate_latest(self.registry)
 
 
@@ -202,6 +210,31 @@ class VariantMetrics:
         self._batch_size = metrics.batch_size.labels(*engine)
         self._engine_up = metrics.engine_up.labels(*engine)
         self._engine_restarts = metrics.engine_restarts.labels(*engine)
+        self._tokens = 0
+        """Tokens that are not in the series yet."""
+        self._gaps_s: list[float] = []
+        """Seconds between tokens that are not in the series yet."""
+
+    def on_tokens(self, count: int, gaps_s: list[float]) -> None:
+        """Tokens have been generated, with these gaps before them. The series get many at once: to move them for each
+        token would take longer than all else that a token needs."""
+        self._tokens += count
+        self._gaps_s += gaps_s
+        if len(self._gaps_s) >= MOST_UNSETTLED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put into the series what is not there yet."""
+        tokens, gaps_s = self._tokens, self._gaps_s
+        self._tokens, self._gaps_s = 0, []
+        self.generation_tokens.inc(tokens)
+        if not gaps_s:
+            return
+        # What `observe` does for one value, for all of them.
+        counts = np.bincount(np.searchsorted(ITL_SECONDS, gaps_s), minlength=len(ITL_SECONDS) + 1)
+        for bucket, count in zip(self.itl._buckets, counts.tolist(), strict=True):
+            bucket.inc(count)
+        self.itl._sum.inc(math.fsum(gaps_s))
 
     def on_rejected(self, reason: Rejection) -> None:
         """A request was refused before it ran."""

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 from checkpoints import GATED, write_checkpoint
-from engine_process import engine_config, until
+from engine_process import engine_config, generated, until
 from engines import Bench, generate, prompt, run, score, tokens_of
 from fake_device import FakeDevice
 
@@ -292,7 +292,7 @@ def test_a_failed_request_is_an_error_of_its_kind(tmp_path, reason, kind, what):
         client = client_of(tmp_path)
         message = generate(prompt(5))
         if what == "generate":
-            items = client.generate(message)
+            items = generated(client, message)
             task = asyncio.ensure_future(anext(items))
         elif what == "score":
             message = score(prompt(5))
