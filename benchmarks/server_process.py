@@ -1,5 +1,6 @@
 """A `lowkey-serve` process on a free port, for all that drives a real server: benchmarks, the check of a GPU, tests."""
 
+import contextlib
 import os
 import re
 import signal
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 LOWKEY_SERVE = (str(Path(sys.executable).with_name("lowkey-serve")),)
 """The command of this environment."""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process so far, in steps of the system's clock (usually 10 ms)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class ServerProcess:
@@ -87,10 +94,25 @@ class ServerProcess:
                 found[match[1]] = process
         return found
 
+    def api_processes(self) -> list[int]:
+        """Ids of the processes that serve the API: all that were started here but the engines."""
+        children: dict[int, list[int]] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(stat.parent.name))
+        found, left = [], [self.process.pid]
+        while left:
+            pid = left.pop()
+            with contextlib.suppress(OSError):
+                if b'"variant":"' not in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(pid)
+                    left += children.get(pid, [])
+        return found
+
     def cpu_seconds(self) -> float:
-        """Processor time of the API process so far."""
-        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        """Processor time of the API's processes so far."""
+        return sum(map(cpu_seconds, self.api_processes()))
 
     def stop(self, patience_s: float = 60.0) -> None:
         """Send SIGTERM, and SIGKILL after `patience_s` seconds."""

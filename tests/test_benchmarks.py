@@ -1,14 +1,21 @@
 """The benchmarks that judge by themselves whether all is well do run, and say so."""
 
+import asyncio
+import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import httpx
 import pytest
+
+from server.wire.messages import Abort, Generate, Pause, Sampling
 
 ROOT = Path(__file__).parents[1]
 SUPPORT = ROOT / "tests" / "support"
@@ -56,6 +63,133 @@ def test_a_server_that_never_gets_ready_is_stopped(tmp_path, monkeypatch):
         Server({"dense": tmp_path}, script=script)
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize("options", [(), ("--chat", "--logprobs", 2)])
+def test_what_the_front_end_costs(options, tmp_path):
+    """The clients themselves fail unless all tokens of each answer have come."""
+    output, found = run(
+        "frontend.py", "--streams", 1, 5, "--tokens", 12, "--rate", 0, "--rounds", 2, "--seconds", 0.5, *options,
+        json_file=tmp_path / "frontend.json",
+    )  # fmt: skip
+    assert [result["streams"] for result in found["results"]] == [1, 5]
+    for result in found["results"]:
+        assert len(result["rounds"]) == 2
+        for figures in result["rounds"]:
+            assert figures["tokens_per_second"] > 0 and figures["api_us_per_token"] >= 0
+            assert 1 / 12 <= figures["chunks_per_token"] <= 1
+    assert "as many steps as possible, 12 tokens a request" in output
+
+
+def test_the_stand_in_of_an_engine_does_what_it_is_asked_for(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from stand_in_engine import StandInEngine
+
+    def generate(name, **more):
+        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=8)
+        return Generate(request_id=name, token_ids=[1], sampling=sampling, stop_token_ids=[], **more)
+
+    engine = StandInEngine(list(range(10, 20)), rate=0, max_running=2)
+    assert engine.idle and engine.step() is None
+    for message in (
+        generate("a", max_tokens=3, logprobs=2),
+        generate("b", max_tokens=5),
+        generate("c", max_tokens=1),
+        Pause(request_id="a"),
+    ):
+        engine.handle(message)
+    steps = [engine.step(), engine.step()]
+    engine.handle(Abort(request_id="b"))
+    steps.append(engine.step())
+    assert engine.idle and engine.step() is None
+    assert [[(t.request_id, t.token_id, t.finish_reason) for t in step.tokens] for step in steps] == [
+        [("a", 18, None), ("b", 18, None)],
+        [("a", 19, None), ("b", 19, None)],
+        [("a", 10, "length"), ("c", 18, "length")],
+    ]
+    first, second = steps[0].tokens
+    assert len(first.top) == 2 and first.top[0] == (18, first.logprob) and second.top is None
+
+
+def test_engines_are_no_part_of_what_the_api_costs(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from server_process import ServerProcess
+
+    script = tmp_path / "server"
+    start = "sh -c 'echo $0 $$; sleep 600; :'"
+    script.write_text(f"""{start} '"variant":"dense"' & {start} other & wait""")
+    with subprocess.Popen(["sh", script], stdout=subprocess.PIPE, text=True, start_new_session=True) as p:
+        try:
+            children = dict(p.stdout.readline().split() for _ in range(2))
+            found = ServerProcess.api_processes(SimpleNamespace(process=p))
+        finally:
+            os.killpg(p.pid, signal.SIGKILL)
+    assert found[:2] == [p.pid, int(children["other"])]
+    assert int(children['"variant":"dense"']) not in found
+
+
+@pytest.fixture
+def clients(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import stream_clients
+
+    return stream_clients
+
+
+WANTED = 6
+"""Tokens of the stream that `read` reads."""
+
+
+def read(clients, cuts, logprobs=0, usage=WANTED):
+    """Have a client read one answer.
+
+    Args:
+        cuts: the tokens at which chunks end.
+        logprobs: how many tokens come with their log-probability.
+        usage: how many tokens the server says there are.
+
+    Returns:
+        tokens of each chunk, and what the client finds wrong with the answer.
+    """
+    model = ROOT / "demo" / "model"
+    task = clients.Task("http://x", 1, model, "dense", WANTED, 1 if logprobs else None, False)
+    texts, seen, wrong, warm = clients.Texts(task), clients.Seen(), [], []
+    ends = [0, *texts.lengths(texts.seed(0))]
+    tokenizer, _ = clients.TokenizerFile(model).open()
+    text = tokenizer.decode(clients.text_ids(model)[: WANTED + 1])
+    events = [{"choices": [{"text": text[ends[a] : ends[b]]}]} for a, b in itertools.pairwise([0, *cuts])]
+    events[-1]["choices"][0]["logprobs"] = {"tokens": ["x"] * logprobs}
+    events.append({"choices": [], "usage": {"completion_tokens": usage}})
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+    answer = f"HTTP/1.1 200 OK\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode()
+
+    async def received():
+        stream = clients.Stream(task, texts, 0, seen, lambda: warm.append(True), wrong.append)
+        stream.connection_made(Mock())
+        for i in range(0, len(answer), 50):
+            stream.data_received(answer[i : i + 50])
+
+    asyncio.run(received())
+    assert bool(warm) != bool(wrong)
+    return list(seen.tokens), wrong
+
+
+def test_clients_count_tokens_however_they_are_merged(clients):
+    assert read(clients, [1, 2, 3, 4, 5, 6]) == ([1] * 6, [])
+    assert read(clients, [1, 4, 6], logprobs=6) == ([1, 3, 2], [])
+
+
+@pytest.mark.parametrize(
+    ("cuts", "given", "said"),
+    [
+        ([1, 5], {}, "'tokens of text': 5"),
+        ([1, 6], {"usage": 7}, "'tokens of usage': 7"),
+        ([1, 6], {"logprobs": 5}, "'log-probabilities': 5"),
+    ],
+)
+def test_clients_say_what_is_missing(clients, cuts, given, said):
+    _, (wrong,) = read(clients, cuts, **given)
+    assert wrong.startswith("a stream of 6 tokens ended with") and said in wrong
 
 
 HYBRID = """

@@ -30,6 +30,8 @@ from server.wire.messages import (
 
 logger = logging.getLogger("lowkey.supervisor")
 
+ENGINE_MODULE = "server.engine.process"
+"""The module that an engine process runs."""
 MAX_BACKOFF_S = 30.0
 """The longest wait before an engine is started again. The first is a second, and each is twice the one before."""
 HEALTHY_AFTER_S = 60.0
@@ -156,7 +158,7 @@ class Supervisor(ABC):
                 sys.executable,
                 "-P",
                 "-m",
-                "server.engine.process",
+                ENGINE_MODULE,
                 msgspec.json.encode(config).decode(),
                 stdin=asyncio.subprocess.PIPE,
                 # Read by OpenMP when torch is loaded: idle threads must sleep, not spin on a shared core.
