@@ -225,7 +225,8 @@ class Settings(BaseSettings):
     hang_s: float = Field(
         120.0,
         ge=2,
-        description="An engine that gives no sign of life for so long is killed and started again.",
+        description="An engine, or one of several API processes, that gives no sign of life for so long is killed and "
+        "started again.",
     )
     api_processes: int | None = Field(
         None,

@@ -40,6 +40,8 @@ class FrontEnds:
         self._names = itertools.count()
         self._address = f"ipc://{hub.runtime_dir}/hub"
         self._joined: set[str] = set()
+        self._heard: dict[str, float] = {}
+        """When each of them has last told something, which it does every few seconds; time.monotonic()."""
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._server = LinkServer(self._address, self._join, hub.ask, self._told)
@@ -68,6 +70,7 @@ class FrontEnds:
         self._hub.join(name, receive)
 
     def _told(self, name: str, news: News) -> None:
+        self._heard[name] = time.monotonic()
         self._hub.tell(name, news)
 
     async def _keep(self, sockets: list[socket.socket]) -> None:
@@ -79,6 +82,7 @@ class FrontEnds:
                 code = await self._run(name, sockets)
             finally:
                 self._joined.discard(name)
+                self._heard.pop(name, None)
                 self._server.gone(name)
                 self._hub.gone(name)
             if self._stopping:
@@ -112,8 +116,20 @@ class FrontEnds:
             with contextlib.suppress(ConnectionError):  # it has died already
                 process.stdin.write(start.line())
                 await process.stdin.drain()
-            return await process.wait()
+            self._heard[name] = time.monotonic()
+            return await self._end_of(name, process)
         finally:
             if process.returncode is None:
                 process.kill()
                 await process.wait()
+
+    async def _end_of(self, name: str, process: asyncio.subprocess.Process) -> int:
+        """The exit code of a process, which is killed if it gives no sign of life."""
+        hang_s = self._hub.settings.hang_s
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(hang_s / 4):
+                    return await process.wait()
+            if time.monotonic() - self._heard[name] >= hang_s:
+                logger.error("API process %s: no sign of life for %.0f s; killing it", name, hang_s)
+                process.kill()

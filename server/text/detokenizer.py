@@ -1,5 +1,6 @@
 """From token ids to text, piece by piece."""
 
+import json
 import re
 
 from tokenizers import Tokenizer
@@ -7,45 +8,125 @@ from tokenizers import Tokenizer
 MAX_HELD_TOKENS = 64
 """A character has at most four bytes, so tokens that make none for this long are broken bytes and are shown."""
 
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-in of each byte (`bytes_to_unicode` in OpenAI's encoder.py) -> the byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def _decodes_tokens_apart(tokenizer: Tokenizer) -> bool:
+    """Whether a token adds the same to every text that has begun and ends with a whole character, unless the token is
+    a part of a character. So it is with byte-level BPE (GPT-2, Llama 3, Qwen) and with byte fallback (Llama 2, Mistral,
+    Gemma)."""
+    if tokenizer.decoder is None:
+        return False
+    decoder = json.loads(tokenizer.decoder.__getstate__())
+    if decoder["type"] != "Sequence":
+        return bool(decoder["type"] == "ByteLevel")
+    steps = decoder["decoders"]
+    if [step["type"] for step in steps[:3]] != ["Replace", "ByteFallback", "Fuse"]:
+        return False
+    # All that may follow is to leave out the first space of the text.
+    return steps[3:] in ([], [{"type": "Strip", "content": " ", "start": 1, "stop": 0}])
+
+
+class TokenTexts:
+    """What each token is by itself, special tokens included; remembered, because the same few come again and again."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.special_ids = frozenset(
+            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        )
+        self._alphabet = _byte_alphabet()
+        self._apart = _decodes_tokens_apart(tokenizer)
+        self._texts: dict[int, str] = {}
+        self._plain: dict[int, str] = {}
+        # A decoder may leave out the first space of a text: every token is decoded behind another one.
+        self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
+        self._anchor_text: str = tokenizer.decode(self._anchor, skip_special_tokens=False)
+
+    def text(self, token_id: int) -> str:
+        """The token's text; bytes that are no whole character are U+FFFD, so several tokens may have one text."""
+        if token_id not in self._texts:
+            self._texts[token_id] = self._decode(token_id)
+        return self._texts[token_id]
+
+    def plain(self, token_id: int) -> str:
+        """What the token adds to any text that has begun and ends with a whole character; empty where the token alone
+        does not tell: it may be a part of a character, or the decoder looks at its neighbours."""
+        text = self._plain.get(token_id)
+        if text is None:
+            text = self._decode(token_id) if self._apart and not self._is_byte(token_id) else ""
+            text = self._plain[token_id] = "" if "\ufffd" in text else text
+        return text
+
+    def bytes(self, token_id: int) -> bytes:
+        """The token's bytes, also where they are no whole character."""
+        text = self.text(token_id)
+        if "\ufffd" in text:
+            entry: str = self.tokenizer.id_to_token(token_id) or ""
+            if match := _BYTE_TOKEN.fullmatch(entry):
+                return bytes([int(match[1], 16)])
+            if entry and all(c in self._alphabet for c in entry):
+                return bytes(self._alphabet[c] for c in entry)
+        return text.encode()
+
+    def _decode(self, token_id: int) -> str:
+        text: str = self.tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text.removeprefix(self._anchor_text)
+
+    def _is_byte(self, token_id: int) -> bool:
+        return _BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token_id) or "") is not None
+
 
 class Detokenizer:
     """Incremental decoding that never emits half a character: bytes are held back until they are whole.
 
-    Decodes a window of the last piece's tokens and those held back. The last piece is there because a decoder may
-    treat the beginning of a text in its own way (leave out its leading space).
+    Where nothing is held back, the text of most tokens is known (`TokenTexts.plain`). For the others, it decodes a
+    window of the last piece's tokens and those held back. The last piece is there because a decoder may treat the
+    beginning of a text in its own way (leave out its leading space).
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
-        self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder() if skip_special_tokens else {}
-        self._left_out = {token_id for token_id, token in added.items() if token.special}
+    def __init__(self, texts: TokenTexts, *, skip_special_tokens: bool) -> None:
+        self._texts = texts
+        self._left_out = texts.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._shown = 0
         """How many tokens of the window belong to the last piece."""
-        self._shown_text = ""
 
     def add(self, token_id: int) -> str:
         """The text that this token completes, possibly empty."""
         if token_id in self._left_out:
             return ""
-        self._window.append(token_id)
-        text = self._decode()
-        whole = not text.endswith("\ufffd") or len(self._window) - self._shown > MAX_HELD_TOKENS
-        if len(text) <= len(self._shown_text) or not whole:
+        window = self._window
+        if self._shown and self._shown == len(window) and (piece := self._texts.plain(token_id)):
+            self._window, self._shown = [token_id], 1
+            return piece
+        window.append(token_id)
+        text = self._decode(window)
+        shown_text = self._decode(window[: self._shown])
+        whole = not text.endswith("\ufffd") or len(window) - self._shown > MAX_HELD_TOKENS
+        if len(text) <= len(shown_text) or not whole:
             return ""
-        piece = text[len(self._shown_text) :]
-        del self._window[: self._shown]
-        self._shown, self._shown_text = len(self._window), self._decode()
-        return piece
+        del window[: self._shown]
+        self._shown = len(window)
+        return text[len(shown_text) :]
 
     def flush(self) -> str:
         """What is left at the end: bytes that never became a character, as U+FFFD."""
-        piece = self._decode()[len(self._shown_text) :]
-        self._window, self._shown, self._shown_text = [], 0, ""
-        return piece
+        window, shown = self._window, self._shown
+        self._window, self._shown = [], 0
+        if shown == len(window):
+            return ""
+        return self._decode(window)[len(self._decode(window[:shown])) :]
 
-    def _decode(self) -> str:
-        text: str = self._tokenizer.decode(self._window, skip_special_tokens=False)
+    def _decode(self, token_ids: list[int]) -> str:
+        text: str = self._texts.tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 
 
@@ -95,43 +176,3 @@ class StopMatcher:
     def _overlap(text: str, stop: str) -> int:
         """Length of the longest end of `text` that begins `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in of each byte (`bytes_to_unicode` in OpenAI's encoder.py) -> the byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-class TokenTexts:
-    """What each token is by itself, special tokens included; remembered, because the same few come again and again."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._alphabet = _byte_alphabet()
-        self._texts: dict[int, str] = {}
-        # A decoder may leave out the first space of a text: every token is decoded behind another one.
-        self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
-        self._anchor_text: str = tokenizer.decode(self._anchor, skip_special_tokens=False)
-
-    def text(self, token_id: int) -> str:
-        """The token's text; bytes that are no whole character are U+FFFD, so several tokens may have one text."""
-        if token_id not in self._texts:
-            text: str = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
-            self._texts[token_id] = text.removeprefix(self._anchor_text)
-        return self._texts[token_id]
-
-    def bytes(self, token_id: int) -> bytes:
-        """The token's bytes, also where they are no whole character."""
-        text = self.text(token_id)
-        if "\ufffd" in text:
-            entry: str = self._tokenizer.id_to_token(token_id) or ""
-            if match := _BYTE_TOKEN.fullmatch(entry):
-                return bytes([int(match[1], 16)])
-            if entry and all(c in self._alphabet for c in entry):
-                return bytes(self._alphabet[c] for c in entry)
-        return text.encode()

@@ -3,16 +3,16 @@
 Imports no torch: a front end stays light and never waits for a device.
 """
 
+import asyncio
 import contextlib
 import math
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import Callable
 
 import zmq
 
-from server.wire.exchange import Answer, BrokenOutputError, EngineUnavailableError, Exchange, StateError
+from server.wire.exchange import Answer, EngineUnavailableError, Exchange, StateError
 from server.wire.inbox import Inbox
 from server.wire.messages import (
-    Abort,
     Generate,
     Input,
     Ready,
@@ -20,7 +20,6 @@ from server.wire.messages import (
     Score,
     Scored,
     StateSaved,
-    Token,
     answers_decoder,
     encoder,
 )
@@ -42,6 +41,8 @@ class EngineClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._inbox: Inbox | None = None
         self._requests: dict[str, Exchange] = {}
+        self._arrived: dict[Exchange, None] = {}
+        """Those whose readers are to be woken, in order."""
 
     @property
     def up(self) -> bool:
@@ -55,61 +56,52 @@ class EngineClient:
         socket.setsockopt(zmq.IDENTITY, self._front_end.encode())
         socket.set_hwm(0)
         socket.connect(address)
-        self.ready, self._inbox = ready, Inbox(socket, self._deliver)
+        # Readers are woken once all messages that have come are read: they take the tokens of all of them.
+        self.ready, self._inbox = ready, Inbox(socket, self._deliver, self._wake)
 
     def engine_down(self) -> None:
         """The engine is gone: nothing more comes of what was sent to it, and its requests fail."""
-        if self._inbox is not None:
-            self._inbox.close()
-            self._inbox = None
+        if self._inbox is None:
+            return
+        self._inbox.close()
+        self._inbox = None
         for exchange in self._requests.values():
-            exchange.put(None)
+            exchange.lose()
+            self._arrived[exchange] = None
+        asyncio.get_running_loop().call_soon(self._wake)
 
     def close(self) -> None:
         """Have no more to do with the engine."""
         self.engine_down()
         self._context.destroy(linger=0)
 
-    async def generate(
+    def generate(
         self,
         message: Generate,
+        wake: Callable[[], None],
         *,
         most_unread: float = math.inf,
         on_sampled: Callable[[], None] = lambda: None,
-    ) -> AsyncGenerator[list[Token]]:
-        """The request's tokens as they come: each time all that have come since. Leaving the iterator early aborts the
-        request.
+    ) -> Exchange:
+        """Have the engine generate. Closing what is returned before its last token aborts the request.
 
         Args:
-            most_unread: bytes of tokens that may wait to be taken from here. Beyond that the engine pauses the request
+            wake: called when tokens or an error have come; if the engine is ahead, once for those of several steps.
+            most_unread: bytes of tokens that may wait to be taken from there. Beyond that the engine pauses the request
                 until they have been.
             on_sampled: called once, when the engine is done with the request, whether or not its tokens have been
                 taken.
 
         Raises:
-            EngineUnavailableError: before or between tokens.
-            BrokenOutputError: the model gave NaN or Inf.
-            OutOfMemoryError: likewise.
-            StateError: the saved state to go on from is no good.
+            EngineUnavailableError: the engine is not there.
         """
-        with self._exchange(message, most_unread, on_sampled) as exchange:
-            while True:
-                tokens = await exchange.tokens()
-                reason = tokens[-1].finish_reason
-                if reason == "error":
-                    if len(tokens) > 1:
-                        yield tokens[:-1]
-                    raise BrokenOutputError(f"variant {self._variant!r} gave NaN or Inf for this prompt")
-                yield tokens
-                if reason is not None:
-                    return
+        return self._open(message, wake, most_unread, on_sampled)
 
     async def score(self, message: Score) -> Scored:
         """Log-probabilities of given tokens. Raises EngineUnavailableError, OutOfMemoryError among them."""
-        with self._exchange(message) as exchange:
-            scored = await exchange.answer()
-            assert isinstance(scored, Scored)
-            return scored
+        scored = await self._answer(message)
+        assert isinstance(scored, Scored)
+        return scored
 
     async def save_state(self, message: SaveState) -> None:
         """Have the state after a prompt written to a file.
@@ -118,31 +110,45 @@ class EngineClient:
             EngineUnavailableError: before the answer, OutOfMemoryError among them.
             StateError: it could not be written.
         """
-        with self._exchange(message) as exchange:
-            saved = await exchange.answer()
-            assert isinstance(saved, StateSaved)
-            if saved.error is not None:
-                raise StateError(saved.error)
+        saved = await self._answer(message)
+        assert isinstance(saved, StateSaved)
+        if saved.error is not None:
+            raise StateError(saved.error)
 
-    @contextlib.contextmanager
-    def _exchange(
+    async def _answer(self, message: Score | SaveState) -> Answer:
+        arrived = asyncio.Event()
+        with contextlib.closing(self._open(message, arrived.set)) as exchange:
+            await arrived.wait()
+            return exchange.answer()
+
+    def _open(
         self,
         message: Generate | Score | SaveState,
+        wake: Callable[[], None],
         most_unread: float = math.inf,
         on_finish: Callable[[], None] = lambda: None,
-    ) -> Iterator[Exchange]:
-        """Send a request; it is aborted when this is left before its last answer."""
-        request_id = message.request_id
-        exchange = Exchange(request_id, self._variant, most_unread, self._tell, on_finish)
-        self._requests[request_id] = exchange
+    ) -> Exchange:
+        """Send a request. Raises EngineUnavailableError."""
+        exchange = Exchange(
+            message.request_id,
+            self._variant,
+            wake,
+            most_unread,
+            self._tell,
+            on_finish,
+            on_close=self._forget,
+        )
+        self._requests[message.request_id] = exchange
         try:
             self.send(message)
-            yield exchange
-        finally:
-            del self._requests[request_id]
-            if not exchange.finished:
-                self._tell(Abort(request_id=request_id))
-                exchange.finish()
+        except EngineUnavailableError:
+            exchange.close()
+            raise
+        return exchange
+
+    def _forget(self, exchange: Exchange) -> None:
+        del self._requests[exchange.request_id]
+        self._arrived.pop(exchange, None)
 
     def _tell(self, message: Input) -> None:
         """Send a message that an engine that has gone away need not hear."""
@@ -166,8 +172,23 @@ class EngineClient:
     def _deliver(self, data: bytes) -> None:
         """Hand the answers of one step to their requests."""
         answers = answers_decoder.decode(data)
-        items: list[Answer] = [*answers.tokens, *answers.scored, *answers.saved, *answers.failed]
-        for item in items:
-            exchange = self._requests.get(item.request_id)
-            if exchange is not None:  # else it was aborted while this was on its way
-                exchange.put(item)
+        requests = self._requests  # those that are not there were aborted while this was on its way
+        for token in answers.tokens:
+            if (exchange := requests.get(token.request_id)) is not None:
+                exchange.put(token)
+                self._arrived[exchange] = None
+        others: list[Answer] = [*answers.scored, *answers.saved]
+        for answer in others:
+            if (exchange := requests.get(answer.request_id)) is not None:
+                exchange.put_answer(answer)
+                self._arrived[exchange] = None
+        for failed in answers.failed:
+            if (exchange := requests.get(failed.request_id)) is not None:
+                exchange.put_failure(failed)
+                self._arrived[exchange] = None
+
+    def _wake(self) -> None:
+        arrived, self._arrived = self._arrived, {}
+        for exchange in arrived:
+            if not exchange.closed:  # another one's reader may have closed it
+                exchange.wake()

@@ -3,18 +3,16 @@
 Tokens wait here for whoever reads them. When too many wait, the engine is told to pause the request.
 """
 
-import asyncio
-from collections import deque
 from collections.abc import Callable
 
-from server.wire.messages import Failed, Input, Pause, Resume, Scored, StateSaved, Token
+from server.wire.messages import Abort, Failed, Input, Pause, Resume, Scored, StateSaved, Token
 
 TOKEN_BYTES = 300
 """Bytes of memory that a token takes here while it waits for its reader."""
 ALTERNATIVE_BYTES = 120
 """Bytes that each alternative adds, if alternatives are reported with the token."""
 
-Answer = Token | Scored | StateSaved | Failed
+Answer = Scored | StateSaved
 
 
 class EngineError(Exception):
@@ -37,85 +35,107 @@ class OutOfMemoryError(EngineUnavailableError):
     """The engine's device had no memory for the request. It goes on with the others."""
 
 
-def _size_of(token: Token) -> int:
-    """Bytes of memory that a waiting token takes."""
-    return TOKEN_BYTES + ALTERNATIVE_BYTES * len(token.top or ())
-
-
 class Exchange:
-    """The answers to one request, as they come.
+    """The answers to one request, as they come. Whoever opened it closes it.
 
     Args:
+        wake: what the reader wants to be called each time that something has come.
         most_unread: bytes of tokens that may wait for the reader before the engine is told to pause the request.
         tell: sends a message to the engine, if it is there.
         on_finish: called once, when nothing more is to come, whether or not anybody has read what came.
+        on_close: called once, when the reader wants nothing more.
     """
 
     def __init__(
         self,
         request_id: str,
         variant: str,
+        wake: Callable[[], None],
         most_unread: float,
         tell: Callable[[Input], None],
         on_finish: Callable[[], None],
+        on_close: "Callable[[Exchange], None]",
     ) -> None:
+        self.request_id = request_id
+        self.wake = wake
         self.finished = False
         """Whether nothing more is to come."""
-        self._id = request_id
+        self.error: EngineError | None = None
+        """Why nothing comes after the tokens that have come; None if that is not an error."""
+        self.closed = False
         self._variant = variant
         self._most_unread = most_unread
         self._tell = tell
         self._on_finish = on_finish
-        self._answers: deque[Answer | None] = deque()
-        self._arrived = asyncio.Event()
+        self._on_close = on_close
+        self._answer: Answer | None = None
+        self._tokens: list[Token] = []
         self._waiting_bytes = 0
-        """Size of the tokens in `_answers`."""
-        self._taken_bytes = 0
-        """Size of the tokens that the reader has taken and is still busy with."""
+        """Size of the tokens that wait."""
         self._paused = False
 
-    def put(self, answer: Answer | None) -> None:
-        """Take in an answer that has come; None says that the engine is gone."""
-        self._answers.append(answer)
-        self._arrived.set()
-        if not isinstance(answer, Token) or answer.finish_reason is not None:
-            self.finish()
+    def put(self, token: Token) -> None:
+        """Take in a token that has come."""
+        reason = token.finish_reason
+        if reason == "error":
+            self.fail(BrokenOutputError(f"variant {self._variant!r} gave NaN or Inf for this prompt"))
             return
-        self._waiting_bytes += _size_of(answer)
-        if self._waiting_bytes + self._taken_bytes > self._most_unread and not self._paused:
+        self._tokens.append(token)
+        if reason is not None:
+            self._finish()
+            return
+        self._waiting_bytes += TOKEN_BYTES
+        if token.top is not None:
+            self._waiting_bytes += ALTERNATIVE_BYTES * len(token.top)
+        if self._waiting_bytes > self._most_unread and not self._paused:
             self._paused = True
-            self._tell(Pause(request_id=self._id))
+            self._tell(Pause(request_id=self.request_id))
 
-    def finish(self) -> None:
-        """Take nothing more: the last answer has come, or no more are wanted."""
+    def put_answer(self, answer: Answer) -> None:
+        """Take in what has come instead of tokens."""
+        self._answer = answer
+        self._finish()
+
+    def put_failure(self, failed: Failed) -> None:
+        """Take in that the engine can't answer."""
+        self.fail((StateError if failed.reason == "state" else OutOfMemoryError)(failed.error))
+
+    def lose(self) -> None:
+        """Take in that the engine is gone."""
+        self.fail(EngineUnavailableError(f"variant {self._variant!r} went down while it served this request"))
+
+    def fail(self, error: EngineError) -> None:
+        """Nothing more comes, for this reason; unless everything has come already."""
+        if not self.finished:
+            self.error = error
+            self._finish()
+
+    def take(self) -> list[Token]:
+        """All tokens that have come since the last call, possibly none. When there are no more, `error` may say why."""
+        tokens, self._tokens = self._tokens, []
+        self._waiting_bytes = 0
+        if self._paused and not self.finished:
+            self._paused = False
+            self._tell(Resume(request_id=self.request_id))
+        return tokens
+
+    def answer(self) -> Answer:
+        """The answer that has come instead of tokens. Raises `error`."""
+        if self._answer is None:
+            raise self.error or RuntimeError(f"request {self.request_id} has not been answered")
+        return self._answer
+
+    def close(self) -> None:
+        """Take nothing more. The engine forgets the request if it is not done with it. May be called again."""
+        if self.closed:
+            return
+        self.closed = True
+        self._on_close(self)
+        if not self.finished:
+            self._tell(Abort(request_id=self.request_id))
+            self._finish()
+
+    def _finish(self) -> None:
         if not self.finished:
             self.finished = True
             self._on_finish()
-
-    async def tokens(self) -> list[Token]:
-        """All tokens that have come since the last call, at least one. A call says that the reader is done with those
-        before. Raises as `answer` does."""
-        self._taken_bytes = 0
-        if self._paused and not self.finished and self._waiting_bytes <= self._most_unread / 2:
-            self._paused = False
-            self._tell(Resume(request_id=self._id))
-        first = await self.answer()
-        assert isinstance(first, Token)
-        tokens = [first]
-        while self._answers and isinstance(token := self._answers[0], Token):
-            tokens.append(token)
-            self._answers.popleft()
-        self._taken_bytes, self._waiting_bytes = self._waiting_bytes, 0
-        return tokens
-
-    async def answer(self) -> Token | Scored | StateSaved:
-        """The next answer. Raises EngineUnavailableError, OutOfMemoryError among them, and StateError."""
-        while not self._answers:
-            self._arrived.clear()
-            await self._arrived.wait()
-        answer = self._answers.popleft()
-        if answer is None:
-            raise EngineUnavailableError(f"variant {self._variant!r} went down while it served this request")
-        if isinstance(answer, Failed):
-            raise (StateError if answer.reason == "state" else OutOfMemoryError)(answer.error)
-        return answer

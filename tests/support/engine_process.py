@@ -2,8 +2,9 @@
 the harness."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +39,21 @@ async def until(condition: Callable[[], bool], seconds: float = START_S) -> None
     while not condition():
         assert time.monotonic() < deadline, "it never came true"
         await asyncio.sleep(0.01)
+
+
+async def generated(client: EngineClient, message: Generate, **how: Any) -> AsyncGenerator[list[Token]]:
+    """The request's tokens as they come: each time all that have come since. Leaving early aborts the request."""
+    arrived = asyncio.Event()
+    with contextlib.closing(client.generate(message, arrived.set, **how)) as exchange:
+        while True:
+            await arrived.wait()
+            arrived.clear()
+            if tokens := exchange.take():
+                yield tokens
+            if exchange.error is not None:
+                raise exchange.error
+            if tokens and tokens[-1].finish_reason is not None:
+                return
 
 
 class Harness:
@@ -104,4 +120,4 @@ class Harness:
         self._runner.close()
 
     async def tokens(self, message: Generate) -> list[Token]:
-        return [token async for tokens in self.client.generate(message) for token in tokens]
+        return [token async for tokens in generated(self.client, message) for token in tokens]

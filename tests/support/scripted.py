@@ -1,7 +1,9 @@
 """The API over engines that are a table of bigrams in this process: what an engine says is known in advance."""
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,18 @@ from server.api.serving import variants
 from server.hub import engines
 from server.settings import Settings
 from server.single import create_server
-from server.wire.exchange import EngineError
-from server.wire.messages import EngineConfig, Generate, Ready, SaveState, Score, Scored, Token, pack_top
+from server.wire.exchange import EngineError, Exchange
+from server.wire.messages import (
+    EngineConfig,
+    FinishReason,
+    Generate,
+    Ready,
+    SaveState,
+    Score,
+    Scored,
+    Token,
+    pack_top,
+)
 
 VOCAB = 257
 CONTEXT = 512
@@ -49,6 +61,84 @@ class Script:
 
 
 SCRIPTS: dict[str, Script] = {}
+
+
+class ScriptedExchange(Exchange):
+    """Its tokens come `Script.together` at a time, when those before have been taken."""
+
+    def __init__(
+        self,
+        client: "ScriptedClient",
+        message: Generate,
+        wake: Callable[[], None],
+        most_unread: float,
+        on_sampled: Callable[[], None],
+    ) -> None:
+        super().__init__(
+            message.request_id,
+            client.variant,
+            wake,
+            most_unread,
+            tell=lambda _: None,
+            on_finish=on_sampled,
+            on_close=lambda _: None,
+        )
+        self._client = client
+        script = client.script
+        self._coming = made(script, message, script.queue.pop(0) if script.queue else None)
+        asyncio.get_running_loop().call_soon(self._bring)
+
+    def _bring(self) -> None:
+        if self.closed:
+            return
+        try:
+            for token in itertools.islice(self._coming, self._client.script.together):
+                self.put(token)
+        except EngineError as e:
+            self.fail(e)
+        self.wake()
+
+    def take(self) -> list[Token]:
+        tokens = super().take()
+        if tokens and not self.finished:
+            asyncio.get_running_loop().call_soon(self._bring)
+        return tokens
+
+    def close(self) -> None:
+        self._client.aborted += not (self.finished or self.closed)
+        super().close()
+
+
+def made(script: Script, message: Generate, scripted: list[int] | None) -> Iterator[Token]:
+    """The tokens that the script makes for a request, or those that are given. Raises EngineError where it says so."""
+    last, how = message.token_ids[-1], message.sampling
+    for position in range(message.max_tokens):
+        if script.fail_after == position:
+            raise EngineError("the engine broke")
+        logprobs = script.logprobs[last]
+        if scripted is not None:
+            token = scripted[position]
+        elif how.temperature == 0:
+            token = int(logprobs.argmax())
+        else:
+            seed = [abs(how.seed), how.choice, position]
+            token = int(np.random.default_rng(seed).choice(VOCAB, p=np.exp(logprobs)))
+        reason: FinishReason | None = "stop" if token in message.stop_token_ids else None
+        if reason is None and position == message.max_tokens - 1:
+            reason = "length"
+        wanted = message.logprobs
+        yield Token(
+            message.request_id,
+            token,
+            FIRST_AT + position * STEP_S,
+            reason,
+            *((0.001, 0.002, script.cached_tokens) if position == 0 else (None, None, 0)),
+            logprob=None if wanted is None else float(logprobs[token]),
+            top=None if wanted is None else script.top(last, wanted),
+        )
+        last = token
+        if reason is not None:
+            return
 
 
 class ScriptedEngine:
@@ -108,52 +198,16 @@ class ScriptedClient:
     def close(self) -> None:
         self.up = False
 
-    async def generate(
-        self, message: Generate, *, most_unread: float, on_sampled: Callable[[], None]
-    ) -> AsyncGenerator[list[Token]]:
-        script, how = self.script, message.sampling
-        script.seen.append(message)
-        scripted = script.queue.pop(0) if script.queue else None
-        last = message.token_ids[-1]
-        finished = False
-        waiting: list[Token] = []
-        try:
-            for position in range(message.max_tokens):
-                if script.fail_after == position:
-                    finished = True
-                    raise EngineError("the engine broke")
-                logprobs = script.logprobs[last]
-                if scripted is not None:
-                    token = scripted[position]
-                elif how.temperature == 0:
-                    token = int(logprobs.argmax())
-                else:
-                    seed = [abs(how.seed), how.choice, position]
-                    token = int(np.random.default_rng(seed).choice(VOCAB, p=np.exp(logprobs)))
-                reason = "stop" if token in message.stop_token_ids else None
-                if reason is None and position == message.max_tokens - 1:
-                    reason = "length"
-                wanted = message.logprobs
-                made = Token(
-                    message.request_id,
-                    token,
-                    FIRST_AT + position * STEP_S,
-                    reason,
-                    *((0.001, 0.002, script.cached_tokens) if position == 0 else (None, None, 0)),
-                    logprob=None if wanted is None else float(logprobs[token]),
-                    top=None if wanted is None else script.top(last, wanted),
-                )
-                waiting.append(made)
-                if len(waiting) == script.together or reason is not None:
-                    yield waiting
-                    waiting = []
-                last = token
-                if reason is not None:
-                    finished = True
-                    return
-        finally:
-            self.aborted += not finished
-            on_sampled()
+    def generate(
+        self,
+        message: Generate,
+        wake: Callable[[], None],
+        *,
+        most_unread: float,
+        on_sampled: Callable[[], None],
+    ) -> Exchange:
+        self.script.seen.append(message)
+        return ScriptedExchange(self, message, wake, most_unread, on_sampled)
 
     async def score(self, message: Score) -> Scored:
         self.script.seen.append(message)

@@ -306,7 +306,7 @@ def _first_divergence(a: list[int], b: list[int]) -> int | None:
 
 def _token_texts(generation: Generation, skip_special_tokens: bool) -> list[str]:
     """What each token brought: bytes of one character that come in several tokens count for the last of them."""
-    detokenizer = Detokenizer(generation.variant.text.tokenizer, skip_special_tokens=skip_special_tokens)
+    detokenizer = Detokenizer(generation.variant.text.token_texts, skip_special_tokens=skip_special_tokens)
     texts = [detokenizer.add(token_id) for token_id in generation.token_ids]
     texts[-1] += detokenizer.flush()
     return texts

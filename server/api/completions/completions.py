@@ -10,7 +10,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from server.api.completions import logprobs
-from server.api.completions.answer import Choices, Format, answer
+from server.api.completions.answer import answer
+from server.api.completions.choices import Choices
+from server.api.completions.format import Format
 from server.api.completions.generation import Chunk
 from server.api.completions.prepare import Prompts, generate_messages
 from server.api.completions.schemas import STREAMED, Completion, CompletionRequest

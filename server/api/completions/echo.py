@@ -60,7 +60,7 @@ def _entries(
     if not all(map(math.isfinite, logprobs)):
         raise BrokenOutputError(f"variant {variant.name!r} gave NaN or Inf for this prompt")
     skip = fields.skip_special_tokens is not False
-    detokenizer = Detokenizer(variant.text.tokenizer, skip_special_tokens=skip)
+    detokenizer = Detokenizer(variant.text.token_texts, skip_special_tokens=skip)
     offsets = [0]
     for token_id in ids:
         offsets.append(offsets[-1] + len(detokenizer.add(token_id)))

@@ -1,20 +1,20 @@
 """One completion under way: from the engine's tokens to text, with its timings and metrics."""
 
-import contextlib
+import asyncio
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from server.api.completions.schemas import SamplingFields
 from server.api.http.context import current
+from server.api.http.tasks import Stepping
 from server.api.serving.service import Origin
 from server.api.serving.variants import Variant
 from server.text.detokenizer import Detokenizer, StopMatcher
-from server.wire.exchange import EngineError
+from server.wire.exchange import EngineError, Exchange
 from server.wire.messages import FinishReason, Generate, PackedTop, Token, TopLogprobs, pack_top
 
 MIN_TIMED_TOKENS = 8
@@ -41,12 +41,14 @@ def _packed(top: TopLogprobs | None) -> PackedTop | None:
     return pack_top(top) if top else None
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Text that a choice goes on by, and the tokens since the last chunk if log-probabilities were asked for."""
 
     text: str
     entries: list[TokenEntry]
+
+
+NOTHING = Chunk("", [])
 
 
 def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
@@ -60,7 +62,7 @@ def usage(prompt: int, completion: int, cached: int) -> dict[str, Any]:
 
 
 class Generation:
-    """A completion by one variant. Iterate `chunks`, then read the rest.
+    """A completion by one variant. Iterate `chunks`, or `begin` it and `take` what comes; then read the rest.
 
     The time to the first token counts from the HTTP request, in this process. All speeds are of the times at which the
     engine made the tokens: when they come through here depends on what else this process does.
@@ -69,8 +71,8 @@ class Generation:
         message: what the variant's engine is asked for (`generate_message`).
         observers: told of it once it has ended.
         saved_tokens: how many tokens the saved state stands for that it goes on from.
-        most_unread: bytes of tokens that may wait for the reader of `chunks` before the engine pauses.
-        on_sampled: called once, when the engine is done with the request; or never, if `chunks` is never begun.
+        most_unread: bytes of tokens that may wait to be taken before the engine pauses.
+        on_sampled: called once, when the engine is done with the request; or never, if it is never begun.
     """
 
     def __init__(
@@ -89,7 +91,6 @@ class Generation:
         self.prompt_ids = message.token_ids
         self.origin = origin
         self.token_ids: list[int] = []
-        self.text = ""
         self.cached_tokens = 0
         """Tokens of the prompt that were not computed: those of a saved state or a cached prefix."""
         self.finish_reason: FinishReason | None = None
@@ -97,6 +98,17 @@ class Generation:
         """Seconds between the tokens, as the engine made them."""
         self.ttft_s: float | None = None
         """Seconds from the arrival of the HTTP request to the first token; None before that."""
+        self.error: EngineError | None = None
+        """Why it ended, if that is no good."""
+        self.ended = False
+        """Whether nothing more is to be taken."""
+        self._context = current.get()
+        self._began = False
+        self._exchange: Exchange | None = None
+        self._pieces: list[str] = []
+        """The text so far, in pieces."""
+        self._entries: list[TokenEntry] = []
+        """Tokens that wait for text to go with, if log-probabilities were asked for."""
         self._message = message
         self._observers = observers
         self._most_unread = most_unread
@@ -113,60 +125,128 @@ class Generation:
         self._keep_stop = bool(fields.include_stop_str_in_output)
         self._matcher = StopMatcher(stops, keep=self._keep_stop)
         skip = fields.skip_special_tokens is not False
-        self._detokenizer = Detokenizer(variant.text.tokenizer, skip_special_tokens=skip)
+        self._detokenizer = Detokenizer(variant.text.token_texts, skip_special_tokens=skip)
+
+    def begin(self, wake: Callable[[], None]) -> None:
+        """Send the request to the engine. Whoever calls this calls `end`, and `take` once now and each time that it is
+        woken.
+
+        Args:
+            wake: called when there is something to take.
+        """
+        self._began = True
+        if self._message.max_tokens == 0:  # the prompt alone was asked for
+            self.finish_reason = "length"
+            return
+        try:
+            self._exchange = self.variant.client.generate(
+                self._message, wake, most_unread=self._most_unread, on_sampled=self._on_sampled
+            )
+        except EngineError as e:
+            self.error, self.finish_reason = e, "error"
+
+    def take(self) -> Chunk:
+        """What has come since the last call: of one token, or of all that have come while nobody called. Tokens without
+        text (bytes of a character, what may begin a stop string) wait for the next text; what is left at the end may be
+        a chunk without text. Once `finish_reason` is set, this was the last one, and `error` may say why."""
+        text = ""
+        if self._exchange is not None and self.finish_reason is None:
+            tokens = self._exchange.take()
+            if tokens:
+                text = self._add(tokens)
+            if self._exchange.error is not None and self.finish_reason is None:
+                self.error, self.finish_reason = self._exchange.error, "error"
+        if self.finish_reason is not None:
+            self.end()
+        if not text and (self.finish_reason is None or self.error is not None):
+            return NOTHING
+        chunk = Chunk(text, self._entries)
+        if self._entries:
+            self._entries = []
+        return chunk
+
+    def end(self) -> None:
+        """Take nothing more; a request that has not ended is aborted. May be called again, and at any time."""
+        if not self._began or self.ended:
+            return
+        self.ended = True
+        if self._exchange is not None:
+            self._exchange.close()
+            self._exchange = None
+        self.finish_reason = self.finish_reason or "abort"
+        self._record(self.finish_reason)
 
     async def chunks(self) -> AsyncGenerator[Chunk]:
-        """The text as it comes: of one token at a time, or of all that have come while the reader was busy. Tokens
-        without text (bytes of a character, what may begin a stop string) wait for the next text; what is left at the
-        end may be a chunk without text. Leaving early aborts the request.
+        """The chunks as they come, those with nothing in them left out. Leaving early aborts the request.
 
         Raises:
             EngineError: the engine went away, or the model's output is broken.
         """
+        arrived = asyncio.Event()
+        self.begin(arrived.set)
         try:
-            if self._message.max_tokens == 0:  # the prompt alone was asked for
-                self.finish_reason = "length"
-                return
-            entries: list[TokenEntry] = []
-            steps = self.variant.client.generate(
-                self._message, most_unread=self._most_unread, on_sampled=self._on_sampled
-            )
-            async with contextlib.aclosing(steps) as steps:
-                async for tokens in steps:
-                    text = self._take(tokens, entries)
-                    self.text += text
-                    if text or (entries and self.finish_reason is not None):
-                        yield Chunk(text, entries)
-                        entries = []
-                    if self.finish_reason is not None:
-                        return
-        except EngineError:
-            self.finish_reason = "error"
-            raise
+            while True:
+                chunk = self.take()
+                if chunk is not NOTHING:
+                    yield chunk
+                if self.error is not None:
+                    raise self.error
+                if self.finish_reason is not None:
+                    return
+                await arrived.wait()
+                arrived.clear()
         finally:
-            self.finish_reason = self.finish_reason or "abort"
-            self._record(self.finish_reason)
+            self.end()
 
     async def run(self) -> Chunk:
         """Run to the end: the whole text. Raises as `chunks` does."""
         entries: list[TokenEntry] = []
-        async with contextlib.aclosing(self.chunks()) as chunks:
-            async for chunk in chunks:
-                entries += chunk.entries
+
+        def step() -> bool:
+            entries.extend(self.take().entries)
+            return self.finish_reason is not None
+
+        stepping = Stepping(step)
+        self.begin(stepping.step)
+        try:
+            stepping.step()
+            await stepping.ended
+        finally:
+            self.end()
+        if self.error is not None:
+            raise self.error
         return Chunk(self.text, entries)
 
-    def _take(self, tokens: list[Token], entries: list[TokenEntry]) -> str:
-        """Account for tokens, up to the one that completes a stop string; returns the text to show. Adds what the
-        model thought of each to `entries`, if log-probabilities were asked for."""
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    def _add(self, tokens: list[Token]) -> str:
+        """Account for tokens, up to the one that completes a stop string; returns the text to show. Keeps what the
+        model thought of each, if log-probabilities were asked for."""
         pieces: list[str] = []
+        gaps: list[float] = []
+        count, last = len(self.token_ids), self._last
         for token in tokens:
-            self._measure(token)
+            if last is None:
+                self._on_first(token)
+            else:
+                gaps.append(token.at - last)
+            last = token.at
             if token.logprob is not None:
-                entries.append(TokenEntry(token.token_id, self._decoded, token.logprob, _packed(token.top)))
+                self._entries.append(
+                    TokenEntry(token.token_id, self._decoded, token.logprob, _packed(token.top))
+                )
             pieces.append(self._text_of(token))
             if self.finish_reason is not None:
                 break
-        return "".join(pieces)
+        self._last = last
+        self.gaps_s += gaps
+        self.variant.metrics.on_tokens(len(self.token_ids) - count, gaps)
+        text = "".join(pieces)
+        self._pieces.append(text)
+        return text
 
     def _text_of(self, token: Token) -> str:
         self.token_ids.append(token.token_id)
@@ -186,25 +266,18 @@ class Generation:
             piece += self._matcher.flush()
         return piece
 
-    def _measure(self, token: Token) -> None:
+    def _on_first(self, token: Token) -> None:
         metrics = self.variant.metrics
-        if self._last is None:
-            self._first = token.at
-            self.ttft_s = time.monotonic() - self.origin.arrived
-            self.cached_tokens = self._saved_tokens + token.cached_tokens
-            metrics.prompt_tokens.inc(self.prompt_tokens)
-            metrics.cached_prompt_tokens.inc(token.cached_tokens)
-            self._queue_s = token.queue_s
-            metrics.ttft.observe(self.ttft_s)
-            if token.queue_s is not None and token.prefill_s is not None:
-                metrics.queue.observe(token.queue_s)
-                metrics.prefill.observe(token.prefill_s)
-        else:
-            gap = token.at - self._last
-            self.gaps_s.append(gap)
-            metrics.itl.observe(gap)
-        self._last = token.at
-        metrics.generation_tokens.inc()
+        self._first = token.at
+        self.ttft_s = time.monotonic() - self.origin.arrived
+        self.cached_tokens = self._saved_tokens + token.cached_tokens
+        metrics.prompt_tokens.inc(self.prompt_tokens)
+        metrics.cached_prompt_tokens.inc(token.cached_tokens)
+        self._queue_s = token.queue_s
+        metrics.ttft.observe(self.ttft_s)
+        if token.queue_s is not None and token.prefill_s is not None:
+            metrics.queue.observe(token.queue_s)
+            metrics.prefill.observe(token.prefill_s)
 
     def _record(self, reason: FinishReason) -> None:
         metrics = self.variant.metrics
@@ -222,7 +295,7 @@ class Generation:
 
     def _account(self, reason: FinishReason) -> None:
         """Charge the HTTP request that this was a part of."""
-        context = current.get()
+        context = self._context
         if context is None:
             return
         context.add(

@@ -3,10 +3,11 @@ what is left of a request once it has been answered, and on the time for which a
 
 import asyncio
 from collections.abc import Callable
-from typing import ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.api.http.events import CONNECTION
 from server.api.http.unread import CountingTransport, UnreadWatch
 
 MAX_HEADER_BYTES = 2**16
@@ -38,6 +39,8 @@ class HttpProtocol(HttpToolsProtocol):
     write_timeout_s: ClassVar[float]
     linger_s: ClassVar[float]
     """How long the rest of a request that has been answered already may take."""
+    on_writable: Callable[[], None] | None = None
+    """Called when the connection takes more again; of the answer that is being written."""
     _connection: asyncio.Transport
     """The transport itself, whose `close` closes the connection."""
     _untaken: UnreadWatch | None = None
@@ -64,6 +67,21 @@ class HttpProtocol(HttpToolsProtocol):
         self._untaken = UnreadWatch(counting, self.write_timeout_s)
         self._close_in(self.header_timeout_s)
 
+    @property
+    def write_paused(self) -> bool:
+        """Whether the client is behind, so that nothing more should be written."""
+        return self.flow.write_paused
+
+    def write_body(self, data: bytes) -> None:
+        """Write a piece of a body of unknown length, whose headers have been sent. Nothing if the client is gone."""
+        if not self._connection.is_closing():
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self.on_writable is not None:
+            self.on_writable()
+
     def data_received(self, data: bytes) -> None:
         early = self._answered_early()
         if not self._ended:
@@ -83,6 +101,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        cast(dict[str, Any], self.scope)[CONNECTION] = self
         self._reading = "headers"
         self._close_in(self.header_timeout_s)
 
@@ -121,6 +140,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._untaken is not None:
             self._untaken.stop()
         super().connection_lost(exc)
+        if self.scope is not None:  # a circle, which would wait for the garbage collector
+            cast(dict[str, Any], self.scope).pop(CONNECTION, None)
         self._stop_timer()
 
     def _answered_early(self) -> bool:

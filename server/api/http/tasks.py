@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -10,6 +10,29 @@ from fastapi import Request
 from server.api.http.errors import APIError
 
 T = TypeVar("T")
+
+
+class Stepping:
+    """Work that goes on by a step whenever there is something to do, without a task that is woken for it.
+
+    Args:
+        go_on: does what there is to do; returns whether that was the last of it.
+    """
+
+    def __init__(self, go_on: Callable[[], bool]) -> None:
+        self._go_on = go_on
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done after the last step; raises what a step has raised. When it is cancelled, no more steps are done."""
+
+    def step(self) -> None:
+        """Go on, unless it has ended. Never raises."""
+        if self.ended.done():
+            return
+        try:
+            if self._go_on():
+                self.ended.set_result(None)
+        except Exception as e:  # whoever says that there is something to do has nothing to do with it
+            self.ended.set_exception(e)
 
 
 async def merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[tuple[int, T]]:

@@ -1,9 +1,11 @@
 """Prometheus metrics that a front end counts: of requests and their tokens. Label values come from configuration only,
 never from a request."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+import numpy as np
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -37,6 +39,8 @@ ITL_SECONDS = (
     1.0,
     2.5,
 )
+MOST_UNSETTLED = 10_000
+"""Gaps between tokens that are kept before they are put into the series."""
 TOKENS_PER_SECOND = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000)
 STATE_BYTES = tuple(2.0**n for n in range(16, 33))
 KL = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -49,6 +53,7 @@ class Metrics:
     no gauge among them."""
 
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    _variants: "list[VariantMetrics]" = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         variant = ["variant"]
@@ -123,6 +128,8 @@ class Metrics:
 
     def families(self) -> list[Family]:
         """All that has been counted."""
+        for variant in self._variants:
+            variant.settle()
         return [
             Family(m.name, m.documentation, m.type, [(s.name, s.labels, s.value) for s in m.samples])
             for m in self.registry.collect()
@@ -133,7 +140,8 @@ class Metrics:
         for reason in get_args(Rejection):
             if reason != "rate_limit":
                 self.rejected.labels(name, reason)
-        return VariantMetrics(self, name)
+        self._variants.append(VariantMetrics(self, name))
+        return self._variants[-1]
 
 
 class VariantMetrics:
@@ -154,6 +162,31 @@ class VariantMetrics:
         self.prefill = metrics.prefill.labels(name)
         self.decode = metrics.decode.labels(name)
         self.request_seconds = metrics.request_seconds.labels(name)
+        self._tokens = 0
+        """Tokens that are not in the series yet."""
+        self._gaps_s: list[float] = []
+        """Seconds between tokens that are not in the series yet."""
+
+    def on_tokens(self, count: int, gaps_s: list[float]) -> None:
+        """Tokens have been generated, with these gaps before them. The series get many at once: to move them for each
+        token would take longer than all else that a token needs."""
+        self._tokens += count
+        self._gaps_s += gaps_s
+        if len(self._gaps_s) >= MOST_UNSETTLED:
+            self.settle()
+
+    def settle(self) -> None:
+        """Put into the series what is not there yet."""
+        tokens, gaps_s = self._tokens, self._gaps_s
+        self._tokens, self._gaps_s = 0, []
+        self.generation_tokens.inc(tokens)
+        if not gaps_s:
+            return
+        # What `observe` does for one value, for all of them.
+        counts = np.bincount(np.searchsorted(ITL_SECONDS, gaps_s), minlength=len(ITL_SECONDS) + 1)
+        for bucket, count in zip(self.itl._buckets, counts.tolist(), strict=True):
+            bucket.inc(count)
+        self.itl._sum.inc(math.fsum(gaps_s))
 
     def on_rejected(self, reason: Rejection) -> None:
         """A request was refused before it ran."""

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import torch
 from checkpoints import GATED, write_checkpoint
-from engine_process import engine_config, until
+from engine_process import engine_config, generated, until
 from engines import Bench, generate, prompt, run, score, tokens_of
 from fake_device import FakeDevice
 
@@ -284,7 +284,7 @@ def test_a_failed_request_is_an_error_of_its_kind(nowhere, reason, kind, what):
         client = await nowhere()
         message = generate(prompt(5))
         if what == "generate":
-            items = client.generate(message)
+            items = generated(client, message)
             task = asyncio.ensure_future(anext(items))
         elif what == "score":
             message = score(prompt(5))
@@ -295,6 +295,7 @@ def test_a_failed_request_is_an_error_of_its_kind(nowhere, reason, kind, what):
         await until(lambda: bool(client._requests))
         failed = Failed(request_id=message.request_id, reason=reason, error="why")
         client._deliver(encoder.encode(Answers(failed=[failed])))
+        client._wake()
         with pytest.raises(kind, match="why"):
             await task
         assert not client._requests

@@ -1,6 +1,7 @@
 """Text that comes in pieces is the text that comes at once: detokenising and stop strings."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 from checkpoints import byte_tokenizer
@@ -8,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from server.text.detokenizer import Detokenizer, StopMatcher
+from server.text.detokenizer import Detokenizer, StopMatcher, TokenTexts
 
 TOKENIZER = byte_tokenizer()
+TEXTS = TokenTexts(TOKENIZER)
 
 ALPHABET = st.one_of(
     st.characters(codec="utf-8"),
@@ -20,7 +22,7 @@ TEXT = st.text(ALPHABET, max_size=40)
 
 
 def pieces(ids, *, skip=True):
-    detokenizer = Detokenizer(TOKENIZER, skip_special_tokens=skip)
+    detokenizer = Detokenizer(TEXTS, skip_special_tokens=skip)
     return [detokenizer.add(i) for i in ids], detokenizer.flush()
 
 
@@ -74,7 +76,7 @@ def test_special_tokens_are_left_out_unless_asked_for():
 
 
 def test_flush_is_empty_the_second_time():
-    detokenizer = Detokenizer(TOKENIZER, skip_special_tokens=True)
+    detokenizer = Detokenizer(TEXTS, skip_special_tokens=True)
     assert detokenizer.add(TOKENIZER.encode("é").ids[0]) == ""
     assert detokenizer.flush() == "\ufffd"
     assert detokenizer.flush() == ""
@@ -99,13 +101,14 @@ def llama_tokenizer():
 
 
 LLAMA = llama_tokenizer()
+LLAMA_TEXTS = TokenTexts(LLAMA)
 
 
 WORDS = st.integers(258, 263).map(lambda i: [i])
 
 
 def llama_pieces(ids, skip=True):
-    detokenizer = Detokenizer(LLAMA, skip_special_tokens=skip)
+    detokenizer = Detokenizer(LLAMA_TEXTS, skip_special_tokens=skip)
     return [detokenizer.add(i) for i in ids], detokenizer.flush()
 
 
@@ -123,6 +126,57 @@ def test_no_bytes_break_the_stream(ids, skip):
     # Byte fallback replaces a whole run for one bad byte in it, also what has been shown by then.
     parts, rest = llama_pieces([*ids, 258, 260], skip)
     assert parts[-1] == "b" and rest == ""
+
+
+class NonePlain(TokenTexts):
+    """Nothing is known of any token: every one goes through the window."""
+
+    def plain(self, token_id):
+        return ""
+
+
+DEMO = Tokenizer.from_file(str(Path(__file__).parents[3] / "demo" / "model" / "tokenizer.json"))
+PLAIN_ONES = [
+    pytest.param(TokenTexts(tokenizer), NonePlain(tokenizer), id=name)
+    for name, tokenizer in (("demo", DEMO), ("bytes", TOKENIZER), ("llama", LLAMA))
+]
+
+
+@pytest.mark.parametrize(("known", "unknown"), PLAIN_ONES)
+@given(st.data())
+def test_what_is_known_of_a_token_is_what_the_window_says(known, unknown, data):
+    size = known.tokenizer.get_vocab_size()
+    ids = st.integers(0, size - 1)
+    words = st.sampled_from(["the", "é", "漢字", "👩\u200d👩\u200d👧", "▁", "a", "", "b\n"]).map(
+        lambda t: known.tokenizer.encode(t).ids
+    )
+    chosen = [
+        i for some in data.draw(st.lists(st.one_of(ids.map(lambda i: [i]), words), max_size=60)) for i in some
+    ]
+    for skip in (True, False):
+        a = Detokenizer(known, skip_special_tokens=skip)
+        b = Detokenizer(unknown, skip_special_tokens=skip)
+        assert [a.add(i) for i in chosen] == [b.add(i) for i in chosen]
+        assert a.flush() == b.flush()
+
+
+def test_most_tokens_are_known_where_the_decoder_looks_at_one_at_a_time():
+    assert sum(bool(PLAIN_ONES[0].values[0].plain(i)) for i in range(DEMO.get_vocab_size())) > 3000
+    assert [TokenTexts(LLAMA).plain(i) for i in (2 + ord("A"), 258, 259, 262)] == ["", " ", " a", "é"]
+
+
+@pytest.mark.parametrize(
+    "decoder",
+    [
+        decoders.BPEDecoder(suffix="</w>"),  # the last token of a text has no space behind it
+        decoders.CTC(),  # of equal neighbours one is kept
+        decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 0, 1)]),
+    ],
+)
+def test_nothing_is_known_where_a_decoder_looks_at_neighbours(decoder):
+    tokenizer = byte_tokenizer()
+    tokenizer.decoder = decoder
+    assert {TokenTexts(tokenizer).plain(i) for i in range(tokenizer.get_vocab_size())} == {""}
 
 
 def naive_stop(text, stops):

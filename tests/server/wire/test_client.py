@@ -13,7 +13,7 @@ import msgspec
 import psutil
 import pytest
 from checkpoints import GATED, write_checkpoint
-from engine_process import START_S, Harness, engine_config, until
+from engine_process import START_S, Harness, engine_config, generated, until
 from engines import Bench, generate, prompt, run, sampling, score
 
 from modeling.checkpoint import CheckpointError
@@ -105,7 +105,7 @@ async def none_held(harness):
 def test_leaving_early_aborts(harness, how):
     async def leave():
         got = 0
-        async with contextlib.aclosing(harness.client.generate(generate(prompt(5), 60_000))) as tokens:
+        async with contextlib.aclosing(generated(harness.client, generate(prompt(5), 60_000))) as tokens:
             async for _ in tokens:
                 got += 1
                 if got == 3:

@@ -11,12 +11,12 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 from checkpoints import GATED
-from engine_process import Harness, engine_config, until
+from engine_process import Harness, engine_config, generated, until
 from engines import Bench, generate, prompt, run, tokens_of
 from live_server import LiveServer, poll
 
 from server.api.http.unread import LEAST_TAKEN, CountingTransport, UnreadWatch
-from server.wire.exchange import TOKEN_BYTES, Exchange
+from server.wire.exchange import TOKEN_BYTES, BrokenOutputError, Exchange
 from server.wire.messages import Abort, Pause, Resume, Token
 
 CONFIG = {**GATED, "max_position_embeddings": 65536}
@@ -77,7 +77,13 @@ def test_a_paused_request_can_be_aborted_and_unknown_ids_are_no_error(bench):
 
 
 def exchange(told, most_unread=HELD * TOKEN_BYTES):
-    return Exchange("a", "dense", most_unread, told.append, lambda: told.append("finished"))
+    def finished():
+        told.append("finished")
+
+    def closed(exchange):
+        told.append("closed")
+
+    return Exchange("a", "dense", lambda: None, most_unread, told.append, finished, closed)
 
 
 def token(number, reason=None, alternatives=0):
@@ -86,54 +92,53 @@ def token(number, reason=None, alternatives=0):
 
 @pytest.mark.parametrize(("alternatives", "held"), [(0, HELD), (5, HELD // 3), (20, HELD // 9)])
 def test_so_many_tokens_wait_for_a_reader_and_no_more(alternatives, held):
-    async def work():
-        told = []
-        e = exchange(told)
-        for number in range(held):
-            e.put(token(number, alternatives=alternatives))
-        assert not told
-        e.put(token(held, alternatives=alternatives))
-        e.put(token(held + 1, alternatives=alternatives))  # of a step that had been launched
-        assert told == [Pause(request_id="a")]
-        assert [t.token_id for t in await e.tokens()] == list(range(held + 2))
-        # Taken is not yet passed on: only who asks for more is done with them.
-        assert told == [Pause(request_id="a")]
-        waiting = asyncio.create_task(e.tokens())
-        await asyncio.sleep(0)
-        assert told == [Pause(request_id="a"), Resume(request_id="a")]
-        e.put(token(held + 2, "length", alternatives))
-        assert [t.token_id for t in await waiting] == [held + 2]
-        assert told[2:] == ["finished"]
-
-    asyncio.run(work())
-
-
-def test_what_a_reader_is_busy_with_counts_too():
-    async def work():
-        told = []
-        e = exchange(told)
-        for number in range(HELD):
-            e.put(token(number))
-        await e.tokens()
-        assert not told
-        e.put(token(HELD))
-        assert told == [Pause(request_id="a")]
-
-    asyncio.run(work())
+    told = []
+    e = exchange(told)
+    for number in range(held):
+        e.put(token(number, alternatives=alternatives))
+    assert not told
+    e.put(token(held, alternatives=alternatives))
+    e.put(token(held + 1, alternatives=alternatives))  # of a step that had been launched
+    assert told == [Pause(request_id="a")]
+    assert [t.token_id for t in e.take()] == list(range(held + 2))
+    assert told == [Pause(request_id="a"), Resume(request_id="a")]
+    assert e.take() == []
+    e.put(token(held + 2, "length", alternatives))
+    assert [t.token_id for t in e.take()] == [held + 2]
+    e.close()
+    assert told[2:] == ["finished", "closed"] and e.error is None
 
 
 def test_a_request_that_is_done_is_neither_paused_nor_resumed():
-    async def work():
-        told = []
-        e = exchange(told)
-        for number in range(HELD):
-            e.put(token(number))
-        e.put(token(HELD, "stop"))
-        e.put(None)  # the engine dies: this request has all that it wants
-        assert told == ["finished"]
-        assert len(await e.tokens()) == HELD + 1
+    told = []
+    e = exchange(told)
+    for number in range(HELD):
+        e.put(token(number))
+    e.put(token(HELD, "stop"))
+    e.lose()  # the engine dies: this request has all that it wants
+    assert told == ["finished"] and e.error is None
+    assert len(e.take()) == HELD + 1
 
-    asyncio.run(work())
+
+@pytest.mark.parametrize("paused", [False, True])
+def test_what_came_before_an_error_is_there_to_be_taken(paused):
+    told = []
+    e = exchange(told, 0 if paused else HELD * TOKEN_BYTES)
+    e.put(token(0))
+    e.put(token(-1, "error"))
+    assert [t.token_id for t in e.take()] == [0]
+    assert isinstance(e.error, BrokenOutputError)
+    e.close()
+    e.close()
+    assert told == [Pause(request_id="a")] * paused + ["finished", "closed"]
+
+
+def test_closing_early_has_the_engine_forget_the_request():
+    told = []
+    e = exchange(told)
+    e.put(token(0))
+    e.close()
+    assert told == ["closed", Abort(request_id="a"), "finished"]
 
 
 def test_an_engine_stops_for_a_reader_who_is_behind(harness, bench):
@@ -143,7 +148,7 @@ def test_an_engine_stops_for_a_reader_who_is_behind(harness, bench):
         return sum(step.phase == "decode" for step in harness.steps)
 
     async def work():
-        steps = harness.client.generate(message, most_unread=HELD * TOKEN_BYTES)
+        steps = generated(harness.client, message, most_unread=HELD * TOKEN_BYTES)
         async with contextlib.aclosing(steps):
             tokens = await anext(steps)
             await until(lambda: harness.occupancies[-1].paused == 1)
@@ -168,7 +173,7 @@ def test_readers_of_any_pace_get_every_token(harness, bench, held):
 
     async def read(message):
         tokens = []
-        steps = harness.client.generate(message, most_unread=held * TOKEN_BYTES)
+        steps = generated(harness.client, message, most_unread=held * TOKEN_BYTES)
         async with contextlib.aclosing(steps):
             async for more in steps:
                 tokens += more
@@ -191,12 +196,14 @@ def test_a_request_is_off_the_engines_hands_when_its_last_token_is_sampled(harne
     sampled = []
 
     async def work():
-        steps = harness.client.generate(generate(prompt(5), 20), on_sampled=lambda: sampled.append(True))
+        steps = generated(harness.client, generate(prompt(5), 20), on_sampled=lambda: sampled.append(True))
         async with contextlib.aclosing(steps):
             await anext(steps)
             await until(lambda: bool(sampled))
             assert harness.client._requests
-        left = harness.client.generate(generate(prompt(5), 60_000), on_sampled=lambda: sampled.append(False))
+        left = generated(
+            harness.client, generate(prompt(5), 60_000), on_sampled=lambda: sampled.append(False)
+        )
         async with contextlib.aclosing(left):
             await anext(left)
             assert sampled == [True]
