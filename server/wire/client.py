@@ -33,8 +33,10 @@ class EngineClient(Supervisor):
     on_occupancy: Callable[[Occupancy], None]
     """Told of who is in the engine."""
     _requests: dict[str, Exchange] = field(default_factory=dict, init=False)
-    _arrived: dict[Exchange, None] = field(default_factory=dict, init=False)
-    """Those whose readers are to be woken, in order."""
+    _woken: dict[Callable[[], None], None] = field(default_factory=dict, init=False)
+    """What is to be called for the readers of those that something has come for, in order."""
+    _waking: asyncio.Handle | None = field(default=None, init=False)
+    """The call of `_wake` to come, if there is one."""
 
     def generate(
         self,
@@ -47,7 +49,8 @@ class EngineClient(Supervisor):
         """Have the engine generate. Closing what is returned before its last token aborts the request.
 
         Args:
-            wake: called when tokens or an error have come; if the engine is ahead, once for those of several steps.
+            wake: called, and it must not raise, when tokens or an error have come: once for all that have come by then,
+                also if several requests share it. It may be called once after they are closed.
             most_unread: bytes of tokens that may wait to be taken from there. Beyond that the engine pauses the request
                 until they have been.
             on_sampled: called once, when the engine is done with the request, whether or not its tokens have been
@@ -109,7 +112,6 @@ class EngineClient(Supervisor):
 
     def _forget(self, exchange: Exchange) -> None:
         del self._requests[exchange.request_id]
-        self._arrived.pop(exchange, None)
 
     def _tell(self, message: Input) -> None:
         """Send a message that an engine that has gone away need not hear."""
@@ -124,16 +126,17 @@ class EngineClient(Supervisor):
         for token in output.tokens:
             if (exchange := requests.get(token.request_id)) is not None:
                 exchange.put(token)
-                self._wake_soon(exchange)
+                self._woken[exchange.wake] = None
         answers: list[Answer] = [*output.scored, *output.saved]
         for answer in answers:
             if (exchange := requests.get(answer.request_id)) is not None:
                 exchange.put_answer(answer)
-                self._wake_soon(exchange)
+                self._woken[exchange.wake] = None
         for failed in output.failed:
             if (exchange := requests.get(failed.request_id)) is not None:
                 exchange.put_failure(failed)
-                self._wake_soon(exchange)
+                self._woken[exchange.wake] = None
+        self._wake_soon()
         self.on_step(output)
         self.on_occupancy(output.occupancy)
 
@@ -141,16 +144,15 @@ class EngineClient(Supervisor):
         """Requests that were in the engine fail with EngineUnavailableError."""
         for exchange in self._requests.values():
             exchange.lose()
-            self._wake_soon(exchange)
+            self._woken[exchange.wake] = None
+        self._wake_soon()
 
-    def _wake_soon(self, exchange: Exchange) -> None:
-        """Wake a request's reader once all messages that have come are read: it takes the tokens of all of them."""
-        if not self._arrived:
-            asyncio.get_running_loop().call_soon(self._wake)
-        self._arrived[exchange] = None
+    def _wake_soon(self) -> None:
+        """Wake the readers once all messages that have come are read: each takes what all of them brought."""
+        if self._waking is None and self._woken:
+            self._waking = asyncio.get_running_loop().call_soon(self._wake)
 
     def _wake(self) -> None:
-        arrived, self._arrived = self._arrived, {}
-        for exchange in arrived:
-            if not exchange.closed:  # another one's reader may have closed it
-                exchange.wake()
+        woken, self._woken, self._waking = self._woken, {}, None
+        for wake in woken:
+            wake()
