@@ -27,6 +27,7 @@ from server.wire.messages import (
     Resume,
     Token,
     TopLogprobs,
+    pack_top,
 )
 
 RATE = "STAND_IN_RATE"
@@ -141,7 +142,9 @@ class StandInEngine:
             queue_s=began - request.arrived if first else None,
             prefill_s=now - began if first else None,
             logprob=None if message.logprobs is None else -0.25,
-            top=None if message.logprobs is None else self._alternatives(token_id, message.logprobs),
+            top=None
+            if message.logprobs is None
+            else pack_top(self._alternatives(token_id, message.logprobs)),
         )
 
     def _alternatives(self, token_id: int, count: int) -> TopLogprobs:

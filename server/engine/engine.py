@@ -24,6 +24,7 @@ from server.wire.messages import (
     Scored,
     StateSaved,
     Token,
+    pack_top,
 )
 
 
@@ -198,8 +199,9 @@ class Engine:
             reason = "length"
         if reason is not None:
             self._scheduler.finish(request, reason)
+        top = None if new.top is None else pack_top(new.top)
         if request.accepted > 1 or request.started is None:
-            return Token(request.id, new.token, at, reason, logprob=new.logprob, top=new.top)
+            return Token(request.id, new.token, at, reason, logprob=new.logprob, top=top)
         return Token(
             request.id,
             new.token,
@@ -209,7 +211,7 @@ class Engine:
             prefill_s=now - request.started,
             cached_tokens=request.cached,
             logprob=new.logprob,
-            top=new.top,
+            top=top,
         )
 
     def _scored(self, request: Request) -> Scored:

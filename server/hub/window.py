@@ -5,12 +5,11 @@ Everything is kept in rings of a fixed size: the oldest rows give way.
 
 import math
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from server.wire.hub import EndedRequest, Pair, Source
 
@@ -33,10 +32,14 @@ class Ring:
         self._rows = np.empty((capacity, width + 1))
         self._count = 0
 
-    def add(self, now: float, rows: Iterable[tuple[float, ...]]) -> None:
-        for row in rows:
-            self._rows[self._count % len(self._rows)] = (now, *row)
-            self._count += 1
+    def add(self, now: float, rows: ArrayLike) -> None:
+        """Add rows `[rows, width]`, all of the same time."""
+        values = np.asarray(rows, dtype=np.float64)
+        places = np.arange(self._count, self._count + len(values)) % len(self._rows)
+        # Of more rows than there are places, the last ones stay.
+        self._rows[places[-len(self._rows) :], 0] = now
+        self._rows[places[-len(self._rows) :], 1:] = values[-len(self._rows) :]
+        self._count += len(values)
 
     def since(self, start: float) -> Rows:
         """Values of the rows from `start` on, `[rows, width]`, in no particular order."""
@@ -84,7 +87,7 @@ class ABWindow:
             float(request.failed),
         )
         traffic.requests.add(now, [row])
-        traffic.gaps.add(now, [(gap,) for gap in request.gaps_s])
+        traffic.gaps.add(now, np.array(request.gaps_s).reshape(-1, 1))
 
     def add_pair(self, pair: Pair) -> None:
         names = pair.variant, pair.baseline, pair.source

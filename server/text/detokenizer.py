@@ -45,24 +45,18 @@ class TokenTexts:
         self._alphabet = _byte_alphabet()
         self._apart = _decodes_tokens_apart(tokenizer)
         self._texts: dict[int, str] = {}
-        self._plain: dict[int, str] = {}
+        self.plain = _PlainTexts(self)
+        """What each token adds to any text that has begun and ends with a whole character; empty where the token alone
+        does not tell: it may be a part of a character, or the decoder looks at its neighbours."""
         # A decoder may leave out the first space of a text: every token is decoded behind another one.
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False).ids
         self._anchor_text: str = tokenizer.decode(self._anchor, skip_special_tokens=False)
 
     def text(self, token_id: int) -> str:
         """The token's text; bytes that are no whole character are U+FFFD, so several tokens may have one text."""
-        if token_id not in self._texts:
-            self._texts[token_id] = self._decode(token_id)
-        return self._texts[token_id]
-
-    def plain(self, token_id: int) -> str:
-        """What the token adds to any text that has begun and ends with a whole character; empty where the token alone
-        does not tell: it may be a part of a character, or the decoder looks at its neighbours."""
-        text = self._plain.get(token_id)
+        text = self._texts.get(token_id)
         if text is None:
-            text = self._decode(token_id) if self._apart and not self._is_byte(token_id) else ""
-            text = self._plain[token_id] = "" if "\ufffd" in text else text
+            text = self._texts[token_id] = self._decode(token_id)
         return text
 
     def bytes(self, token_id: int) -> bytes:
@@ -76,12 +70,27 @@ class TokenTexts:
                 return bytes(self._alphabet[c] for c in entry)
         return text.encode()
 
+    def decode_plain(self, token_id: int) -> str:
+        """An entry of `plain`."""
+        if not self._apart or _BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token_id) or ""):
+            return ""
+        text = self._decode(token_id)
+        return "" if "\ufffd" in text else text
+
     def _decode(self, token_id: int) -> str:
         text: str = self.tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
         return text.removeprefix(self._anchor_text)
 
-    def _is_byte(self, token_id: int) -> bool:
-        return _BYTE_TOKEN.fullmatch(self.tokenizer.id_to_token(token_id) or "") is not None
+
+class _PlainTexts(dict[int, str]):
+    """Entries are made when they are first looked up."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+
+    def __missing__(self, token_id: int) -> str:
+        text = self[token_id] = self._texts.decode_plain(token_id)
+        return text
 
 
 class Detokenizer:
@@ -93,7 +102,8 @@ class Detokenizer:
     """
 
     def __init__(self, texts: TokenTexts, *, skip_special_tokens: bool) -> None:
-        self._texts = texts
+        self._tokenizer = texts.tokenizer
+        self._plain = texts.plain
         self._left_out = texts.special_ids if skip_special_tokens else frozenset()
         self._window: list[int] = []
         self._shown = 0
@@ -104,7 +114,7 @@ class Detokenizer:
         if token_id in self._left_out:
             return ""
         window = self._window
-        if self._shown and self._shown == len(window) and (piece := self._texts.plain(token_id)):
+        if self._shown and self._shown == len(window) and (piece := self._plain[token_id]):
             self._window, self._shown = [token_id], 1
             return piece
         window.append(token_id)
@@ -126,7 +136,7 @@ class Detokenizer:
         return self._decode(window)[len(self._decode(window[:shown])) :]
 
     def _decode(self, token_ids: list[int]) -> str:
-        text: str = self._texts.tokenizer.decode(token_ids, skip_special_tokens=False)
+        text: str = self._tokenizer.decode(token_ids, skip_special_tokens=False)
         return text
 
 

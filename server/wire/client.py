@@ -41,8 +41,8 @@ class EngineClient:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._inbox: Inbox | None = None
         self._requests: dict[str, Exchange] = {}
-        self._arrived: dict[Exchange, None] = {}
-        """Those whose readers are to be woken, in order."""
+        self._woken: dict[Callable[[], None], None] = {}
+        """What is to be called for the readers of those that something has come for, in order."""
 
     @property
     def up(self) -> bool:
@@ -61,14 +61,14 @@ class EngineClient:
 
     def engine_down(self) -> None:
         """The engine is gone: nothing more comes of what was sent to it, and its requests fail."""
-        if self._inbox is None:
-            return
-        self._inbox.close()
-        self._inbox = None
+        if self._inbox is not None:
+            self._inbox.close()
+            self._inbox = None
         for exchange in self._requests.values():
             exchange.lose()
-            self._arrived[exchange] = None
-        asyncio.get_running_loop().call_soon(self._wake)
+            self._woken[exchange.wake] = None
+        if self._woken:
+            asyncio.get_running_loop().call_soon(self._wake)
 
     def close(self) -> None:
         """Have no more to do with the engine."""
@@ -86,7 +86,8 @@ class EngineClient:
         """Have the engine generate. Closing what is returned before its last token aborts the request.
 
         Args:
-            wake: called when tokens or an error have come; if the engine is ahead, once for those of several steps.
+            wake: called, and it must not raise, when tokens or an error have come: once for all that have come by then,
+                also if several requests share it. It may be called once after they are closed.
             most_unread: bytes of tokens that may wait to be taken from there. Beyond that the engine pauses the request
                 until they have been.
             on_sampled: called once, when the engine is done with the request, whether or not its tokens have been
@@ -148,7 +149,6 @@ class EngineClient:
 
     def _forget(self, exchange: Exchange) -> None:
         del self._requests[exchange.request_id]
-        self._arrived.pop(exchange, None)
 
     def _tell(self, message: Input) -> None:
         """Send a message that an engine that has gone away need not hear."""
@@ -176,19 +176,18 @@ class EngineClient:
         for token in answers.tokens:
             if (exchange := requests.get(token.request_id)) is not None:
                 exchange.put(token)
-                self._arrived[exchange] = None
+                self._woken[exchange.wake] = None
         others: list[Answer] = [*answers.scored, *answers.saved]
         for answer in others:
             if (exchange := requests.get(answer.request_id)) is not None:
                 exchange.put_answer(answer)
-                self._arrived[exchange] = None
+                self._woken[exchange.wake] = None
         for failed in answers.failed:
             if (exchange := requests.get(failed.request_id)) is not None:
                 exchange.put_failure(failed)
-                self._arrived[exchange] = None
+                self._woken[exchange.wake] = None
 
     def _wake(self) -> None:
-        arrived, self._arrived = self._arrived, {}
-        for exchange in arrived:
-            if not exchange.closed:  # another one's reader may have closed it
-                exchange.wake()
+        woken, self._woken = self._woken, {}
+        for wake in woken:
+            wake()

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from server.wire.messages import Abort, Failed, Input, Pause, Resume, Scored, StateSaved, Token
 
 TOKEN_BYTES = 300
-"""Bytes of memory that a token takes here while it waits for its reader."""
-ALTERNATIVE_BYTES = 120
-"""Bytes that each alternative adds, if alternatives are reported with the token."""
+"""Bytes of memory that a token takes here while it waits for its reader, without alternatives."""
+TOP_GROWTH = 4
+"""How much longer than packed alternatives the JSON is, about, that will be made of them."""
 
 Answer = Scored | StateSaved
 
@@ -86,7 +86,7 @@ class Exchange:
             return
         self._waiting_bytes += TOKEN_BYTES
         if token.top is not None:
-            self._waiting_bytes += ALTERNATIVE_BYTES * len(token.top)
+            self._waiting_bytes += TOP_GROWTH * len(token.top)
         if self._waiting_bytes > self._most_unread and not self._paused:
             self._paused = True
             self._tell(Pause(request_id=self.request_id))

@@ -198,7 +198,7 @@ PackedTop = bytes
 pairs again and again, for hundreds of milliseconds each time; who needs pairs unpacks a few at a time."""
 
 
-class Token(msgspec.Struct, frozen=True, array_like=True):
+class Token(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """One generated token. `queue_s`, `prefill_s` and `cached_tokens` are set on the first one of a request."""
 
     request_id: str
@@ -214,7 +214,7 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     """Prompt tokens whose state came from the prefix cache."""
     logprob: float | None = None
     """Natural log-probability by the model's own distribution, before penalties, temperature and filters."""
-    top: TopLogprobs | None = None
+    top: PackedTop | None = None
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):

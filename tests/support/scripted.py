@@ -134,7 +134,7 @@ def made(script: Script, message: Generate, scripted: list[int] | None) -> Itera
             reason,
             *((0.001, 0.002, script.cached_tokens) if position == 0 else (None, None, 0)),
             logprob=None if wanted is None else float(logprobs[token]),
-            top=None if wanted is None else script.top(last, wanted),
+            top=None if wanted is None else pack_top(script.top(last, wanted)),
         )
         last = token
         if reason is not None:

@@ -15,7 +15,7 @@ from server.api.serving.service import Origin
 from server.api.serving.variants import Variant
 from server.text.detokenizer import Detokenizer, StopMatcher
 from server.wire.exchange import EngineError, Exchange
-from server.wire.messages import FinishReason, Generate, PackedTop, Token, TopLogprobs, pack_top
+from server.wire.messages import FinishReason, Generate, PackedTop, Token
 
 MIN_TIMED_TOKENS = 8
 """Tokens after the first that a speed needs: fewer are over in a few steps, and say more of chance than of speed."""
@@ -35,10 +35,6 @@ class TokenEntry(msgspec.Struct, frozen=True, gc=False):
     """Natural log-probability; None for the first token of a prompt."""
     top: PackedTop | None = None
     """The most likely tokens at this position; None: they were not asked for."""
-
-
-def _packed(top: TopLogprobs | None) -> PackedTop | None:
-    return pack_top(top) if top else None
 
 
 class Chunk(NamedTuple):
@@ -123,7 +119,7 @@ class Generation:
         """Characters so far, those that are held back for a stop string included."""
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
         self._keep_stop = bool(fields.include_stop_str_in_output)
-        self._matcher = StopMatcher(stops, keep=self._keep_stop)
+        self._matcher = StopMatcher(stops, keep=self._keep_stop) if stops else None
         skip = fields.skip_special_tokens is not False
         self._detokenizer = Detokenizer(variant.text.token_texts, skip_special_tokens=skip)
 
@@ -149,13 +145,12 @@ class Generation:
         """What has come since the last call: of one token, or of all that have come while nobody called. Tokens without
         text (bytes of a character, what may begin a stop string) wait for the next text; what is left at the end may be
         a chunk without text. Once `finish_reason` is set, this was the last one, and `error` may say why."""
-        text = ""
-        if self._exchange is not None and self.finish_reason is None:
-            tokens = self._exchange.take()
-            if tokens:
+        text, exchange = "", self._exchange
+        if exchange is not None:
+            if tokens := exchange.take():
                 text = self._add(tokens)
-            if self._exchange.error is not None and self.finish_reason is None:
-                self.error, self.finish_reason = self._exchange.error, "error"
+            if exchange.error is not None and self.finish_reason is None:
+                self.error, self.finish_reason = exchange.error, "error"
         if self.finish_reason is not None:
             self.end()
         if not text and (self.finish_reason is None or self.error is not None):
@@ -225,46 +220,46 @@ class Generation:
     def _add(self, tokens: list[Token]) -> str:
         """Account for tokens, up to the one that completes a stop string; returns the text to show. Keeps what the
         model thought of each, if log-probabilities were asked for."""
-        pieces: list[str] = []
+        text = ""
+        ids, last = self.token_ids, self._last
         gaps: list[float] = []
-        count, last = len(self.token_ids), self._last
+        before = len(ids)
         for token in tokens:
             if last is None:
                 self._on_first(token)
             else:
                 gaps.append(token.at - last)
             last = token.at
+            ids.append(token.token_id)
             if token.logprob is not None:
-                self._entries.append(
-                    TokenEntry(token.token_id, self._decoded, token.logprob, _packed(token.top))
-                )
-            pieces.append(self._text_of(token))
-            if self.finish_reason is not None:
+                entry = TokenEntry(token.token_id, self._decoded, token.logprob, token.top)
+                self._entries.append(entry)
+            reason = token.finish_reason
+            if reason is None:
+                piece = self._detokenizer.add(token.token_id)
+            else:
+                piece = self._last_piece(token)
+            self._decoded += len(piece)
+            if self._matcher is not None and len(ids) >= self._message.min_tokens:
+                piece = self._matcher.add(piece)
+                if self._matcher.matched:
+                    reason = "stop"
+                elif reason is not None:
+                    piece += self._matcher.flush()
+            text += piece
+            if reason is not None:
+                self.finish_reason = reason
                 break
         self._last = last
         self.gaps_s += gaps
-        self.variant.metrics.on_tokens(len(self.token_ids) - count, gaps)
-        text = "".join(pieces)
+        self.variant.metrics.on_tokens(len(ids) - before, gaps)
         self._pieces.append(text)
         return text
 
-    def _text_of(self, token: Token) -> str:
-        self.token_ids.append(token.token_id)
-        self.finish_reason = token.finish_reason
+    def _last_piece(self, token: Token) -> str:
         # The token that ends a request by its id is counted, but it is not text unless that is asked for.
         shown = token.finish_reason != "stop" or self._keep_stop
-        text = self._detokenizer.add(token.token_id) if shown else ""
-        if token.finish_reason is not None:
-            text += self._detokenizer.flush()
-        self._decoded += len(text)
-        if len(self.token_ids) < self._message.min_tokens:
-            return text
-        piece = self._matcher.add(text)
-        if self._matcher.matched:
-            self.finish_reason = "stop"
-        elif token.finish_reason is not None:
-            piece += self._matcher.flush()
-        return piece
+        return (self._detokenizer.add(token.token_id) if shown else "") + self._detokenizer.flush()
 
     def _on_first(self, token: Token) -> None:
         metrics = self.variant.metrics

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Callable
-from functools import partial
 from typing import Any
 
 from server.api.completions.choices import Choices
@@ -12,7 +11,7 @@ from server.api.completions.format import Format
 from server.api.completions.generation import NOTHING, Chunk
 from server.api.completions.schemas import StreamOptions
 from server.api.http.errors import from_engine
-from server.api.http.events import json_string, sse
+from server.api.http.events import json_line, sse
 
 _MARK = secrets.token_hex(16)
 """A text that is nowhere else in an event."""
@@ -35,11 +34,8 @@ class Events:
         self._before: list[Chunk] = []
         """What stands before each choice."""
         self._running = len(choices.messages)
-        self._arrived: dict[int, None] = dict.fromkeys(range(self._running))
-        """The choices that may have something to take, in the order in which it came."""
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """What stands around the text in an event of a choice that has nothing else to tell, by choice."""
-        self._wake: Callable[[], None] = lambda: None
 
     async def opening(self) -> AsyncGenerator[bytes]:
         """The events before any token: what the format wants to be first, and what is given back of the prompts.
@@ -63,16 +59,13 @@ class Events:
         Args:
             wake: called each time that there is something to take.
         """
-        self._wake = wake
-        for index, generation in enumerate(self._choices.generations):
-            generation.begin(partial(self._on_arrival, index))
+        for generation in self._choices.generations:
+            generation.begin(wake)
 
     def take(self) -> bytes:
         """The events of all that has come since the last call, possibly none."""
-        arrived, self._arrived = self._arrived, {}
         events: list[bytes] = []
-        for index in arrived:
-            generation = self._choices.generations[index]
+        for index, generation in enumerate(self._choices.generations):
             if generation.ended:
                 continue
             chunk = generation.take()
@@ -93,19 +86,15 @@ class Events:
         for generation in self._choices.generations:
             generation.end()
 
-    def _on_arrival(self, index: int) -> None:
-        self._arrived[index] = None
-        self._wake()
-
     def _chunk(self, index: int, chunk: Chunk) -> bytes:
         if chunk.entries or self._options.continuous_usage_stats:
             return self._event([self._form.part(index, self._shifted(index, chunk), None)])
         around = self._around.get(index)
         if around is None:
             event = self._event([self._form.part(index, Chunk(_MARK, []), None)])
-            before, _, after = event.partition(json_string(_MARK))
+            before, _, after = event.partition(json_line(_MARK))
             around = self._around[index] = before, after
-        return around[0] + json_string(chunk.text) + around[1]
+        return around[0] + json_line(chunk.text) + around[1]
 
     def _end(self, index: int, rest: Chunk, reason: str) -> bytes:
         self._running -= 1

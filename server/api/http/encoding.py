@@ -15,8 +15,10 @@ _PIECE_ITEMS = 500
 _PIECE_CHARACTERS = 2**18
 
 
-def json_list(items: Sequence[T], shape: Callable[[T], Any]) -> msgspec.Raw:
-    """JSON of the list of what `shape` makes of each item."""
+def json_list(items: Sequence[T], shape: Callable[[T], Any]) -> msgspec.Raw | list[Any]:
+    """The list of what `shape` makes of each item, or JSON of it if it is long."""
+    if len(items) <= _PIECE_ITEMS:
+        return [shape(item) for item in items]
     pieces = [
         encoder.encode([shape(item) for item in items[at : at + _PIECE_ITEMS]])[1:-1]
         for at in range(0, len(items), _PIECE_ITEMS)

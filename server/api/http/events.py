@@ -16,19 +16,15 @@ _LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 streams that way."""
 
 
-def _one_line(text: bytes) -> bytes:
+def json_line(value: Any) -> bytes:
     """JSON in which nothing is taken for the end of a line."""
+    text = encoder.encode(value)
     return text if text.isascii() else text.decode().translate(_LINE_ENDS).encode()
-
-
-def json_string(text: str) -> bytes:
-    """A text as it is written within an event."""
-    return _one_line(encoder.encode(text))
 
 
 def sse(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + _one_line(encoder.encode(data)) + b"\n\n"
+    return b"data: " + json_line(data) + b"\n\n"
 
 
 DONE = b"data: [DONE]\n\n"
@@ -63,9 +59,8 @@ class Connection(Protocol):
     on_writable: Callable[[], None] | None
     """Called when the connection takes more again."""
 
-    @property
-    def write_paused(self) -> bool:
-        """Whether the client is behind, so that nothing more should be written."""
+    write_paused: bool
+    """Whether the client is behind, so that nothing more should be written."""
 
     def write_body(self, data: bytes) -> None:
         """Write a piece of a body of unknown length, whose headers have been sent. Nothing if the client is gone."""

@@ -41,6 +41,8 @@ class HttpProtocol(HttpToolsProtocol):
     """How long the rest of a request that has been answered already may take."""
     on_writable: Callable[[], None] | None = None
     """Called when the connection takes more again; of the answer that is being written."""
+    write_paused = False
+    """Whether the client is behind, so that nothing more should be written."""
     _connection: asyncio.Transport
     """The transport itself, whose `close` closes the connection."""
     _untaken: UnreadWatch | None = None
@@ -67,18 +69,18 @@ class HttpProtocol(HttpToolsProtocol):
         self._untaken = UnreadWatch(counting, self.write_timeout_s)
         self._close_in(self.header_timeout_s)
 
-    @property
-    def write_paused(self) -> bool:
-        """Whether the client is behind, so that nothing more should be written."""
-        return self.flow.write_paused
-
     def write_body(self, data: bytes) -> None:
         """Write a piece of a body of unknown length, whose headers have been sent. Nothing if the client is gone."""
         if not self._connection.is_closing():
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.write_paused = True
+
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.write_paused = False
         if self.on_writable is not None:
             self.on_writable()
 

@@ -8,7 +8,7 @@ from checkpoints import DELTA, GATED
 from engines import GREEDY, Bench, generate, prompt, run, sampling, score, tokens_of
 
 from modeling.checkpoint import open_checkpoint
-from server.wire.messages import Abort, Sampling
+from server.wire.messages import Abort, Sampling, unpack_top
 
 CONFIGS = {
     "gated": GATED,  # two value heads to each key head
@@ -219,10 +219,11 @@ def test_log_probabilities_are_those_of_one_float64_forward(gated):
             expected = exact.logits(hidden).log_softmax(-1)[len(m.token_ids) - 1 : -1]
         for t, row in zip(tokens, expected, strict=True):
             assert t.logprob == pytest.approx(float(row[t.token_id]), abs=1e-4)
-            assert len(t.top) == m.logprobs
+            top = unpack_top(t.top)
+            assert len(top) == m.logprobs
             values, ids = row.topk(m.logprobs)
-            assert [x for _, x in t.top] == pytest.approx(values.tolist(), abs=1e-4)
-            assert all(x == t.logprob for i, x in t.top if i == t.token_id)
+            assert [x for _, x in top] == pytest.approx(values.tolist(), abs=1e-4)
+            assert all(x == t.logprob for i, x in top if i == t.token_id)
     assert {t.token_id for t in answers[messages[1].request_id]} == {7}
     assert all(t.logprob is None and t.top is None for t in answers[messages[2].request_id])
 

@@ -47,6 +47,10 @@ def test_a_ring_keeps_the_last_rows_and_knows_what_it_gave_up():
     ring.add(4.0, [(4.0,), (5.0,)])
     assert sorted(ring.since(0)[:, 0]) == [2, 3, 4, 5] and sorted(ring.since(3)[:, 0]) == [3, 4, 5]
     assert ring.covers(3) and not ring.covers(1)
+    ring.add(5.0, [(float(i),) for i in range(10, 21)])  # more at once than there is room for
+    assert sorted(ring.since(0)[:, 0]) == [17, 18, 19, 20] and not ring.covers(5)
+    ring.add(6.0, [(1.0,)])
+    assert sorted(ring.since(0)[:, 0]) == [1, 18, 19, 20]
 
 
 def test_traffic_of_a_window(clock):

@@ -131,7 +131,7 @@ def test_no_bytes_break_the_stream(ids, skip):
 class NonePlain(TokenTexts):
     """Nothing is known of any token: every one goes through the window."""
 
-    def plain(self, token_id):
+    def decode_plain(self, token_id):
         return ""
 
 
@@ -161,8 +161,8 @@ def test_what_is_known_of_a_token_is_what_the_window_says(known, unknown, data):
 
 
 def test_most_tokens_are_known_where_the_decoder_looks_at_one_at_a_time():
-    assert sum(bool(PLAIN_ONES[0].values[0].plain(i)) for i in range(DEMO.get_vocab_size())) > 3000
-    assert [TokenTexts(LLAMA).plain(i) for i in (2 + ord("A"), 258, 259, 262)] == ["", " ", " a", "é"]
+    assert sum(bool(PLAIN_ONES[0].values[0].plain[i]) for i in range(DEMO.get_vocab_size())) > 3000
+    assert [TokenTexts(LLAMA).plain[i] for i in (2 + ord("A"), 258, 259, 262)] == ["", " ", " a", "é"]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_most_tokens_are_known_where_the_decoder_looks_at_one_at_a_time():
 def test_nothing_is_known_where_a_decoder_looks_at_neighbours(decoder):
     tokenizer = byte_tokenizer()
     tokenizer.decoder = decoder
-    assert {TokenTexts(tokenizer).plain(i) for i in range(tokenizer.get_vocab_size())} == {""}
+    assert {TokenTexts(tokenizer).plain[i] for i in range(tokenizer.get_vocab_size())} == {""}
 
 
 def naive_stop(text, stops):
