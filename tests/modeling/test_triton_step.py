@@ -98,7 +98,7 @@ def test_bfloat16_activations_and_states(name, state_dtype):
 
 @pytest.mark.parametrize("d_v", [48, 33])
 def test_a_state_too_large_for_one_tile(monkeypatch, d_v):
-    monkeypatch.setattr(module, "TILE", 16 * 16)
+    monkeypatch.setattr(module, "TILES", {4: 16 * 16})
     check(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, torch.float32, steps=1)
 
 
