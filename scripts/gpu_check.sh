@@ -9,5 +9,5 @@ wheels=${WHEELS:-$root/wheels}
 python=${PYTHON:-python3}
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
-"$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$wheels"/*.whl
+"$python" -m pip install --quiet --no-index --no-deps --no-cache-dir --target "$site" "$wheels"/*.whl
 PYTHONUNBUFFERED=1 PYTHONPATH="$site:$root" "$python" "$root/scripts/gpu_check.py" "$@"
