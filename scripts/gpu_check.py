@@ -80,6 +80,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    sys.path += filter(None, [os.environ.get("STOCK_FLA")])  # where scripts/gpu_check.sh has put fla's models
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = (
             "1"  # counts when a kernel's module is imported, hence the imports below
