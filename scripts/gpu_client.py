@@ -3,9 +3,9 @@
     gpu_client.py '{"url": ..., "model": ..., "streams": 64, ...}'      fields of `Load`
 
 It says `ready`, is told on standard input when to begin (time.monotonic()), and runs a closed loop: each stream sends
-its next request when its last one has ended, until `ramp_s + seconds` have passed; the requests that then run are read
-to their end. It prints its figures of the window, which is those `seconds`, as JSON, and writes the gaps between events
-and the times to first tokens of the window to `times` (float64, .npz).
+its next request when its last one has ended, until `ramp_s + seconds` have passed, and then hangs up. It prints its
+figures of the window, which is those `seconds`, as JSON, and writes the gaps between events and the times to first
+tokens of the window to `times` (float64, .npz).
 """
 
 import asyncio
@@ -66,13 +66,12 @@ class Request:
 class Stream(asyncio.Protocol):
     """One connection that sends one request after the other."""
 
-    def __init__(self, bodies: list[bytes], host: str, until: float) -> None:
+    def __init__(self, bodies: list[bytes], host: str) -> None:
         self.requests: list[Request] = []
         self.error: str | None = None
-        self.ended = asyncio.get_running_loop().create_future()
+        self._hung_up = False
         self._bodies = bodies
         self._host = host
-        self._until = until
         self._tail = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -107,16 +106,15 @@ class Stream(asyncio.Protocol):
                 return
             request.tokens = int(usage[1])
             request.events = request.events[:-ENDING]
-            if now < self._until:
-                self._send()
-            else:
-                self._transport.close()
+            self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if exc is not None or (self.requests and not self.requests[-1].tokens):
+        if not self._hung_up:
             self.error = self.error or f"the connection ended early: {exc}"
-        if not self.ended.done():
-            self.ended.set_result(None)
+
+    def hang_up(self) -> None:
+        self._hung_up = True
+        self._transport.abort()
 
     def _fail(self, answer: bytes) -> None:
         self.error = self.error or answer.decode(errors="replace")
@@ -152,33 +150,32 @@ async def run(load: Load, began: float) -> list[Stream]:
     streams: list[Stream] = []
     for _ in range(load.streams):
         at = draw.randrange(len(made))
-        until = began + load.ramp_s + load.seconds
-        stream = Stream(made[at:] + made[:at], place.netloc, until)
+        stream = Stream(made[at:] + made[:at], place.netloc)
         await asyncio.get_running_loop().create_connection(lambda s=stream: s, place.hostname, place.port)
         streams.append(stream)
-    await asyncio.gather(*(stream.ended for stream in streams))
+    await asyncio.sleep(began + load.ramp_s + load.seconds - time.monotonic())
+    for stream in streams:
+        stream.hang_up()
     return streams
 
 
 def figures(load: Load, streams: list[Stream], begin: float, end: float) -> dict[str, Any]:
-    """Of the window. A request that is only in part within it counts by its events."""
-    tokens, gaps, first = 0.0, [], []
-    for request in (r for s in streams for r in s.requests if r.events and r.tokens):
-        inside = bisect_left(request.events, end) - bisect_left(request.events, begin)
-        tokens += request.tokens * inside / len(request.events)
-        gaps += [b - a for a, b in pairwise(request.events) if begin <= a and b < end]
-        if begin <= request.events[0] < end:
-            first.append(request.events[0] - request.sent)
+    """Of the window. Events count as many tokens as they had in the requests that ended: an event may have several."""
+    requests = [r for s in streams for r in s.requests if r.events]
+    whole = [r for r in requests if r.tokens]
+    tokens_per_event = sum(r.tokens for r in whole) / max(sum(len(r.events) for r in whole), 1)
+    events = sum(bisect_left(r.events, end) - bisect_left(r.events, begin) for r in requests)
+    gaps = [b - a for r in requests for a, b in pairwise(r.events) if begin <= a and b < end]
+    first = [r.events[0] - r.sent for r in requests if begin <= r.events[0] < end]
     np.savez(load.times, gaps=np.array(gaps), first=np.array(first))
     errors = [s.error for s in streams if s.error is not None]
     return {
-        "tokens": tokens,
-        "events": len(gaps),
+        "tokens": events * tokens_per_event,
+        "tokens_per_event": tokens_per_event,
+        "ended": len(whole),
         "errors": len(errors),
         "error": next(iter(errors), None),
-        "all_running": max(
-            (s.requests[0].events[0] for s in streams if s.requests and s.requests[0].events), default=end
-        ),
+        "all_running": max((s.requests[0].events or [end])[0] for s in streams),
     }
 
 
@@ -189,9 +186,9 @@ async def main() -> None:
     begin, end = began + load.ramp_s, began + load.ramp_s + load.seconds
     used: list[float] = []
     loop = asyncio.get_running_loop()
-    for at in (begin, end):
-        loop.call_at(loop.time() + at - time.monotonic(), lambda: used.append(time.process_time()))
+    loop.call_at(loop.time() + begin - time.monotonic(), lambda: used.append(time.process_time()))
     streams = await run(load, began)
+    used.append(time.process_time())
     print(json.dumps({**figures(load, streams, begin, end), "cpu_seconds": used[1] - used[0]}))
 
 

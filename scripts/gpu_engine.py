@@ -21,6 +21,9 @@ from server.engine.engine import Engine
 from server.engine.process import build
 from server.wire.messages import EngineConfig, Generate, Ready, Sampling, SaveState
 
+PROMPT, NEW_TOKENS = 128, 256
+"""Tokens of the closed loop, here and over HTTP."""
+
 
 class RecordingHost(Host):
     """A CPU whose steps are recorded and overlap, to test this script."""
@@ -223,9 +226,59 @@ def full_speed(engine: Engine, batch: int, vocab: int, new_tokens: int) -> float
     return batch * (len(times) - 1) / (times[-1] - times[0])
 
 
+def lengths(run: Run) -> tuple[int, int]:
+    """Tokens of a prompt, and of an answer."""
+    return (8, 8) if run.small else (PROMPT, NEW_TOKENS)
+
+
+def window(run: Run, streams: int) -> tuple[float, float]:
+    """Seconds of the ramp, in which all streams get to their first token, and of what is measured."""
+    return (1.0, 1.5) if run.small else (2.0, 4.0) if streams <= 256 else (3.0, 5.0)
+
+
+def closed_loop_sizes(run: Run) -> tuple[int, ...]:
+    """Numbers of streams."""
+    return (2, 4) if run.small else (256, 512)
+
+
+def closed_loop(run: Run, engine: Engine, d_k: int, vocab: int, streams: int) -> list[str]:
+    """Tokens per second of the engine under the load that the section `server` sends over HTTP: the same prompts, a
+    next request when one has ended, and the same window. A row of the table."""
+    prompt, new = lengths(run)
+    ramp, seconds = window(run, streams)
+    prompts = random_prompts([prompt] * 32, vocab)
+    left: dict[str, int] = {}
+
+    def send(number: int) -> None:
+        left[str(number)] = new
+        engine.handle(request(str(number), prompts[number % len(prompts)], new))
+
+    for number in range(streams):
+        send(number)
+    sent, tokens = streams, 0
+    begin = time.monotonic() + ramp
+    end = begin + seconds
+    while not engine.idle:
+        output = engine.step()
+        now = time.monotonic()
+        for token in output.tokens if output else ():
+            tokens += begin <= now < end
+            left[token.request_id] -= 1
+            if not left[token.request_id] and now < end:
+                send(sent)
+                sent += 1
+    name = f"d_k {d_k}, {streams} streams"
+    run.report.setdefault("engine", {})[name] = tokens / seconds
+    return [
+        f"engine {name}",
+        "",
+        f"{tokens / seconds:.0f} tok/s in a closed loop, prompts of {prompt}, {new} new tokens",
+    ]
+
+
 def check_engine_speed(run: Run) -> Iterator[list[str]]:
     """Tokens per second of the engine alone, beside those of the graphs alone."""
-    batches = (1, 2) if run.small else (1, 32, 128, 256, 512)
+    batches = (1, 4) if run.small else (1, 32, 128, 256, 512)
     results = run.report.setdefault("engine", {})
     for d_k in (128, 64):
         run.need(20)
@@ -251,6 +304,9 @@ def check_engine_speed(run: Run) -> Iterator[list[str]]:
             if alone:
                 told += f", {speed / alone['tokens_per_second']:.2f} of the graphs alone"
             yield [f"engine d_k {d_k} B {batch}", "", told]
+        for streams in closed_loop_sizes(run):
+            run.need(sum(window(run, streams)) + 3)
+            yield closed_loop(run, engine, d_k, ready.vocab_size, streams)
         del engine
         gc.collect()
     free(run)

@@ -14,29 +14,17 @@ from typing import Any
 
 import numpy as np
 from gpu_common import FAMILIES, Run, large_checkpoint
-from gpu_engine import make_engine, random_prompts, request
+from gpu_engine import closed_loop, closed_loop_sizes, lengths, make_engine, window
 from gpu_models import free
 
 from benchmarks.server_process import ServerProcess
 from modeling.checkpoint import Checkpoint
-from server.engine.engine import Engine
 
 VARIANTS = {"dense": 128, "reduced": 64}
 CLIENTS = 8
 """Processes of the load: one alone would be what limits the server."""
-PROMPT, NEW_TOKENS = 128, 256
 TEXT = "docs/api.md"
 """What prompts of real text are cut from."""
-
-
-def lengths(run: Run) -> tuple[int, int]:
-    """Tokens of a prompt, and of an answer."""
-    return (8, 8) if run.small else (PROMPT, NEW_TOKENS)
-
-
-def window(run: Run, streams: int) -> tuple[float, float]:
-    """Seconds of the ramp, in which all streams get to their first token, and of what is measured."""
-    return (1.0, 1.5) if run.small else (2.0, 6.0) if streams <= 256 else (3.0, 8.0)
 
 
 def cpu_seconds(pid: int) -> float:
@@ -86,34 +74,6 @@ class CpuClock:
         inside = self._seen[bisect_left(times, begin) : bisect_left(times, end)]
         (first, before), (last, after) = inside[0], inside[-1]
         return (after - before) * (end - begin) / (last - first)
-
-
-def bare(run: Run, engine: Engine, vocab: int, streams: int) -> float:
-    """Tokens per second of the engine alone under the load of `load`: the same closed loop, prompts and window."""
-    prompt, new = lengths(run)
-    ramp, seconds = window(run, streams)
-    prompts = random_prompts([prompt] * 32, vocab)
-    left: dict[str, int] = {}
-
-    def send(number: int) -> None:
-        left[str(number)] = new
-        engine.handle(request(str(number), prompts[number % len(prompts)], new))
-
-    for number in range(streams):
-        send(number)
-    sent, tokens = streams, 0
-    begin = time.monotonic() + ramp
-    end = begin + seconds
-    while not engine.idle:
-        output = engine.step()
-        now = time.monotonic()
-        for token in output.tokens if output else ():
-            tokens += begin <= now < end
-            left[token.request_id] -= 1
-            if not left[token.request_id] and now < end:
-                send(sent)
-                sent += 1
-    return tokens / seconds
 
 
 def serve(
@@ -190,7 +150,8 @@ def load(
     return {
         "streams": streams,
         "tokens_per_second": tokens / seconds,
-        "tokens_per_event": tokens / max(len(gaps), 1),
+        "tokens_per_event": float(np.mean([r["tokens_per_event"] for r in results])),
+        "ended": sum(r["ended"] for r in results),
         "api_cores": api / seconds,
         "api_us_per_token": 1e6 * api / max(tokens, 1),
         "itl_p50_ms": milliseconds(gaps, 0.5),
@@ -232,17 +193,19 @@ def told(figures: dict[str, Any]) -> str:
     return line
 
 
-def measure_bare(run: Run, checkpoints: dict[str, Checkpoint], sizes: tuple[int, ...]) -> Iterator[list[str]]:
-    """The engine alone under the same load."""
-    results = run.report["server"]["bare"] = {}
+def measure_bare(run: Run, checkpoints: dict[str, Checkpoint]) -> Iterator[list[str]]:
+    """The engine alone under the same load, where the section `engine` has not measured it."""
+    results = run.report.setdefault("engine", {})
     for name, checkpoint in checkpoints.items():
+        left = [n for n in closed_loop_sizes(run) if f"d_k {VARIANTS[name]}, {n} streams" not in results]
+        if not left:
+            continue
         run.need(10)
         free(run)
         dtype = "float32" if run.small else "bfloat16"
-        engine, ready = make_engine(run, checkpoint, dtype, requests=sizes[-1])
-        for streams in sizes:
-            results[f"{name} {streams}"] = bare(run, engine, ready.vocab_size, streams)
-            yield [f"bare engine {name}, {streams} streams", "", f"{results[f'{name} {streams}']:.0f} tok/s"]
+        engine, ready = make_engine(run, checkpoint, dtype, requests=max(left))
+        for streams in left:
+            yield closed_loop(run, engine, VARIANTS[name], ready.vocab_size, streams)
         del engine
     free(run)
 
@@ -250,11 +213,11 @@ def measure_bare(run: Run, checkpoints: dict[str, Checkpoint], sizes: tuple[int,
 def check_server(run: Run) -> Iterator[list[str]]:
     """Dense and reduced on one card in turns: closed loops of 256 and 512 streams over HTTP, beside the bare engine."""
     free(run)
-    sizes = (2, 4) if run.small else (256, 512)
+    sizes = closed_loop_sizes(run)
     checkpoints = {name: large_checkpoint(run, FAMILIES[0], d_k) for name, d_k in VARIANTS.items()}
     vocab = checkpoints["dense"].spec.vocab_size
     results = run.report.setdefault("server", {})
-    yield from measure_bare(run, checkpoints, sizes)
+    yield from measure_bare(run, checkpoints)
     server = serve(run, checkpoints, sizes[-1])
     try:
         began = time.monotonic()
@@ -271,11 +234,11 @@ def check_server(run: Run) -> Iterator[list[str]]:
         plan = [(kind, name) for kind in kinds[:2] for _ in range(2) for name in VARIANTS]
         plan += [(kind, name) for kind in kinds[2:] for name in VARIANTS]
         for (label, streams, changes), name in plan:
-            run.need(sum(window(run, streams)) + 5)
+            run.need(sum(window(run, streams)) + 4)
             figures = load(run, server, name, vocab, streams, **changes)
             results.setdefault(f"{name}, {label}", []).append(figures)
             details = told(figures)
-            base = results["bare"].get(f"{name} {streams}")
+            base = run.report["engine"].get(f"d_k {VARIANTS[name]}, {streams} streams")
             if base and not changes:
                 figures["over_engine"] = figures["tokens_per_second"] / base
                 details += f", {figures['over_engine']:.2f} of the bare engine"

@@ -51,7 +51,9 @@ def test_every_section_runs_and_says_what_it_found(tmp_path):
             assert all(
                 f["errors"] == 0 and f["tokens_per_second"] > 0 and f["api_cores"] > 0 for f in figures
             )
-        assert server["bare"][f"{variant} 4"] > 0
+    assert all(
+        report["engine"][f"d_k {d_k}, {streams} streams"] > 0 for d_k in (128, 64) for streams in (2, 4)
+    )
     startup = report["startup"]
     assert all(startup[name]["seconds"] > 0 for name in ("empty caches", "warm caches"))
     assert set(startup["warm caches"]["parts"]["dense"]) == {
@@ -89,7 +91,7 @@ def test_a_client_counts_the_events_of_an_answer_however_it_is_cut(monkeypatch):
     answer += b"".join(b"%x\r\n%s\r\n" % (len(event), event) for event in events) + b"0\r\n\r\n"
 
     async def read(answer: bytes, size: int) -> Stream:
-        stream = Stream([b"{}"], "host", until=0.0)
+        stream = Stream([b"{}"], "host")
         stream.connection_made(MagicMock())
         for at in range(0, len(answer), size):
             stream.data_received(answer[at : at + size])
@@ -97,7 +99,8 @@ def test_a_client_counts_the_events_of_an_answer_however_it_is_cut(monkeypatch):
 
     for size in (len(answer), 13, 20, 64):
         stream = asyncio.run(read(answer, size))
-        (request,) = stream.requests
+        request, following = stream.requests
+        assert not following.events, "the next one has been sent"
         assert len(request.events) == 5 and request.tokens == 7 and stream.error is None
     refused = asyncio.run(read(b"HTTP/1.1 503 Service Unavailable\r\n\r\n", 1000))
     assert refused.error is not None and "503" in refused.error
