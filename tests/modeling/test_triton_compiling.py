@@ -61,3 +61,16 @@ def test_a_configuration_that_fla_does_not_have_leaves_the_kernel_to_its_tuning(
 
 def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(said):
     assert said[0]["launched"] == ["CompilationError"]
+
+
+def test_an_engine_imports_neither_models_of_fla_nor_the_compiler_of_torch():
+    """Each takes seconds of every start. The extra `gpu` installs fla without its models."""
+    code = (
+        "import sys; sys.modules['fla.layers'] = sys.modules['fla.models'] = None\n"
+        "import server.engine.process, modeling.runtime.gpu.fla_rule\n"
+        "assert not {'torch._dynamo', 'transformers'} & set(sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=280
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
