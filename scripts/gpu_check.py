@@ -99,7 +99,7 @@ def main() -> int:
 
     from lowkey.files import OutputError, found_at
     from lowkey.publishing import new_json
-    from modeling.runtime.gpu.fla_kernels import use_measured
+    from modeling.runtime.gpu.fla_kernels import use_fixed
 
     console = Console(width=160)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -131,7 +131,7 @@ def main() -> int:
         run = Run(args.device, args.small, began + args.seconds, Path(folder))
         run.sections, run.api_processes = sections, args.api_processes
         if run.cuda:
-            run.own_configs = use_measured(torch.cuda.get_device_capability())
+            run.own_configs = use_fixed(torch.cuda.get_device_capability())
         run.report |= {
             "device": torch.cuda.get_device_name() if run.cuda else "cpu",
             "torch": torch.__version__,

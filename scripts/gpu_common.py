@@ -57,7 +57,7 @@ class Run:
     api_processes: int | None = None
     """The server's option of this name."""
     own_configs: fla_kernels.Tuned = field(default_factory=dict)
-    """What fla would tune its kernels with, where this project launches them as they were measured."""
+    """What fla would tune its kernels with, where this project has fixed how they are launched."""
 
     @property
     def cuda(self) -> bool:

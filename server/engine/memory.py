@@ -214,7 +214,9 @@ def measure(
         slots = torch.full((max(sizes),), null, dtype=torch.long, device=at)
         forward.decode(torch.zeros_like(slots), slots)
 
-    logger.info("%s: weights are loaded; compiling the kernels that are not in Triton's cache", config.variant)
+    logger.info(
+        "%s: weights are loaded; compiling the kernels that are not in Triton's cache", config.variant
+    )
     runtime.compile_ahead(shortest)
     for layer in pool.layers:
         layer.zero(null)

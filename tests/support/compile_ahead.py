@@ -57,7 +57,7 @@ def main() -> None:
     from modeling.state import StatePool
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    before = fla_kernels.use_measured((9, 0))
+    before = fla_kernels.use_fixed((9, 0))
     print("tuned", *(f"{name}={len(configs)}" for name, configs in before.items()))
     spec = mixer_spec(num_k_heads=2, num_v_heads=2, d_k=64, d_v=64, gate="silu", norm_eps=1e-6)
     norm = NormSpec(eps=1e-6)
@@ -85,8 +85,8 @@ def main() -> None:
         print("more", *launchers)
 
     fla_kernels.use(before)
-    fla_kernels.MEASURED[9, 0] = {chosen: {"num_warps": 99}, "chunk_fwd_kernel_o": {"BK": 64, "BV": 64}}
-    print("other", *fla_kernels.use_measured((9, 0)), *fla_kernels.use_measured((7, 5)))
+    fla_kernels.FIXED[9, 0] = {chosen: {"num_warps": 99}, "chunk_fwd_kernel_o": {"BK": 64, "BV": 64}}
+    print("other", *fla_kernels.use_fixed((9, 0)), *fla_kernels.use_fixed((7, 5)))
 
     @triton.jit
     def broken(x):

@@ -1,9 +1,9 @@
-"""How fla's kernels for prompts are launched on the cards that were measured.
+"""How fla's kernels for prompts are launched, on cards for which that is fixed.
 
 fla tunes each of them at its first launch, for each number of heads and each d_k: 34 configurations are compiled and
-timed where 5 will be used, and two engines that start on one card disturb each other's timing. On the cards below the
-best configurations are known, and the others are left out. On any other card fla tunes as it always does, and keeps
-what it found on disk beside the kernels.
+timed where 5 will be used, and two engines that start on one card disturb each other's timing. On the cards below each
+kernel has one configuration; what that costs, `scripts/gpu_check.sh --only prompts` says. On any other card fla tunes as
+it always does, and keeps what it found on disk beside the kernels.
 """
 
 import logging
@@ -24,7 +24,7 @@ KERNELS = {
 }
 """The kernels of `chunk_gated_delta_rule` in the order in which it launches them, and the modules that they are in."""
 
-MEASURED: dict[tuple[int, int], dict[str, dict[str, int]]] = {
+FIXED: dict[tuple[int, int], dict[str, dict[str, int]]] = {
     (9, 0): {
         "chunk_local_cumsum_scalar_kernel": {"num_warps": 1},
         "chunk_gated_delta_rule_fwd_kkt_solve_kernel": {"BK": 64, "num_warps": 1},
@@ -33,7 +33,8 @@ MEASURED: dict[tuple[int, int], dict[str, dict[str, int]]] = {
         "chunk_fwd_kernel_o": {"BK": 64, "BV": 64},
     }
 }
-"""By compute capability: the configuration of each kernel, as much of it as tells it from fla's others."""
+"""By compute capability: the configuration of each kernel, as much of it as tells it from fla's others. None spills a
+register at any d_k that fla allows, or takes more than 156 of a Hopper card's 227 KB of shared memory."""
 
 Tuned = dict[str, list[Config]]
 """Names of kernels, and the configurations that are tried at their first launch."""
@@ -51,8 +52,8 @@ def tuner(name: str) -> Autotuner | None:
     return kernel
 
 
-def use_measured(capability: tuple[int, int]) -> Tuned:
-    """Leave fla's kernels only the configurations that are the best on cards of this compute capability.
+def use_fixed(capability: tuple[int, int]) -> Tuned:
+    """Leave fla's kernels only the configurations that are fixed for cards of this compute capability.
 
     A kernel that has no such configuration, in another version of fla, goes on being tuned, and the log says so.
 
@@ -60,7 +61,7 @@ def use_measured(capability: tuple[int, int]) -> Tuned:
         What the kernels would have been tuned with.
     """
     before: Tuned = {}
-    for name, wanted in MEASURED.get(capability, {}).items():
+    for name, wanted in FIXED.get(capability, {}).items():
         chooser = tuner(name)
         fitting = [c for c in chooser.configs if wanted.items() <= c.all_kwargs().items()] if chooser else []
         if chooser is None or not fitting:
