@@ -107,7 +107,7 @@ def test_figures_for_people():
     assert [duration(s) for s in (0.01, 59.6, 300, 9000)] == ["1 s", "60 s", "5 min", "2.5 h"]
 
 
-FIXED = """
+MEASURED = """
 import re, sys
 from pathlib import Path
 from pruning.cli import app
@@ -131,7 +131,7 @@ def test_memory_said_is_about_memory_taken(tmp_path, method):
     path = write_checkpoint(tmp_path / "dense", config)
     arguments = ["calibrate", str(path), str(tmp_path / "s"), "--method", method, "--tokens", "2048"]
     done = subprocess.run(
-        [sys.executable, "-c", FIXED, *arguments], capture_output=True, text=True, timeout=800, check=True
+        [sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, timeout=800, check=True
     )
     taken = int(done.stdout.split()[-1])
     said, unit = re.search(r"memory: about (\S+) ([MG])B", done.stderr).groups()

@@ -2,7 +2,7 @@
 
 fla tunes each of them at its first launch, for each number of heads and each d_k: 34 configurations are compiled and
 timed where 5 will be used, and two engines that start on one card disturb each other's timing. On the cards below each
-kernel has one configuration; what that costs, `scripts/gpu_check.sh --only prompts` says. On any other card fla tunes as
+kernel has one configuration; `scripts/gpu_check.sh --only prompts` says what that costs. On any other card fla tunes as
 it always does, and keeps what it found on disk beside the kernels.
 """
 
