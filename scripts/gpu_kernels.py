@@ -283,6 +283,14 @@ def variants(run: Run, d_k: int) -> list[tuple[int, int]]:
     return found[:2] if run.small else found
 
 
+def own_variant(run: Run, d_k: int, state_dtype: torch.dtype) -> str:
+    """The one that the runtime takes."""
+    spec = large_mixer(run, d_k)
+    most = triton.next_power_of_2(spec.d_k) * triton.next_power_of_2(spec.d_v)
+    tile = min(step_module.TILES[state_dtype.itemsize], most)
+    return f"{tile}/{max(tile // step_module.ELEMENTS_PER_WARP, 1)}"
+
+
 def check_tuning(run: Run) -> Iterator[list[str]]:
     """Which tile and how many warps, for each kind of state; the runtime's own choice is what `bandwidth` shows."""
     rate = run.report.get("bandwidth", {}).get("copy_bytes_per_second")
@@ -301,6 +309,7 @@ def check_tuning(run: Run) -> Iterator[list[str]]:
                 results[f"d_k {d_k} B {batch} state {str(state_dtype)[6:]}"] = ratios
             best = min(ratios, key=ratios.__getitem__)
             told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            told += f"; the runtime takes {own_variant(run, d_k, state_dtype)}"
             yield [f"tile/warps d_k {d_k} B {batch} state {str(state_dtype)[6:]}", f"best {best}", told]
 
 
