@@ -1,26 +1,35 @@
-"""Is this GPU right, and how fast is it? One command on a machine with CUDA, no network needed.
+"""Is this GPU right, and how fast is it? Two commands on a machine with CUDA, no network needed.
 
-    bash scripts/gpu_check.sh [--out gpu_check.json] [--only kernels bandwidth ...]
+    bash scripts/gpu_check.sh --part correctness [--out correctness.json]
+    bash scripts/gpu_check.sh --part speed [--out speed.json]
 
-Sections, each on its own, so that the failure of one loses none of the others:
+Sections of the first part, each on its own, so that the failure of one loses none of the others:
 
-    warm       compiles what the others need, in processes beside each other
     kernels    decode kernel, prompt convolution and prefill rule against float64, random shapes
     parity     whole models against stock fla: greedy text in float32, logits in bfloat16
-    engine     the server's engine: text by recorded steps, launched steps and a CPU; tokens per second
-    server     lowkey-serve, dense and reduced on the card, 256 streams: tokens per second, the API process's CPU
+    texts      the server's engine: text by recorded steps, launched steps and a CPU
+
+and of the second:
+
     bandwidth  bytes per second of the decode kernel beside a copy on the same device
+    engine     tokens per second of the server's engine
+    server     lowkey-serve, dense and reduced on the card, 256 and 512 streams over HTTP, against the engine alone
     decode     tokens per second of 1.3 B shapes, d_k 128 and 64, prompt 512, 128 new tokens, bfloat16
     peer       the same shapes by fla and transformers' generate
     capacity   the most requests that fit
     tuning     other tiles and numbers of warps for the decode kernel
+    startup    lowkey-serve until it is ready, with empty and with warm caches
+    prompts    prefill with the fixed configurations of fla's kernels, and with fla's own tuning
 
-Each has a part of the time box. What a section leaves goes to those after it; one that would need more says what it
+Before them `warm` compiles what they need. `--only` runs some sections of either part.
+
+Each section has a share of the time box. What it leaves goes to those after it; one that would need more says what it
 skips, and one that hangs is cut off. A table is printed, and JSON written after every row. Exit status 1 if anything
 was wrong, 2 if there is no GPU. `--device cpu --small` runs tiny shapes through Triton's interpreter, as a test.
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -33,20 +42,25 @@ from types import FrameType
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-SECONDS = {
-    "warm": 40,
-    "kernels": 30,
-    "parity": 60,
-    "engine": 60,
-    "server": 60,
-    "bandwidth": 20,
-    "decode": 80,
-    "peer": 70,
-    "capacity": 20,
-    "tuning": 30,
+PARTS = {
+    "correctness": {"warm": 150, "kernels": 50, "parity": 200, "texts": 100},
+    "speed": {
+        "warm": 60,
+        "bandwidth": 15,
+        "engine": 75,
+        "server": 150,
+        "decode": 60,
+        "peer": 50,
+        "capacity": 15,
+        "tuning": 25,
+        "startup": 40,
+        "prompts": 10,
+    },
 }
-"""Parts of the time box, in the order in which they run: what was never seen on a GPU before what was."""
-BOX_S = float(sum(SECONDS.values()))
+"""Shares of the time box, in seconds, in the order in which they run."""
+SECONDS = PARTS["correctness"] | PARTS["speed"]
+BOX_S = 500.0
+"""With the installation of wheels and the imports less than nine minutes."""
 GRACE_S = 10.0
 """After its end a section is cut off, wherever it is."""
 
@@ -56,16 +70,18 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
-    parser.add_argument("--only", nargs="+", choices=SECONDS, default=list(SECONDS))
+    parser.add_argument("--part", choices=PARTS, help="which sections (default: all of both parts)")
+    parser.add_argument("--only", nargs="+", choices=SECONDS, help="these sections, of either part")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes (to test the script on a CPU)")
     parser.add_argument("--seconds", type=float, default=BOX_S, help=f"time box (default: {BOX_S:.0f})")
-    parser.add_argument("--warm", nargs=2, type=int, metavar=("N", "OF"), help=argparse.SUPPRESS)
+    parser.add_argument("--api-processes", type=int, help="lowkey-serve's option of this name")
     return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
+    sys.path += filter(None, [os.environ.get("STOCK_FLA")])  # where scripts/gpu_check.sh has put fla's models
     if args.device == "cpu":
         os.environ["TRITON_INTERPRET"] = (
             "1"  # counts when a kernel's module is imported, hence the imports below
@@ -73,40 +89,50 @@ def main() -> int:
     import torch
     import triton
     from gpu_common import Run, SkippedError
-    from gpu_engine import check_engine_speed, check_engine_text, check_server
+    from gpu_engine import check_engine_speed, check_engine_text
     from gpu_kernels import check_bandwidth, check_inputs, check_rule, check_step, check_tuning
     from gpu_models import check_capacity, check_decode, check_parity, check_peer
-    from gpu_warm import check_warm, run_share
+    from gpu_server import check_server
+    from gpu_startup import check_prompts, check_startup
+    from gpu_warm import check_warm
     from rich.console import Console
     from rich.table import Table
 
     from lowkey.files import OutputError, found_at
     from lowkey.publishing import new_json
+    from modeling.runtime.gpu.fla_kernels import use_fixed
 
     console = Console(width=160)
     if args.device == "cuda" and not torch.cuda.is_available():
         console.print("gpu_check: torch finds no CUDA device here; nothing was checked")
         return 2
     torch.backends.cuda.matmul.allow_tf32 = False
-    if args.warm:
-        with tempfile.TemporaryDirectory() as folder:
-            return run_share(Run(args.device, args.small, time.monotonic() + 3600, Path(folder)), *args.warm)
+    logging.basicConfig(format="  %(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("lowkey.modeling").setLevel(logging.INFO)
     checks = {
         "warm": (check_warm,),
         "kernels": (check_step, check_inputs, check_rule),
         "parity": (check_parity,),
-        "engine": (check_engine_text, check_engine_speed),
-        "server": (check_server,),
+        "texts": (check_engine_text,),
         "bandwidth": (check_bandwidth,),
+        "engine": (check_engine_speed,),
+        "server": (check_server,),
         "decode": (check_decode,),
         "peer": (check_peer,),
         "capacity": (check_capacity,),
         "tuning": (check_tuning,),
+        "startup": (check_startup,),
+        "prompts": (check_prompts,),
     }
-    sections = [name for name in SECONDS if name in args.only]
+    part = SECONDS if args.part is None else PARTS[args.part]
+    sections = [name for name in SECONDS if name in (args.only or part)]
+    shares = {name: part.get(name, SECONDS[name]) for name in sections}
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args.device, args.small, began + args.seconds, Path(folder))
+        run.sections, run.api_processes = sections, args.api_processes
+        if run.cuda:
+            run.own_configs = use_fixed(torch.cuda.get_device_capability())
         run.report |= {
             "device": torch.cuda.get_device_name() if run.cuda else "cpu",
             "torch": torch.__version__,
@@ -139,8 +165,10 @@ def main() -> int:
         if not saved:
             return 2
         for number, section in enumerate(sections):
-            later = sum(SECONDS[name] for name in sections[number + 1 :]) * args.seconds / BOX_S
+            later = sum(shares[name] for name in sections[number + 1 :]) * args.seconds / sum(shares.values())
             run.section_end = max(run.deadline - later, time.monotonic())
+            left = run.section_end - time.monotonic()
+            console.print(f"{section}, up to {left:.0f} s", style="bold", highlight=False)
             for check in checks[section]:
                 started = time.monotonic()
                 rows: list[list[str]] = []

@@ -3,15 +3,20 @@
 import itertools
 import math
 import statistics
+import sysconfig
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from triton.runtime.autotuner import Autotuner
 
 from lowkey.publishing import new_directory, write_json
 from modeling.checkpoint import Checkpoint, export_tensors, write_safetensors
@@ -20,6 +25,7 @@ from modeling.families.gated_deltanet import expand_v_for
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule, chunked_gated_delta_rule
 from modeling.runtime import Runtime
+from modeling.runtime.gpu import fla_kernels
 from modeling.runtime.gpu.graphs import CudaRecorder, DecodeGraphs, Recorder
 from modeling.spec import ModelSpec, StateTypes
 from modeling.state import StatePool
@@ -46,6 +52,12 @@ class Run:
     """Whether the section went on for longer and was interrupted."""
     report: dict[str, Any] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    sections: list[str] = field(default_factory=list)
+    """Those that run."""
+    api_processes: int | None = None
+    """The server's option of this name."""
+    own_configs: fla_kernels.Tuned = field(default_factory=dict)
+    """What fla would tune its kernels with, where this project has fixed how they are launched."""
 
     @property
     def cuda(self) -> bool:
@@ -76,6 +88,35 @@ class Run:
         if not good:
             self.failures.append(what)
         return "ok" if good else "FAIL"
+
+
+@contextmanager
+def tuned_by_fla(run: Run) -> Iterator[None]:
+    """Within, fla's kernels are tuned as fla does, as a peer has them."""
+    names = run.own_configs
+    fixed = {name: chooser.configs for name in names if (chooser := fla_kernels.tuner(name)) is not None}
+    fla_kernels.use(names)
+    try:
+        yield
+    finally:
+        fla_kernels.use(fixed)
+
+
+@contextmanager
+def untuned() -> Iterator[None]:
+    """Within, a kernel that chooses among configurations takes its first, where only what it computes matters: trying
+    all takes longer than the rest. What is chosen for no reason is not kept on disk as the best of all, for the key of
+    what is kept there names the configurations that were tried."""
+    prune = Autotuner.prune_configs
+
+    def first(self: Autotuner, kwargs: dict[str, Any]) -> list[Any]:
+        return prune(self, kwargs)[:1]
+
+    def no_timing(self: Autotuner, *args: Any, config: Any, **meta: Any) -> list[float]:
+        return [0.0, 0.0, 0.0]
+
+    with patch.object(Autotuner, "prune_configs", first), patch.object(Autotuner, "_bench", no_timing):
+        yield
 
 
 class EagerRecorder:
@@ -159,13 +200,27 @@ def make_checkpoint(path: Path, settings: dict[str, Any]) -> Checkpoint:
 
 
 def write_checkpoint(path: Path, settings: dict[str, Any], model: Model) -> Checkpoint:
-    """With a tokenizer of one word for each token, so that the server can show every one of them."""
+    """With a tokenizer that has a text for every token."""
     path.mkdir(exist_ok=True)
     write_json(path / "config.json", settings)
     write_safetensors(path, export_tensors(model, family_of(settings)))
-    words = {f"t{i}": i for i in range(model.spec.vocab_size)}
-    Tokenizer(models.WordLevel(words, unk_token="t0")).save(str(path / "tokenizer.json"))
+    tokenizer_of(model.spec.vocab_size).save(str(path / "tokenizer.json"))
     return Checkpoint(path)
+
+
+@cache
+def tokenizer_of(vocab: int) -> Tokenizer:
+    """A byte-level BPE of so many tokens: as costly to decode as those of real models. Trained on sources of Python's
+    standard library; what they are too few for are words of no meaning."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator((f.read_text(errors="replace") for f in files if vocab > 4096), trainer)
+    tokenizer.add_tokens([f"word{i}" for i in range(tokenizer.get_vocab_size(), vocab)])
+    return tokenizer
 
 
 def large_checkpoint(run: Run, family: str, d_k: int) -> Checkpoint:

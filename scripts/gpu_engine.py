@@ -1,10 +1,6 @@
-"""The server's engine on the card, and the server over HTTP."""
+"""The server's engine on the card."""
 
 import gc
-import json
-import os
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -16,7 +12,6 @@ import torch
 from gpu_common import FAMILIES, EagerRecorder, Run, config, large_checkpoint, make_checkpoint
 from gpu_models import free, parity_size, same_text
 
-from benchmarks.server_process import ServerProcess
 from modeling.checkpoint import Checkpoint
 from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu.graphs import Recorder
@@ -26,9 +21,8 @@ from server.engine.engine import Engine
 from server.engine.process import build
 from server.wire.messages import EngineConfig, Generate, Ready, Sampling, SaveState
 
-STREAMS = 256
-CLIENTS = 4
-"""Processes of the load: one alone would be what limits the server."""
+PROMPT, NEW_TOKENS = 128, 256
+"""Tokens of the closed loop, here and over HTTP."""
 
 
 class RecordingHost(Host):
@@ -230,9 +224,59 @@ def full_speed(engine: Engine, batch: int, vocab: int, new_tokens: int) -> float
     return batch * (len(times) - 1) / (times[-1] - times[0])
 
 
+def lengths(run: Run) -> tuple[int, int]:
+    """Tokens of a prompt, and of an answer."""
+    return (8, 8) if run.small else (PROMPT, NEW_TOKENS)
+
+
+def window(run: Run, streams: int) -> tuple[float, float]:
+    """Seconds of the ramp, in which all streams get to their first token, and of what is measured."""
+    return (1.0, 1.5) if run.small else (2.0, 4.0) if streams <= 256 else (3.0, 5.0)
+
+
+def closed_loop_sizes(run: Run) -> tuple[int, ...]:
+    """Numbers of streams."""
+    return (2, 4) if run.small else (256, 512)
+
+
+def closed_loop(run: Run, engine: Engine, d_k: int, vocab: int, streams: int) -> list[str]:
+    """Tokens per second of the engine under the load that the section `server` sends over HTTP: the same prompts, a
+    next request when one has ended, and the same window. A row of the table."""
+    prompt, new = lengths(run)
+    ramp, seconds = window(run, streams)
+    prompts = random_prompts([prompt] * 32, vocab)
+    left: dict[str, int] = {}
+
+    def send(number: int) -> None:
+        left[str(number)] = new
+        engine.handle(request(str(number), prompts[number % len(prompts)], new))
+
+    for number in range(streams):
+        send(number)
+    sent, tokens = streams, 0
+    begin = time.monotonic() + ramp
+    end = begin + seconds
+    while not engine.idle:
+        output = engine.step()
+        now = time.monotonic()
+        for token in output.tokens if output else ():
+            tokens += begin <= now < end
+            left[token.request_id] -= 1
+            if not left[token.request_id] and now < end:
+                send(sent)
+                sent += 1
+    name = f"d_k {d_k}, {streams} streams"
+    run.report.setdefault("engine", {})[name] = tokens / seconds
+    return [
+        f"engine {name}",
+        "",
+        f"{tokens / seconds:.0f} tok/s in a closed loop, prompts of {prompt}, {new} new tokens",
+    ]
+
+
 def check_engine_speed(run: Run) -> Iterator[list[str]]:
     """Tokens per second of the engine alone, beside those of the graphs alone."""
-    batches = (1, 2) if run.small else (1, 32, 128, STREAMS, 512)
+    batches = (1, 4) if run.small else (1, 32, 128, 256, 512)
     results = run.report.setdefault("engine", {})
     for d_k in (128, 64):
         run.need(20)
@@ -258,99 +302,9 @@ def check_engine_speed(run: Run) -> Iterator[list[str]]:
             if alone:
                 told += f", {speed / alone['tokens_per_second']:.2f} of the graphs alone"
             yield [f"engine d_k {d_k} B {batch}", "", told]
+        for streams in closed_loop_sizes(run):
+            run.need(sum(window(run, streams)) + 3)
+            yield closed_loop(run, engine, d_k, ready.vocab_size, streams)
         del engine
         gc.collect()
     free(run)
-
-
-def serve(run: Run, checkpoints: dict[str, Checkpoint], streams: int) -> ServerProcess:
-    """A `lowkey-serve` of this checkout, which need not be installed."""
-    arguments = [f"{name}={checkpoint.path}" for name, checkpoint in checkpoints.items()]
-    arguments += ["--device", run.device, "--max-requests", str(streams)]
-    arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
-    arguments += ["--prefill-tokens", "64" if run.small else "2048"]
-    root = Path(__file__).parents[1]
-    return ServerProcess(
-        arguments,
-        run.folder / "server.log",
-        command=[sys.executable, "-c", "from server.cli import app; app()"],
-        environment={
-            "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-        },
-        waiting=lambda: run.small or run.need(10),
-    )
-
-
-def load(
-    run: Run, server: ServerProcess, variant: str, vocab: int, streams: int, new_tokens: int
-) -> dict[str, float]:
-    """`streams` clients of two requests each, over several processes; tokens per second from first to last."""
-    clients = 1 if run.small else CLIENTS
-    script = str(Path(__file__).with_name("gpu_client.py"))
-    before = server.cpu_seconds()
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                script,
-                server.url,
-                variant,
-                str(streams // clients),
-                str(vocab),
-                str(new_tokens),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(clients)
-    ]
-    outputs = [process.communicate()[0] for process in processes]
-    if any(process.returncode for process in processes):
-        raise RuntimeError(f"a client failed; the server's log ends:\n{server.log.read_text()[-2000:]}")
-    results = [json.loads(output) for output in outputs]
-    tokens = sum(r["tokens"] for r in results)
-    seconds = max(r["ended"] for r in results) - min(r["began"] for r in results)
-    api = server.cpu_seconds() - before
-    return {
-        "streams": streams,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "seconds": seconds,
-        "api_cpu_seconds": api,
-        "api_us_per_token": 1e6 * api / tokens,
-        "client_cpu_seconds": sum(r["cpu"] for r in results),
-        "errors": sum(r["errors"] for r in results),
-    }
-
-
-def check_server(run: Run) -> Iterator[list[str]]:
-    """Dense and reduced on one card, 256 streams on each in turn."""
-    free(run)
-    run.need(40)
-    streams, new = (2, 8) if run.small else (STREAMS, 128)
-    checkpoints = {
-        name: large_checkpoint(run, FAMILIES[0], d_k) for name, d_k in (("dense", 128), ("reduced", 64))
-    }
-    free(run)
-    vocab = checkpoints["dense"].spec.vocab_size
-    server = serve(run, checkpoints, streams)
-    try:
-        server.wait_ready(*checkpoints)
-        for name, d_k in (("dense", 128), ("reduced", 64)):
-            load(run, server, name, vocab, streams, 4)
-            run.need(8)
-            figures = load(run, server, name, vocab, streams, new)
-            run.report.setdefault("server", {})[name] = figures
-            told = (
-                f"{figures['tokens_per_second']:.0f} tok/s over {streams} streams, API process "
-                f"{figures['api_cpu_seconds']:.1f} s of {figures['seconds']:.1f} s "
-                f"({figures['api_us_per_token']:.0f} us a token)"
-            )
-            bare = run.report.get("engine", {}).get(f"d_k {d_k} B {streams}")
-            if bare:
-                figures["over_engine"] = figures["tokens_per_second"] / bare
-                told += f", {figures['over_engine']:.2f} of the bare engine"
-            yield [f"server {name}", run.check(figures["errors"] == 0, f"server {name}"), told]
-    finally:
-        run.report.setdefault("server", {})["log"] = server.log.read_text()[-4000:]
-        server.stop(15)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -26,9 +27,9 @@ RULE_TOLERANCE = 1e-2
 BANDWIDTH_GOAL = 1.25
 """A step's time over its bytes at the measured copy rate."""
 VARIANTS = ((16384, 4), (16384, 8), (8192, 4), (8192, 2), (4096, 4), (4096, 2))
-"""Elements of state that a program holds, and its warps. The first is what the runtime does at d_k 128. A smaller tile
-takes fewer registers, so that more programs run at once, which hides more latency at small batches and narrow states;
-but it makes a program go over its columns more often."""
+"""Elements of state that a program holds, and its warps. The runtime takes 16384/4 for float32 states of d_k 128, and
+8192/2 for those of d_k 64 and for bfloat16. A smaller tile takes fewer registers, so that more programs run at once,
+which hides more latency at small batches and narrow states; but it makes a program go over its columns more often."""
 
 
 def make_mixer(spec: DeltaSpec, device: str, dtype: torch.dtype) -> DeltaMixer:
@@ -266,15 +267,12 @@ def time_step(
 @contextmanager
 def launched_as(tile: int, warps: int) -> Iterator[None]:
     """The decode kernel with another tile and number of warps."""
-    names = ("TILE", "ELEMENTS_PER_WARP", "MAX_WARPS")
-    before = [getattr(step_module, name) for name in names]
-    try:
-        for name, value in zip(names, (tile, 1, warps), strict=True):
-            setattr(step_module, name, value)
+    sizes = dict.fromkeys(step_module.TILES, tile)
+    with (
+        patch.object(step_module, "TILES", sizes),
+        patch.object(step_module, "ELEMENTS_PER_WARP", tile // warps),
+    ):
         yield
-    finally:
-        for name, value in zip(names, before, strict=True):
-            setattr(step_module, name, value)
 
 
 def variants(run: Run, d_k: int) -> list[tuple[int, int]]:
@@ -283,6 +281,14 @@ def variants(run: Run, d_k: int) -> list[tuple[int, int]]:
     most = triton.next_power_of_2(spec.d_k) * triton.next_power_of_2(spec.d_v)
     found = list(dict.fromkeys((min(tile, most), warps) for tile, warps in VARIANTS))
     return found[:2] if run.small else found
+
+
+def own_variant(run: Run, d_k: int, state_dtype: torch.dtype) -> str:
+    """The one that the runtime takes."""
+    spec = large_mixer(run, d_k)
+    most = triton.next_power_of_2(spec.d_k) * triton.next_power_of_2(spec.d_v)
+    tile = min(step_module.TILES[state_dtype.itemsize], most)
+    return f"{tile}/{max(tile // step_module.ELEMENTS_PER_WARP, 1)}"
 
 
 def check_tuning(run: Run) -> Iterator[list[str]]:
@@ -303,6 +309,7 @@ def check_tuning(run: Run) -> Iterator[list[str]]:
                 results[f"d_k {d_k} B {batch} state {str(state_dtype)[6:]}"] = ratios
             best = min(ratios, key=ratios.__getitem__)
             told = ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+            told += f"; the runtime takes {own_variant(run, d_k, state_dtype)}"
             yield [f"tile/warps d_k {d_k} B {batch} state {str(state_dtype)[6:]}", f"best {best}", told]
 
 

@@ -18,6 +18,8 @@ from gpu_common import (
     random_model,
     recorder,
     seconds,
+    tuned_by_fla,
+    untuned,
 )
 from gpu_kernels import copy_rate
 from torch import Tensor
@@ -55,7 +57,7 @@ class Stock:
             self.name = "torch runtime"
             self.ours = checkpoint.load(dtype=dtype, device=run.device)
             return
-        import fla  # noqa: F401 (registers its models with transformers)
+        import fla.models  # noqa: F401 (registers its models with transformers)
         from transformers import AutoConfig, AutoModelForCausalLM
 
         settings = AutoConfig.from_pretrained(checkpoint.path)
@@ -116,23 +118,25 @@ def parity_size(run: Run) -> dict[str, int]:
     return {"hidden": 512, "layers": 4, "heads": 4, "d_v": 128, "vocab": 2000}
 
 
+def parity_widths(run: Run) -> list[tuple[str, int | list[int]]]:
+    """What is compared: names and d_k, of all layers or of each."""
+    if run.small:
+        return [("dense", 16), ("reduced", 8), ("per layer", [12, 8])]
+    return [("dense", 128), ("reduced", 64), ("per layer", [128, 48, 64, 96])]
+
+
 def check_parity(run: Run) -> Iterator[list[str]]:
     """float32: greedy text and logits. bfloat16: logits, no further from float32 than 1.5 times stock's own."""
     size = parity_size(run)
-    layers = size["layers"]
-    widths: list[tuple[str, int | list[int]]] = (
-        [("dense", 16), ("reduced", 8), ("per layer", [12, 8])]
-        if run.small
-        else [("dense", 128), ("reduced", 64), ("per layer", [128, 48, 64, 96][:layers])]
-    )
     for family in FAMILIES:
-        for name, d_k in widths:
+        for name, d_k in parity_widths(run):
             run.need(8)
             label = f"{family} {name}"
             checkpoint = make_checkpoint(
                 run.folder / label.replace(" ", "-"), config(family, d_k=d_k, **size)
             )
-            result = parity(run, checkpoint, ours=not run.cuda or isinstance(d_k, list))
+            with untuned():
+                result = parity(run, checkpoint, ours=not run.cuda or isinstance(d_k, list))
             run.report.setdefault("parity", {})[label] = result
             good = (
                 result["fp32_text"].startswith("equal")
@@ -263,10 +267,16 @@ def check_peer(run: Run) -> Iterator[list[str]]:
     """fla and transformers' generate, dense."""
     if not run.cuda:
         raise SkippedError("skipped: fla's kernels need a GPU")
-    import fla  # noqa: F401 (registers its models with transformers)
+    results = run.report.setdefault("peer", {})
+    with tuned_by_fla(run):
+        yield from time_peers(run, results)
+    free(run)
+
+
+def time_peers(run: Run, results: dict[str, Any]) -> Iterator[list[str]]:
+    import fla.models  # noqa: F401 (registers its models with transformers)
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    results = run.report.setdefault("peer", {})
     for family in FAMILIES:
         free(run)
         run.need(20)
@@ -295,7 +305,6 @@ def check_peer(run: Run) -> Iterator[list[str]]:
                 details.append(f"ours {figures['ours_over_peer']:.1f} x")
             yield [f"peer {family} B {batch}", "", ", ".join(details)]
         del model
-    free(run)
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from lowkey import how_to_install
 from modeling.model import Model
 from modeling.runtime.interface import Runtime, UnavailableError
@@ -31,8 +33,10 @@ def _on_cpu(model: Model) -> Runtime:
 
 def _on_gpu(model: Model) -> Runtime:
     try:
+        from modeling.runtime.gpu.fla_kernels import use_fixed
         from modeling.runtime.gpu.fla_rule import fla_gated_delta_rule
         from modeling.runtime.gpu.runtime import GpuRuntime
     except ImportError as e:
         raise UnavailableError(f"{e}: {how_to_install('gpu')}") from e
+    use_fixed(torch.cuda.get_device_capability(model.device))
     return GpuRuntime(model, fla_gated_delta_rule)

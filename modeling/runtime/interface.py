@@ -1,6 +1,6 @@
 """What a runtime offers to an engine."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -55,4 +55,9 @@ class Runtime(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype or float32."""
+        ...
+
+    def compile_ahead(self, work: Callable[[], object]) -> None:
+        """Have ready what `work`, calls of this runtime, would be held up by: kernels that are compiled when they are
+        first launched. `work` may run in the course of it, and what it then computes means nothing."""
         ...

@@ -1,6 +1,6 @@
 """Plain torch operations: any device, any kind of layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -32,6 +32,9 @@ class TorchRuntime:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
+
+    def compile_ahead(self, work: Callable[[], object]) -> None:
+        """Nothing: all is compiled."""
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """What goes into the first block."""

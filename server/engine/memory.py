@@ -183,7 +183,7 @@ def measure(
 ) -> Needs:
     """What the largest steps need, found by running them on the null slot of a small pool.
 
-    Also has all kernels compiled and tuned that requests would wait for.
+    Also has all kernels compiled, and tuned, that requests would wait for; the log says what it is at.
 
     Args:
         prefill_tokens: the most prompt tokens of a step.
@@ -195,6 +195,11 @@ def measure(
     at, null, tokens = forward.device, pool.null_slot, prefill_tokens
     sequences = min(tokens, config.max_requests or tokens)
     rows = min(device.logit_rows, tokens)
+
+    def shortest() -> None:
+        """What launches every kernel of prompts and decode steps."""
+        forward.prefill([[0] * tokens], [null])
+        forward.decode(torch.zeros(1, dtype=torch.long, device=at), torch.tensor([null], device=at))
 
     def prefill() -> None:
         """A step of one prompt, one of as many as there may be, and a sample with all filters."""
@@ -209,6 +214,13 @@ def measure(
         slots = torch.full((max(sizes),), null, dtype=torch.long, device=at)
         forward.decode(torch.zeros_like(slots), slots)
 
+    logger.info(
+        "%s: weights are loaded; compiling the kernels that are not in Triton's cache", config.variant
+    )
+    runtime.compile_ahead(shortest)
+    for layer in pool.layers:
+        layer.zero(null)
+    logger.info("%s: running the largest steps, to measure what memory they take", config.variant)
     workspace = device.peak_memory(prefill)
     graphs = device.peak_memory(decode) + len(sizes) * GRAPH_BYTES if sizes else 0
     return Needs(weights, workspace, graphs, RESERVED)

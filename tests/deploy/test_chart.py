@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from dockerfile import environment as environment_of_image
 
 from server.settings import Settings
 
@@ -22,6 +23,7 @@ FULL = {
     "imagePullSecrets": [{"name": "registry"}],
     "apiKeysSecret": "lowkey-keys",
     "models": {"existingClaim": "models"},
+    "cache": {"existingClaim": "cache"},
     "states": {"existingClaim": "states"},
     "gpu": {"count": 2},
     "nodeSelector": {"gpu": "h100"},
@@ -131,6 +133,22 @@ def test_gpus_and_pull_secrets_arrive(check):
     assert container(full)["resources"]["limits"]["nvidia.com/gpu"] == 2
     assert container(full)["image"] == "registry.example/lowkey:cuda"
     assert manifest(full, "PodDisruptionBudget")["spec"]["minAvailable"] == 1
+
+
+def test_compiled_kernels_may_outlive_the_pod(check):
+    def cache(values):
+        spec = manifest(check("chart", str(CHART), given=json.dumps(values)), "Deployment")["spec"][
+            "template"
+        ]["spec"]
+        (volume,) = [v for v in spec["volumes"] if v["name"] == "cache"]
+        return volume
+
+    assert cache(FULL)["persistentVolumeClaim"] == {"claimName": "cache"}
+    assert cache({})["emptyDir"] == {"sizeLimit": "20Gi"}
+    (kept,) = [
+        m for m in container(check("chart", str(CHART), given="{}"))["volumeMounts"] if m["name"] == "cache"
+    ]
+    assert Path(environment_of_image("Dockerfile")["TRITON_CACHE_DIR"]).is_relative_to(kept["mountPath"])
 
 
 def test_one_replica_does_not_keep_its_node_from_being_drained(check):

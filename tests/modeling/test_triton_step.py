@@ -96,10 +96,11 @@ def test_bfloat16_activations_and_states(name, state_dtype):
     check(make_mixer(SPECS[name], torch.bfloat16), torch.bfloat16, state_dtype)
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d_v", [48, 33])
-def test_a_state_too_large_for_one_tile(monkeypatch, d_v):
-    monkeypatch.setattr(module, "TILE", 16 * 16)
-    check(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, torch.float32, steps=1)
+def test_a_state_too_large_for_one_tile(monkeypatch, d_v, state_dtype):
+    monkeypatch.setattr(module, "TILES", {4: 16 * 16, 2: 16 * 32})
+    check(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, state_dtype, steps=1)
 
 
 def test_rows_of_a_wider_buffer():

@@ -17,10 +17,10 @@ from modeling.runtime.gpu.packing import packing
 from modeling.spec import TOKEN_BLOCK
 from modeling.state import DeltaState
 
-TILE = 16384
-"""Elements of state that a program holds at a time, at most."""
-ELEMENTS_PER_WARP = 2048
-MAX_WARPS = 4
+TILES = {4: 16384, 2: 8192}
+"""Elements of state that a program holds at a time, at most, by the bytes of one. In registers they are float32 either
+way; with half the bytes on their way from memory, more programs must run at once to hide its latency."""
+ELEMENTS_PER_WARP = 4096
 """More warps hold less each, but wait for each other more: measured, docs/gpu.md."""
 
 
@@ -37,7 +37,7 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     s = mixer.spec
     block_k = triton.next_power_of_2(s.d_k)
     width = triton.next_power_of_2(s.d_v)
-    block_v = min(width, max(TILE // block_k, 16))
+    block_v = min(width, max(TILES[state.recurrent.element_size()] // block_k, 16))
     out = projected.new_empty(projected.shape[0], s.value_dim)
     mixer_step[(s.num_k_heads, projected.shape[0])](
         projected,
@@ -67,7 +67,7 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
         block_v=block_v,
         blocks=width // block_v,
         columns=triton.next_power_of_2(s.conv_kernel),
-        num_warps=min(max(block_k * block_v // ELEMENTS_PER_WARP, 1), MAX_WARPS),
+        num_warps=max(block_k * block_v // ELEMENTS_PER_WARP, 1),
     )
     return out
 

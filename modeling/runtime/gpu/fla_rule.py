@@ -1,12 +1,25 @@
 """Prefill on a GPU: flash-linear-attention's chunk kernels over packed sequences."""
 
+from typing import Any
+from unittest.mock import patch
+
 import torch
-from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 from torch import Tensor
 
 from modeling.ops import RuleInputs, chunked_gated_delta_rule
 from modeling.runtime.gpu.packing import packing
 from modeling.spec import TOKEN_BLOCK
+
+
+def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
+    """In the place of torch's decorators while fla is imported."""
+    return (lambda decorated: decorated) if function is None else function
+
+
+# fla marks what torch.compile is to leave alone, and a few functions that it is to compile. That alone imports all of
+# torch's compiler, 1.5 s of each engine's start, and no engine uses it.
+with patch.object(torch.compiler, "disable", _unmarked), patch.object(torch, "compile", _unmarked):
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
 
 def fla_gated_delta_rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,8 @@ recorded once and replayed with one call, always on the same memory: the buffers
 hidden states stay where they are.
 """
 
+import logging
+import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -14,6 +16,8 @@ from torch import Tensor
 
 from modeling.runtime.interface import Runtime
 from modeling.state import StatePool
+
+logger = logging.getLogger("lowkey.modeling")
 
 WARM_UP = 2
 """Runs before a recording: kernels are compiled, libraries take their workspace."""
@@ -89,6 +93,7 @@ class DecodeGraphs:
         self._input_ids = torch.zeros(self.batch_sizes[-1], dtype=torch.int64, device=device)
         self._slots = torch.full_like(self._input_ids, pool.null_slot)
         self._graphs: dict[int, tuple[Callable[[], None], Tensor]] = {}
+        began = time.monotonic()
         # The largest first: the smaller ones fit into the memory that it leaves.
         with torch.inference_mode():
             for size in reversed(self.batch_sizes):
@@ -98,6 +103,8 @@ class DecodeGraphs:
                     return runtime.decode(ids, pool, slots)
 
                 self._graphs[size] = recorder(step)
+        taken = time.monotonic() - began
+        logger.info("recorded decode steps of %d batch sizes in %.1f s", len(self.batch_sizes), taken)
 
     def __call__(self, input_ids: Tensor, slots: Tensor) -> Tensor:
         """One token of each of B requests.

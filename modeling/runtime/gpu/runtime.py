@@ -7,6 +7,7 @@ from torch import Tensor
 from modeling.layers import MLP, DeltaMixer
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule
+from modeling.runtime.gpu.compiling import compile_ahead
 from modeling.runtime.gpu.delta import add_delta, delta_prefill
 from modeling.runtime.gpu.mlp import add_mlp
 from modeling.runtime.gpu.norms import normed
@@ -46,6 +47,9 @@ class GpuRuntime(TorchRuntime):
                     raise UnavailableError(
                         f"layer {i} has a {type(part).__name__}, for which there are no kernels"
                     )
+
+    def compile_ahead(self, work: Callable[[], object]) -> None:
+        compile_ahead(work)
 
     def _prefill_block(
         self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor

@@ -16,7 +16,9 @@ from engine_process import engine_config, generated, until
 from engines import Bench, generate, prompt, run, score, tokens_of
 from fake_device import FakeDevice
 
+from modeling.runtime import TorchRuntime
 from modeling.spec import StateTypes
+from modeling.state import StatePool
 from server.api.http.errors import from_engine
 from server.engine import process
 from server.engine.device import HOST, host_memory
@@ -26,6 +28,7 @@ from server.engine.memory import (
     DoesNotFitError,
     Needs,
     check_weights,
+    measure,
     plan_memory,
 )
 from server.engine.process import build
@@ -344,6 +347,30 @@ def test_more_than_there_is_is_an_error_that_names_the_variants(tmp_path, varian
     file.write_text("\n".join(lines))
     with pytest.raises(ConfigurationError, match=mention):
         load_settings(file)
+
+
+def test_what_compiling_leaves_behind_is_not_measured(bench, monkeypatch):
+    """Where launches only compile, states are what happened to be in memory: sampling from them would fail."""
+    pool = StatePool(bench.model.spec, 1)
+    done: list[str] = []
+
+    def only_compiles(self, work):
+        done.append("compiled")
+        work()
+        for layer in pool.layers:
+            for tensor in layer.tensors(pool.null_slot).values():
+                tensor.fill_(torch.nan)
+
+    class Measuring(FakeDevice):
+        def peak_memory(self, work) -> int:
+            states = [t for layer in pool.layers for t in layer.tensors(pool.null_slot).values()]
+            assert done == ["compiled"] and all(bool(t.isfinite().all()) for t in states)
+            return super().peak_memory(work)
+
+    monkeypatch.setattr(TorchRuntime, "compile_ahead", only_compiles)
+    device = Measuring(peak=2**20, logit_rows=64)
+    needs = measure(engine_config("x"), TorchRuntime(bench.model), pool, device, 7, 16, [1, 2])
+    assert needs == Needs(7, 2**20, 2**20 + 2 * GRAPH_BYTES, RESERVED)
 
 
 def test_models_say_what_memory_goes_to(monkeypatch, tmp_path):

@@ -1,0 +1,261 @@
+"""The server on the card, over HTTP: `lowkey-serve` with the dense and the reduced model, against the bare engine."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from bisect import bisect_left
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+import numpy as np
+from gpu_common import FAMILIES, Run, large_checkpoint
+from gpu_engine import closed_loop, closed_loop_sizes, lengths, make_engine, window
+from gpu_models import free
+
+from benchmarks.server_process import ServerProcess
+from modeling.checkpoint import Checkpoint
+
+VARIANTS = {"dense": 128, "reduced": 64}
+CLIENTS = 8
+"""Processes of the load: one alone would be what limits the server."""
+TEXT = "docs/api.md"
+"""What prompts of real text are cut from."""
+
+
+def cpu_seconds(pid: int) -> float:
+    """Processor time of a process and all below it that are no engines: all that HTTP takes."""
+    parents: dict[int, int] = {}
+    times: dict[int, float] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            engine = b"server.engine.process" in (folder / "cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        parents[int(folder.name)] = int(fields[1])
+        # An engine's own children, and it, do not count.
+        times[int(folder.name)] = (
+            math.nan if engine else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        )
+
+    def counts(process: int) -> bool:
+        while process != pid:
+            if process not in parents or math.isnan(times[process]):
+                return False
+            process = parents[process]
+        return True
+
+    return sum(seconds for process, seconds in times.items() if counts(process))
+
+
+class CpuClock:
+    """Processor time of a server's HTTP processes, looked at several times a second."""
+
+    def __init__(self, pid: int) -> None:
+        self._seen: list[tuple[float, float]] = []
+        self._stop = Event()
+        self._thread = Thread(target=self._look, args=(pid,), daemon=True)
+        self._thread.start()
+
+    def _look(self, pid: int) -> None:
+        while not self._stop.wait(0.2):
+            self._seen.append((time.monotonic(), cpu_seconds(pid)))
+
+    def between(self, begin: float, end: float) -> float:
+        """Seconds from the first look in this time to the last one, for as long as all of it."""
+        self._stop.set()
+        self._thread.join()
+        times = [when for when, _ in self._seen]
+        inside = self._seen[bisect_left(times, begin) : bisect_left(times, end)]
+        (first, before), (last, after) = inside[0], inside[-1]
+        return (after - before) * (end - begin) / (last - first)
+
+
+def serve(
+    run: Run, checkpoints: dict[str, Checkpoint], streams: int, environment: dict[str, str] | None = None
+) -> ServerProcess:
+    """A `lowkey-serve` of this checkout, which need not be installed."""
+    arguments = [f"{name}={checkpoint.path}" for name, checkpoint in checkpoints.items()]
+    arguments += ["--device", run.device, "--max-requests", str(streams)]
+    arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
+    arguments += ["--prefill-tokens", "64" if run.small else "4096"]
+    if run.api_processes is not None:
+        arguments += ["--api-processes", str(run.api_processes)]
+    root = Path(__file__).parents[1]
+    paths = [str(root), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return ServerProcess(
+        arguments,
+        run.folder / "server.log",
+        command=[sys.executable, "-c", "from server.cli import app; app()"],
+        environment={"PYTHONPATH": os.pathsep.join(paths), **(environment or {})},
+        waiting=lambda: run.small or run.need(1),
+    )
+
+
+def load(
+    run: Run, server: ServerProcess, model: str, vocab: int, streams: int, **changes: Any
+) -> dict[str, Any]:
+    """`streams` clients in a closed loop, over several processes: figures of the window."""
+    clients = 1 if run.small else CLIENTS
+    prompt, new = lengths(run)
+    ramp, seconds = window(run, streams)
+    processes = []
+    for n in range(clients):
+        settings = {
+            "url": server.url,
+            "model": model,
+            "streams": streams // clients,
+            "prompt": prompt,
+            "new_tokens": new,
+            "ramp_s": ramp,
+            "seconds": seconds,
+            "times": str(run.folder / f"client-{n}.npz"),
+            "vocab": vocab,
+            "seed": n,
+            "fields": {},
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, Path(__file__).with_name("gpu_client.py"), json.dumps(settings | changes)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        for process in processes:
+            if process.stdout is None or process.stdout.readline() != "ready\n":
+                raise RuntimeError("a client did not start")
+        clock = CpuClock(server.process.pid)
+        began = time.monotonic() + 0.5
+        results = [json.loads(out) for out, _ in _told(processes, f"{began}\n")]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    begin, end = began + ramp, began + ramp + seconds
+    api = clock.between(begin, end)
+    tokens = sum(r["tokens"] for r in results)
+    times = [np.load(run.folder / f"client-{n}.npz") for n in range(clients)]
+    gaps, first = (np.concatenate([t[name] for t in times]) for name in ("gaps", "first"))
+
+    def milliseconds(values: Any, q: float) -> float:
+        return float(np.quantile(values, q)) * 1e3 if len(values) else math.nan
+
+    return {
+        "streams": streams,
+        "tokens_per_second": tokens / seconds,
+        "tokens_per_event": float(np.mean([r["tokens_per_event"] for r in results])),
+        "ended": sum(r["ended"] for r in results),
+        "api_cores": api / seconds,
+        "api_us_per_token": 1e6 * api / max(tokens, 1),
+        "itl_p50_ms": milliseconds(gaps, 0.5),
+        "itl_p99_ms": milliseconds(gaps, 0.99),
+        "ttft_p50_ms": milliseconds(first, 0.5),
+        "ttft_p99_ms": milliseconds(first, 0.99),
+        "busiest_client": max(r["cpu_seconds"] for r in results) / seconds,
+        "all_running_after_s": max(r["all_running"] for r in results) - began,
+        "ramp_s": ramp,
+        "errors": sum(r["errors"] for r in results),
+        "error": next((r["error"] for r in results if r["error"]), None),
+    }
+
+
+def _told(processes: list[subprocess.Popen[str]], line: str) -> list[tuple[str, str]]:
+    """All are told the same line; what each then says until it ends."""
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(line)
+        process.stdin.flush()
+    answers = [process.communicate() for process in processes]
+    if any(process.returncode for process in processes):
+        raise RuntimeError("a client failed")
+    return answers
+
+
+def told(figures: dict[str, Any]) -> str:
+    """The figures of `load` in a line."""
+    line = (
+        f"{figures['tokens_per_second']:.0f} tok/s, API {figures['api_us_per_token']:.1f} us a token "
+        f"({figures['api_cores']:.2f} cores), ITL p50 {figures['itl_p50_ms']:.1f} p99 {figures['itl_p99_ms']:.1f} ms, "
+        f"TTFT p50 {figures['ttft_p50_ms']:.0f} p99 {figures['ttft_p99_ms']:.0f} ms, "
+        f"{figures['tokens_per_event']:.2f} tokens an event, busiest client {figures['busiest_client']:.2f} of a core"
+    )
+    if figures["all_running_after_s"] > figures["ramp_s"]:
+        line += f"; ALL RAN ONLY AFTER {figures['all_running_after_s']:.1f} s"
+    if figures["errors"]:
+        line += f"; {figures['errors']} errors: {figures['error']}"
+    return line
+
+
+def measure_bare(run: Run, checkpoints: dict[str, Checkpoint]) -> Iterator[list[str]]:
+    """The engine alone under the same load, where the section `engine` has not measured it."""
+    results = run.report.setdefault("engine", {})
+    for name, checkpoint in checkpoints.items():
+        left = [n for n in closed_loop_sizes(run) if f"d_k {VARIANTS[name]}, {n} streams" not in results]
+        if not left:
+            continue
+        run.need(10)
+        free(run)
+        dtype = "float32" if run.small else "bfloat16"
+        engine, ready = make_engine(run, checkpoint, dtype, requests=max(left))
+        for streams in left:
+            yield closed_loop(run, engine, VARIANTS[name], ready.vocab_size, streams)
+        del engine
+    free(run)
+
+
+def check_server(run: Run) -> Iterator[list[str]]:
+    """Dense and reduced on one card in turns: closed loops of 256 and 512 streams over HTTP, beside the bare engine."""
+    free(run)
+    sizes = closed_loop_sizes(run)
+    checkpoints = {name: large_checkpoint(run, FAMILIES[0], d_k) for name, d_k in VARIANTS.items()}
+    vocab = checkpoints["dense"].spec.vocab_size
+    results = run.report.setdefault("server", {})
+    yield from measure_bare(run, checkpoints)
+    server = serve(run, checkpoints, sizes[-1])
+    try:
+        began = time.monotonic()
+        server.wait_ready(*checkpoints)
+        yield ["server ready", "", f"after {time.monotonic() - began:.1f} s"]
+        text = {
+            "text": str(Path(__file__).parents[1] / TEXT),
+            "tokenizer": str(checkpoints["dense"].path / "tokenizer.json"),
+        }
+        kinds: list[tuple[str, int, dict[str, Any]]] = [(f"{n} streams", n, {}) for n in sizes]
+        kinds.append((f"{sizes[0]} streams, logprobs 5", sizes[0], {"fields": {"logprobs": 5}}))
+        kinds.append((f"{sizes[0]} streams, text", sizes[0], text | {"prompt": 8 if run.small else 64}))
+        # Twice in turns what the comparison stands on; once what is to show no special case.
+        plan = [(kind, name) for kind in kinds[:2] for _ in range(2) for name in VARIANTS]
+        plan += [(kind, name) for kind in kinds[2:] for name in VARIANTS]
+        for (label, streams, changes), name in plan:
+            run.need(sum(window(run, streams)) + 4)
+            figures = load(run, server, name, vocab, streams, **changes)
+            results.setdefault(f"{name}, {label}", []).append(figures)
+            details = told(figures)
+            base = run.report["engine"].get(f"d_k {VARIANTS[name]}, {streams} streams")
+            if base and not changes:
+                figures["over_engine"] = figures["tokens_per_second"] / base
+                details += f", {figures['over_engine']:.2f} of the bare engine"
+            good = run.check(figures["errors"] == 0, f"server {name}, {label}")
+            yield [f"server {name}, {label}", good, details]
+        yield from compare(run, [label for label, _, _ in kinds])
+    finally:
+        results["log"] = server.log.read_text()[-4000:]
+        server.stop(15)
+
+
+def compare(run: Run, labels: list[str]) -> Iterator[list[str]]:
+    """Reduced over dense, means of the rounds."""
+    results = run.report["server"]
+    for label in labels:
+        both = [results.get(f"{name}, {label}", []) for name in VARIANTS]
+        if all(both):
+            dense, reduced = (float(np.mean([f["tokens_per_second"] for f in rounds])) for rounds in both)
+            results[f"reduced over dense, {label}"] = reduced / dense
+            yield [f"reduced over dense, {label}", "", f"{reduced:.0f} / {dense:.0f} = {reduced / dense:.2f}"]
