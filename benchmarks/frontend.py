@@ -108,10 +108,10 @@ def measure(server: ServerProcess, streams: int, options: argparse.Namespace) ->
     task = Task(server.url, streams, options.model, VARIANT, options.tokens, options.logprobs, options.chat)
     clients = Clients(task, options.clients)
 
-    def spent() -> tuple[float, float, np.ndarray, float]:
-        engines = server.engines().values()
+    def spent() -> tuple[float, float, float, np.ndarray, float]:
+        engines = sum(cpu_seconds(engine.pid) for engine in server.engines().values())
         each = np.array([cpu_seconds(process.pid) for process in clients.processes])
-        return time.monotonic(), server.cpu_seconds(), each, sum(cpu_seconds(e.pid) for e in engines)
+        return time.monotonic(), server.cpu_seconds(), server.kernel_seconds(), each, engines
 
     try:
         clients.wait_warm()
@@ -127,10 +127,11 @@ def measure(server: ServerProcess, streams: int, options: argparse.Namespace) ->
     finally:
         clients.kill()
     seconds = end - begin
-    api, client, engine = (b - a for a, b in zip(before, after, strict=True))
+    api, kernel, client, engine = (b - a for a, b in zip(before, after, strict=True))
     tokens = float(seen["tokens"].sum())
     figures = {
         "api_us_per_token": 1e6 * api / tokens,
+        "kernel_us_per_token": 1e6 * kernel / tokens,
         "tokens_per_second": tokens / seconds,
         "chunks_per_token": len(seen["tokens"]) / tokens,
         "api_cores": api / seconds,
@@ -146,6 +147,7 @@ def measure(server: ServerProcess, streams: int, options: argparse.Namespace) ->
 
 COLUMNS = {
     "api_us_per_token": ("API us/token", ".1f"),
+    "kernel_us_per_token": ("the kernel's", ".1f"),
     "tokens_per_second": ("tokens/s", ".0f"),
     "chunks_per_token": ("chunks/token", ".2f"),
     "gaps_p50_ms": ("gap p50, ms", ".1f"),

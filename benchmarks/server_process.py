@@ -26,6 +26,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def kernel_seconds(pid: int) -> float:
+    """The part of `cpu_seconds` that the kernel took: what a process asked of it, above all to send and receive."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[12]) / os.sysconf("SC_CLK_TCK")
+
+
 class ServerProcess:
     """The process, its log, and a client.
 
@@ -113,6 +119,10 @@ class ServerProcess:
     def cpu_seconds(self) -> float:
         """Processor time of the API's processes so far."""
         return sum(map(cpu_seconds, self.api_processes()))
+
+    def kernel_seconds(self) -> float:
+        """The part of it that the kernel took."""
+        return sum(map(kernel_seconds, self.api_processes()))
 
     def stop(self, patience_s: float = 60.0) -> None:
         """Send SIGTERM, and SIGKILL after `patience_s` seconds."""

@@ -97,7 +97,7 @@ class Stream(asyncio.Protocol):
         events = (self._tail[1 - len(EVENT) :] + data).count(EVENT)
         request.events += [now] * events
         self._tail = (self._tail + data)[-TAIL:]
-        if b'"error":' in data:
+        if b'data: {"error":' in data:  # a token among the log-probabilities may be called so
             self._fail(data[-300:])
         elif self._tail.endswith(END):
             usage = re.search(rb'"completion_tokens":\s*(\d+)', self._tail)

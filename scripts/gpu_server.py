@@ -27,53 +27,29 @@ TEXT = "docs/api.md"
 """What prompts of real text are cut from."""
 
 
-def cpu_seconds(pid: int) -> float:
-    """Processor time of a process and all below it that are no engines: all that HTTP takes."""
-    parents: dict[int, int] = {}
-    times: dict[int, float] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            engine = b"server.engine.process" in (folder / "cmdline").read_bytes()
-        except OSError:  # it has ended
-            continue
-        parents[int(folder.name)] = int(fields[1])
-        # An engine's own children, and it, do not count.
-        times[int(folder.name)] = (
-            math.nan if engine else (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-        )
-
-    def counts(process: int) -> bool:
-        while process != pid:
-            if process not in parents or math.isnan(times[process]):
-                return False
-            process = parents[process]
-        return True
-
-    return sum(seconds for process, seconds in times.items() if counts(process))
-
-
 class CpuClock:
     """Processor time of a server's HTTP processes, looked at several times a second."""
 
-    def __init__(self, pid: int) -> None:
-        self._seen: list[tuple[float, float]] = []
+    def __init__(self, server: ServerProcess) -> None:
+        self._seen: list[tuple[float, float, float]] = []
         self._stop = Event()
-        self._thread = Thread(target=self._look, args=(pid,), daemon=True)
+        self._thread = Thread(target=self._look, args=(server,), daemon=True)
         self._thread.start()
 
-    def _look(self, pid: int) -> None:
+    def _look(self, server: ServerProcess) -> None:
         while not self._stop.wait(0.2):
-            self._seen.append((time.monotonic(), cpu_seconds(pid)))
+            self._seen.append((time.monotonic(), server.cpu_seconds(), server.kernel_seconds()))
 
-    def between(self, begin: float, end: float) -> float:
-        """Seconds from the first look in this time to the last one, for as long as all of it."""
+    def between(self, begin: float, end: float) -> tuple[float, float]:
+        """Seconds of this time, and those of them that the kernel took; of the time between the first look and the last
+        one in it, for as long as all of it."""
         self._stop.set()
         self._thread.join()
-        times = [when for when, _ in self._seen]
+        times = [when for when, *_ in self._seen]
         inside = self._seen[bisect_left(times, begin) : bisect_left(times, end)]
-        (first, before), (last, after) = inside[0], inside[-1]
-        return (after - before) * (end - begin) / (last - first)
+        (first, *before), (last, *after) = inside[0], inside[-1]
+        scale = (end - begin) / (last - first)
+        return (after[0] - before[0]) * scale, (after[1] - before[1]) * scale
 
 
 def serve(
@@ -131,7 +107,7 @@ def load(
         for process in processes:
             if process.stdout is None or process.stdout.readline() != "ready\n":
                 raise RuntimeError("a client did not start")
-        clock = CpuClock(server.process.pid)
+        clock = CpuClock(server)
         began = time.monotonic() + 0.5
         results = [json.loads(out) for out, _ in _told(processes, f"{began}\n")]
     finally:
@@ -139,7 +115,7 @@ def load(
             process.kill()
             process.wait()
     begin, end = began + ramp, began + ramp + seconds
-    api = clock.between(begin, end)
+    api, kernel = clock.between(begin, end)
     tokens = sum(r["tokens"] for r in results)
     times = [np.load(run.folder / f"client-{n}.npz") for n in range(clients)]
     gaps, first = (np.concatenate([t[name] for t in times]) for name in ("gaps", "first"))
@@ -154,6 +130,7 @@ def load(
         "ended": sum(r["ended"] for r in results),
         "api_cores": api / seconds,
         "api_us_per_token": 1e6 * api / max(tokens, 1),
+        "kernel_us_per_token": 1e6 * kernel / max(tokens, 1),
         "itl_p50_ms": milliseconds(gaps, 0.5),
         "itl_p99_ms": milliseconds(gaps, 0.99),
         "ttft_p50_ms": milliseconds(first, 0.5),
@@ -181,8 +158,8 @@ def _told(processes: list[subprocess.Popen[str]], line: str) -> list[tuple[str, 
 def told(figures: dict[str, Any]) -> str:
     """The figures of `load` in a line."""
     line = (
-        f"{figures['tokens_per_second']:.0f} tok/s, API {figures['api_us_per_token']:.1f} us a token "
-        f"({figures['api_cores']:.2f} cores), ITL p50 {figures['itl_p50_ms']:.1f} p99 {figures['itl_p99_ms']:.1f} ms, "
+        f"{figures['tokens_per_second']:.0f} tok/s, API {figures['api_us_per_token']:.1f} us a token, "
+        f"the kernel's {figures['kernel_us_per_token']:.1f} ({figures['api_cores']:.2f} cores), ITL p50 {figures['itl_p50_ms']:.1f} p99 {figures['itl_p99_ms']:.1f} ms, "
         f"TTFT p50 {figures['ttft_p50_ms']:.0f} p99 {figures['ttft_p99_ms']:.0f} ms, "
         f"{figures['tokens_per_event']:.2f} tokens an event, busiest client {figures['busiest_client']:.2f} of a core"
     )
