@@ -110,6 +110,10 @@ class Exchange:
             self.error = error
             self._finish()
 
+    def has(self, count: int) -> bool:
+        """Whether so many tokens wait, or all that will come before they are taken."""
+        return len(self._tokens) >= count or self._paused or self.finished
+
     def take(self) -> list[Token]:
         """All tokens that have come since the last call, possibly none. When there are no more, `error` may say why."""
         tokens, self._tokens = self._tokens, []
