@@ -16,7 +16,14 @@ from engines import Bench, generate, prompt, run, tokens_of
 from live_server import LiveServer, poll
 
 from server.api.http.unread import LEAST_TAKEN, CountingTransport, UnreadWatch
-from server.wire.exchange import TOKEN_BYTES, TOP_GROWTH, BrokenOutputError, Exchange
+from server.wire.exchange import (
+    MOST_TAKEN,
+    TOKEN_BYTES,
+    TOP_GROWTH,
+    BrokenOutputError,
+    EngineUnavailableError,
+    Exchange,
+)
 from server.wire.messages import Abort, Pause, Resume, Token
 
 CONFIG = {**GATED, "max_position_embeddings": 65536}
@@ -132,6 +139,30 @@ def test_what_came_before_an_error_is_there_to_be_taken(paused):
     e.close()
     e.close()
     assert told == [Pause(request_id="a")] * paused + ["finished", "closed"]
+
+
+def test_very_many_are_taken_in_parts_and_an_error_comes_after_the_last():
+    async def work():
+        woken, told = [], []
+        e = Exchange("a", "dense", lambda: woken.append(True), 0, told.append, lambda: None, lambda _: None)
+        for number in range(2 * MOST_TAKEN + 1):
+            e.put(token(number))
+        taken = []
+        for left in (True, True, False):
+            woken.clear()
+            part = e.take()
+            taken += part
+            await asyncio.sleep(0)
+            assert len(part) <= MOST_TAKEN and woken == [True] * left and e.error is None
+            assert told == [Pause(request_id="a")] + [Resume(request_id="a")] * (not left)
+        assert [t.token_id for t in taken] == list(range(2 * MOST_TAKEN + 1))
+        for number in range(MOST_TAKEN + 1):
+            e.put(token(number))
+        e.lose()
+        assert len(e.take()) == MOST_TAKEN and e.error is None
+        assert len(e.take()) == 1 and isinstance(e.error, EngineUnavailableError)
+
+    asyncio.run(work())
 
 
 def test_closing_early_has_the_engine_forget_the_request():
