@@ -160,8 +160,9 @@ def told(figures: dict[str, Any]) -> str:
     line = (
         f"{figures['tokens_per_second']:.0f} tok/s, API {figures['api_us_per_token']:.1f} us a token, the kernel's "
         f"{figures['kernel_us_per_token']:.1f} ({figures['api_cores']:.2f} cores), ITL p50 {figures['itl_p50_ms']:.1f} "
-        f"p99 {figures['itl_p99_ms']:.1f} ms, TTFT p50 {figures['ttft_p50_ms']:.0f} p99 {figures['ttft_p99_ms']:.0f} ms, "
-        f"{figures['tokens_per_event']:.2f} tokens an event, busiest client {figures['busiest_client']:.2f} of a core"
+        f"p99 {figures['itl_p99_ms']:.1f} ms, TTFT p50 {figures['ttft_p50_ms']:.0f} "
+        f"p99 {figures['ttft_p99_ms']:.0f} ms, {figures['tokens_per_event']:.2f} tokens an event, "
+        f"busiest client {figures['busiest_client']:.2f} of a core"
     )
     if figures["all_running_after_s"] > figures["ramp_s"]:
         line += f"; ALL RAN ONLY AFTER {figures['all_running_after_s']:.1f} s"

@@ -3,6 +3,7 @@
 Tokens wait here for whoever reads them. When too many wait, the engine is told to pause the request.
 """
 
+import asyncio
 from collections.abc import Callable
 
 from server.wire.messages import Abort, Failed, Input, Pause, Resume, Scored, StateSaved, Token
@@ -11,6 +12,8 @@ TOKEN_BYTES = 300
 """Bytes of memory that a token takes here while it waits for its reader, without alternatives."""
 TOP_GROWTH = 4
 """How much longer than packed alternatives the JSON is, about, that will be made of them."""
+MOST_TAKEN = 256
+"""Most tokens that are taken at once: what a slow reader has let wait must not keep others waiting."""
 
 Answer = Scored | StateSaved
 
@@ -33,6 +36,11 @@ class EngineUnavailableError(EngineError):
 
 class OutOfMemoryError(EngineUnavailableError):
     """The engine's device had no memory for the request. It goes on with the others."""
+
+
+def _size_of(token: Token) -> int:
+    """Bytes of memory that a waiting token takes."""
+    return TOKEN_BYTES if token.top is None else TOKEN_BYTES + TOP_GROWTH * len(token.top)
 
 
 class Exchange:
@@ -60,8 +68,6 @@ class Exchange:
         self.wake = wake
         self.finished = False
         """Whether nothing more is to come."""
-        self.error: EngineError | None = None
-        """Why nothing comes after the tokens that have come; None if that is not an error."""
         self.closed = False
         self._variant = variant
         self._most_unread = most_unread
@@ -69,6 +75,7 @@ class Exchange:
         self._on_finish = on_finish
         self._on_close = on_close
         self._answer: Answer | None = None
+        self._error: EngineError | None = None
         self._tokens: list[Token] = []
         self._waiting_bytes = 0
         """Size of the tokens that wait."""
@@ -84,9 +91,7 @@ class Exchange:
         if reason is not None:
             self._finish()
             return
-        self._waiting_bytes += TOKEN_BYTES
-        if token.top is not None:
-            self._waiting_bytes += TOP_GROWTH * len(token.top)
+        self._waiting_bytes += _size_of(token)
         if self._waiting_bytes > self._most_unread and not self._paused:
             self._paused = True
             self._tell(Pause(request_id=self.request_id))
@@ -107,22 +112,36 @@ class Exchange:
     def fail(self, error: EngineError) -> None:
         """Nothing more comes, for this reason; unless everything has come already."""
         if not self.finished:
-            self.error = error
+            self._error = error
             self._finish()
 
+    def has(self, count: int) -> bool:
+        """Whether so many tokens wait, or all that will come before they are taken."""
+        return len(self._tokens) >= count or self._paused or self.finished
+
     def take(self) -> list[Token]:
-        """All tokens that have come since the last call, possibly none. When there are no more, `error` may say why."""
+        """The tokens that have come since the last call, possibly none. Of very many the first ones, and `wake` is
+        called for the rest."""
         tokens, self._tokens = self._tokens, []
         self._waiting_bytes = 0
-        if self._paused and not self.finished:
+        if len(tokens) > MOST_TAKEN:
+            tokens, self._tokens = tokens[:MOST_TAKEN], tokens[MOST_TAKEN:]
+            self._waiting_bytes = sum(map(_size_of, self._tokens))
+            asyncio.get_running_loop().call_soon(self.wake)
+        if self._paused and not self.finished and self._waiting_bytes <= self._most_unread / 2:
             self._paused = False
             self._tell(Resume(request_id=self.request_id))
         return tokens
 
+    @property
+    def error(self) -> EngineError | None:
+        """Why there is nothing more to take; None if that is no error, or if there is."""
+        return None if self._tokens else self._error
+
     def answer(self) -> Answer:
-        """The answer that has come instead of tokens. Raises `error`."""
+        """The answer that has come instead of tokens. Raises the error that came in its place."""
         if self._answer is None:
-            raise self.error or RuntimeError(f"request {self.request_id} has not been answered")
+            raise self._error or RuntimeError(f"request {self.request_id} has not been answered")
         return self._answer
 
     def close(self) -> None:

@@ -98,6 +98,12 @@ class ScriptedExchange(Exchange):
             self.fail(e)
         self.wake()
 
+    def has(self, count: int) -> bool:
+        enough = super().has(count)
+        if not enough:
+            asyncio.get_running_loop().call_soon(self._bring)
+        return enough
+
     def take(self) -> list[Token]:
         tokens = super().take()
         if tokens and not self.finished:

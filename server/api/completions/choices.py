@@ -37,6 +37,7 @@ class Choices:
         saved = self.prompts.saved
         # A reader who keeps up leaves a token or two waiting. A whole answer takes each token as it comes.
         most_unread = self.settings.stream_buffer_bytes / len(self.messages)
+        interval = 1 if self.fields.stream_options is None else self.fields.stream_options.interval
         return [
             Generation(
                 self.places.variant,
@@ -47,6 +48,7 @@ class Choices:
                 saved_tokens=0 if saved is None else saved.header.tokens,
                 most_unread=most_unread,
                 on_sampled=self.places.leave,
+                interval=interval,
             )
             for message in self.messages
         ]

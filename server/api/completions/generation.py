@@ -69,6 +69,7 @@ class Generation:
         saved_tokens: how many tokens the saved state stands for that it goes on from.
         most_unread: bytes of tokens that may wait to be taken before the engine pauses.
         on_sampled: called once, when the engine is done with the request; or never, if it is never begun.
+        interval: how many tokens make a chunk, at least; the first one is a chunk, and fewer are if no more come.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Generation:
         saved_tokens: int = 0,
         most_unread: float = math.inf,
         on_sampled: Callable[[], None] = lambda: None,
+        interval: int = 1,
     ) -> None:
         self.variant = variant
         self.prompt_ids = message.token_ids
@@ -109,6 +111,7 @@ class Generation:
         self._observers = observers
         self._most_unread = most_unread
         self._on_sampled = on_sampled
+        self._interval = interval
         self._first: float | None = None
         """When the engine made the first token (`Token.at`)."""
         self._last: float | None = None
@@ -147,6 +150,8 @@ class Generation:
         a chunk without text. Once `finish_reason` is set, this was the last one, and `error` may say why."""
         text, exchange = "", self._exchange
         if exchange is not None:
+            if self.token_ids and not exchange.has(self._interval):
+                return NOTHING
             if tokens := exchange.take():
                 text = self._add(tokens)
             if exchange.error is not None and self.finish_reason is None:

@@ -152,6 +152,15 @@ class StreamOptions(Fields):
     continuous_usage_stats: Annotated[bool | None, Field(description="The usage so far in every chunk.")] = (
         False
     )
+    stream_interval: Annotated[
+        int | None,
+        Field(ge=1, le=1000, description="Tokens in a chunk, at least; fewer in the first and in the last."),
+    ] = 1
+
+    @property
+    def interval(self) -> int:
+        """`stream_interval`, or its default where it is null."""
+        return 1 if self.stream_interval is None else self.stream_interval
 
 
 class ChoiceFields(SamplingFields):

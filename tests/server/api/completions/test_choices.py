@@ -348,6 +348,19 @@ def test_continuous_usage_is_exact_for_several_choices(api):
     assert all(c["usage"]["prompt_tokens"] == 2 for c in chunks)
 
 
+def test_an_interval_is_of_each_choice(api, script):
+    script.queue += [ids("abcdefg"), ids("ABCDEFG")]
+    chunks = events(api, n=2, max_tokens=7, logprobs=0, stream_options={"stream_interval": 4})
+    for index, texts in enumerate((["a", "bcde", "fg", ""], ["A", "BCDE", "FG", ""])):
+        own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
+        assert [c["text"] for c in own] == texts
+        assert ["".join(c["logprobs"]["tokens"]) for c in own] == texts
+    for bad in (0, 1001, "2", 1.5):
+        assert "stream_interval" in refused(
+            api, "stream_options", stream=True, stream_options={"stream_interval": bad}
+        )
+
+
 def test_a_token_looks_up_no_series(api, script, monkeypatch):
     """Looking one up by its labels takes longer than all else that is measured of a token."""
     looked_up = []

@@ -18,8 +18,9 @@ from server.api.http.events import pushed, sse
 from server.api.serving.metrics import Metrics
 from server.api.serving.service import Origin
 from server.text.detokenizer import TokenTexts
+from server.wire import exchange
 from server.wire.client import EngineClient
-from server.wire.exchange import BrokenOutputError, EngineUnavailableError
+from server.wire.exchange import TOKEN_BYTES, BrokenOutputError, EngineUnavailableError
 from server.wire.messages import (
     Abort,
     Answers,
@@ -82,8 +83,14 @@ class Case:
 
     def __init__(self, seed):
         draw = self.draw = random.Random(seed)
+        self.options = StreamOptions(
+            include_usage=draw.random() < 0.5,
+            continuous_usage_stats=draw.random() < 0.3,
+            stream_interval=draw.choice([None, 1, 1, 2, 7]),
+        )
         self.fields = CompletionRequest(
             model="dense",
+            stream_options=self.options,
             prompt="x",
             stream=True,
             n=draw.choice([1, 1, 2, 5]),
@@ -94,9 +101,7 @@ class Case:
             min_tokens=draw.choice([0, 0, 1]),
             skip_special_tokens=draw.random() < 0.7,
         )
-        self.options = StreamOptions(
-            include_usage=draw.random() < 0.5, continuous_usage_stats=draw.random() < 0.3
-        )
+        self.buffer = draw.choice([100, 5000, 10**6])
         self.ids = [f"r{index}" for index in range(self.fields.choices_each)]
         self.tokens = {request_id: self._tokens(request_id) for request_id in self.ids}
 
@@ -152,7 +157,7 @@ class Case:
             d_k=16,
         )
         places = SimpleNamespace(variant=variant, leave=lambda: None)
-        settings = SimpleNamespace(stream_buffer_bytes=self.draw.choice([100, 5000, 10**6]))
+        settings = SimpleNamespace(stream_buffer_bytes=self.buffer)
         return Choices(
             places, self.fields, Prompts([[1, 2]]), messages, Origin("completions", 0, 0, b""), [], settings
         )
@@ -235,7 +240,9 @@ def events_of(data):
 
 @pytest.mark.parametrize("connected", [False, True])
 @pytest.mark.parametrize("seed", range(80))
-def test_a_stream_is_the_whole_answer_however_it_is_cut(seed, connected):
+def test_a_stream_is_the_whole_answer_however_it_is_cut(monkeypatch, seed, connected):
+    monkeypatch.setattr(exchange, "MOST_TAKEN", 2 if seed % 3 == 0 else 256)
+
     async def work():
         case, engine, metrics = make(seed)
         expected, usage = await whole(case, engine, metrics)
@@ -303,15 +310,25 @@ def test_what_came_before_an_error_is_told_and_nothing_after_it(seed, connected)
 
 
 @pytest.mark.parametrize("connected", [False, True])
-def test_tokens_of_several_steps_that_wait_are_one_chunk(connected):
+@pytest.mark.parametrize(
+    ("interval", "buffer", "steps", "texts"),
+    [
+        (1, 10**6, [1, 1, 4, 3], ["a", "b", "cdef", "ghi", ""]),  # several that wait are one chunk
+        (3, 10**6, [1] * 9, ["a", "bcd", "efg", "hi", ""]),
+        (3, 10**6, [2, 2, 5], ["ab", "cdefghi", ""]),
+        (9, 10**6, [1] * 9, ["a", "bcdefghi", ""]),
+        (9, TOKEN_BYTES, [1] * 9, ["a", "bc", "de", "fg", "hi", ""]),  # a paused engine would wait for ever
+    ],
+)
+def test_a_chunk_has_as_many_tokens_as_wait_or_as_were_asked_for(connected, interval, buffer, steps, texts):
     async def work():
         case, engine, metrics = make(1)
-        case.fields = CompletionRequest(model="dense", prompt="x", stream=True, max_tokens=9)
-        case.ids, case.options = ["r"], StreamOptions()
+        options = StreamOptions(stream_interval=interval)
+        fields = {"model": "dense", "prompt": "x", "max_tokens": 9, "stream": True}
+        case.fields, case.options = CompletionRequest(**fields, stream_options=options), options
+        case.ids, case.buffer = ["r"], buffer
         ids = TOKENIZER.encode("abcdefghi").ids
-        case.tokens = {
-            "r": [Token("r", i, float(n), "length" if n == 8 else None) for n, i in enumerate(ids)]
-        }
+        left = [Token("r", i, float(n), "length" if n == 8 else None) for n, i in enumerate(ids)]
         reader, sent = Reader(), []
 
         async def read():
@@ -323,14 +340,14 @@ def test_tokens_of_several_steps_that_wait_are_one_chunk(connected):
 
         reading = asyncio.create_task(read())
         await engine.asked.get()
-        for together in (1, 1, 4, 3):  # the loop comes round after so many steps
+        for together in steps:  # the loop comes round after so many
             for _ in range(together):
-                engine.step([case.tokens["r"].pop(0)])
+                engine.step([left.pop(0)])
             for _ in range(3):
                 await asyncio.sleep(0)
         await reading
         events = events_of(b"".join(sent + reader.pieces))
-        assert [e["choices"][0]["text"] for e in events] == ["a", "b", "cdef", "ghi", ""]
+        assert [e["choices"][0]["text"] for e in events] == texts
 
     asyncio.run(work())
 
