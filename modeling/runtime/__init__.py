@@ -4,8 +4,8 @@ Each kind of machine has a folder or a file here, and in it each kind of layer h
 what it does not know; it never computes a model otherwise than `Model.forward` says.
 """
 
-from modeling.runtime.choice import compile_model
+from modeling.runtime.choice import compile_model, prepare
 from modeling.runtime.interface import Runtime, UnavailableError
 from modeling.runtime.torch import TorchRuntime
 
-__all__ = ["Runtime", "TorchRuntime", "UnavailableError", "compile_model"]
+__all__ = ["Runtime", "TorchRuntime", "UnavailableError", "compile_model", "prepare"]

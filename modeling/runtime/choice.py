@@ -1,6 +1,8 @@
 """Which runtime a model gets."""
 
+import contextlib
 import logging
+from threading import Thread
 
 import torch
 
@@ -23,6 +25,18 @@ def compile_model(model: Model) -> Runtime:
     except UnavailableError as e:
         logger.warning("decoding by plain torch operations, several times slower than compiled: %s", e)
         return TorchRuntime(model)
+
+
+def prepare(device: torch.device) -> None:
+    """Begin to import, in a thread, what `compile_model` needs for a model there. On a GPU that takes seconds, in which
+    the model's weights can be read."""
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):  # `compile_model` will say so
+            import modeling.runtime.gpu.fla_rule  # noqa: F401
+
+    if device.type == "cuda":
+        Thread(target=load, name="imports", daemon=True).start()
 
 
 def _on_cpu(model: Model) -> Runtime:

@@ -17,7 +17,7 @@ import zmq
 from lowkey.words import writable
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
-from modeling.runtime import Runtime, compile_model
+from modeling.runtime import Runtime, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
 from modeling.spec import STATE_DTYPES, StateTypes
 from modeling.state import StatePool
@@ -105,6 +105,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     dtype = pick_dtype(config, device.name)
     weights = weights_of(checkpoint, dtype)
     check_weights(config, device, weights)
+    prepare(device.torch_device)
     runtime = compile_model(checkpoint.load(dtype=dtype, device=device.torch_device))
     prefill_tokens = pick_prefill_tokens(config, device.name)
     pool, plan, graphs = _plan(config, device, runtime, dtype, weights, prefill_tokens)
