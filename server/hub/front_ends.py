@@ -20,6 +20,8 @@ MAX_BACKOFF_S = 30.0
 """The longest wait before a front end is started again. The first is none, and then each is twice the one before."""
 HEALTHY_AFTER_S = 60.0
 """A front end that was up for this long is started again at once, however often it has died before."""
+BACKLOG = 2048
+"""Connections that may wait to be accepted by a front end; uvicorn's own number."""
 STOP_S = 15.0
 """How long front ends may take to end once they have been told to."""
 
@@ -45,6 +47,8 @@ class FrontEnds:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = False
         self._server = LinkServer(self._address, self._join, hub.ask, self._told)
+        for one in (one for sockets in listening for one in sockets):
+            one.listen(BACKLOG)  # now, so that nobody is refused whose front end is yet to come
 
     @property
     def complete(self) -> bool:
