@@ -16,7 +16,8 @@ from torch import Tensor
 from modeling.layers import DeltaMixer
 from modeling.ops import RuleInputs, reference_gated_delta_rule
 from modeling.runtime.gpu import delta as step_module
-from modeling.runtime.gpu.delta import delta_heads, delta_step
+from modeling.runtime.gpu.delta import delta_step
+from modeling.runtime.gpu.prefill import delta_gates, delta_heads, normed_output
 from modeling.spec import DeltaSpec
 from modeling.state import DeltaState
 
@@ -127,7 +128,8 @@ def check_step(run: Run) -> Iterator[list[str]]:
 
 @torch.inference_mode()
 def compare_inputs(run: Run, spec: DeltaSpec, dtype: torch.dtype) -> dict[str, float]:
-    """The prompt's convolution on packed, ragged sequences with a history, against the plain one in float64."""
+    """Convolution (packed, ragged sequences with a history), gates and gated norm of prompts against the plain ones in
+    float64."""
     torch.manual_seed(spec.d_k)
     lengths = [1, 3, 66] if run.small else [1, 2, 64, 130, 600]
     offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
@@ -137,26 +139,39 @@ def compare_inputs(run: Run, spec: DeltaSpec, dtype: torch.dtype) -> dict[str, f
     history = torch.randn(
         len(lengths), spec.conv_channels, spec.conv_kernel - 1, device=run.device, dtype=dtype
     )
-    expected = exact_mixer(mixer).heads(qkv.double(), offsets, history.double())
-    made = delta_heads(mixer, qkv, offsets, history)
+    exact = exact_mixer(mixer)
+    expected = exact.heads(qkv.double(), offsets, history.double())
+    slots = torch.arange(len(lengths), device=run.device)
+    made = delta_heads(mixer, projected, offsets, history, slots)
     errors = {name: error(a, b) for name, a, b in zip("qkv", made, expected, strict=False)}
+    _, gate, *gates_in = projected.double().split(spec.in_proj_sizes, dim=-1)
+    for name, a, b in zip(("beta", "g"), delta_gates(mixer, projected), exact.gates(*gates_in), strict=True):
+        if a is not None:
+            errors[name] = error(a, b)
+    o = torch.randn_like(made[2])
+    errors["norm"] = error(normed_output(mixer, o, projected), exact.gated_norm(o.double(), gate))
     return errors | {"history": float(not torch.equal(made[3].double(), expected[3]))}
 
 
 def check_inputs(run: Run) -> Iterator[list[str]]:
-    """The convolution kernel of prompts on random shapes."""
+    """The kernels of ours that prompts take, on random shapes."""
     bad, worst = 0, 0.0
     for spec, dtype, _ in itertools.islice(shapes(run.small), 0, None, 2):
         run.need(3)
         errors = compare_inputs(run, spec, dtype)
-        run.report.setdefault("kernels", {})[f"prompt convolution d_k {spec.d_k} {str(dtype)[6:]}"] = errors
-        share = max(errors[x] for x in "qkv") / KERNEL_TOLERANCE[dtype]
+        run.report.setdefault("kernels", {})[f"prompt kernels d_k {spec.d_k} {str(dtype)[6:]}"] = errors
+        exact = {"beta", "g"}  # float32 whatever the dtype is
+        share = max(
+            e / KERNEL_TOLERANCE[torch.float32 if name in exact else dtype]
+            for name, e in errors.items()
+            if name != "history"
+        )
         worst = max(worst, share)
         if share >= 1 or errors["history"]:
             bad += 1
-            name = f"prompt convolution d_k {spec.d_k}"
+            name = f"prompt kernels d_k {spec.d_k}"
             yield [name, run.check(False, name), str(errors)]
-    yield ["prompt convolution, all shapes", "FAIL" if bad else "ok", f"worst {worst:.2f} of tolerance"]
+    yield ["prompt kernels, all shapes", "FAIL" if bad else "ok", f"worst {worst:.2f} of tolerance"]
 
 
 def rule_shapes(run: Run) -> Iterator[tuple[bool, int, int, int, int]]:

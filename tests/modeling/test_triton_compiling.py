@@ -45,9 +45,10 @@ def test_fla_would_tune_what_was_measured(said):
 
 
 def test_each_kernel_of_a_model_is_compiled_once_and_launched_never(said):
-    assert said[0]["compiled"] == sorted([*FLA, "convolve_packed", "mixer_step", "rms_norm", "swiglu"])
+    ours = ["convolve_packed", "gated_norm", "gates", "mixer_step", "rms_norm", "swiglu"]
+    assert said[0]["compiled"] == sorted([*FLA, *ours])
     assert said[0]["again"] == [], "they are kept"
-    assert "9 kernels are ready after" in said[1]
+    assert "11 kernels are ready after" in said[1]
 
 
 def test_all_configurations_of_a_kernel_that_is_tuned_are_compiled(said):
@@ -61,6 +62,18 @@ def test_a_configuration_that_fla_does_not_have_leaves_the_kernel_to_its_tuning(
 
 def test_a_kernel_that_does_not_compile_says_so_when_it_is_launched(said):
     assert said[0]["launched"] == ["CompilationError"]
+
+
+def test_our_launches_of_fla_s_kernels_are_fla_s_own():
+    result = subprocess.run(
+        [sys.executable, SUPPORT / "fla_launches.py"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [sorted(line.split()) for line in result.stdout.splitlines()] == [FLA] * 3
 
 
 def test_an_engine_imports_neither_models_of_fla_nor_the_compiler_of_torch():

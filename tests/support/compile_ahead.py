@@ -41,11 +41,16 @@ class Driver:
         launchers.append(metadata.name)
 
 
-def main() -> None:
+def pretend_h100() -> None:
+    """Before fla is imported."""
     driver.set_active(Driver())
     torch.cuda.get_device_name = lambda *_: "NVIDIA H100"
     torch.cuda.get_device_capability = lambda *_: (9, 0)
     torch.cuda.device_count = lambda: 1
+
+
+def main() -> None:
+    pretend_h100()
 
     from specs import mixer_spec
 

@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from modeling.model import Model
 from modeling.ops import chunked_gated_delta_rule
-from modeling.runtime.gpu import delta, mlp, norms
+from modeling.runtime.gpu import delta, mlp, norms, prefill
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import StatePool
@@ -61,7 +61,8 @@ class Caught:
 
 def main() -> None:
     for module, names in (
-        (delta, ["convolve_packed", "mixer_step"]),
+        (delta, ["mixer_step"]),
+        (prefill, ["convolve_packed", "gated_norm", "gates"]),
         (norms, ["rms_norm"]),
         (mlp, ["swiglu"]),
     ):
@@ -83,13 +84,11 @@ def main() -> None:
         for p in model.parameters():
             if p.ndim == 2:
                 p.data = p.data.bfloat16()
-        projected = torch.zeros(70, sum(spec.in_proj_sizes), dtype=torch.bfloat16)
-        state = torch.zeros(2, spec.conv_channels, 3, dtype=torch.bfloat16)
-        for before in (None, state):
-            delta.delta_heads(model.deltas[0], projected[:, : spec.conv_channels], [0, 3, 70], before)
         types = StateTypes(torch.bfloat16 if gated else torch.float32, torch.bfloat16)
         pool = StatePool(model.spec, 2, types=types)
-        GpuRuntime(model, chunked_gated_delta_rule).decode(torch.arange(2), pool, torch.arange(2))
+        runtime = GpuRuntime(model, chunked_gated_delta_rule)
+        runtime.prefill(torch.zeros(70, dtype=torch.long), [0, 3, 70], pool, torch.arange(2))
+        runtime.decode(torch.arange(2), pool, torch.arange(2))
 
 
 if __name__ == "__main__":

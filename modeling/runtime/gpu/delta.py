@@ -1,20 +1,15 @@
-"""The (gated) delta rule mixer by Triton kernels.
+"""A decode step of the (gated) delta rule mixer by a Triton kernel.
 
-A decode step is bound by memory: per request and layer it reads and writes the recurrent state once (`num_v_heads *
+It is bound by memory: per request and layer it reads and writes the recurrent state once (`num_v_heads *
 d_k * d_v` elements), and everything else it touches is a few percent of that.
 """
-
-from collections.abc import Sequence
 
 import torch
 import triton
 from torch import Tensor
 
 from modeling.layers import L2_EPS, DeltaMixer
-from modeling.ops import GatedDeltaRule, RuleInputs
-from modeling.runtime.gpu.kernels.delta import convolve_packed, mixer_step
-from modeling.runtime.gpu.packing import packing
-from modeling.spec import TOKEN_BLOCK
+from modeling.runtime.gpu.kernels.delta import mixer_step
 from modeling.state import DeltaState
 
 TILES = {4: 16384, 2: 8192}
@@ -72,70 +67,7 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     return out
 
 
-def delta_heads(
-    mixer: DeltaMixer, qkv: Tensor, cu_seqlens: Sequence[int], state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`DeltaMixer.heads` by one Triton kernel: not differentiable, arithmetic in float32, q, k and v in qkv's dtype.
-
-    In plain torch the convolution of a packed batch is a dozen passes over `[tokens, channels]` in float32, more bytes
-    than all the rest of a layer moves. Here each input is read once (and again from the cache, for each tap), and what
-    is written is what the rule reads: q and k normalised, each in a tensor of its own.
-
-    Raises:
-        ValueError: float64 tensors, whose precision the kernel would silently lose.
-    """
-    if qkv.dtype == torch.float64:
-        raise ValueError("the Triton convolution computes in float32; for float64 use the torch runtime")
-    s = mixer.spec
-    tokens, channels = qkv.shape
-    packed = packing(cu_seqlens, qkv.device)
-    after = qkv.new_empty(len(cu_seqlens) - 1, channels, s.conv_kernel - 1)
-    out = qkv.new_empty(tokens * channels)
-    convolve_packed[(len(packed.chunks), 2 * s.num_k_heads + s.num_v_heads)](
-        qkv,
-        None if state is None else state.transpose(1, 2).contiguous(),  # a row of channels is one wide load
-        after,
-        out,
-        mixer.conv.weight,
-        mixer.conv.bias,
-        packed.offsets,
-        packed.chunks,
-        tokens,
-        qkv.stride(0),
-        s.d_k,
-        L2_EPS,
-        num_k_heads=s.num_k_heads,
-        num_v_heads=s.num_v_heads,
-        d_v=s.d_v,
-        taps=s.conv_kernel,
-        chunk=TOKEN_BLOCK,
-        block=triton.next_power_of_2(max(s.d_k, s.d_v)),
-    )
-    q, k, v = out.split([tokens * s.key_dim, tokens * s.key_dim, tokens * s.value_dim])
-    q, k = q.view(tokens, s.num_k_heads, s.d_k), k.view(tokens, s.num_k_heads, s.d_k)
-    return q, k, v.view(tokens, s.num_v_heads, s.d_v), after
-
-
 def add_delta(mixer: DeltaMixer, x: Tensor, normed: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
     """x `[B, hidden]` plus the mixer's decode step of `normed`, in x's memory; the states move on in place."""
     y = delta_step(mixer, mixer.in_proj(normed), state, slots)
     return x.addmm_(y, mixer.o_proj.weight.t())
-
-
-def delta_prefill(
-    mixer: DeltaMixer,
-    x: Tensor,
-    cu_seqlens: Sequence[int],
-    state: DeltaState,
-    slots: Tensor,
-    rule: GatedDeltaRule,
-) -> Tensor:
-    """`DeltaMixer.prefill` with `delta_heads` and the given rule."""
-    before = state.gather(slots)
-    qkv, gate, beta_in, decay_in = mixer.project(x)
-    q, k, v, conv = delta_heads(mixer, qkv, cu_seqlens, before.conv)
-    beta, g = mixer.gates(beta_in, decay_in)
-    o, recurrent = rule(RuleInputs(q, k, v, g, beta, mixer.spec.d_k**-0.5, cu_seqlens, before.recurrent))
-    state.scatter(slots, DeltaState(recurrent, conv))
-    y: Tensor = mixer.o_proj(mixer.gated_norm(o, gate))
-    return y

@@ -7,11 +7,14 @@ it always does, and keeps what it found on disk beside the kernels.
 """
 
 import logging
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from triton import Config
-from triton.runtime.autotuner import Autotuner
+from triton.runtime.autotuner import Autotuner, Heuristics
 
 logger = logging.getLogger("lowkey.modeling")
 
@@ -40,16 +43,69 @@ Tuned = dict[str, list[Config]]
 """Names of kernels, and the configurations that are tried at their first launch."""
 
 
+def _unmarked(function: Any = None, *_: Any, **__: Any) -> Any:
+    """In the place of torch's decorators while fla is imported."""
+    return (lambda decorated: decorated) if function is None else function
+
+
+def _kernel(name: str) -> Any:
+    """One of `KERNELS` with what decorators have wrapped around it. Raises ImportError where this version of fla has no
+    such kernel."""
+    # fla marks what torch.compile is to leave alone, and a few functions that it is to compile. That alone imports all
+    # of torch's compiler, 1.5 s of each engine's start, and no engine uses it.
+    with patch.object(torch.compiler, "disable", _unmarked), patch.object(torch, "compile", _unmarked):
+        module = import_module(KERNELS[name])
+    if not hasattr(module, name):
+        raise ImportError(f"this version of fla has no {name}")
+    return getattr(module, name)
+
+
 def tuner(name: str) -> Autotuner | None:
     """What chooses the configuration of one of `KERNELS`, somewhere within what decorators have wrapped around it; None
     where this version of fla has no such kernel."""
     try:
-        kernel: Any = getattr(import_module(KERNELS[name]), name, None)
+        kernel = _kernel(name)
     except ImportError:
         return None
     while kernel is not None and not isinstance(kernel, Autotuner):
         kernel = getattr(kernel, "fn", None)
     return kernel
+
+
+class Launcher:
+    """Launches one of `KERNELS`: as fla does, but where it has one configuration, past all that chooses one at every
+    launch, which takes the host as long as the launch itself.
+
+    Raises:
+        ImportError: this version of fla has no such kernel, or does not tune it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._kernel = kernel = _kernel(name)
+        self._flags: dict[str, Callable[[dict[str, Any]], Any]] = {}
+        chooser = tuner(name)
+        if chooser is None:
+            raise ImportError(f"this version of fla does not tune {name}")
+        self._tuner = chooser
+        while kernel is not chooser:
+            if isinstance(kernel, Heuristics):
+                self._flags |= kernel.values
+            kernel = kernel.fn
+
+    def __call__(self, grid: Any, **arguments: Any) -> None:
+        """Launch it.
+
+        Args:
+            grid: programs along each axis, or a function that gives them for a configuration.
+            arguments: all of the kernel's but those that its configurations and flags set.
+        """
+        configs = self._tuner.configs
+        if len(configs) > 1:
+            self._kernel[grid](**arguments)
+            return
+        for flag, value in self._flags.items():
+            arguments[flag] = value(arguments)
+        self._tuner.fn[grid](**arguments, **configs[0].all_kwargs())
 
 
 def use_fixed(capability: tuple[int, int]) -> Tuned:

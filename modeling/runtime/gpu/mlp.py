@@ -15,5 +15,5 @@ def add_mlp(mlp: MLP, x: Tensor, normed: Tensor) -> Tensor:
     z = mlp.in_proj(normed)
     rows, size = z.shape[0], z.shape[1] // 2
     out = z.new_empty(rows, size)
-    swiglu[(triton.cdiv(size, BLOCK), rows)](z, out, size, block=BLOCK)
+    swiglu[(rows, triton.cdiv(size, BLOCK))](z, out, size, block=BLOCK)
     return x.addmm_(out, mlp.out_proj.weight.t())

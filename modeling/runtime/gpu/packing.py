@@ -1,5 +1,6 @@
 """Where packed sequences lie, as a GPU's kernels want to know it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,24 +17,28 @@ class Packing:
     """Where packed sequences lie, int64 on the device.
 
     `offsets` `[sequences + 1]` are `cu_seqlens`; `chunks` `[n, 2]` has a row for each piece of up to `TOKEN_BLOCK`
-    tokens of each sequence: the sequence, and which of its pieces it is."""
+    tokens of each sequence: the sequence, and which of its pieces it is. `chunk_offsets` `[sequences + 1]` say where
+    the rows of each sequence begin and end."""
 
     offsets: Tensor
     chunks: Tensor
+    chunk_offsets: Tensor
 
 
 def packing(cu_seqlens: Sequence[int], device: torch.device) -> Packing:
-    """The same object for all layers of a batch: fla keeps what it derives from a tensor while that lives."""
+    """The same object for all layers of a batch."""
     return _packing(tuple(cu_seqlens), device)
 
 
 @lru_cache(maxsize=8)
 def _packing(cu_seqlens: tuple[int, ...], device: torch.device) -> Packing:
-    rows = [
-        (sequence, chunk)
-        for sequence in range(len(cu_seqlens) - 1)
-        for chunk in range(-(-(cu_seqlens[sequence + 1] - cu_seqlens[sequence]) // TOKEN_BLOCK))
-    ]
-    # Kept from call to call, so they must not be inference tensors, which autograd refuses.
-    with torch.inference_mode(False):
-        return Packing(upload(torch.tensor(cu_seqlens), device), upload(torch.tensor(rows), device))
+    rows: list[tuple[int, int]] = []
+    starts = [0]
+    for sequence, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
+        rows += [(sequence, chunk) for chunk in range(-(-(end - begin) // TOKEN_BLOCK))]
+        starts.append(len(rows))
+    # Each in memory of its own: where a slice of a longer tensor begins would decide which kernel Triton compiles.
+    offsets, chunks, chunk_offsets = (
+        upload(torch.tensor(values), device) for values in (cu_seqlens, rows, starts)
+    )
+    return Packing(offsets, chunks, chunk_offsets)

@@ -1,4 +1,4 @@
-"""A model on an NVIDIA GPU: Triton kernels for decode steps, a chunk kernel for prompts."""
+"""A model on an NVIDIA GPU: Triton kernels for decode steps and for what surrounds the chunk kernels of prompts."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,20 +8,21 @@ from modeling.layers import MLP, DeltaMixer
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule
 from modeling.runtime.gpu.compiling import compile_ahead
-from modeling.runtime.gpu.delta import add_delta, delta_prefill
+from modeling.runtime.gpu.delta import add_delta
 from modeling.runtime.gpu.mlp import add_mlp
 from modeling.runtime.gpu.norms import normed
+from modeling.runtime.gpu.prefill import add_delta_prefill
 from modeling.runtime.interface import UnavailableError
 from modeling.runtime.torch import TorchRuntime
 from modeling.state import LayerState
 
 MIXERS: dict[type, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    DeltaMixer: (delta_prefill, add_delta)
+    DeltaMixer: (add_delta_prefill, add_delta)
 }
-"""What runs each kind of mixer: its prefill, and what adds its decode step to the residual."""
+"""What adds each kind of mixer to the residual: its prefill, and its decode step."""
 
 FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLP: add_mlp}
-"""What adds each kind of feed-forward to the residual in a decode step."""
+"""What adds each kind of feed-forward to the residual."""
 
 
 class GpuRuntime(TorchRuntime):
@@ -55,10 +56,9 @@ class GpuRuntime(TorchRuntime):
         self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor
     ) -> Tensor:
         block = self._blocks[layer]
-        prefill, _ = MIXERS[type(block.mixer)]
-        x = x + prefill(block.mixer, block.mixer_norm(x), cu_seqlens, state, slots, self._rule)
-        y: Tensor = block.ffn(block.ffn_norm(x))
-        return x + y
+        add_prefill, _ = MIXERS[type(block.mixer)]
+        x = add_prefill(block.mixer, x, normed(block.mixer_norm, x), cu_seqlens, state, slots, self._rule)
+        return FEED_FORWARDS[type(block.ffn)](block.ffn, x, normed(block.ffn_norm, x))
 
     def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         block = self._blocks[layer]

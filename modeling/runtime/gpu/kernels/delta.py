@@ -1,5 +1,5 @@
-"""Triton kernels of the (gated) delta rule mixer, for a decode step and for a prompt; `modeling.runtime.gpu.delta`
-launches them and says what they compute.
+"""Triton kernels of the (gated) delta rule mixer, for a decode step and for prompts; `modeling.runtime.gpu.delta` and
+`prefill` launch them and say what they compute.
 
 The state of a key head's value heads belongs to one program: they take turns in it, so that nobody else reads the
 convolution's history of q and k while it moves on. A state is worked on in columns `[d_k, block_v]` held in registers;
@@ -41,6 +41,14 @@ def _move_on(window, history, channels, mask, taps: tl.constexpr, columns: tl.co
     j = tl.arange(0, columns)[None, None, :]
     target = history + channels * (taps - 1) + j - 1
     tl.store(target, window.to(history.dtype.element_ty), mask=mask & (j > 0) & (j < taps))
+
+
+@triton.jit
+def _log_decay(decay_in, shift, log_rate):
+    """The logarithm of the decay: minus the rate times softplus."""
+    x = decay_in.to(tl.float32) + shift
+    softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))  # no exp of it overflows
+    return -tl.exp(log_rate) * softplus
 
 
 @triton.jit
@@ -129,9 +137,7 @@ def mixer_step(
                 if has_beta:
                     beta = tl.sigmoid(beta_in.to(tl.float32)) * beta_scale
                 if has_decay:
-                    x = decay_in.to(tl.float32) + shift
-                    softplus = tl.where(x > 20.0, x, tl.log(1.0 + tl.exp(x)))
-                    decay = tl.exp(-tl.exp(log_rate) * softplus)
+                    decay = tl.exp(_log_decay(decay_in, shift, log_rate))
             if group == 0 and block == 0:
                 qk, qk_window = _convolve(
                     qk_old, qk_new, qk_weight, conv_bias, qk_channels, qk_mask, taps, columns
@@ -167,8 +173,9 @@ def mixer_step(
 
 @triton.jit(do_not_specialize=["tokens"])
 def convolve_packed(
-    x,  # [tokens, channels], rows `q | k | v`
-    before,  # [sequences, taps - 1, channels], or None for zeros
+    x,  # [tokens, at least channels], rows that begin with `q | k | v`
+    before,  # [slots, channels, taps - 1]
+    slots,  # [sequences]
     after,  # [sequences, channels, taps - 1]
     out,  # q and k [tokens, num_k_heads, d_k] and v [tokens, num_v_heads, d_v], one after the other
     weight,  # [channels, taps]
@@ -200,6 +207,7 @@ def convolve_packed(
     channel = tl.where(is_v, 2 * key_dim + v_head * d_v, part * d_k) + tl.arange(0, block)
     mask = tl.arange(0, block) < width
     channels = 2 * key_dim + value_dim
+    history = before + tl.load(slots + sequence) * channels * (taps - 1)
     t = begin + first + tl.arange(0, chunk)
     y = tl.zeros([chunk, block], tl.float32)
     for j in tl.static_range(taps):
@@ -210,16 +218,14 @@ def convolve_packed(
             mask=inside[:, None] & mask[None, :],
             other=0.0,
         ).to(tl.float32)
-        if before is not None:  # noqa: SIM102 (known when compiled, unlike the next)
-            if first == 0:
-                outside = (source < begin) & (t < end)
-                row = sequence * (taps - 1) + source - begin + (taps - 1)
-                old = tl.load(
-                    before + row[:, None] * channels + channel[None, :],
-                    mask=outside[:, None] & mask[None, :],
-                    other=0.0,
-                )
-                value += old.to(tl.float32)
+        if first == 0:
+            outside = (source < begin) & (t < end)
+            old = tl.load(
+                history + (source - begin + (taps - 1))[:, None] + channel[None, :] * (taps - 1),
+                mask=outside[:, None] & mask[None, :],
+                other=0.0,
+            )
+            value += old.to(tl.float32)
         y += value * tl.load(weight + channel * taps + j, mask=mask, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
         y += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[None, :]
@@ -239,8 +245,75 @@ def convolve_packed(
         for j in tl.static_range(taps - 1):
             place = end - (taps - 1) + j
             recent = tl.load(x + place * row_stride + channel, mask=mask & (place >= begin), other=0.0)
-            if before is not None:
-                kept = sequence * (taps - 1) + place - begin + (taps - 1)
-                earlier = tl.load(before + kept * channels + channel, mask=mask & (place < begin), other=0.0)
-                recent = tl.where(place >= begin, recent, earlier.to(recent.dtype))
+            kept = history + channel * (taps - 1) + (place - begin + (taps - 1))
+            earlier = tl.load(kept, mask=mask & (place < begin), other=0.0)
+            recent = tl.where(place >= begin, recent.to(earlier.dtype), earlier)
             tl.store(after + (sequence * channels + channel) * (taps - 1) + j, recent, mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def gates(
+    projected,  # [tokens, ...], rows in which `beta | decay` begins at `column`
+    beta,  # [tokens, num_v_heads]
+    g,  # like beta, or None without decay
+    a_log,
+    dt_bias,
+    tokens,
+    row_stride,
+    column,
+    beta_scale,
+    num_v_heads: tl.constexpr,
+    has_beta: tl.constexpr,
+    block: tl.constexpr,
+    width: tl.constexpr,
+):
+    """The step size and the logarithm of the decay of `block` tokens."""
+    token = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+    head = tl.arange(0, width)
+    heads = head < num_v_heads
+    mask = (token < tokens)[:, None] & heads[None, :]
+    source = projected + token[:, None] * row_stride + column + head[None, :]
+    target = token[:, None] * num_v_heads + head[None, :]
+    size = tl.zeros([block, width], tl.float32) + beta_scale
+    if has_beta:
+        size *= tl.sigmoid(tl.load(source, mask=mask, other=0.0).to(tl.float32))
+        source += num_v_heads
+    tl.store(beta + target, size, mask=mask)
+    if g is not None:
+        decay_in = tl.load(source, mask=mask, other=0.0)
+        shift = tl.load(dt_bias + head, mask=heads, other=0.0).to(tl.float32)
+        log_rate = tl.load(a_log + head, mask=heads, other=0.0).to(tl.float32)
+        tl.store(g + target, _log_decay(decay_in, shift[None, :], log_rate[None, :]), mask=mask)
+
+
+@triton.jit
+def gated_norm(
+    o,  # [tokens, num_v_heads, d_v]
+    projected,  # [tokens, ...], rows in which the gate, `num_v_heads * d_v`, begins at `column`
+    weight,  # [d_v]
+    out,  # like o
+    row_stride,
+    column,
+    eps,
+    num_v_heads: tl.constexpr,
+    d_v: tl.constexpr,
+    gate: tl.constexpr,
+    heads: tl.constexpr,
+    block: tl.constexpr,
+):
+    """`heads` heads of a token."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * heads + tl.arange(0, heads)
+    index = tl.arange(0, block)
+    mask = (head < num_v_heads)[:, None] & (index < d_v)[None, :]
+    place = head[:, None] * d_v + index[None, :]
+    row = token * num_v_heads * d_v + place
+    y = tl.load(o + row, mask=mask, other=0.0).to(tl.float32)
+    y *= tl.rsqrt(tl.sum(y * y, axis=1) / d_v + eps)[:, None]
+    y *= tl.load(weight + index, mask=index < d_v, other=0.0).to(tl.float32)[None, :]
+    if gate != "none":
+        z = tl.load(projected + token * row_stride + column + place, mask=mask, other=0.0).to(tl.float32)
+        y *= tl.sigmoid(z)
+        if gate == "silu":
+            y *= z
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=mask)
