@@ -5,7 +5,7 @@
 
 Sections of the first part, each on its own, so that the failure of one loses none of the others:
 
-    kernels    decode kernel, prompt convolution and prefill rule against float64, random shapes
+    kernels    decode kernel, kernels of prompts and prefill rule against float64, random shapes
     parity     whole models against stock fla: greedy text in float32, logits in bfloat16
     texts      the server's engine: text by recorded steps, launched steps and a CPU
 

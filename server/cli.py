@@ -101,7 +101,7 @@ def serve(
     prefill_tokens: Annotated[
         int | None,
         typer.Option(
-            help="Most prompt tokens in one step, a multiple of 64. [default: 128 on a CPU, 512 on a GPU]"
+            help="Most prompt tokens in one step, a multiple of 64. [default: 128 on a CPU, 4096 on a GPU]"
         ),
     ] = None,
     api_processes: Annotated[

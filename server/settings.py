@@ -220,7 +220,7 @@ class Settings(BaseSettings):
         ge=64,
         multiple_of=64,
         description="Most prompt tokens in one step, so that a long prompt delays nobody long; by default 128 on a CPU "
-        "and 512 on a GPU.",
+        "and 4096 on a GPU.",
     )
     hang_s: float = Field(
         120.0,

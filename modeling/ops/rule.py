@@ -29,5 +29,5 @@ class RuleInputs:
 
 
 GatedDeltaRule = Callable[[RuleInputs], tuple[Tensor, Tensor]]
-"""Gives o `[tokens, num_v_heads, d_v]` and the state after each sequence `[sequences, num_v_heads, d_k, d_v]`, both in
-float32 (float64 where the inputs are)."""
+"""Gives o `[tokens, num_v_heads, d_v]` and the state after each sequence `[sequences, num_v_heads, d_k, d_v]`, in
+float32 (float64 where the inputs are); o may be in v's dtype."""

@@ -12,6 +12,7 @@ from modeling.state import StatePool
 from server.engine.device import Device
 from server.engine.forward import Forward
 from server.engine.sampler import Filters, draw
+from server.engine.scheduler import MAX_PROMPTS
 from server.wire.messages import DEFAULT_SLOTS, EngineConfig
 
 logger = logging.getLogger("lowkey.engine")
@@ -193,7 +194,7 @@ def measure(
         return Needs(weights)
     forward = Forward(runtime, pool)
     at, null, tokens = forward.device, pool.null_slot, prefill_tokens
-    sequences = min(tokens, config.max_requests or tokens)
+    sequences = min(tokens, MAX_PROMPTS, config.max_requests or tokens)
     rows = min(device.logit_rows, tokens)
 
     def shortest() -> None:

@@ -13,6 +13,10 @@ from server.engine.cache import Allocation, StateCache
 from server.engine.request import Request, TwinKey
 from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
 
+MAX_PROMPTS = 512
+"""Most prompts in one step. While a layer runs, a GPU holds copies of its states of all of them, a megabyte each and
+more, for which the memory plan leaves room."""
+
 SNAPSHOTS = 2
 """How many states are kept of the inside of one prompt, those after its last steps. The state after its end is kept
 besides."""
@@ -255,7 +259,7 @@ class Scheduler:
         first = self._waiting[: max(self._room, 0)]
         candidates = self._prefilling + [request for request in first if request.state_path is None]
         for request in sorted(candidates, key=_order):
-            if not budget:
+            if not budget or len(chunks) == MAX_PROMPTS:
                 break
             if request.prefill_done:  # a fork of one before it
                 continue

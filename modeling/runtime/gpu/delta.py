@@ -5,11 +5,11 @@ d_k * d_v` elements), and everything else it touches is a few percent of that.
 """
 
 import torch
-import triton
 from torch import Tensor
 
 from modeling.layers import L2_EPS, DeltaMixer
 from modeling.runtime.gpu.kernels.delta import mixer_step
+from modeling.runtime.gpu.sizes import power_of_2
 from modeling.state import DeltaState
 
 TILES = {4: 16384, 2: 8192}
@@ -30,8 +30,8 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     if torch.float64 in (projected.dtype, state.recurrent.dtype, state.conv.dtype):
         raise ValueError("the Triton decode step computes in float32; for float64 use the torch runtime")
     s = mixer.spec
-    block_k = triton.next_power_of_2(s.d_k)
-    width = triton.next_power_of_2(s.d_v)
+    block_k = power_of_2(s.d_k)
+    width = power_of_2(s.d_v)
     block_v = min(width, max(TILES[state.recurrent.element_size()] // block_k, 16))
     out = projected.new_empty(projected.shape[0], s.value_dim)
     mixer_step[(s.num_k_heads, projected.shape[0])](
@@ -61,7 +61,7 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
         block_k=block_k,
         block_v=block_v,
         blocks=width // block_v,
-        columns=triton.next_power_of_2(s.conv_kernel),
+        columns=power_of_2(s.conv_kernel),
         num_warps=max(block_k * block_v // ELEMENTS_PER_WARP, 1),
     )
     return out

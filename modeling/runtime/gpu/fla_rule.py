@@ -8,12 +8,12 @@ than the launches, so the kernels are launched from here, with what fla would gi
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from modeling.ops import RuleInputs, chunked_gated_delta_rule
 from modeling.runtime.gpu.fla_kernels import Launcher
 from modeling.runtime.gpu.packing import Packing, packing
+from modeling.runtime.gpu.sizes import ceil_div
 from modeling.spec import TOKEN_BLOCK
 
 MAX_D_K = 256
@@ -116,7 +116,7 @@ def _chunks(inputs: RuleInputs, g: Tensor | None, packed: Packing) -> tuple[Tens
     last = k.new_empty(sequences, v_heads, d_k, d_v, dtype=torch.float32)
     new_v = torch.empty_like(v)
     move_on(
-        lambda meta: (triton.cdiv(d_v, meta["BV"]) * sequences * v_heads,),
+        lambda meta: (ceil_div(d_v, meta["BV"]) * sequences * v_heads,),
         k=k,
         v=u,
         w=w,
@@ -135,7 +135,7 @@ def _chunks(inputs: RuleInputs, g: Tensor | None, packed: Packing) -> tuple[Tens
     )
     o = torch.empty_like(v)
     read_out(
-        lambda meta: (triton.cdiv(d_v, meta["BV"]) * chunks, v_heads),
+        lambda meta: (ceil_div(d_v, meta["BV"]) * chunks, v_heads),
         q=q,
         k=k,
         v=new_v,

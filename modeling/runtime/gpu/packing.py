@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modeling.device import upload
+from modeling.runtime.gpu.sizes import ceil_div
 from modeling.spec import TOKEN_BLOCK
 
 
@@ -35,7 +36,7 @@ def _packing(cu_seqlens: tuple[int, ...], device: torch.device) -> Packing:
     rows: list[tuple[int, int]] = []
     starts = [0]
     for sequence, (begin, end) in enumerate(itertools.pairwise(cu_seqlens)):
-        rows += [(sequence, chunk) for chunk in range(-(-(end - begin) // TOKEN_BLOCK))]
+        rows += [(sequence, chunk) for chunk in range(ceil_div(end - begin, TOKEN_BLOCK))]
         starts.append(len(rows))
     # Each in memory of its own: where a slice of a longer tensor begins would decide which kernel Triton compiles.
     offsets, chunks, chunk_offsets = (

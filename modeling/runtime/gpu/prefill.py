@@ -7,13 +7,13 @@ therefore done in few launches, and nothing is copied or cast on the way from on
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from modeling.layers import L2_EPS, DeltaMixer
 from modeling.ops import GatedDeltaRule, RuleInputs
 from modeling.runtime.gpu.kernels.delta import convolve_packed, gated_norm, gates
 from modeling.runtime.gpu.packing import packing
+from modeling.runtime.gpu.sizes import ceil_div, power_of_2
 from modeling.spec import TOKEN_BLOCK
 from modeling.state import DeltaState
 
@@ -94,7 +94,7 @@ def delta_heads(
         d_v=s.d_v,
         taps=s.conv_kernel,
         chunk=TOKEN_BLOCK,
-        block=triton.next_power_of_2(max(s.d_k, s.d_v)),
+        block=power_of_2(max(s.d_k, s.d_v)),
     )
     q, k, v = out.split([tokens * s.key_dim, tokens * s.key_dim, tokens * s.value_dim])
     q, k = q.view(tokens, s.num_k_heads, s.d_k), k.view(tokens, s.num_k_heads, s.d_k)
@@ -108,7 +108,7 @@ def delta_gates(mixer: DeltaMixer, projected: Tensor) -> tuple[Tensor, Tensor | 
     tokens = projected.shape[0]
     beta = projected.new_empty(tokens, s.num_v_heads, dtype=torch.float32)
     g = torch.empty_like(beta) if s.has_decay else None
-    gates[(triton.cdiv(tokens, GATES_BLOCK),)](
+    gates[(ceil_div(tokens, GATES_BLOCK),)](
         projected,
         beta,
         g,
@@ -121,7 +121,7 @@ def delta_gates(mixer: DeltaMixer, projected: Tensor) -> tuple[Tensor, Tensor | 
         num_v_heads=s.num_v_heads,
         has_beta=s.has_beta,
         block=GATES_BLOCK,
-        width=triton.next_power_of_2(s.num_v_heads),
+        width=power_of_2(s.num_v_heads),
     )
     return beta, g
 
@@ -131,10 +131,10 @@ def normed_output(mixer: DeltaMixer, o: Tensor, projected: Tensor) -> Tensor:
     projection's rows: `[tokens, value_dim]` in projected's dtype."""
     s = mixer.spec
     tokens = o.shape[0]
-    block = triton.next_power_of_2(s.d_v)
-    heads = min(triton.next_power_of_2(s.num_v_heads), max(NORM_ELEMENTS // block, 1))
+    block = power_of_2(s.d_v)
+    heads = min(power_of_2(s.num_v_heads), max(NORM_ELEMENTS // block, 1))
     out = projected.new_empty(tokens, s.value_dim)
-    gated_norm[(tokens, triton.cdiv(s.num_v_heads, heads))](
+    gated_norm[(tokens, ceil_div(s.num_v_heads, heads))](
         o,
         projected,
         mixer.o_norm.weight,

@@ -66,6 +66,14 @@ def test_a_short_prompt_uses_what_a_cut_one_leaves():
     assert step(s) == ([(a, 0, 70), (b, 0, 64), (c, 0, 10)], [])
 
 
+def test_a_step_takes_no_more_prompts_than_their_copied_states_have_room_for(monkeypatch):
+    monkeypatch.setattr("server.engine.scheduler.MAX_PROMPTS", 2)
+    s = scheduler(prefill_tokens=128)
+    a, b, c = add(s, 10), add(s, 20), add(s, 30)
+    assert step(s) == ([(a, 0, 10), (b, 0, 20)], [])
+    assert step(s) == ([(c, 0, 30)], [a, b])
+
+
 def test_no_chunk_is_planned_from_less_than_64_tokens_of_budget():
     s = scheduler(prefill_tokens=64)
     a, b = add(s, 10), add(s, 100)

@@ -242,7 +242,7 @@ def test_closing_fails_what_is_pending_and_leaves_no_process(bench, tmp_path):
 
 def test_prompts_are_fed_as_suits_the_device(bench):
     assert pick_prefill_tokens(engine_config("x", prefill_tokens=None), "cpu") == 128
-    assert pick_prefill_tokens(engine_config("x", prefill_tokens=None), "cuda:1") == 512
+    assert pick_prefill_tokens(engine_config("x", prefill_tokens=None), "cuda:1") == 4096
     assert pick_prefill_tokens(engine_config("x", prefill_tokens=192), "cuda") == 192
     engine, _ = build(engine_config(bench.checkpoint.path, prefill_tokens=None))
     outputs = run(engine, {0: [generate(prompt(1000), 1)]})
