@@ -89,7 +89,10 @@ class FrontEnd(uvicorn.Server):
 
 async def serve(start: FrontEndStart) -> None:
     """Answer requests until the hub says to stop."""
-    link = RemoteLink(start.hub_address, start.name, start.started, Path(start.runtime_dir))
+    # The hub starts another one, which begins with how things are.
+    link = RemoteLink(
+        start.hub_address, start.name, start.started, Path(start.runtime_dir), fail=lambda: os._exit(1)
+    )
     app = create_app(from_json(start.settings), link)
     service: Service = app.state.service
     told = asyncio.get_running_loop().time()
@@ -97,7 +100,7 @@ async def serve(start: FrontEndStart) -> None:
     async def tell_totals() -> None:
         nonlocal told
         now = asyncio.get_running_loop().time()
-        if now - told >= TOTALS_S:
+        if now - told >= min(TOTALS_S, service.settings.hang_s / 4):
             told = now
             link.tell(Totals(families=service.metrics.families()))
 
@@ -105,7 +108,6 @@ async def serve(start: FrontEndStart) -> None:
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), lambda: os._exit(1))
     front_end = FrontEnd(app, on_tick=tell_totals)
     await front_end.serve(sockets=[socket.socket(fileno=descriptor) for descriptor in start.listening])
-    link.tell(Totals(families=service.metrics.families()))
     link.close()
 
 

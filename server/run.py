@@ -108,5 +108,6 @@ async def _in_several(
                 is_listening = True
                 conductor.listening()
             await conductor.tick()
-        await front_ends.stop()
+        signals = conductor.signals
+        await front_ends.stop(hurry=lambda: conductor.signals > signals)
     return failed

@@ -66,15 +66,20 @@ class FrontEnds:
         self._socket = socket
         self._owners: dict[str, bytes] = {}
         """Identity of the front end by request id, until the request's last answer."""
+        self._gone: set[bytes] = set()
+        """Those that have ended. What they had sent before may come after that is told, by another way."""
 
     def received(self, front_end: bytes, message: Received) -> Iterator[Input]:
         """What the engine is to take in for a message of a front end, or of the supervisor."""
         match message:
             case FrontEndGone():
                 gone = message.front_end.encode()
+                self._gone.add(gone)
                 for request_id in [r for r, owner in self._owners.items() if owner == gone]:
                     del self._owners[request_id]
                     yield Abort(request_id=request_id)
+                return
+            case _ if front_end in self._gone:
                 return
             case Generate() | Score() | SaveState():
                 self._owners[message.request_id] = front_end

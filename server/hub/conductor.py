@@ -41,6 +41,8 @@ class Conductor:
         self._announced = self._drain_announced = False
         self.over = False
         """Whether nothing more is to be answered."""
+        self.signals = 0
+        """How many times the server has been asked to stop."""
 
     def listening(self) -> None:
         """Requests are taken from now on."""
@@ -82,6 +84,7 @@ class Conductor:
 
     def exit(self) -> None:
         """SIGTERM or SIGINT: let what runs end. Once more: at once."""
+        self.signals += 1
         settings, now, again = self._hub.settings, time.monotonic(), self._hub.leaving
         self._hub.leave()
         self._drain_at = now if again else now + settings.drain_delay_s

@@ -119,7 +119,7 @@ class Engine:
         self._metrics.on_occupancy(self.ready, occupancy)
 
     def _on_down(self) -> None:
-        self.address = ""
+        self.address, self.waiting = "", 0
         self._tell(EngineDown(variant=self.variant))
         self._metrics.on_down(self.ready)
 

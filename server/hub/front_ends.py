@@ -8,22 +8,36 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 from server.handover import to_json
 from server.hub.hub import Hub
-from server.wire.hub import FrontEndStart, News, Update
+from server.wire.hub import FrontEndStart, News, Question, Update
 from server.wire.link import LinkServer
 
 logger = logging.getLogger("lowkey.hub")
 
-MAX_BACKOFF_S = 30.0
-"""The longest wait before a front end is started again. The first is none, and then each is twice the one before."""
+RESTART_S = 1.0
+"""How long to wait before a front end is started again that was not up for `HEALTHY_AFTER_S`. Not longer each time:
+whoever connects to it waits meanwhile."""
 HEALTHY_AFTER_S = 60.0
-"""A front end that was up for this long is started again at once, however often it has died before."""
+"""A front end that was up for this long is started again at once."""
 BACKLOG = 2048
 """Connections that may wait to be accepted by a front end; uvicorn's own number."""
-STOP_S = 15.0
-"""How long front ends may take to end once they have been told to."""
+STOP_S = 8.0
+"""How long front ends may take to end once they have been told to: uvicorn gives connections five seconds."""
+
+
+@dataclass(eq=False)
+class _Process:
+    """One process of a front end."""
+
+    name: str
+    joined: bool = False
+    """Whether it has told the hub that it is there."""
+    silent_s: float = 0.0
+    """Seconds since it last told something, as far as this process's loop ran in them."""
 
 
 class FrontEnds:
@@ -39,70 +53,81 @@ class FrontEnds:
     def __init__(self, hub: Hub, listening: list[list[socket.socket]]) -> None:
         self._hub = hub
         self._listening = listening
-        self._names = itertools.count()
+        self._names = map(str, itertools.count())
+        """Each process has a name of its own, so that what comes late of one that is gone is nobody else's."""
         self._address = f"ipc://{hub.runtime_dir}/hub"
-        self._joined: set[str] = set()
-        self._heard: dict[str, float] = {}
-        """When each of them has last told something, which it does every few seconds; time.monotonic()."""
+        self._living: dict[str, _Process] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._stopping = False
-        self._server = LinkServer(self._address, self._join, hub.ask, self._told)
+        self._stopping = asyncio.Event()
+        self._server = LinkServer(self._address, self._join, self._ask, self._tell)
         for one in (one for sockets in listening for one in sockets):
             one.listen(BACKLOG)  # now, so that nobody is refused whose front end is yet to come
 
     @property
     def complete(self) -> bool:
         """Whether all of them take requests."""
-        return len(self._joined) == len(self._listening)
+        return sum(process.joined for process in self._living.values()) == len(self._listening)
 
     def start(self) -> None:
         """Start all processes, and keep them running until `stop`."""
         self._tasks = [asyncio.create_task(self._keep(sockets)) for sockets in self._listening]
 
-    async def stop(self) -> None:
-        """Have all of them end, and wait for that."""
-        self._stopping = True
+    async def stop(self, hurry: Callable[[], bool]) -> None:
+        """Have all of them end, and wait for that.
+
+        Args:
+            hurry: says whether to wait no longer.
+        """
+        self._stopping.set()
         self._hub.stop_front_ends()
-        await asyncio.wait(self._tasks, timeout=STOP_S)
+        deadline = time.monotonic() + STOP_S
+        while not all(task.done() for task in self._tasks):
+            if hurry() or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(0.05)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server.close()
 
     def _join(self, name: str, receive: Callable[[Update], None]) -> None:
-        self._joined.add(name)
-        self._hub.join(name, receive)
+        if (process := self._living.get(name)) is not None:
+            process.joined = True
+            self._hub.join(name, receive)
 
-    def _told(self, name: str, news: News) -> None:
-        self._heard[name] = time.monotonic()
-        self._hub.tell(name, news)
+    async def _ask(self, name: str, question: Question) -> Any:
+        return await self._hub.ask(name, question) if name in self._living else None
+
+    def _tell(self, name: str, news: News) -> None:
+        if (process := self._living.get(name)) is not None:
+            process.silent_s = 0.0
+            self._hub.tell(name, news)
 
     async def _keep(self, sockets: list[socket.socket]) -> None:
         """Keep a front end on these sockets running."""
-        backoff_s = 0.0
-        while True:
-            began, name = time.monotonic(), f"{next(self._names)}"
+        while not self._stopping.is_set():
+            began, process = time.monotonic(), _Process(next(self._names))
+            self._living[process.name] = process
             try:
-                code = await self._run(name, sockets)
+                await self._run(process, sockets)
+            except Exception:  # whatever it was, nobody would answer on these sockets any more
+                logger.exception("API process %s can't be started", process.name)
             finally:
-                self._joined.discard(name)
-                self._heard.pop(name, None)
-                self._server.gone(name)
-                self._hub.gone(name)
-            if self._stopping:
+                del self._living[process.name]
+                self._server.gone(process.name)
+                self._hub.gone(process.name)
+            if self._stopping.is_set():
                 return
-            if time.monotonic() - began > HEALTHY_AFTER_S:
-                backoff_s = 0.0
             self._hub.metrics.api_restarts.inc()
-            logger.error("API process %s ended with code %s; restarting in %.0f s", name, code, backoff_s)
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(max(1.0, 2 * backoff_s), MAX_BACKOFF_S)
+            if time.monotonic() - began < HEALTHY_AFTER_S:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stopping.wait(), RESTART_S)
 
-    async def _run(self, name: str, sockets: list[socket.socket]) -> int:
-        """Run one process to its end; returns its exit code."""
+    async def _run(self, own: _Process, sockets: list[socket.socket]) -> None:
+        """Run one process to its end."""
         listening = [one.fileno() for one in sockets]
         start = FrontEndStart(
-            name=name,
+            name=own.name,
             hub_address=self._address,
             started=self._hub.started,
             runtime_dir=str(self._hub.runtime_dir),
@@ -115,25 +140,39 @@ class FrontEnds:
             pass_fds=listening,
             start_new_session=True,  # Ctrl-C is the hub's
         )
+        watching = [
+            asyncio.create_task(watch) for watch in (self._watch(own, process), self._end(own, process))
+        ]
         try:
             assert process.stdin is not None
             with contextlib.suppress(ConnectionError):  # it has died already
                 process.stdin.write(start.line())
                 await process.stdin.drain()
-            self._heard[name] = time.monotonic()
-            return await self._end_of(name, process)
+            code = await process.wait()
+            if not self._stopping.is_set():
+                logger.error("API process %s (pid %d) ended with code %s", own.name, process.pid, code)
         finally:
+            for task in watching:
+                task.cancel()
             if process.returncode is None:
                 process.kill()
                 await process.wait()
 
-    async def _end_of(self, name: str, process: asyncio.subprocess.Process) -> int:
-        """The exit code of a process, which is killed if it gives no sign of life."""
+    async def _watch(self, own: _Process, process: asyncio.subprocess.Process) -> None:
+        """Kill a process that has joined and gives no sign of life. Counts ticks of this loop, not the clock: when this
+        process was held up itself, what that one has told is yet to be read."""
         hang_s = self._hub.settings.hang_s
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(hang_s / 4):
-                    return await process.wait()
-            if time.monotonic() - self._heard[name] >= hang_s:
-                logger.error("API process %s: no sign of life for %.0f s; killing it", name, hang_s)
-                process.kill()
+        tick_s = min(1.0, hang_s / 4)
+        while own.silent_s < hang_s:
+            await asyncio.sleep(tick_s)
+            own.silent_s += tick_s if own.joined else 0.0
+        logger.error(
+            "API process %s (pid %d): no sign of life for %.0f s; killing it", own.name, process.pid, hang_s
+        )
+        process.kill()
+
+    async def _end(self, own: _Process, process: asyncio.subprocess.Process) -> None:
+        """Kill a process that has not joined by the time when all are to end: it has nothing to finish."""
+        await self._stopping.wait()
+        if not own.joined:
+            process.kill()

@@ -35,6 +35,7 @@ from server.wire.hub import (
     News,
     NextOrder,
     Pair,
+    Ping,
     Question,
     Refusal,
     Reload,
@@ -88,6 +89,10 @@ class Hub:
         requests."""
         self.draining = False
         """Whether the server takes no new requests."""
+        self._reloaded = False
+        """Whether settings have been read again since the start."""
+        self._stopped = False
+        """Whether all front ends have been told to end."""
         self.metrics = HubMetrics()
         self._runtime_dir = RuntimeDir()
         self._window = ABWindow(settings.ab_samples)
@@ -153,8 +158,12 @@ class Hub:
         for engine in self.engines.values():
             if engine.ready is not None and engine.up:
                 receive(EngineUp(variant=engine.variant, ready=engine.ready, address=engine.address))
+        if self._reloaded:
+            receive(Reload(settings=to_json(self.settings)))
         if self.leaving:
             receive(Leaving())
+        if self._stopped:
+            receive(Stop())
 
     def gone(self, name: str) -> None:
         """A front end has ended, however it came about: give back what it held."""
@@ -164,6 +173,8 @@ class Hub:
         self.metrics.api_processes.set(len(self._front_ends))
         for places in front_end.places.values():
             places.engine.admitted -= places.held
+            self.metrics.lost_answers.labels(places.engine.variant).inc()
+        self._totals_came.set()  # nobody waits for it any more
         self._gone = summed([self._gone, front_end.totals])
         self._end_scoring(name)
         self._end_shadow(name)
@@ -183,11 +194,12 @@ class Hub:
     def reload(self, settings: Settings) -> None:
         """Take over what may change while the server runs. What does not fit the rest has been found before
         (`check_routing`)."""
-        self.settings = settings
+        self.settings, self._reloaded = settings, True
         self.tell_all(Reload(settings=to_json(settings)))
 
     def stop_front_ends(self) -> None:
-        """Have all front ends end."""
+        """Have all front ends end, those that are yet to come among them."""
+        self._stopped = True
         self.tell_all(Stop())
 
     # --- questions and news
@@ -195,6 +207,8 @@ class Hub:
     async def ask(self, front_end: str, question: Question) -> Any:
         """The answer to a front end's question."""
         match question:
+            case Ping():
+                return None
             case TakeRequest():
                 return self._limits[question.client].take_request()
             case Admit():

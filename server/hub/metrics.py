@@ -98,6 +98,9 @@ class HubMetrics:
         self.api_processes = Gauge(
             "lowkey_api_processes", "API processes that answer requests.", registry=self.registry
         )
+        self.lost_answers = counter(
+            "lowkey_answers_lost_total", "Answers that ended because their API process died.", variant
+        )
         self.api_restarts = Counter(
             "lowkey_api_process_restarts_total",
             "Times that an API process was started again.",
@@ -110,6 +113,7 @@ class EngineMetrics:
 
     def __init__(self, metrics: HubMetrics, name: str) -> None:
         self._metrics, self._name = metrics, name
+        metrics.lost_answers.labels(name)
         engine = name, ENGINE
         self._prefix_queries = metrics.prefix_queries.labels(*engine)
         self._prefix_hits = metrics.prefix_hits.labels(*engine)

@@ -74,6 +74,7 @@ class ABWindow:
     _pairs: dict[tuple[str, str, Source], Ring] = field(default_factory=dict)
 
     def add_request(self, request: EndedRequest) -> None:
+        """Remember a request that has ended."""
         variant = request.variant
         traffic = self._traffic.get(variant)
         if traffic is None:
@@ -90,6 +91,7 @@ class ABWindow:
         traffic.gaps.add(now, np.array(request.gaps_s).reshape(-1, 1))
 
     def add_pair(self, pair: Pair) -> None:
+        """Remember how two variants differed on one prompt."""
         names = pair.variant, pair.baseline, pair.source
         ring = self._pairs.setdefault(names, Ring(PAIRS_KEPT, len(PAIR_FIELDS) + 1))
         values = (_or_nan(getattr(pair, name)) for name in PAIR_FIELDS)

@@ -65,7 +65,13 @@ class Waiting(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     variants: list[str]
 
 
-Question = TakeRequest | Admit | RenderMetrics | Summarise | BeginScoring | NextOrder | BeginShadow | Waiting
+class Ping(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Whether the hub does anything. The answer is None."""
+
+
+Question = (
+    Ping | TakeRequest | Admit | RenderMetrics | Summarise | BeginScoring | NextOrder | BeginShadow | Waiting
+)
 """What a front end asks the hub, and waits for the answer to."""
 
 
@@ -176,7 +182,7 @@ class Reload(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The settings have been read again. What may change while the server runs is taken over from them."""
 
     settings: str
-    """All settings, as `server.settings.to_json` writes them."""
+    """All settings, as `server.handover.to_json` writes them."""
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -195,6 +201,10 @@ class AskTotals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 Update = EngineUp | EngineDown | Reload | Leaving | Stop | AskTotals
 """What the hub tells each front end."""
+
+
+class HubSilentError(Exception):
+    """The hub does not answer."""
 
 
 class FrontEndStart(msgspec.Struct, frozen=True, kw_only=True):
@@ -234,7 +244,7 @@ class Link(Protocol):
         """Have `receive` called with all updates, beginning with those that lead to what is so now."""
 
     async def ask(self, question: Question) -> Any:
-        """The hub's answer. A question whose asker is cancelled is forgotten."""
+        """The hub's answer. A question whose asker is cancelled is forgotten. Raises HubSilentError."""
 
     def tell(self, news: News) -> None:
         """Tell the hub something."""

@@ -1,9 +1,12 @@
 """Messages of a ZeroMQ socket in an asyncio loop, handed over as they come."""
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 import zmq
+
+logger = logging.getLogger("lowkey.wire")
 
 AT_ONCE = 64
 """Messages that are taken before others of the loop have their turn."""
@@ -14,7 +17,8 @@ class Inbox:
     `zmq.asyncio` has them.
 
     Args:
-        took: called whenever all messages that had come have been taken.
+        take: what it raises is logged, and costs that message alone.
+        took: called whenever messages that had come have been taken.
     """
 
     def __init__(
@@ -27,15 +31,19 @@ class Inbox:
         self._loop = asyncio.get_running_loop()
         self._descriptor = int(socket.getsockopt(zmq.FD))
         self._closed = False
+        self._due = False
+        """Whether a call of `read` is due."""
         self._loop.add_reader(self._descriptor, self.read)
-        self._loop.call_soon(self.read)
+        self._read_soon()
 
     def send(self, *frames: bytes) -> None:
-        """Send a message on the socket. Raises zmq.Again if it would have to wait."""
+        """Send a message on the socket; nothing once it is closed. Raises zmq.Again if it would have to wait."""
+        if self._closed:
+            return
         self._socket.send_multipart(frames, zmq.NOBLOCK)
         # The descriptor tells of new events only, and sending may have taken notice of one.
         if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-            self._loop.call_soon(self.read)
+            self._read_soon()
 
     def close(self) -> None:
         """Take no more, and close the socket."""
@@ -44,16 +52,33 @@ class Inbox:
             self._loop.remove_reader(self._descriptor)
             self._socket.close(linger=0)
 
-    def read(self) -> None:
-        """Take what has come."""
+    def read(self) -> bool:
+        """Take what has come, as much as may be taken at once. Returns whether there may be more."""
+        self._due = False
+        more = True
         for _ in range(AT_ONCE):
-            if self._closed:
-                return
-            try:
-                frames = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            more = self._read_one()
+            if not more:
                 break
-            self._take(*frames)
         else:
-            self._loop.call_soon(self.read)
+            self._read_soon()
         self._took()
+        return more
+
+    def _read_one(self) -> bool:
+        if self._closed:
+            return False
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        try:
+            self._take(*frames)
+        except Exception:  # the descriptor would not tell of those behind it
+            logger.exception("a message of %d bytes could not be taken in", sum(map(len, frames)))
+        return True
+
+    def _read_soon(self) -> None:
+        if not self._due:
+            self._due = True
+            self._loop.call_soon(self.read)

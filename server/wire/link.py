@@ -10,7 +10,17 @@ from typing import Any
 import msgspec
 import zmq
 
-from server.wire.hub import Admit, News, Question, Refusal, Update
+from server.wire.hub import (
+    Admit,
+    HubSilentError,
+    News,
+    NextOrder,
+    Ping,
+    Question,
+    Refusal,
+    TakeRequest,
+    Update,
+)
 from server.wire.inbox import Inbox
 
 logger = logging.getLogger("lowkey.hub")
@@ -45,6 +55,10 @@ class Answered(msgspec.Struct, frozen=True, tag=True):
 _encode = msgspec.msgpack.encode
 _to_hub = msgspec.msgpack.Decoder(Join | Asked | Forget | News)
 _to_front_end = msgspec.msgpack.Decoder(Answered | Update)
+PROMPT = (TakeRequest, Admit, NextOrder, Ping)
+"""Questions that are answered at once by a hub that does anything."""
+PROMPT_S = 10.0
+"""How long the answer to one of those may take."""
 _ANSWERS: dict[type, Any] = {Admit: Refusal | None}
 """The types of answers that are more than what msgpack has by itself."""
 
@@ -54,12 +68,16 @@ class RemoteLink:
 
     Args:
         address: where the hub's `LinkServer` listens.
+        fail: called when an update could not be taken in, so that this front end does not know how things are.
     """
 
-    def __init__(self, address: str, front_end: str, started: int, runtime_dir: Path) -> None:
+    def __init__(
+        self, address: str, front_end: str, started: int, runtime_dir: Path, fail: Callable[[], None]
+    ) -> None:
         self.front_end = front_end
         self.started = started
         self.runtime_dir = runtime_dir
+        self._fail = fail
         self._receive: Callable[[Update], None] = lambda _: None
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
@@ -79,7 +97,11 @@ class RemoteLink:
         answer = self._waiting[number] = asyncio.get_running_loop().create_future()
         try:
             self._inbox.send(_encode(Asked(number, question)))
-            return msgspec.msgpack.decode(await answer, type=_ANSWERS.get(type(question), Any))
+            async with asyncio.timeout(PROMPT_S if isinstance(question, PROMPT) else None):
+                data = await answer
+            return msgspec.msgpack.decode(data, type=_ANSWERS.get(type(question), Any))
+        except TimeoutError as e:
+            raise HubSilentError(f"the hub has not answered within {PROMPT_S:.0f} s") from e
         finally:
             del self._waiting[number]
             if not answer.done() or answer.cancelled():
@@ -96,7 +118,11 @@ class RemoteLink:
     def _take(self, data: bytes) -> None:
         message = _to_front_end.decode(data)
         if not isinstance(message, Answered):
-            self._receive(message)
+            try:
+                self._receive(message)
+            except Exception:
+                logger.exception("an update of the hub could not be taken in: %s", type(message).__name__)
+                self._fail()
             return
         waiting = self._waiting.get(message.number)
         if waiting is None or waiting.done():

@@ -89,8 +89,8 @@ class Supervisor:
 
     def catch_up(self) -> None:
         """Take in what the engine has said until now."""
-        if self._reports is not None:
-            self._reports.read()
+        while self._reports is not None and self._reports.read():
+            pass
 
     def front_end_gone(self, front_end: str) -> None:
         """Have the engine forget the requests of a front end that has ended."""

@@ -8,9 +8,9 @@ import hmac
 
 from fastapi import Request
 
-from server.api.http.errors import APIError
+from server.api.http.errors import APIError, unavailable
 from server.settings import ApiKey, Settings
-from server.wire.hub import Charge, Link, TakeRequest
+from server.wire.hub import Charge, HubSilentError, Link, TakeRequest
 
 
 class Client:
@@ -28,10 +28,13 @@ class Client:
 
     async def take_request(self) -> float:
         """Count a request against the limits. Returns 0, or the seconds to wait if it is one too many and not
-        counted."""
+        counted. 503 if the hub does not answer."""
         if not self._is_limited:
             return 0.0
-        wait_s: float = await self._link.ask(TakeRequest(client=self.name))
+        try:
+            wait_s: float = await self._link.ask(TakeRequest(client=self.name))
+        except HubSilentError as e:
+            raise unavailable(str(e)) from e
         return wait_s
 
     def take_tokens(self, tokens: int) -> None:

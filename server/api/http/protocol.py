@@ -71,7 +71,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def write_body(self, data: bytes) -> None:
         """Write a piece of a body of unknown length, whose headers have been sent. Nothing if the client is gone."""
-        if not self._connection.is_closing():
+        if data and not self._connection.is_closing():
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
 
     def pause_writing(self) -> None:

@@ -7,14 +7,18 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from lowkey import __version__
 from server.api.http.errors import unavailable
 from server.api.serving.service import Service, service_of
-from server.wire.hub import RenderMetrics
+from server.wire.hub import HubSilentError, Ping, RenderMetrics
 
 router = APIRouter()
 
 
 @router.get("/health")
-async def health() -> dict[str, str]:
-    """Say that the process is up."""
+async def health(request: Request) -> dict[str, str]:
+    """Say that the server is up: this process, and the hub behind it."""
+    try:
+        await service_of(request).link.ask(Ping())
+    except HubSilentError as e:
+        raise unavailable(str(e)) from e
     return {"status": "ok"}
 
 

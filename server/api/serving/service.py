@@ -22,6 +22,7 @@ from server.wire.hub import (
     EndAnswer,
     EngineDown,
     EngineUp,
+    HubSilentError,
     LeavePlace,
     Leaving,
     Link,
@@ -111,7 +112,10 @@ class Service:
         with contextlib.ExitStack() as stack:
             stack.enter_context(places)  # the hub may have given them although nobody waits any more
             question = Admit(place=places.number, variant=variant.name, count=count)
-            refusal: Refusal | None = await self.link.ask(question)
+            try:
+                refusal: Refusal | None = await self.link.ask(question)
+            except HubSilentError as e:
+                raise unavailable(str(e)) from e
             if refusal is None:
                 stack.pop_all()
                 return places

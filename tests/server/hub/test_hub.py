@@ -8,6 +8,7 @@ from engine_process import until
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from server.api.serving.metrics import Metrics
+from server.handover import from_json
 from server.hub import hub as hub_module
 from server.hub.hub import Hub, LocalLink
 from server.hub.metrics import as_metrics, render, summed
@@ -22,10 +23,13 @@ from server.wire.hub import (
     EndScoring,
     EndShadow,
     Family,
+    HubSilentError,
     LeavePlace,
     Leaving,
     NextOrder,
+    Ping,
     RenderMetrics,
+    Stop,
     TakeRequest,
     Totals,
 )
@@ -68,7 +72,7 @@ async def remote(hub, *names):
     """Links of front ends as in processes of their own."""
     address = f"ipc://{hub.runtime_dir}/hub"
     server = LinkServer(address, hub.join, hub.ask, hub.tell)
-    links = [RemoteLink(address, name, hub.started, hub.runtime_dir) for name in names]
+    links = [RemoteLink(address, name, hub.started, hub.runtime_dir, pytest.fail) for name in names]
     try:
         for link in links:
             link.listen(lambda _: None)
@@ -187,6 +191,63 @@ def test_a_front_end_that_comes_late_is_told_how_things_are(hub):
     local(hub, "1", told.append)
     assert [type(update).__name__ for update in told] == ["EngineUp", "EngineUp", "Leaving"]
     assert isinstance(told[-1], Leaving)
+
+
+def test_it_is_told_of_settings_that_were_read_again_and_that_all_is_over(hub):
+    told = []
+    hub.reload(hub.settings.model_copy(update={"aliases": {"both": {"a": 1.0}}}))
+    hub.stop_front_ends()
+    local(hub, "1", told.append)
+    *_, again, stop = told
+    assert from_json(again.settings).aliases == {"both": {"a": 1.0}} and isinstance(stop, Stop)
+
+
+def test_an_update_that_can_not_be_taken_in_ends_the_front_end_and_no_other_message_is_lost(hub, caplog):
+    failed, told = [], []
+
+    def receive(update):
+        if isinstance(update, Leaving):
+            raise OSError("the tokenizer has just been deleted")
+        told.append(update)
+
+    async def work():
+        async with remote(hub) as (_, _none):
+            link = RemoteLink(
+                f"ipc://{hub.runtime_dir}/hub", "1", 0, hub.runtime_dir, lambda: failed.append(None)
+            )
+            link.listen(receive)
+            await until(lambda: hub.answers == 0 and len(told) == 2)
+            hub.leave()
+            hub.stop_front_ends()
+            await until(lambda: len(told) == 3)
+            link.close()
+            link.tell(EndShadow())  # nobody hears it
+
+    asyncio.run(work())
+    assert len(failed) == 1 and "Leaving" in caplog.text and "deleted" in caplog.text
+
+
+def test_a_hub_that_is_silent_is_an_error_for_who_waits_for_a_prompt_answer(hub, monkeypatch):
+    monkeypatch.setattr("server.wire.link.PROMPT_S", 0.05)
+
+    async def work():
+        link = RemoteLink(f"ipc://{hub.runtime_dir}/nobody", "1", 0, hub.runtime_dir, pytest.fail)
+        for question in (Ping(), TakeRequest(client=""), Admit(place=1, variant="a", count=1)):
+            with pytest.raises(HubSilentError):
+                await link.ask(question)
+        link.close()
+
+    asyncio.run(work())
+
+
+def test_what_a_front_end_held_that_died_is_counted(hub):
+    one = local(hub, "1")
+    asyncio.run(one.ask(Admit(place=1, variant="a", count=2)))
+    hub.gone("1")
+    hub.gone("1")
+    text = render(asyncio.run(hub.collect()))
+    assert value_of(text, 'lowkey_answers_lost_total{variant="a"}') == 1
+    assert value_of(text, 'lowkey_answers_lost_total{variant="b"}') == 0
 
 
 def value_of(text, sample):

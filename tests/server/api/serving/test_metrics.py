@@ -43,6 +43,7 @@ SERIES = {
     "lowkey_compare_top1_agreement": "histogram",
     "lowkey_shadow_requests": "counter",
     "lowkey_api_processes": "gauge",
+    "lowkey_answers_lost": "counter",
     "lowkey_api_process_restarts": "counter",
 }
 
