@@ -73,7 +73,14 @@ def test_our_launches_of_fla_s_kernels_are_fla_s_own():
         timeout=280,
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert [sorted(line.split()) for line in result.stdout.splitlines()] == [FLA] * 3
+    lines = result.stdout.splitlines()
+    assert [sorted(line.split()) for line in lines[:3]] == [FLA] * 3
+    assert lines[3:] == [
+        "refused: q, k and v must have one dtype, got torch.float32, torch.bfloat16 and torch.bfloat16",
+        "refused: beta and g must be float32, got torch.float32, torch.bfloat16",
+        "refused: q, k, v, beta, g and the state must be contiguous",
+        "refused: fla's kernels take a d_k of at most 256, got 257",
+    ]
 
 
 def test_an_engine_imports_neither_models_of_fla_nor_the_compiler_of_torch():

@@ -6,6 +6,7 @@ Triton's interpreter can't run these kernels, so this is what a CPU can tell of 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -58,8 +59,9 @@ def main() -> None:
         state = torch.zeros(3, v_heads, d_k, d_v)
         packed = packing(offsets, v.device)
         inputs = dict(q=q, k=k, v=v, g=g, beta=beta, state=state, at=packed.offsets, chunks=packed.chunks)
+        rule_inputs = RuleInputs(q, k, v, g, beta, 0.125, offsets, state)
         with caught(inputs) as ours:
-            fla_gated_delta_rule(RuleInputs(q, k, v, g, beta, 0.125, offsets, state))
+            fla_gated_delta_rule(rule_inputs)
         with caught(inputs) as theirs:
             chunk_gated_delta_rule(
                 q[None],
@@ -77,6 +79,16 @@ def main() -> None:
             different = {name: (a.get(name), b.get(name)) for name in a | b if a.get(name) != b.get(name)}
             assert not different, (a["kernel"], different)
         print(*(launch["kernel"] for launch in ours))
+    for refused in (
+        {"q": q.float()},
+        {"g": g.bfloat16()},
+        {"v": v.transpose(0, 1).contiguous().transpose(0, 1)},
+        {"k": torch.zeros(134, k_heads, 257).bfloat16()},
+    ):
+        try:
+            fla_gated_delta_rule(replace(rule_inputs, **refused))
+        except ValueError as e:
+            print("refused:", e)
 
 
 if __name__ == "__main__":
