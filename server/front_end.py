@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
@@ -114,6 +115,7 @@ async def serve(start: FrontEndStart) -> None:
 def main() -> None:
     """`python -P -m server.front_end`, started by `server.hub.front_ends` only."""
     start = FrontEndStart.read(sys.stdin.buffer.readline())
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the hub's
     settings = from_json(start.settings)
     configure(settings.log_level, settings.log_format)
     with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:

@@ -20,6 +20,8 @@ def listen(host: str, port: int, *, shared: bool = False) -> list[socket.socket]
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         for family, kind, protocol, _, address in addresses:
+            if bound and not port:  # one free port for all of them
+                address = (address[0], bound[0].getsockname()[1], *address[2:])
             try:
                 one = socket.socket(family, kind, protocol)
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -65,3 +65,20 @@ def test_settings_are_handed_over_whole_whatever_the_environment_says(monkeypatc
     monkeypatch.setenv("LOWKEY_ALIASES", '{"other": {"a": 1}}')
     assert dict(from_json(to_json(settings))) == dict(settings)
     assert "a-key-of" not in to_json(settings)
+
+
+def test_one_free_port_is_that_of_every_address_of_the_host(monkeypatch):
+    found = socket.getaddrinfo
+    hosts = ["127.0.0.1", "127.0.0.2"]
+
+    def both(_, port, **options):
+        return [entry for host in hosts for entry in found(host, port, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", both)
+    groups = listen_together("localhost", 0, 2)
+    try:
+        assert [[one.getsockname()[0] for one in group] for group in groups] == [hosts] * 2
+        assert len({one.getsockname()[1] for group in groups for one in group}) == 1
+    finally:
+        for one in (one for group in groups for one in group):
+            one.close()

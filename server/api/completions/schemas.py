@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 from server.api.completions import refused
 from server.api.http.fields import CacheSalt, CheckedFields, Fields, TokenIds, refusal
 from server.text.chat_template import RESERVED
+from server.wire.exchange import MOST_TAKEN
 
 MAX_PROMPTS = 1024
 """Most prompts in one request; the queue of a variant may hold fewer."""
@@ -154,7 +155,11 @@ class StreamOptions(Fields):
     )
     stream_interval: Annotated[
         int | None,
-        Field(ge=1, le=1000, description="Tokens in a chunk, at least; fewer in the first and in the last."),
+        Field(
+            ge=1,
+            le=MOST_TAKEN,
+            description="Tokens in a chunk, at least; fewer in the first and in the last.",
+        ),
     ] = 1
 
     @property

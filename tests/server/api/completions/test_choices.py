@@ -355,7 +355,7 @@ def test_an_interval_is_of_each_choice(api, script):
         own = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
         assert [c["text"] for c in own] == texts
         assert ["".join(c["logprobs"]["tokens"]) for c in own] == texts
-    for bad in (0, 1001, "2", 1.5):
+    for bad in (0, 257, "2", 1.5):
         assert "stream_interval" in refused(
             api, "stream_options", stream=True, stream_options={"stream_interval": bad}
         )
