@@ -63,7 +63,7 @@ def make_engine(
         dtype=dtype,  # type: ignore[arg-type]
         max_requests=requests,
         state_memory=state_memory,
-        prefill_tokens=64 if run.small else 4096,
+        prefill_tokens=64 if run.small else None,
         prefix_cache=False,
         threads=1,
     )

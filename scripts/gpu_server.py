@@ -59,7 +59,7 @@ def serve(
     arguments = [f"{name}={checkpoint.path}" for name, checkpoint in checkpoints.items()]
     arguments += ["--device", run.device, "--max-requests", str(streams)]
     arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
-    arguments += ["--prefill-tokens", "64" if run.small else "4096"]
+    arguments += ["--prefill-tokens", "64"] if run.small else []
     if run.api_processes is not None:
         arguments += ["--api-processes", str(run.api_processes)]
     root = Path(__file__).parents[1]
