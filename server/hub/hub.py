@@ -229,7 +229,7 @@ class Hub:
             case BeginShadow():
                 return self._begin_shadow(front_end, question.variants)
             case Waiting():
-                return any(self.engines[variant].waiting for variant in question.variants)
+                return any(engine.waiting for engine in self._as_they_are(question.variants))
 
     def tell(self, front_end: str, news: News) -> None:
         """Take in what a front end tells. One that is gone has nothing to tell any more."""
@@ -271,12 +271,19 @@ class Hub:
         return refusal
 
     def _begin_shadow(self, front_end: str, variants: list[str]) -> bool:
-        engines = [self.engines[variant] for variant in variants]
         free = not self._shadows and not self.draining
-        if free and all(engine.up and not engine.waiting for engine in engines):
+        if free and all(engine.up and not engine.waiting for engine in self._as_they_are(variants)):
             self._shadows = front_end
             return True
         return False
+
+    def _as_they_are(self, variants: list[str]) -> list[Engine]:
+        """The engines of these variants, what they have said until now taken in: it may have come by another way than
+        the answer that a front end has already."""
+        engines = [self.engines[variant] for variant in variants]
+        for engine in engines:
+            engine.process.catch_up()
+        return engines
 
     def _end_shadow(self, front_end: str) -> None:
         if self._shadows == front_end:

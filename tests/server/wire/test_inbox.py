@@ -52,6 +52,9 @@ def test_what_comes_while_we_send_is_taken(pair):
 
     async def work():
         inbox = Inbox(ours, taken.append)
+        theirs.send(b"connected")  # before that, a socket that was bound has nobody to send to
+        await until(lambda: bool(taken))
+        taken.clear()
         for number in range(2000):
             theirs.send(b"%d" % number)
             inbox.send(b"x")
