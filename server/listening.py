@@ -5,6 +5,9 @@ import socket
 
 from server.settings import ConfigurationError
 
+BACKLOG = 2048
+"""Connections that may wait to be accepted; uvicorn's own number."""
+
 
 def listen(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Sockets bound to each address of the host, before models are loaded for nothing.
@@ -51,7 +54,9 @@ def listen(host: str, port: int, *, shared: bool = False) -> list[socket.socket]
 
 
 def listen_together(host: str, port: int, count: int) -> list[list[socket.socket]]:
-    """What each of `count` processes listens on: sockets of its own, all bound to the same addresses.
+    """What each of `count` processes listens on: sockets of its own, all bound to the same addresses. The system gives
+    each connection to one of them. Of several processes, the sockets listen already: nobody is refused whose process is
+    yet to come, and nobody else can have the port.
 
     Raises:
         ConfigurationError: as `listen` does.
@@ -63,7 +68,10 @@ def listen_together(host: str, port: int, count: int) -> list[list[socket.socket
         one.close()
     first = listen(host, port, shared=True)
     same = first[0].getsockname()[1]
-    return [first, *(listen(host, same, shared=True) for _ in range(count - 1))]
+    groups = [first, *(listen(host, same, shared=True) for _ in range(count - 1))]
+    for one in (one for group in groups for one in group):
+        one.listen(BACKLOG)
+    return groups
 
 
 def url_of(host: str, port: int) -> str:

@@ -23,8 +23,6 @@ RESTART_S = 1.0
 whoever connects to it waits meanwhile."""
 HEALTHY_AFTER_S = 60.0
 """A front end that was up for this long is started again at once."""
-BACKLOG = 2048
-"""Connections that may wait to be accepted by a front end; uvicorn's own number."""
 STOP_S = 8.0
 """How long front ends may take to end once they have been told to: uvicorn gives connections five seconds."""
 
@@ -46,8 +44,7 @@ class FrontEnds:
     The sockets stay open here: who connects while a front end is started again is answered once it is back.
 
     Args:
-        listening: what each of the front ends listens on, bound to the same addresses (SO_REUSEPORT): the system gives
-            each connection to one of them.
+        listening: what each of the front ends listens on (`listen_together`).
     """
 
     def __init__(self, hub: Hub, listening: list[list[socket.socket]]) -> None:
@@ -60,8 +57,6 @@ class FrontEnds:
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Event()
         self._server = LinkServer(self._address, self._join, self._ask, self._tell)
-        for one in (one for sockets in listening for one in sockets):
-            one.listen(BACKLOG)  # now, so that nobody is refused whose front end is yet to come
 
     @property
     def complete(self) -> bool:
