@@ -22,14 +22,19 @@ LOWKEY_SERVE = (str(Path(sys.executable).with_name("lowkey-serve")),)
 
 def cpu_seconds(pid: int) -> float:
     """Processor time of a process so far, in steps of the system's clock (usually 10 ms)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(_times(pid))
 
 
 def kernel_seconds(pid: int) -> float:
     """The part of `cpu_seconds` that the kernel took: what a process asked of it, above all to send and receive."""
+    return _times(pid)[1]
+
+
+def _times(pid: int) -> tuple[float, float]:
+    """Seconds that a process ran its own code, and that the kernel ran for it."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return int(fields[12]) / os.sysconf("SC_CLK_TCK")
+    ticks = os.sysconf("SC_CLK_TCK")
+    return int(fields[11]) / ticks, int(fields[12]) / ticks
 
 
 class ServerProcess:

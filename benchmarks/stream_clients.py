@@ -111,9 +111,9 @@ class Seen:
 
     def __init__(self) -> None:
         self.at, self.gaps, self.tokens = array("d"), array("d"), array("d")
-        """Of each chunk of text: when it came, how long after the one before it (NaN for the first), its tokens."""
+        """For each chunk of text, when it came, how long after the one before it (NaN for the first), its tokens."""
         self.first_at, self.ttft = array("d"), array("d")
-        """Of each stream: when its first chunk came, and how long after the request."""
+        """For each stream, when its first chunk came, and how long after the request."""
 
     def between(self, begin: float, end: float) -> dict[str, np.ndarray]:
         """What was seen from `begin` to `end`."""

@@ -160,7 +160,8 @@ async def run(load: Load, began: float) -> list[Stream]:
 
 
 def figures(load: Load, streams: list[Stream], begin: float, end: float) -> dict[str, Any]:
-    """Of the window. Events count as many tokens as they had in the requests that ended: an event may have several."""
+    """The figures of the window. An event may have several tokens, and counts as many as events had in those requests
+    that ended."""
     requests = [r for s in streams for r in s.requests if r.events]
     whole = [r for r in requests if r.tokens]
     tokens_per_event = sum(r.tokens for r in whole) / max(sum(len(r.events) for r in whole), 1)

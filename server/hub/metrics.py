@@ -11,38 +11,18 @@ from prometheus_client import (
     Gauge,
     Histogram,
     Metric,
-    disable_created_metrics,
     generate_latest,
 )
 
+from server.series import STEP_SECONDS
 from server.wire.hub import Family
 from server.wire.messages import Occupancy, Phase, Ready, Step, one_or_all
-
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of time stamps beside every counter and histogram
 
 ENGINE = "0"
 """The label `engine`, which is the index of a variant's engine: each variant has one."""
 
 SLOT_USES = ("used", "cached", "free")
 
-STEP_SECONDS = (
-    0.0005,
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-)
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 

@@ -38,7 +38,6 @@ class EngineClient:
         """What the engine said of itself when it last loaded; None until it first has."""
         self._variant = variant
         self._front_end = front_end
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._inbox: Inbox | None = None
         self._requests: dict[str, Exchange] = {}
         self._woken: dict[Callable[[], None], None] = {}
@@ -52,7 +51,10 @@ class EngineClient:
     def engine_up(self, ready: Ready, address: str) -> None:
         """The engine has loaded, and takes requests there."""
         self.engine_down()
-        socket = self._context.socket(zmq.DEALER)
+        # The process's one context, whose thread reads what has come in the order in which it came: in one process with
+        # the hub, what an engine has said of a step is there before the answers of that step.
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._front_end.encode())
         socket.set_hwm(0)
         socket.connect(address)
@@ -73,7 +75,6 @@ class EngineClient:
     def close(self) -> None:
         """Have no more to do with the engine."""
         self.engine_down()
-        self._context.destroy(linger=0)
 
     def generate(
         self,

@@ -69,7 +69,6 @@ class Supervisor:
     """Seconds since the engine's last message in which this process's loop ran."""
     _ready_at: float = field(default=math.inf, init=False)
     """time.monotonic() of the last Ready; infinite until this start's."""
-    _context: "zmq.Context[zmq.Socket[bytes]]" = field(default_factory=zmq.Context, init=False)
     _requests: "zmq.Socket[bytes] | None" = field(default=None, init=False)
     """The socket on which the engine takes requests."""
     _reports: Inbox | None = field(default=None, init=False)
@@ -85,7 +84,6 @@ class Supervisor:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
-        self._context.destroy(linger=0)
 
     def catch_up(self) -> None:
         """Take in what the engine has said until now."""
@@ -138,7 +136,8 @@ class Supervisor:
             reason_path=str(self._reason),
             devices=self.config.devices if self.ready is None else [],  # when it restarts, the others are up
         )
-        requests, reports = self._context.socket(zmq.DEALER), self._context.socket(zmq.PULL)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        requests, reports = context.socket(zmq.DEALER), context.socket(zmq.PULL)
         process: asyncio.subprocess.Process | None = None
         watchdog: asyncio.Task[None] | None = None
         trouble: asyncio.Future[None] = asyncio.get_running_loop().create_future()

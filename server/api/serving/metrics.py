@@ -10,35 +10,15 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Histogram,
-    disable_created_metrics,
 )
 
+from server.series import STEP_SECONDS
 from server.wire.hub import Family
 from server.wire.messages import FinishReason
 
 Rejection = Literal["queue_full", "rate_limit", "draining", "engine_down", "too_long"]
 
-disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series of time stamps beside every counter and histogram
-
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-ITL_SECONDS = (
-    0.0005,
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.02,
-    0.03,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-)
 MOST_UNSETTLED = 10_000
 """Gaps between tokens that are kept before they are put into the series."""
 TOKENS_PER_SECOND = (1, 2, 5, 10, 20, 35, 50, 75, 100, 150, 200, 300, 500, 750, 1000, 2000, 5000)
@@ -93,7 +73,7 @@ class Metrics:
         self.itl = histogram(
             "lowkey_inter_token_latency_seconds",
             "Between two tokens of a request, as the engine made them.",
-            ITL_SECONDS,
+            STEP_SECONDS,
         )
         self.queue = histogram("lowkey_request_queue_seconds", "From arrival to the first step.", SECONDS)
         self.prefill = histogram(
@@ -183,7 +163,7 @@ class VariantMetrics:
         if not gaps_s:
             return
         # What `observe` does for one value, for all of them.
-        counts = np.bincount(np.searchsorted(ITL_SECONDS, gaps_s), minlength=len(ITL_SECONDS) + 1)
+        counts = np.bincount(np.searchsorted(STEP_SECONDS, gaps_s), minlength=len(STEP_SECONDS) + 1)
         for bucket, count in zip(self.itl._buckets, counts.tolist(), strict=True):
             bucket.inc(count)
         self.itl._sum.inc(math.fsum(gaps_s))
