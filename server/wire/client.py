@@ -51,8 +51,8 @@ class EngineClient:
     def engine_up(self, ready: Ready, address: str) -> None:
         """The engine has loaded, and takes requests there."""
         self.engine_down()
-        # The process's one context, whose thread reads what has come in the order in which it came: in one process with
-        # the hub, what an engine has said of a step is there before the answers of that step.
+        # The process's one context: its thread reads what an engine says of a step, for the hub in this process, and
+        # the answers of that step, seldom the wrong way round.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._front_end.encode())
