@@ -51,6 +51,11 @@ def test_each_kernel_of_a_model_is_compiled_once_and_launched_never(said):
     assert "11 kernels are ready after" in said[1]
 
 
+def test_no_two_threads_parse_at_once(said):
+    """Python 3.11 before 3.11.9 may then raise a SystemError, and kernels would be compiled one by one."""
+    assert said[0]["together"] == []
+
+
 def test_all_configurations_of_a_kernel_that_is_tuned_are_compiled(said):
     assert len(said[0]["more"]) == 1, "the one of two that is new"
 

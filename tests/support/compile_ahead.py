@@ -5,6 +5,7 @@ Triton is given a driver that knows the card and can't launch anything, so that 
 
 import logging
 import os
+import time
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -13,8 +14,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 launchers: list[str] = []
+parsing: list[str] = []
+"""Functions that are being parsed now."""
+together: set[str] = set()
+"""Functions that were parsed while another one was."""
 
 
 class Utilities:
@@ -49,8 +55,25 @@ def pretend_h100() -> None:
     torch.cuda.device_count = lambda: 1
 
 
+def parse_slowly() -> None:
+    """Have two threads that parse at once be seen to do so."""
+    parse = JITFunction.parse
+
+    def slowly(self: JITFunction[Any]) -> Any:
+        parsing.append(self.fn.__name__)
+        together.update(parsing if len(parsing) > 1 else ())
+        time.sleep(0.02)
+        try:
+            return parse(self)
+        finally:
+            parsing.remove(self.fn.__name__)
+
+    JITFunction.parse = slowly
+
+
 def main() -> None:
     pretend_h100()
+    parse_slowly()
 
     from specs import mixer_spec
 
@@ -81,6 +104,7 @@ def main() -> None:
     with torch.inference_mode():
         runtime.compile_ahead(work)
         print("compiled", *sorted(launchers))
+        print("together", *sorted(together))
         launchers.clear()
         runtime.compile_ahead(work)
         print("again", *launchers)

@@ -7,6 +7,7 @@ threads do it at once. What is compiled lies on disk (TRITON_CACHE_DIR): other p
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -35,7 +36,7 @@ def compile_ahead(work: Callable[[], object]) -> None:
     began = time.monotonic()
     threads = len(os.sched_getaffinity(0))
     launched: set[JITFunction[Any]] = set()
-    with ThreadPoolExecutor(threads) as pool:
+    with _parsed_one_at_a_time(), ThreadPoolExecutor(threads) as pool:
         compiler = _Compiler(pool)
         try:
             with AsyncCompileMode(compiler, ignore_errors=True):
@@ -110,6 +111,20 @@ def _compiled_instead_of_launched(launched: set[JITFunction[Any]]) -> Iterator[N
             self.fn.run(*args, **kwargs, **config.all_kwargs())
 
     with patch.object(JITFunction, "run", compile_only), patch.object(Autotuner, "run", every_configuration):
+        yield
+
+
+@contextmanager
+def _parsed_one_at_a_time() -> Iterator[None]:
+    """Within, no two threads parse the source of a kernel at once: Python before 3.11.9 and 3.12.3 may then raise a
+    SystemError."""
+    parse, parsing = JITFunction.parse, threading.Lock()
+
+    def parse_alone(self: JITFunction[Any]) -> Any:
+        with parsing:
+            return parse(self)
+
+    with patch.object(JITFunction, "parse", parse_alone):
         yield
 
 
