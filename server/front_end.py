@@ -18,7 +18,7 @@ from server.api.http.protocol import HttpProtocol
 from server.api.serving.service import Service
 from server.handover import from_json
 from server.logs import configure
-from server.wire.hub import FrontEndStart, Totals
+from server.wire.hub import FrontEndStart
 from server.wire.link import RemoteLink
 
 TOTALS_S = 2.0
@@ -103,7 +103,7 @@ async def serve(start: FrontEndStart) -> None:
         now = asyncio.get_running_loop().time()
         if now - told >= min(TOTALS_S, service.settings.hang_s / 4):
             told = now
-            link.tell(Totals(families=service.metrics.families()))
+            link.tell(service.totals())
 
     # When the hub is gone, however it went, its end of our standard input is closed.
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), lambda: os._exit(1))

@@ -1,6 +1,7 @@
 """What a step brings, and how it leaves the engine's process: to each front end what it asked for, to the supervisor
 what the step was."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -40,11 +41,13 @@ class StepOutput:
     occupancy: Occupancy
     cache_queries: int = 0
     cache_hits: int = 0
+    made_at: float = field(default_factory=time.monotonic)
 
     @property
     def step(self) -> Step:
         """What the supervisor is told of it."""
         return Step(
+            made_at=self.made_at,
             phase=self.phase,
             step_s=self.step_s,
             batch_size=self.batch_size,
@@ -95,7 +98,7 @@ class FrontEnds:
             owner = self._owners.pop(request_id, None) if last else self._owners.get(request_id)
             if owner is None:  # it was aborted meanwhile
                 return None
-            return answers.get(owner) or answers.setdefault(owner, Answers())
+            return answers.get(owner) or answers.setdefault(owner, Answers(made_at=output.made_at))
 
         for token in output.tokens:
             if (mine := of(token.request_id, last=token.finish_reason is not None)) is not None:

@@ -226,7 +226,7 @@ def serve(config: EngineConfig) -> None:
                 engine.handle(message)
         output = engine.step()
         if output is not None:
-            report(output.step)  # first, so that whoever has an answer finds its step in the metrics
+            report(output.step)
             front_ends.answer(output)
         elif (received and engine.idle) or time.monotonic() - reported >= HEARTBEAT_S:
             report(engine.occupancy)

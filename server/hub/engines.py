@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -12,7 +13,7 @@ from typing import IO
 from server.hub.metrics import EngineMetrics
 from server.settings import Settings, device_shares
 from server.wire.hub import EngineDown, EngineUp, Refusal, Update
-from server.wire.messages import EngineConfig, Occupancy, Ready
+from server.wire.messages import EngineConfig, Occupancy, Ready, Step
 from server.wire.supervisor import Supervisor
 
 
@@ -45,6 +46,7 @@ class Engine:
 
     Args:
         tell: tells all front ends something.
+        on_report: called when the engine has said something of a step, and when it is gone.
         on_fatal: called with the reason when the model can't be loaded at all (a bad checkpoint: restarting would not
             help).
     """
@@ -56,6 +58,7 @@ class Engine:
         runtime_dir: Path,
         metrics: EngineMetrics,
         tell: Callable[[Update], None],
+        on_report: Callable[[], None],
         on_fatal: Callable[[str], None],
     ) -> None:
         self.variant = config.variant
@@ -65,16 +68,18 @@ class Engine:
         """Requests that were let in and that the engine is not done with."""
         self.address = ""
         """Where the engine takes requests, while it is up."""
+        self.last_step = 0.0
+        """`made_at` of the last step that the engine has told of."""
         self._source = config.source
         self._max_queue = settings.max_queue
         self._metrics = metrics
-        self._tell = tell
+        self._tell, self._on_report = tell, on_report
         self.process = Supervisor(
             config,
             runtime_dir,
             hang_s=settings.hang_s,
             on_ready=self._on_ready,
-            on_step=metrics.on_step,
+            on_step=self._on_step,
             on_occupancy=self._on_occupancy,
             on_down=self._on_down,
             on_restart=metrics.on_restart,
@@ -110,8 +115,14 @@ class Engine:
 
     def _on_ready(self, ready: Ready, address: str) -> None:
         self.address = address
+        self.last_step = time.monotonic()  # what is not known of the steps of engines before is lost
         self._tell(EngineUp(variant=self.variant, ready=ready, address=address))
         self._metrics.on_ready(self._source, ready)
+
+    def _on_step(self, step: Step) -> None:
+        self.last_step = step.made_at
+        self._metrics.on_step(step)
+        self._on_report()
 
     def _on_occupancy(self, occupancy: Occupancy) -> None:
         assert self.ready is not None
@@ -120,6 +131,7 @@ class Engine:
 
     def _on_down(self) -> None:
         self.address, self.waiting = "", 0
+        self._on_report()
         self._tell(EngineDown(variant=self.variant))
         self._metrics.on_down(self.ready)
 

@@ -49,7 +49,8 @@ from server.wire.hub import (
 )
 
 TOTALS_S = 2.0
-"""How long a front end may take to say what it has counted. One that takes longer counts as when it last said."""
+"""How long front ends and engines may take to say what they have counted. One that takes longer counts as when it last
+said."""
 
 
 @dataclass
@@ -68,6 +69,8 @@ class _FrontEnd:
     places: dict[int, _Places] = field(default_factory=dict)
     totals: list[Family] = field(default_factory=list)
     """All that it has counted, as it last said."""
+    steps: dict[str, float] = field(default_factory=dict)
+    """By variant: `made_at` of the last step that it had an answer of then."""
     answered: int = 0
     """The `AskTotals` that it last answered."""
 
@@ -101,8 +104,8 @@ class Hub:
         self._gone: list[Family] = []
         """All that front ends had counted that have gone."""
         self._numbers = itertools.count(1)
-        self._totals_came = asyncio.Event()
-        """Set when a front end has said what it has counted."""
+        self._came = asyncio.Event()
+        """Set when something has come that metrics are made of."""
         self._scoring: asyncio.Lock = asyncio.Lock()
         """Held for the one comparison that may take up `compare_bytes` of shared memory now."""
         self._scores = ""
@@ -117,6 +120,7 @@ class Hub:
                 self.runtime_dir,
                 EngineMetrics(self.metrics, config.variant),
                 self.tell_all,
+                self._came.set,
                 functools.partial(on_fatal, config.variant),
             )
             for config in engine_configs(settings)
@@ -174,7 +178,7 @@ class Hub:
         for places in front_end.places.values():
             places.engine.admitted -= places.held
             self.metrics.lost_answers.labels(places.engine.variant).inc()
-        self._totals_came.set()  # nobody waits for it any more
+        self._came.set()  # nobody waits for it any more
         self._gone = summed([self._gone, front_end.totals])
         self._end_scoring(name)
         self._end_shadow(name)
@@ -258,7 +262,8 @@ class Hub:
                 self._end_shadow(front_end)
             case Totals():
                 teller.totals, teller.answered = news.families, max(teller.answered, news.answers)
-                self._totals_came.set()
+                teller.steps = news.steps
+                self._came.set()
 
     def _admit(self, front_end: _FrontEnd, question: Admit) -> Refusal | None:
         if self.draining:
@@ -297,22 +302,31 @@ class Hub:
     # --- figures
 
     async def collect(self) -> list[Metric]:
-        """All metrics of the server: those of the engines, and the sums over all front ends that there are and
-        were."""
-        for engine in self.engines.values():
-            engine.process.catch_up()
+        """All metrics of the server: those of the engines, and the sums over all front ends that there are and were.
+
+        Whoever has an answer finds it in them, and the engine's steps until then.
+        """
         number = next(self._numbers)
-        asked = list(self._front_ends.values())
-        for front_end in asked:
+        asked = list(self._front_ends.items())
+        for _, front_end in asked:
             front_end.receive(AskTotals(number=number))
+
+        def awaited(name: str, front_end: _FrontEnd) -> bool:
+            """Whether there is more to come: its own figures, or those of a step that it has answers of already. What
+            an engine says of a step comes by another way than the step's answers."""
+            return name in self._front_ends and (
+                front_end.answered < number
+                or any(
+                    engine.up and engine.last_step < front_end.steps.get(variant, 0.0)
+                    for variant, engine in self.engines.items()
+                )
+            )
+
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(TOTALS_S):
-                while any(
-                    front_end.answered < number and front_end in self._front_ends.values()
-                    for front_end in asked
-                ):
-                    self._totals_came.clear()
-                    await self._totals_came.wait()
+                while any(awaited(name, front_end) for name, front_end in asked):
+                    self._came.clear()
+                    await self._came.wait()
         counted = [self._gone, *(front_end.totals for front_end in self._front_ends.values())]
         return [*as_metrics(summed(counted)), *self.metrics.registry.collect()]
 

@@ -36,6 +36,8 @@ class EngineClient:
     def __init__(self, variant: str, front_end: str) -> None:
         self.ready: Ready | None = None
         """What the engine said of itself when it last loaded; None until it first has."""
+        self.last_step = 0.0
+        """`made_at` of the last step of the engine that brought an answer."""
         self._variant = variant
         self._front_end = front_end
         self._inbox: Inbox | None = None
@@ -51,8 +53,6 @@ class EngineClient:
     def engine_up(self, ready: Ready, address: str) -> None:
         """The engine has loaded, and takes requests there."""
         self.engine_down()
-        # The process's one context: its thread reads what an engine says of a step, for the hub in this process, and
-        # the answers of that step, seldom the wrong way round.
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
         socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, self._front_end.encode())
@@ -173,6 +173,7 @@ class EngineClient:
     def _deliver(self, data: bytes) -> None:
         """Hand the answers of one step to their requests."""
         answers = answers_decoder.decode(data)
+        self.last_step = answers.made_at
         requests = self._requests  # those that are not there were aborted while this was on its way
         for token in answers.tokens:
             if (exchange := requests.get(token.request_id)) is not None:

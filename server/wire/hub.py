@@ -154,10 +154,13 @@ class Family(msgspec.Struct, frozen=True):
 
 
 class Totals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """All that a front end has counted since it began. `answers` is the `AskTotals` it answers; 0 for none."""
+    """All that a front end has counted since it began."""
 
     families: list[Family]
+    steps: dict[str, float] = {}
+    """By variant: `made_at` of the last step of its engine that the front end has an answer of."""
     answers: int = 0
+    """The `AskTotals` that it answers; 0 for none."""
 
 
 News = LeavePlace | EndAnswer | Charge | EndedRequest | Pair | EndScoring | EndShadow | Totals

@@ -263,6 +263,8 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Answers(msgspec.Struct, frozen=True, kw_only=True):
     """What one step of the engine brought for the requests of one front end."""
 
+    made_at: float
+    """The step's, as in `Step`."""
     tokens: list[Token] = []
     scored: list[Scored] = []
     saved: list[StateSaved] = []
@@ -272,6 +274,9 @@ class Answers(msgspec.Struct, frozen=True, kw_only=True):
 class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What the supervisor is told of one step of the engine."""
 
+    made_at: float
+    """time.monotonic() when the step's output was made: later than that of all steps before, also of engines that were
+    there before. All processes of a machine have one such clock."""
     phase: Phase
     step_s: float
     batch_size: int

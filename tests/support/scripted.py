@@ -196,6 +196,7 @@ class ScriptedClient:
         self.ready: Ready | None = None
         self.up = False
         self.aborted = 0
+        self.last_step = 0.0
         self.script = SCRIPTS.setdefault(variant, Script(len(SCRIPTS)))
 
     def engine_up(self, ready: Ready, address: str) -> None:

@@ -86,7 +86,12 @@ class Service:
             case Stop():
                 self.on_stop()
             case AskTotals():
-                self.link.tell(Totals(families=self.metrics.families(), answers=update.number))
+                self.link.tell(self.totals(update.number))
+
+    def totals(self, answers: int = 0) -> Totals:
+        """All that this front end has counted. `answers` is the `AskTotals` that asks for it; 0 for none."""
+        steps = {variant.name: variant.client.last_step for variant in self.variants}
+        return Totals(families=self.metrics.families(), steps=steps, answers=answers)
 
     def named(self, name: str, param: str) -> Variant:
         """The variant of that very name. 404 if there is none; `param` is the field that names it."""

@@ -297,7 +297,7 @@ def test_a_failed_request_is_an_error_of_its_kind(nowhere, reason, kind, what):
             task = asyncio.ensure_future(client.save_state(message))
         await until(lambda: bool(client._requests))
         failed = Failed(request_id=message.request_id, reason=reason, error="why")
-        client._deliver(encoder.encode(Answers(failed=[failed])))
+        client._deliver(encoder.encode(Answers(made_at=0.0, failed=[failed])))
         client._wake()
         with pytest.raises(kind, match="why"):
             await task

@@ -56,15 +56,15 @@ def test_each_front_end_gets_what_it_asked_for_in_one_message(fronts):
     scoring = score(prompt(3))
     assert take(fronts, b"1", messages[0], saving) == [messages[0], saving]
     assert take(fronts, b"2", messages[1], messages[2], scoring) == [messages[1], messages[2], scoring]
-    fronts.answer(
-        step(
-            tokens=[token(ids[1]), token(ids[0]), token(ids[2], "stop")],
-            scored=[Scored(request_id=scoring.request_id, logprobs=[], kl=[], agree=[])],
-            saved=[StateSaved(request_id="save")],
-        )
+    output = step(
+        tokens=[token(ids[1]), token(ids[0]), token(ids[2], "stop")],
+        scored=[Scored(request_id=scoring.request_id, logprobs=[], kl=[], agree=[])],
+        saved=[StateSaved(request_id="save")],
     )
+    fronts.answer(output)
     (second, two), (first, one) = fronts._socket.sent
     assert (first, second) == (b"1", b"2")
+    assert one.made_at == two.made_at == output.step.made_at < step().made_at
     assert [t.request_id for t in one.tokens] == ids[:1] and one.saved[0].request_id == "save"
     assert [t.request_id for t in two.tokens] == ids[1:] and len(two.scored) == 1
     # Those that have had their last answer are forgotten.

@@ -34,7 +34,7 @@ from server.wire.hub import (
     Totals,
 )
 from server.wire.link import LinkServer, RemoteLink
-from server.wire.messages import Ready
+from server.wire.messages import Occupancy, Ready, Step
 
 
 def ready(max_running=2):
@@ -282,6 +282,46 @@ def test_metrics_are_those_of_all_front_ends_that_are_and_were(hub, monkeypatch)
     hub._front_ends["3"].receive = lambda _: None
     counted["3"].generation_tokens.labels("a").inc(100)
     assert tokens() == 7
+
+
+def test_metrics_have_all_steps_of_which_a_front_end_has_answers(hub):
+    engine = hub.engines["a"]
+
+    def receive(update):
+        if isinstance(update, AskTotals):
+            link.tell(Totals(families=[], steps={"a": 2.0, "b": 0.0}, answers=update.number))
+
+    def told(made_at):
+        occupancy = Occupancy(running=0, waiting=0, used_slots=0)
+        step = Step(made_at=made_at, phase="decode", step_s=0.1, batch_size=1, occupancy=occupancy)
+        return engine.process.on_step, step
+
+    link = local(hub, "1", receive)
+
+    async def steps_in(*events):
+        collecting = asyncio.ensure_future(hub.collect())
+        for call, *args in events:
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert not collecting.done(), f"there is a step that it does not have, before {args}"
+            call(*args)
+        return value_of(render(await collecting), 'lowkey_batch_size_count{engine="0",variant="a"}')
+
+    def gone():
+        engine.process.up = False
+        engine.process.on_down()
+
+    async def work():
+        assert await steps_in(told(1.0), told(2.0)) == 2
+        assert await steps_in() == 2
+        # Nothing more comes of an engine that is gone, nor from the one after it of the steps of that one.
+        engine.last_step = 1.0
+        assert await steps_in((gone,)) == 2
+        engine.process.on_ready(ready(), "address")
+        engine.process.up = True
+        assert await steps_in() == 2
+
+    asyncio.run(work())
 
 
 def test_sums_are_the_series_of_one_process():

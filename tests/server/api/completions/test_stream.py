@@ -56,7 +56,7 @@ class Engine(EngineClient):
 
     def step(self, tokens, failed=()):
         """Tell of one step, as it comes over the wire."""
-        self._deliver(encoder.encode(Answers(tokens=tokens, failed=list(failed))))
+        self._deliver(encoder.encode(Answers(made_at=0.0, tokens=tokens, failed=list(failed))))
         asyncio.get_running_loop().call_soon(self._wake)  # all that has come is read
 
 
