@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import psutil
 import pytest
-from live_server import DEADLINE_S, ENDLESS, LiveServer, poll
+from live_server import DEADLINE_S, ENDLESS, LiveServer, poll, suspended
 
 COUNT = 3
 LIMIT = 60
@@ -212,16 +212,16 @@ def test_a_drain_waits_for_the_streams_of_all_and_answers_meanwhile(checkpoints,
     server = LiveServer(tmp_path / "log", f"dense={checkpoints['dense']}", "--api-processes", "2")
     try:
         server.wait_ready()
-        body = {"model": "dense", "prompt": "Hi", "stream": True, "ignore_eos": True, "max_tokens": 3000}
-        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=DEADLINE_S) as response:
-            lines = (line for line in response.iter_lines() if line)
-            next(lines)
-            server.process.send_signal(signal.SIGTERM)
-            poll(lambda: "draining: 1 requests" in server.log.read_text(), "it drains")
-            for _ in range(6):  # whichever of the two it reaches
-                refused = httpx.post(f"{server.url}/v1/completions", json={"model": "dense", "prompt": "x"})
-                assert refused.status_code == 503 and "shutting down" in refused.text
-                assert httpx.get(f"{server.url}/ready").status_code == 503
+        with contextlib.ExitStack() as stack:
+            with suspended(server.engines()["dense"]):  # the request does not end meanwhile
+                _, lines = stack.enter_context(stream(server, max_tokens=200))
+                server.process.send_signal(signal.SIGTERM)
+                poll(lambda: "draining: 1 requests" in server.log.read_text(), "it drains")
+                for _ in range(6):  # whichever of the two it reaches
+                    with connected(server) as client:
+                        refused = complete(client)
+                        assert refused.status_code == 503 and "shutting down" in refused.text
+                        assert client.get("/ready").status_code == 503
             assert list(lines)[-1] == "data: [DONE]"
         assert server.process.wait(DEADLINE_S) == 0
         assert "Traceback" not in server.log.read_text()

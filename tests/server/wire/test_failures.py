@@ -150,9 +150,10 @@ def test_sigterm_lets_the_running_requests_end(small):
     assert len(engines) == 2
     keep_alive = httpx.Client(base_url=small.url, timeout=DEADLINE_S)
     assert keep_alive.get("/ready").status_code == 200
-    with stream(small, max_tokens=300, stream_options={"include_usage": True}) as events:
-        next(events)
-        with suspended(engines["dense"]):
+    with contextlib.ExitStack() as stack:
+        with suspended(engines["dense"]):  # the request does not end meanwhile
+            options = {"stream_options": {"include_usage": True}}
+            events = stack.enter_context(stream(small, max_tokens=300, **options))
             small.process.send_signal(signal.SIGTERM)
             poll(lambda: keep_alive.get("/ready").status_code == 503, "it refuses new work")
         with pytest.raises(httpx.TransportError):
@@ -249,9 +250,9 @@ def test_a_draining_server_says_so_until_its_last_request_ends(arguments, tmp_pa
     server = LiveServer(tmp_path / "log", arguments[0])
     try:
         server.wait_ready()
-        with stream(server, max_tokens=200) as events:
-            next(events)
-            with suspended(server.engines()["dense"]):
+        with contextlib.ExitStack() as stack:
+            with suspended(server.engines()["dense"]):  # the request does not end meanwhile
+                events = stack.enter_context(stream(server, max_tokens=200))
                 server.process.send_signal(signal.SIGTERM)
                 poll(lambda: server.http.get("/ready").status_code == 503, "it is not ready any more")
                 refused(server.http.post("/v1/completions", json=BODY), "shutting down")
