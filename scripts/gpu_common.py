@@ -93,9 +93,7 @@ class Run:
 @contextmanager
 def tuned_by_fla(run: Run) -> Iterator[None]:
     """Within, fla's kernels are tuned as fla does, as a peer has them."""
-    names = run.own_configs
-    fixed = {name: chooser.configs for name in names if (chooser := fla_kernels.tuner(name)) is not None}
-    fla_kernels.use(names)
+    fixed = fla_kernels.use(run.own_configs)
     try:
         yield
     finally:

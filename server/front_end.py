@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from types import FrameType
+from typing import Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -20,6 +21,8 @@ from server.handover import from_json
 from server.logs import configure
 from server.wire.hub import FrontEndStart
 from server.wire.link import RemoteLink
+
+T = TypeVar("T")
 
 TOTALS_S = 2.0
 """Seconds between two times that a front end tells the hub what it has counted. What it has counted since is lost when
@@ -88,6 +91,12 @@ class FrontEnd(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def run_in_loop(main: Coroutine[Any, Any, T]) -> T:
+    """What `main` returns, run in a loop of the kind that uvicorn chooses."""
+    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
+        return runner.run(main)
+
+
 async def serve(start: FrontEndStart) -> None:
     """Answer requests until the hub says to stop."""
     # The hub starts another one, which begins with how things are.
@@ -118,8 +127,7 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the hub's
     settings = from_json(start.settings)
     configure(settings.log_level, settings.log_format)
-    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
-        runner.run(serve(start))
+    run_in_loop(serve(start))
 
 
 if __name__ == "__main__":

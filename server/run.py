@@ -7,10 +7,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-import uvicorn
-
 from server.api.states.saved import SavedStates
-from server.front_end import FrontEnd
+from server.front_end import FrontEnd, run_in_loop
 from server.hub.conductor import TICK_S, Conductor
 from server.hub.front_ends import FrontEnds
 from server.hub.hub import Hub
@@ -54,10 +52,9 @@ def serve_until_over(settings: Settings, reload: Callable[[], Settings]) -> dict
     """
     listening = listen_together(settings.host, settings.port, count_processes(settings))
     url = url_of(settings.host, listening[0][0].getsockname()[1])
-    with asyncio.Runner(loop_factory=uvicorn.Config("", log_config=None).get_loop_factory()) as runner:
-        if len(listening) == 1:
-            return runner.run(_in_one(settings, reload, listening[0], url))
-        return runner.run(_in_several(settings, reload, listening, url))
+    if len(listening) == 1:
+        return run_in_loop(_in_one(settings, reload, listening[0], url))
+    return run_in_loop(_in_several(settings, reload, listening, url))
 
 
 async def _in_one(

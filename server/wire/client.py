@@ -72,10 +72,6 @@ class EngineClient:
         if self._woken:
             asyncio.get_running_loop().call_soon(self._wake)
 
-    def close(self) -> None:
-        """Have no more to do with the engine."""
-        self.engine_down()
-
     def generate(
         self,
         message: Generate,

@@ -81,8 +81,8 @@ class RemoteLink:
         self._receive: Callable[[Update], None] = lambda _: None
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[msgspec.Raw]] = {}
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        socket = self._context.socket(zmq.DEALER)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        socket = context.socket(zmq.DEALER)
         socket.setsockopt(zmq.IDENTITY, front_end.encode())
         socket.set_hwm(0)
         socket.connect(address)
@@ -113,7 +113,6 @@ class RemoteLink:
     def close(self) -> None:
         """Have no more to do with the hub."""
         self._inbox.close()
-        self._context.destroy(linger=0)
 
     def _take(self, data: bytes) -> None:
         message = _to_front_end.decode(data)
@@ -151,11 +150,11 @@ class LinkServer:
     ) -> None:
         self._join, self._ask, self._tell = join, ask, tell
         self._questions: dict[tuple[str, int], asyncio.Task[None]] = {}
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        self._inbox = Inbox(self._socket, self._take)
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        socket = context.socket(zmq.ROUTER)
+        socket.set_hwm(0)
+        socket.bind(address)
+        self._inbox = Inbox(socket, self._take)
 
     def gone(self, front_end: str) -> None:
         """A front end has ended: nobody waits for its answers any more."""
@@ -168,7 +167,6 @@ class LinkServer:
         for task in self._questions.values():
             task.cancel()
         self._inbox.close()
-        self._context.destroy(linger=0)
 
     def _send(self, front_end: str, message: Answered | Update) -> None:
         self._inbox.send(front_end.encode(), _encode(message))

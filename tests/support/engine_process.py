@@ -116,7 +116,7 @@ class Harness:
 
     def close(self) -> None:
         self.run(self.supervisor.close())
-        self.client.close()
+        self.client.engine_down()
         self._runner.close()
 
     async def tokens(self, message: Generate) -> list[Token]:

@@ -202,7 +202,7 @@ class ScriptedClient:
     def engine_up(self, ready: Ready, address: str) -> None:
         self.ready, self.up = ready, True
 
-    def close(self) -> None:
+    def engine_down(self) -> None:
         self.up = False
 
     def generate(

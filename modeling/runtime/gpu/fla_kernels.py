@@ -116,7 +116,7 @@ def use_fixed(capability: tuple[int, int]) -> Tuned:
     Returns:
         What the kernels would have been tuned with.
     """
-    before: Tuned = {}
+    chosen: Tuned = {}
     for name, wanted in FIXED.get(capability, {}).items():
         chooser = tuner(name)
         fitting = [c for c in chooser.configs if wanted.items() <= c.all_kwargs().items()] if chooser else []
@@ -125,14 +125,15 @@ def use_fixed(capability: tuple[int, int]) -> Tuned:
                 "this version of fla has no %s with %s: it is tuned at its first launch", name, wanted
             )
             continue
-        before[name] = chooser.configs
-        chooser.configs = fitting[:1]
-    return before
+        chosen[name] = fitting[:1]
+    return use(chosen)
 
 
-def use(tuned: Tuned) -> None:
-    """Have kernels tuned with these configurations."""
+def use(tuned: Tuned) -> Tuned:
+    """Have kernels tuned with these configurations. Returns those that they had."""
+    before: Tuned = {}
     for name, configs in tuned.items():
         chooser = tuner(name)
         if chooser is not None:
-            chooser.configs = configs
+            before[name], chooser.configs = chooser.configs, configs
+    return before

@@ -91,9 +91,8 @@ def _chunks(inputs: RuleInputs, g: Tensor | None, packed: Packing) -> tuple[Tens
     chunks, sequences = len(packed.chunks), len(inputs.cu_seqlens) - 1
     sizes = {"T": tokens, "H": k_heads, "HV": v_heads, "K": d_k}
     where = {"cu_seqlens": packed.offsets, "chunk_indices": packed.chunks}
-    solved = k.new_zeros(
-        tokens, v_heads, TOKEN_BLOCK
-    )  # the kernel writes the lower blocks of each chunk only
+    # Zeros, since the kernel writes the lower blocks of each chunk only.
+    solved = k.new_zeros(tokens, v_heads, TOKEN_BLOCK)
     solve((chunks, v_heads), k=k, g=g, beta=beta, A=solved, **where, **sizes, BT=TOKEN_BLOCK, BC=SOLVED_BLOCK)
     w, u = k.new_empty(tokens, v_heads, d_k), torch.empty_like(v)
     represent(

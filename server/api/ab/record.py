@@ -20,6 +20,7 @@ class ABRecord:
     metrics: Metrics
     link: Link
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by the one comparison of this front end for which the hub is asked: to the hub a turn is a front end's."""
 
     @contextlib.asynccontextmanager
     async def scoring(self) -> AsyncIterator[None]:

@@ -85,4 +85,4 @@ class Variants:
     def close(self) -> None:
         """Have no more to do with the engines. Requests in them fail."""
         for variant in self._by_name.values():
-            variant.client.close()
+            variant.client.engine_down()

@@ -302,7 +302,7 @@ def test_a_failed_request_is_an_error_of_its_kind(nowhere, reason, kind, what):
         with pytest.raises(kind, match="why"):
             await task
         assert not client._requests
-        client.close()
+        client.engine_down()
 
     asyncio.run(work())
 
