@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.http.auth import Client, Clients
 from server.api.http.context import RequestContext, current
 from server.api.http.errors import APIError
-from server.api.http.events import DONE, sse
+from server.api.http.events import CONNECTION, DONE, sse
 
 logger = logging.getLogger("lowkey.api")
 request_logger = logging.getLogger("lowkey.request")
@@ -28,8 +28,9 @@ class RequestFrame:
     failed, and writes the log line at the end.
 
     Args:
-        leaving: whether the server has been asked to stop. Each answer then ends its connection: behind a load balancer
-            that picks a server per connection, a client that keeps its own would never come to the others.
+        leaving: whether the server has been asked to stop. Each answer then says that it ends its connection: behind a
+            load balancer that picks a server per connection, a client that keeps its own would never come to the
+            others. So does an answer to a request of which too much has not come to be read.
         log_texts: whether prompts and completions are logged too.
     """
 
@@ -54,7 +55,8 @@ class RequestFrame:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 tags = [(b"x-request-id", request_id.encode()), (b"x-content-type-options", b"nosniff")]
-                if self._leaving():
+                connection = scope.get(CONNECTION)
+                if self._leaving() or (connection is not None and connection.ends_unread(scope)):
                     tags.append((b"connection", b"close"))
                 message["headers"] = [*message["headers"], *tags]
             await send(message)

@@ -5,6 +5,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, cast
 
+from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.api.http.events import CONNECTION
@@ -54,6 +55,8 @@ class HttpProtocol(HttpToolsProtocol):
     """Bytes received since the last headers were complete, or the last piece of a body came."""
     _unread_bytes = 0
     """Bytes of a request that were received after its answer."""
+    _body_left = 0
+    """Bytes of the request's body that have not come, if it said how long it is."""
     _ended = False
     """Whether the last answer has been written: what still comes is thrown away."""
 
@@ -68,6 +71,11 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_made(cast(asyncio.Transport, counting))
         self._untaken = UnreadWatch(counting, self.write_timeout_s)
         self._close_in(self.header_timeout_s)
+
+    def ends_unread(self, scope: Scope) -> bool:
+        """Whether an answer to the request of this scope, given now, ends the connection: too much of the request has
+        not come."""
+        return scope is self.scope and self._reading == "body" and self._body_left > MAX_UNREAD_BYTES
 
     def write_body(self, data: bytes) -> None:
         """Write a piece of a body of unknown length, whose headers have been sent. Nothing if the client is gone."""
@@ -111,10 +119,13 @@ class HttpProtocol(HttpToolsProtocol):
         self._header_bytes = 0
         self._reading = "body"
         self._stop_timer()
+        lengths = [int(value) for name, value in self.headers if name == b"content-length"]
+        self._body_left = sum(lengths)  # there is one at most, and the parser has read it
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._header_bytes = 0
+        self._body_left -= len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -105,6 +105,15 @@ def test_a_body_that_never_comes_after_the_answer_ends_the_connection(guarded):
         assert connection.recv(1) == b""
 
 
+@pytest.mark.parametrize("status", [401, 404, 413])
+def test_an_answer_says_that_a_long_rest_will_not_be_read(guarded, status):
+    """A client that did not know would send its next request on a connection that is about to be closed."""
+    with connect(guarded, CASES[status][0]) as connection:
+        response = http.client.HTTPResponse(connection)
+        response.begin()
+        assert response.status == status and response.getheader("connection") == "close"
+
+
 @pytest.mark.parametrize("size", [100, 10**5, 10**6])
 def test_a_client_that_sends_all_before_it_reads_has_its_answer_and_its_connection(patient, size):
     url = urllib.parse.urlsplit(patient.url)
@@ -115,6 +124,7 @@ def test_a_client_that_sends_all_before_it_reads_has_its_answer_and_its_connecti
         connection.request("POST", "/v1/completions", b"x" * size, {"content-type": "application/json"})
         response = connection.getresponse()
         assert response.status == 401 and json.loads(response.read())["error"]["code"] == 401
+        assert response.getheader("connection") is None
         assert connection.sock is mine
     connection.close()
 
@@ -132,6 +142,19 @@ def test_a_refused_import_is_not_read_to_its_end(guarded):
         except OSError:
             pass
     assert sent < 64
+
+
+def test_an_answer_does_not_speak_of_the_rest_of_a_request_behind_it(guarded):
+    behind = "\r\n".join(["POST /v1/completions HTTP/1.1", "host: x", LENGTH, JSON, "", ""]).encode()
+    with connect(guarded, ["GET /health"], behind) as connection:
+        received = b""
+        while received.count(b"HTTP/1.1 ") < 2 or not received.endswith(b"}"):
+            piece = connection.recv(2**16)
+            assert piece, received
+            received += piece
+    first, second = received.split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and b"connection: close" not in first
+    assert second.startswith(b"401") and b"connection: close" in second
 
 
 def test_pipelined_requests_behind_an_answered_one_are_answered(patient):
