@@ -9,7 +9,7 @@ from modeling.spec.delta import DeltaSpec, GateActivation
 from modeling.spec.mixer import MixerSpec
 from modeling.spec.mlp import MLPSpec
 from modeling.spec.model import TOKEN_BLOCK, LayerSpec, ModelSpec, NormSpec
-from modeling.spec.tensors import FLOAT32_STATES, STATE_DTYPES, StateTypes, TensorSpec
+from modeling.spec.tensors import FLOAT32_STATES, STATE_DTYPES, StateDType, StateTypes, TensorSpec
 
 __all__ = [
     "FLOAT32_STATES",
@@ -22,6 +22,7 @@ __all__ = [
     "MixerSpec",
     "ModelSpec",
     "NormSpec",
+    "StateDType",
     "StateTypes",
     "TensorSpec",
 ]

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from modeling.spec.tensors import StateTypes, TensorSpec
 
 GateActivation = Literal["none", "silu", "sigmoid"]
@@ -68,12 +70,18 @@ class DeltaSpec:
         return replace(self, d_k=d_k)
 
     def state_tensors(self, types: StateTypes) -> dict[str, TensorSpec]:
-        """The state of one request, by name: the recurrent state, K-first, and the last `conv_kernel - 1` inputs of the
-        short convolution. Its size does not depend on the number of tokens."""
-        return {
+        """The tensors of one request's state, by name.
+
+        They are the recurrent state, K-first, and the last `conv_kernel - 1` inputs of the short convolution; beside a
+        recurrent state in int8 also a scale for each value channel. No size depends on the number of tokens.
+        """
+        tensors = {
             "recurrent": TensorSpec((self.num_v_heads, self.d_k, self.d_v), types.recurrent),
             "conv": TensorSpec((self.conv_channels, self.conv_kernel - 1), types.inputs),
         }
+        if types.recurrent == torch.int8:
+            tensors["scales"] = TensorSpec((self.num_v_heads, self.d_v), torch.float32)
+        return tensors
 
     def state_bytes(self, tokens: int, types: StateTypes) -> int:
         """Bytes of the state of a request of `tokens` tokens."""

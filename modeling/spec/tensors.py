@@ -2,8 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
+
+StateDType = Literal["float32", "bfloat16", "int8"]
+"""A dtype that recurrent states may be served in, by the name that users give."""
+
+STATE_DTYPES: tuple[StateDType, ...] = get_args(StateDType)
+"""All of these dtypes, the widest first."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +28,27 @@ class TensorSpec:
 @dataclass(frozen=True)
 class StateTypes:
     """The dtypes that states are kept in: `recurrent` for the sums that a mixer adds to with each token, `inputs` for
-    copies of what the projections gave."""
+    copies of what the projections gave. A recurrent state in int8 has scales beside it (`modeling.state.rounding`)."""
 
     recurrent: torch.dtype = torch.float32
     inputs: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         for name, dtype in vars(self).items():
-            if not dtype.is_floating_point:
-                raise ValueError(f"{name} states must be kept in a floating-point dtype, got {dtype}")
+            if not dtype.is_floating_point and (name, dtype) != ("recurrent", torch.int8):
+                or_int8 = " or int8" if name == "recurrent" else ""
+                raise ValueError(
+                    f"{name} states must be kept in a floating-point dtype{or_int8}, got {dtype}"
+                )
+
+    @classmethod
+    def named(cls, name: StateDType, weights: torch.dtype) -> "StateTypes":
+        """The types of a model served with this state dtype.
+
+        Beside a float32 state the last inputs are kept as the weights are, which rounds nothing. A narrower one is to
+        save bytes: they are in bfloat16.
+        """
+        return cls(getattr(torch, name), weights if name == "float32" else torch.bfloat16)
 
 
 FLOAT32_STATES = StateTypes()
-
-STATE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""What recurrent states may be served in, by the names that users give."""

@@ -22,11 +22,11 @@ class LayerState(Protocol):
         ...
 
     def gather(self, rows: Tensor) -> Self:
-        """A copy of `rows` int64 `[n]`, as the states of n packed sequences."""
+        """A copy of `rows` int64 `[n]`, as the states of n packed sequences, all in float dtypes."""
         ...
 
     def scatter(self, rows: Tensor, state: Self) -> None:
-        """Write the states of n packed sequences to `rows` int64 `[n]`."""
+        """Write the states of n packed sequences to `rows` int64 `[n]`, rounded to what rows are kept in."""
         ...
 
     def tensors(self, row: int) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from modeling.huge_pages import zeros
 from modeling.spec import DeltaSpec, StateTypes
+from modeling.state.rounding import narrow, widen
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,13 @@ class DeltaState:
     """`modeling.state.LayerState` of a delta rule mixer.
 
     `recurrent` is `[rows, num_v_heads, d_k, d_v]`, K-first, and `conv`, the last inputs of the short convolution, is
-    `[rows, conv_channels, conv_kernel - 1]`.
+    `[rows, conv_channels, conv_kernel - 1]`. A recurrent state in int8 is kept in units of `scales`, float32
+    `[rows, num_v_heads, d_v]`; else there are none.
     """
 
     recurrent: Tensor
     conv: Tensor
+    scales: Tensor | None = None
 
     @classmethod
     def zeros(cls, spec: DeltaSpec, rows: int, types: StateTypes, device: torch.device | str) -> "DeltaState":
@@ -30,27 +33,33 @@ class DeltaState:
         return cls(**made)
 
     @property
-    def _all(self) -> tuple[Tensor, Tensor]:
-        return self.recurrent, self.conv
+    def _all(self) -> dict[str, Tensor]:
+        return {name: t for name, t in vars(self).items() if t is not None}
 
     @property
     def bytes_per_row(self) -> int:
-        return sum(t[0].nbytes for t in self._all)
+        return sum(t[0].nbytes for t in self._all.values())
 
     def zero(self, row: int) -> None:
-        for t in self._all:
+        for t in self._all.values():
             t[row].zero_()
 
     def copy(self, source: int, target: int) -> None:
-        for t in self._all:
+        for t in self._all.values():
             t[target].copy_(t[source])
 
     def gather(self, rows: Tensor) -> "DeltaState":
-        return DeltaState(self.recurrent[rows], self.conv[rows])
+        recurrent = self.recurrent[rows]
+        if self.scales is not None:
+            recurrent = widen(recurrent, self.scales[rows])
+        return DeltaState(recurrent, self.conv[rows])
 
     def scatter(self, rows: Tensor, state: "DeltaState") -> None:
-        for t, new in zip(self._all, state._all, strict=True):
-            t[rows] = new.to(t.dtype)
+        recurrent = state.recurrent
+        if self.scales is not None:
+            recurrent, self.scales[rows] = narrow(recurrent)
+        self.recurrent[rows] = recurrent.to(self.recurrent.dtype)
+        self.conv[rows] = state.conv.to(self.conv.dtype)
 
     def tensors(self, row: int) -> dict[str, Tensor]:
-        return {"recurrent": self.recurrent[row], "conv": self.conv[row]}
+        return {name: t[row] for name, t in self._all.items()}

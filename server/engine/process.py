@@ -19,7 +19,7 @@ from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.runtime import Runtime, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
-from modeling.spec import STATE_DTYPES, StateTypes
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
@@ -162,7 +162,7 @@ def _plan(
 ) -> tuple[StatePool, MemoryPlan, DecodeGraphs | None]:
     """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
     spec = runtime.model.spec
-    types = StateTypes(STATE_DTYPES[config.state_dtype], inputs=dtype)
+    types = StateTypes.named(config.state_dtype, dtype)
 
     def pool(slots: int) -> StatePool:
         return StatePool(spec, slots, device=device.torch_device, types=types)

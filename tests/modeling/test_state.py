@@ -11,6 +11,7 @@ from states import conv, recurrent, tensors
 from modeling.families import family_of
 from modeling.spec import StateTypes
 from modeling.state import DeltaState, StatePool
+from modeling.state.rounding import narrow, widen
 
 SPECS = {
     "gated": GATED,
@@ -34,7 +35,7 @@ def slot_tensors(pool, slot):
 
 
 @pytest.mark.parametrize("conv_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("name", SPECS)
 def test_bytes_per_slot_are_the_specs(name, state_dtype, conv_dtype):
     spec = spec_of(SPECS[name])
@@ -52,6 +53,8 @@ def test_bytes_per_slot_are_the_specs(name, state_dtype, conv_dtype):
         expected += m.num_v_heads * m.d_k * m.d_v * state_dtype.itemsize
         width = 2 * m.num_k_heads * m.d_k + m.num_v_heads * m.d_v
         expected += width * (m.conv_kernel - 1) * conv_dtype.itemsize
+        if state_dtype == torch.int8:
+            expected += m.num_v_heads * m.d_v * 4
     assert pool.bytes_per_slot == expected
 
 
@@ -123,10 +126,31 @@ def test_a_pool_needs_a_slot(slots):
         StatePool(spec_of(DELTA), slots)
 
 
-@pytest.mark.parametrize("types", [{"recurrent": torch.int8}, {"inputs": torch.int32}], ids=str)
-def test_a_dtype_that_would_cut_states_to_whole_numbers_is_refused(types):
-    with pytest.raises(ValueError, match="floating-point"):
+@pytest.mark.parametrize(
+    ("types", "wanted"),
+    [
+        ({"recurrent": torch.int16}, "recurrent states .* floating-point dtype or int8, got torch.int16"),
+        ({"inputs": torch.int8}, "inputs states .* floating-point dtype, got torch.int8"),
+    ],
+    ids=str,
+)
+def test_a_dtype_that_would_cut_states_to_whole_numbers_is_refused(types, wanted):
+    with pytest.raises(ValueError, match=wanted):
         StateTypes(**types)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "types"),
+    [
+        ("float32", torch.float32, StateTypes(torch.float32, torch.float32)),
+        ("float32", torch.bfloat16, StateTypes(torch.float32, torch.bfloat16)),
+        ("bfloat16", torch.float32, StateTypes(torch.bfloat16, torch.bfloat16)),
+        ("int8", torch.float32, StateTypes(torch.int8, torch.bfloat16)),
+    ],
+    ids=str,
+)
+def test_a_narrow_state_keeps_its_inputs_narrow_too(name, weights, types):
+    assert StateTypes.named(name, weights) == types
 
 
 def test_copy_takes_everything_and_leaves_the_source():
@@ -159,6 +183,21 @@ def test_gather_and_scatter_are_by_slot_and_gather_copies(dtype):
     for t, old in zip(tensors(pool), before, strict=True):
         assert (t[[0, 3]] == 1.5).all() and t.dtype == old.dtype
         assert torch.equal(t[[1, 2]], old[[1, 2]])
+
+
+def test_a_state_in_8_bits_is_scattered_narrow_and_gathered_wide():
+    pool = StatePool(spec_of(SPECS["per-layer"]), 4, types=StateTypes(torch.int8))
+    slots = torch.tensor([3, 1])
+    torch.manual_seed(0)
+    wide = [DeltaState(torch.randn_like(s.recurrent), torch.randn_like(s.conv)) for s in pool.gather(slots)]
+    pool.scatter(slots, wide)
+    for layer, given, got in zip(pool.layers, wide, pool.gather(slots), strict=True):
+        codes, scales = narrow(given.recurrent)
+        assert torch.equal(layer.recurrent[slots], codes) and torch.equal(layer.scales[slots], scales)
+        assert not layer.recurrent[[0, 2, 4]].any() and not layer.scales[[0, 2, 4]].any()
+        assert torch.equal(got.recurrent, widen(codes, scales)) and got.scales is None
+        assert torch.equal(got.conv, given.conv)
+    assert {name.rpartition(".")[2] for name in pool.tensors(0)} == {"recurrent", "conv", "scales"}
 
 
 def test_scatter_refuses_a_state_with_other_layers():

@@ -11,6 +11,11 @@ def conv(states):
     return [layer.conv for layer in getattr(states, "layers", states)]
 
 
+def scales(states):
+    """Each layer's `[rows, num_v_heads, d_v]`, where its recurrent state is in int8."""
+    return [layer.scales for layer in getattr(states, "layers", states) if layer.scales is not None]
+
+
 def tensors(states):
-    """All of both."""
-    return [*recurrent(states), *conv(states)]
+    """All of them."""
+    return [*recurrent(states), *conv(states), *scales(states)]
