@@ -115,7 +115,16 @@ def test_bfloat16_activations_and_states(name, state_dtype):
 
 @pytest.mark.parametrize("name", SPECS)
 def test_states_in_8_bits_are_those_of_float64_rounded(name):
-    check_int8(make_mixer(SPECS[name]), torch.float32)
+    d_v = SPECS[name].get("d_v", 4)
+    check_int8(make_mixer(SPECS[name] | {"d_v": d_v + -d_v % 4}), torch.float32)
+
+
+def test_states_in_8_bits_of_a_d_v_that_is_no_multiple_of_4_are_refused():
+    mixer = make_mixer({"d_v": 6})
+    projected, wide, conv = draw(mixer, torch.float32, torch.float32)
+    codes, scales = narrow(wide)
+    with pytest.raises(ValueError, match="multiple of 4, got 6"):
+        delta_step(mixer, projected, DeltaState(codes, conv, scales), torch.tensor(SLOTS))
 
 
 def test_states_in_8_bits_and_bfloat16_activations():
@@ -144,7 +153,7 @@ def test_a_broken_state_in_8_bits_stays_broken_and_in_its_slot(value):
 def test_a_state_too_large_for_one_tile(monkeypatch, d_v, state_dtype):
     monkeypatch.setattr(module, "TILES", {4: 16 * 16, 2: 16 * 32, 1: 16 * 16})
     check(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, state_dtype, steps=1)
-    check_int8(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, steps=1)
+    check_int8(make_mixer({"d_v": d_v - d_v % 4 + 4, "num_v_heads": 2}), torch.float32, steps=1)
 
 
 def test_rows_of_a_wider_buffer():

@@ -22,7 +22,13 @@ from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import StatePool
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int8: "i8"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+}
 H100 = GPUTarget("cuda", 90, 32)
 
 
@@ -41,13 +47,15 @@ class Caught:
         assert list(values) == names, "the launch and the kernel disagree about their arguments"
         fixed = {p.name for p in self.kernel.params if p.is_constexpr}
         free = {p.name for p in self.kernel.params if p.do_not_specialize}
+        unaligned = {p.name for p in self.kernel.params if p.do_not_specialize_on_alignment}
         signature, constexprs, attributes = {}, {}, {}
         for i, (name, value) in enumerate(values.items()):
             if name in fixed or value is None or (isinstance(value, int) and value == 1 and name not in free):
                 signature[name], constexprs[i,] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
-                attributes[i,] = [["tt.divisibility", 16]]
+                if name not in unaligned:
+                    attributes[i,] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:

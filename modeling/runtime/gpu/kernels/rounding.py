@@ -11,15 +11,19 @@ number, ties to even."""
 
 
 @triton.jit
-def narrowed(state, broken):
-    """Codes int8 and scales of whole columns of a state, float32 `[d_k, columns]`. `broken` `[columns]` is NaN or Inf
-    for a column that holds one: a maximum does not see NaN."""
-    largest = tl.max(tl.abs(state), axis=0)
+def scales_of(largest, broken):
+    """The scales of columns and what to multiply their entries by, of any shape, given the largest entries. `broken` is
+    NaN or Inf for a column that holds one: a maximum does not see NaN."""
     none = largest < SMALLEST
     inverse = tl.where(none, 0.0, tl.div_rn(tl.zeros_like(largest) + LEVELS, tl.maximum(largest, SMALLEST)))
-    scale = tl.where(none, 0.0, largest * (1 / LEVELS)) + broken * 0.0
-    rounded = tl.fma(state, tl.broadcast_to(inverse[None, :], state.shape), tl.zeros_like(state) + ROUNDING)
-    return rounded.to(tl.int32, bitcast=True).to(tl.int8), scale
+    return tl.where(none, 0.0, largest * (1 / LEVELS)) + broken * 0.0, inverse
+
+
+@triton.jit
+def rounded(state, inverse):
+    """The codes of entries float32 `[d_k, columns]` as the last bytes of int32 like them; `inverse` is `[columns]`."""
+    units = tl.fma(state, tl.broadcast_to(inverse[None, :], state.shape), tl.zeros_like(state) + ROUNDING)
+    return units.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -66,6 +70,7 @@ def narrow_rows(
     heads = tl.num_programs(1)
     place = i * d_v + j[None, :]
     state = tl.load(wide + (row * heads + head) * d_k * d_v + place, mask=mask, other=0.0)
-    codes, scale = narrowed(state, tl.sum(state * 0.0, axis=0))
+    scale, inverse = scales_of(tl.max(tl.abs(state), axis=0), tl.sum(state * 0.0, axis=0))
+    codes = rounded(state, inverse).to(tl.int8)
     tl.store(recurrent + (slot * heads + head) * d_k * d_v + place, codes, mask=mask)
     tl.store(scales + (slot * heads + head) * d_v + j, scale, mask=j < d_v)
