@@ -47,9 +47,12 @@ struct Delta {
     }
 };
 
+enum Type : int32_t { FLOAT32, BFLOAT16, INT8 };
+
 // The state of one layer; it has a row for each slot of a pool, or for each packed sequence.
 struct DeltaState {
-    void *recurrent;                   // [rows, num_v_heads, d_k, d_v]
-    void *conv;                        // [rows, channels, conv_kernel - 1]
-    int32_t bf16_recurrent, bf16_conv; // float32 where not
+    void *recurrent; // [rows, num_v_heads, d_k, d_v]
+    float *scales;   // [rows, num_v_heads, d_v] beside an int8 recurrent state, else null
+    void *conv;      // [rows, channels, conv_kernel - 1], float32 or bfloat16
+    int32_t recurrent_type, conv_type;
 };

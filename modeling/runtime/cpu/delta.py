@@ -9,6 +9,9 @@ from modeling.runtime.cpu.parameters import Parameters
 from modeling.state import DeltaState
 
 _GATES = {"none": 0, "silu": 1, "sigmoid": 2}
+_FLOATS = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {**_FLOATS, torch.int8: 2}
+"""Dtypes as `Type` of delta.h has them."""
 
 
 class Delta(Structure):
@@ -50,25 +53,24 @@ class State(Structure):
     """`DeltaState` of delta.h."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("recurrent", "conv")),
-        *((name, c_int32) for name in ("bf16_recurrent", "bf16_conv")),
+        *((name, c_void_p) for name in ("recurrent", "scales", "conv")),
+        *((name, c_int32) for name in ("recurrent_type", "conv_type")),
     ]
 
     @classmethod
     def of(cls, state: DeltaState) -> "State":
         """Where a state's tensors are. Raises ValueError for tensors that the C++ would misread."""
         for t in (state.recurrent, state.conv):
-            if (
-                t.dtype not in (torch.float32, torch.bfloat16)
-                or t.device.type != "cpu"
-                or not t.is_contiguous()
-            ):
+            known = t.dtype in _FLOATS or (t is state.recurrent and state.scales is not None)
+            if not known or t.device.type != "cpu" or not t.is_contiguous():
                 raise ValueError(
-                    f"states must be contiguous float32 or bfloat16 on the CPU, got {t.dtype} on {t.device}"
+                    "states must be contiguous float32 or bfloat16 on the CPU, or int8 with scales if recurrent, got "
+                    f"{t.dtype} on {t.device}"
                 )
         return cls(
             state.recurrent.data_ptr(),
+            None if state.scales is None else state.scales.data_ptr(),
             state.conv.data_ptr(),
-            state.recurrent.dtype == torch.bfloat16,
-            state.conv.dtype == torch.bfloat16,
+            _TYPES[state.recurrent.dtype],
+            _TYPES[state.conv.dtype],
         )

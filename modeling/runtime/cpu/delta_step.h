@@ -3,6 +3,7 @@
 #pragma once
 
 #include "delta.h"
+#include "delta_int8.h"
 
 // The convolution over the last inputs and x, and SiLU, of n neighbouring channels; `past` moves on.
 template <class C>
@@ -56,7 +57,7 @@ static inline void update_columns(S *state, int d_k, int d_v, const float *q, co
     }
 }
 template <class S>
-static void update_head(S *state, int d_k, int d_v, const float *q, const float *k, const float *v, float decay,
+static void update_head(S *state, float *, int d_k, int d_v, const float *q, const float *k, const float *v, float decay,
                         float beta, float qk, float *o) {
     constexpr int MOST = LANES == 16 ? 8 : 4; // sums that registers hold
     int j = 0;
@@ -75,7 +76,8 @@ static void update_head(S *state, int d_k, int d_v, const float *q, const float 
 
 // Runs one key head of one request with its value heads. `scratch` has room for 2 * d_k + d_v floats.
 template <class S, class C>
-static void mix_head(const Delta &l, const float *in, S *state, C *past, int head, float *scratch, float *out) {
+static void mix_head(const Delta &l, const float *in, S *state, float *scales, C *past, int head, float *scratch,
+                     float *out) {
     const int d_k = l.d_k, d_v = l.d_v;
     float *q = scratch, *k = q + d_k, *v = k + d_k;
     auto conv = [&](int64_t from, int n, float *y) {
@@ -93,7 +95,8 @@ static void mix_head(const Delta &l, const float *in, S *state, C *past, int hea
     for (int64_t h = (int64_t)head * l.groups(); h < (int64_t)(head + 1) * l.groups(); h++) {
         conv(2 * l.keys() + h * d_v, d_v, v);
         float *o = out + h * d_v;
-        update_head(state + h * d_k * d_v, d_k, d_v, q, k, v, std::exp(l.log_decay(in, h)), l.beta(in, h), qk, o);
+        update_head(state + h * d_k * d_v, scales ? scales + h * d_v : nullptr, d_k, d_v, q, k, v,
+                    std::exp(l.log_decay(in, h)), l.beta(in, h), qk, o);
         l.finish(in, h, o, o);
     }
 }
@@ -106,15 +109,18 @@ static void mix_rows(const Delta &l, const float *in, int64_t batch, const int64
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < batch * l.num_k_heads; i++) {
         int64_t b = i / l.num_k_heads, slot = slots[b];
-        mix_head(l, in + b * l.width(), (S *)state.recurrent + slot * state_size, (C *)state.conv + slot * past_size,
-                 i % l.num_k_heads, scratch, out + b * l.values());
+        float *scales = state.scales ? state.scales + slot * l.values() : nullptr;
+        mix_head(l, in + b * l.width(), (S *)state.recurrent + slot * state_size, scales,
+                 (C *)state.conv + slot * past_size, i % l.num_k_heads, scratch, out + b * l.values());
     }
 }
 
 static void mix(const Delta &l, const float *in, int64_t batch, const int64_t *slots, const DeltaState &state,
                 float *scratch, float *out) {
-    auto rows = state.bf16_recurrent ? (state.bf16_conv ? mix_rows<bf16, bf16> : mix_rows<bf16, float>)
-                                     : (state.bf16_conv ? mix_rows<float, bf16> : mix_rows<float, float>);
+    const bool narrow = state.conv_type == BFLOAT16;
+    auto rows = narrow ? mix_rows<float, bf16> : mix_rows<float, float>;
+    if (state.recurrent_type == BFLOAT16) rows = narrow ? mix_rows<bf16, bf16> : mix_rows<bf16, float>;
+    if (state.recurrent_type == INT8) rows = narrow ? mix_rows<int8_t, bf16> : mix_rows<int8_t, float>;
     rows(l, in, batch, slots, state, scratch, out);
 }
 

@@ -21,7 +21,9 @@ struct bf16 {
 };
 typedef float vec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t uvec __attribute__((vector_size(LANES * 4)));
+typedef int32_t ivec __attribute__((vector_size(LANES * 4)));
 typedef uint16_t hvec __attribute__((vector_size(LANES * 2)));
+typedef int8_t bvec __attribute__((vector_size(LANES)));
 
 // ---- loads and stores
 
@@ -42,14 +44,53 @@ static inline void write(bf16 *p, float x) {
     p->bits = (bits & 0x7fffffff) > 0x7f800000 ? (uint16_t)((bits >> 16) | 0x40) : (uint16_t)rounded;
 }
 static inline vec load(const float *p) { return peek<vec>(p); }
-static inline vec load(const bf16 *p) { return (vec)(__builtin_convertvector(peek<hvec>(p), uvec) << 16); }
 static inline void store(float *p, vec x) { std::memcpy(p, &x, sizeof x); }
+
+// Changes of width. GCC 12 takes the elements of its own vectors apart one by one for these, hence the instructions.
+static inline uvec widen(hvec x) {
+#if defined(__AVX512DQ__)
+    return (uvec)_mm512_cvtepu16_epi32((__m256i)x);
+#elif defined(__AVX2__)
+    return (uvec)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, uvec);
+#endif
+}
+static inline hvec narrow_to_16(uvec x) {
+#if defined(__AVX512DQ__)
+    return (hvec)_mm512_cvtepi32_epi16((__m512i)x);
+#else
+    return __builtin_convertvector(x, hvec);
+#endif
+}
+static inline ivec widen(bvec x) {
+#if defined(__AVX512DQ__)
+    return (ivec)_mm512_cvtepi8_epi32((__m128i)x);
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(peek<int64_t>(&x)));
+#else
+    return __builtin_convertvector(x, ivec);
+#endif
+}
+static inline bvec narrow_to_8(uvec x) {
+#if defined(__AVX512DQ__)
+    return (bvec)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+    return __builtin_convertvector(x, bvec);
+#endif
+}
+
+static inline vec load(const bf16 *p) { return (vec)(widen(peek<hvec>(p)) << 16); }
 static inline void store(bf16 *p, vec x) {
-    uvec bits = (uvec)x;
-    uvec rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    hvec half = __builtin_convertvector((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded, hvec);
+#if defined(__AVX512BF16__)
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
+#else
+    const uvec bits = (uvec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; // to nearest even
+    const hvec half = narrow_to_16((bits & 0x7fffffff) > 0x7f800000 ? (bits >> 16) | 0x40 : rounded);
+#endif
     std::memcpy(p, &half, sizeof half);
 }
+static inline vec load(const int8_t *p) { return __builtin_convertvector(widen(peek<bvec>(p)), vec); }
 
 // N vectors, a matrix [N][LANES], become [LANES][N], in as many vectors. Each round interleaves the halves of the
 // whole.
