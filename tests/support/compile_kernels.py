@@ -17,12 +17,12 @@ from triton.compiler import ASTSource
 
 from modeling.model import Model
 from modeling.ops import chunked_gated_delta_rule
-from modeling.runtime.gpu import delta, mlp, norms, prefill
+from modeling.runtime.gpu import delta, mlp, norms, prefill, rounding
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import StatePool
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int8: "i8"}
 H100 = GPUTarget("cuda", 90, 32)
 
 
@@ -63,6 +63,7 @@ def main() -> None:
     for module, names in (
         (delta, ["mixer_step"]),
         (prefill, ["convolve_packed", "gated_norm", "gates"]),
+        (rounding, ["narrow_rows", "widen_rows"]),
         (norms, ["rms_norm"]),
         (mlp, ["swiglu"]),
     ):
@@ -84,11 +85,11 @@ def main() -> None:
         for p in model.parameters():
             if p.ndim == 2:
                 p.data = p.data.bfloat16()
-        types = StateTypes(torch.bfloat16 if gated else torch.float32, torch.bfloat16)
-        pool = StatePool(model.spec, 2, types=types)
-        runtime = GpuRuntime(model, chunked_gated_delta_rule)
-        runtime.prefill(torch.zeros(70, dtype=torch.long), [0, 3, 70], pool, torch.arange(2))
-        runtime.decode(torch.arange(2), pool, torch.arange(2))
+        for recurrent in (torch.int8, torch.bfloat16 if gated else torch.float32):
+            pool = StatePool(model.spec, 2, types=StateTypes(recurrent, torch.bfloat16))
+            runtime = GpuRuntime(model, chunked_gated_delta_rule)
+            runtime.prefill(torch.zeros(70, dtype=torch.long), [0, 3, 70], pool, torch.arange(2))
+            runtime.decode(torch.arange(2), pool, torch.arange(2))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from modeling.runtime.gpu.kernels.delta import mixer_step
 from modeling.runtime.gpu.sizes import power_of_2
 from modeling.state import DeltaState
 
-TILES = {4: 16384, 2: 8192}
+TILES = {4: 16384, 2: 8192, 1: 8192}
 """Elements of state that a program holds at a time, at most, by the bytes of one. In registers they are float32 either
 way; with half the bytes on their way from memory, more programs must run at once to hide its latency."""
 ELEMENTS_PER_WARP = 4096
@@ -38,6 +38,7 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
         projected,
         out,
         state.recurrent,
+        state.scales,
         state.conv,
         slots,
         mixer.conv.weight,

@@ -13,6 +13,8 @@ from loading the convolution's inputs in the layout of the state, once per warp 
 import triton
 import triton.language as tl
 
+from modeling.runtime.gpu.kernels.rounding import narrowed
+
 
 @triton.jit
 def _inputs(projected, history, weight, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
@@ -56,6 +58,7 @@ def mixer_step(
     projected,  # [B, sum(in_proj_sizes)]
     out,  # [B, value_dim]
     recurrent,  # [slots, num_v_heads, d_k, d_v]
+    scales,  # [slots, num_v_heads, d_v] beside an int8 recurrent state, else None
     conv,  # [slots, conv_channels, taps - 1]
     slots,  # [B]
     conv_weight,  # [conv_channels, taps]
@@ -130,7 +133,10 @@ def mixer_step(
             )
             tile = (slot * num_v_heads + v_head) * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
             tile_mask = k_mask[:, None] & (v_index < d_v)[None, :]
-            state = tl.load(recurrent + tile, mask=tile_mask, other=0.0).to(tl.float32)
+            state = tl.load(recurrent + tile, mask=tile_mask, other=0).to(tl.float32)
+            if scales is not None:
+                scale_at = scales + (slot * num_v_heads + v_head) * d_v + v_index
+                unit = tl.load(scale_at, mask=v_index < d_v, other=0.0)
             # From here to the first use of the state, everything hides behind its latency.
             if block == 0:
                 beta = beta_scale
@@ -153,11 +159,20 @@ def mixer_step(
             _move_on(v_window, history, v_channels, v_mask, taps, columns)
             if group == 0 and block == 0:
                 _move_on(qk_window, history, qk_channels, qk_mask, taps, columns)
-            if has_decay:
+            if scales is not None:
+                if has_decay:
+                    unit *= decay
+                state *= unit[None, :]
+            elif has_decay:
                 state *= decay
             u = beta * (v - tl.sum(state * k[:, None], axis=0))
             state += k[:, None] * u[None, :]
-            tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
+            if scales is not None:
+                codes, unit = narrowed(state, u)
+                tl.store(recurrent + tile, codes, mask=tile_mask)
+                tl.store(scale_at, unit, mask=v_index < d_v)
+            else:
+                tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
             o_block = tl.sum(state * q[:, None], axis=0)
             o = tl.where(tl.arange(0, blocks)[:, None] == block, o_block[None, :], o)
         mean_square = tl.sum(tl.sum(tl.where(o_mask, o * o, 0.0), axis=1), axis=0) / d_v
