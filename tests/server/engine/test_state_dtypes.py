@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from modeling.spec import STATE_DTYPES, TOKEN_BLOCK
 from modeling.state import DeltaState
 from server.engine.process import build, pick_state_dtype
-from server.wire.messages import SaveState
+from server.wire.messages import Pause, Resume, SaveState
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +84,17 @@ def test_choices_go_on_from_copies_with_their_scales(bench):
             tokens_of(run(bench.engine(**options), {0: [message]}))[message.request_id]
             == tokens[message.request_id]
         )
+
+
+def test_a_paused_request_finds_its_state_as_it_left_it(bench):
+    options = dict(batch_invariant=True, state_dtype="int8")
+    message, other = generate(prompt(70), 12), generate(prompt(9), 12)
+    (expected,) = tokens_of(run(bench.engine(**options), {0: [message]})).values()
+    engine = bench.engine(**options)
+    pause, resume = (kind(request_id=message.request_id) for kind in (Pause, Resume))
+    outputs = run(engine, {0: [message], 5: [pause, other], 12: [resume]})
+    assert max(o.occupancy.paused for o in outputs) == 1
+    assert tokens_of(outputs)[message.request_id] == expected
 
 
 def spoil_scales(data, value):
