@@ -7,7 +7,8 @@ from gpu_common import Run, SkippedError
 from gpu_kernels import make_mixer, random_state, rows_of, rule_shapes, shapes
 from torch import Tensor
 
-from modeling.runtime.gpu.prefill import add_delta_prefill, narrow_into, widened
+from modeling.runtime.gpu.prefill import add_delta_prefill
+from modeling.runtime.gpu.rounding import narrow_into, widened
 from modeling.spec import DeltaSpec, StateTypes
 from modeling.state import DeltaState
 from modeling.state.rounding import SMALLEST, narrow, widen
@@ -53,8 +54,9 @@ def compare_rounding(run: Run, spec: DeltaSpec) -> dict[str, float]:
     narrow_into(state, at, after.to(run.device))
     codes, scales = narrow(after)
     assert state.scales is not None
+    kept = scales.isfinite().unsqueeze(-2).expand_as(codes)  # codes of a broken column mean nothing
     return {
-        "codes": unlike(state.recurrent[at], codes),
+        "codes": unlike(state.recurrent[at].cpu()[kept], codes[kept]),
         "scales": unlike(state.scales[at], scales),
         "widened": unlike(widened(state, at), widen(state.recurrent[at].cpu(), state.scales[at].cpu())),
         "others": float(any(t.any() for t in rows_of(state, others))),
