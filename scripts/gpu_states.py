@@ -11,7 +11,7 @@ from modeling.runtime.gpu.prefill import add_delta_prefill
 from modeling.runtime.gpu.rounding import narrow_into, widened
 from modeling.spec import DeltaSpec, StateTypes
 from modeling.state import DeltaState
-from modeling.state.rounding import SMALLEST, narrow, widen
+from modeling.state.rounding import LEVELS, SMALLEST, narrow, widen
 
 INT8_STATES = StateTypes.named("int8", torch.bfloat16)
 
@@ -22,17 +22,23 @@ def unlike(a: Tensor, b: Tensor) -> float:
     return float(((a != b) & ~(a.isnan() & b.isnan())).double().mean())
 
 
-def hard_states(rows: int, heads: int, d_k: int, d_v: int) -> Tensor:
+def hard_states(rows: int, heads: int, d_k: int, d_v: int, *, fused: bool) -> Tensor:
     """float32 states `[rows, heads, d_k, d_v]` of all magnitudes, on the CPU: some columns of the first head are what
-    rounding may get wrong."""
+    rounding may get wrong, `fused` those that only a fused multiply and add gets right among them."""
     state = torch.randn(rows, heads, d_k, d_v) * 10.0 ** (60 * torch.rand(rows, heads, 1, d_v) - 30)
     columns = state[:, 0].unbind(-1)
     columns[0].zero_()
     columns[1].uniform_(-0.9 * SMALLEST, 0.9 * SMALLEST)
     columns[2].uniform_(-SMALLEST, SMALLEST)
     columns[2][:, 0] = SMALLEST
-    columns[3].copy_(torch.randint(-126, 126, columns[3].shape) + 0.5)  # in the middle between two codes
-    columns[3][:, 0] = 127
+    # In the middle between two codes, in the first row exactly. In the others its product with the scale's inverse
+    # would be as well, if it were rounded to float32 before the code is taken: Triton's interpreter does that.
+    middles = torch.randint(-126, 126, columns[3].shape) + 0.5
+    largest = torch.full((rows, 1), 127.0)
+    if fused:
+        largest[1:] *= 1 + torch.rand(rows - 1, 1)
+    columns[3].copy_(middles / (LEVELS / largest))
+    columns[3][:, 0] = largest[:, 0]
     columns[4].uniform_(-1e38, 1e38)
     columns[4][:, -1] = -3e38
     columns[5][:, 1] = torch.inf
@@ -50,7 +56,7 @@ def compare_rounding(run: Run, spec: DeltaSpec) -> dict[str, float]:
     state = DeltaState.zeros(spec, slots, INT8_STATES, run.device)
     at = torch.randperm(slots, device=run.device)[:rows]
     others = torch.ones(slots, dtype=torch.bool, device=run.device).index_fill(0, at, False)
-    after = hard_states(rows, spec.num_v_heads, spec.d_k, spec.d_v)
+    after = hard_states(rows, spec.num_v_heads, spec.d_k, spec.d_v, fused=run.cuda)
     narrow_into(state, at, after.to(run.device))
     codes, scales = narrow(after)
     assert state.scales is not None
