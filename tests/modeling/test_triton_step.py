@@ -11,6 +11,7 @@ from modeling.layers import DeltaMixer
 from modeling.ops import chunked_gated_delta_rule
 from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu import delta as module
+from modeling.runtime.gpu import delta_int8
 from modeling.runtime.gpu.delta import delta_step
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.state import DeltaState, StatePool
@@ -151,9 +152,14 @@ def test_a_broken_state_in_8_bits_stays_broken_and_in_its_slot(value):
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d_v", [48, 33])
 def test_a_state_too_large_for_one_tile(monkeypatch, d_v, state_dtype):
-    monkeypatch.setattr(module, "TILES", {4: 16 * 16, 2: 16 * 32, 1: 16 * 16})
+    monkeypatch.setattr(module, "TILES", {4: 16 * 16, 2: 16 * 32})
     check(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, state_dtype, steps=1)
-    check_int8(make_mixer({"d_v": d_v - d_v % 4 + 4, "num_v_heads": 2}), torch.float32, steps=1)
+
+
+@pytest.mark.parametrize("d_v", [48, 36])
+def test_a_state_in_8_bits_too_large_for_one_tile(monkeypatch, d_v):
+    monkeypatch.setattr(delta_int8, "TILE", 16 * 16)
+    check_int8(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, steps=1)
 
 
 def test_rows_of_a_wider_buffer():

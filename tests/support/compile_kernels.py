@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from modeling.model import Model
 from modeling.ops import chunked_gated_delta_rule
-from modeling.runtime.gpu import delta, mlp, norms, prefill, rounding
+from modeling.runtime.gpu import delta, delta_int8, mlp, norms, prefill, rounding
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import StatePool
@@ -70,6 +70,7 @@ class Caught:
 def main() -> None:
     for module, names in (
         (delta, ["mixer_step"]),
+        (delta_int8, ["convolve_step", "move_states_on"]),
         (prefill, ["convolve_packed", "gated_norm", "gates"]),
         (rounding, ["narrow_rows", "widen_rows"]),
         (norms, ["rms_norm"]),

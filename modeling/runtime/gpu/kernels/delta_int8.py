@@ -1,35 +1,64 @@
-"""Triton functions that move a state in 8 bits on by one token, within `modeling.runtime.gpu.kernels.delta.mixer_step`.
+"""Triton kernels of a decode step with states in 8 bits; `modeling.runtime.gpu.delta_int8` launches them.
 
-Codes are read and written as words of four neighbouring columns. With a word to a thread, a warp reads whole rows of up
-to 128 columns, and all of a thread's elements are of the same four: sums over rows stay within threads, but for one
-exchange between warps. Read as bytes, sixteen columns went to each thread, and most of the time into their sums.
+With a byte for each element a step is no longer bound by memory alone: `mixer_step`, which does everything in one
+program for each head, spends more time on the convolution and on exchanges between its threads than on the state. So
+the state is moved on by a kernel that does nothing else.
+
+It reads and writes words of four neighbouring columns. With a word to a thread, a warp reads whole rows of up to 128
+columns, and all of a thread's elements are of the same four: sums over rows stay within threads, but for one exchange
+between warps. Read as bytes, sixteen columns would go to each thread.
 """
 
 import triton
 import triton.language as tl
 
+from modeling.runtime.gpu.kernels.delta import _convolve, _inputs, _log_decay, _move_on
 from modeling.runtime.gpu.kernels.rounding import rounded, scales_of
 
 
 @triton.jit
-def _split(x, words: tl.constexpr):
-    """`[4 * words]` as four `[words]`: every fourth element, from the first to the fourth on."""
-    even, odd = tl.split(tl.reshape(x, [words, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+def convolve_step(
+    projected,  # [B, at least channels], rows that begin with `q | k | v`
+    conv,  # [slots, channels, taps - 1]
+    slots,  # [B]
+    qkv,  # [B, channels], float32
+    weight,  # [channels, taps]
+    bias,
+    row_stride,
+    d_k,
+    scale,
+    l2_eps,
+    num_k_heads: tl.constexpr,
+    num_v_heads: tl.constexpr,
+    d_v: tl.constexpr,
+    taps: tl.constexpr,
+    block: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """A head of q (normalised and scaled), k (normalised) or v of one request to a program."""
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    channels = 2 * num_k_heads * d_k + num_v_heads * d_v
+    is_v = part >= 2 * num_k_heads
+    v_at = 2 * num_k_heads * d_k + (part - 2 * num_k_heads) * d_v
+    index = tl.arange(0, block)
+    channel = (tl.where(is_v, v_at, part * d_k) + index)[:, None, None]
+    mask = (index < tl.where(is_v, d_v, d_k))[:, None, None]
+    history = conv + tl.load(slots + row).to(tl.int64) * channels * (taps - 1)
+    old, new, filters = _inputs(projected + row * row_stride, history, weight, channel, mask, taps, columns)
+    y, window = _convolve(old, new, filters, bias, channel, mask, taps, columns)
+    y = tl.sum(y, axis=1)
+    tl.debug_barrier()
+    _move_on(window, history, channel, mask, taps, columns)
+    norm = tl.rsqrt(tl.sum(tl.where(index < d_k, y * y, 0.0), axis=0) + l2_eps)
+    y *= tl.where(is_v, 1.0, tl.where(part < num_k_heads, norm * scale, norm))
+    target = tl.where(is_v, v_at, part * d_k) + index
+    tl.store(qkv + row * channels + target, y, mask=index < tl.where(is_v, d_v, d_k))
 
 
 @triton.jit
-def _joined(first, second, third, fourth, words: tl.constexpr):
-    """What `_split` has split."""
-    return tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), [4 * words])
-
-
-@triton.jit
-def _byte(packed, place: tl.constexpr):
+def _byte(word, place: tl.constexpr):
     """One of the four codes in each word."""
-    return ((packed << (24 - 8 * place)) >> 24).to(tl.float32)
+    return ((word << (24 - 8 * place)) >> 24).to(tl.float32)
 
 
 @triton.jit
@@ -42,43 +71,82 @@ def _larger(a0, a1, a2, a3, b0, b1, b2, b3):
     return tl.maximum(a0, b0), tl.maximum(a1, b1), tl.maximum(a2, b2), tl.maximum(a3, b3)
 
 
-@triton.jit
-def moved_on(packed, scale, q, k, v, decay, beta, words: tl.constexpr):
-    """One token, by whole columns of a head's state.
+@triton.jit(do_not_specialize_on_alignment=["words"])  # else four words would go to each thread
+def move_states_on(
+    qkv,  # [B, channels]: what `convolve_step` makes
+    projected,  # [B, ...], rows in which `beta | decay` begins at `gates_at`
+    words,  # [slots, num_v_heads, d_k, d_v / 4]: the states as int32
+    scales,  # [slots, num_v_heads, d_v]
+    slots,  # [B]
+    o,  # [B, num_v_heads, d_v], float32
+    a_log,
+    dt_bias,
+    row_stride,
+    gates_at,
+    d_k,
+    beta_scale,
+    num_v_heads: tl.constexpr,
+    groups: tl.constexpr,
+    d_v: tl.constexpr,
+    has_decay: tl.constexpr,
+    has_beta: tl.constexpr,
+    block_k: tl.constexpr,
+    block_w: tl.constexpr,
+):
+    """`block_w` words of columns of a head's state to a program."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i, j = tl.arange(0, block_k), tl.program_id(2) * block_w + tl.arange(0, block_w)
+    i_mask, j_mask = i < d_k, j < d_v // 4
+    state = tl.load(slots + row).to(tl.int64) * num_v_heads + head
+    tile = words + state * d_k * (d_v // 4) + i[:, None] * (d_v // 4) + j[None, :]
+    mask = i_mask[:, None] & j_mask[None, :]
+    word = tl.load(tile, mask=mask, other=0)
+    units = scales + state * d_v + 4 * j
+    d0, d1 = tl.load(units, mask=j_mask, other=0.0), tl.load(units + 1, mask=j_mask, other=0.0)
+    d2, d3 = tl.load(units + 2, mask=j_mask, other=0.0), tl.load(units + 3, mask=j_mask, other=0.0)
 
-    Args:
-        packed: the codes, int32 `[d_k, words]`, four columns in each.
-        scale, v: `[4 * words]`.
-        q, k: `[d_k]`, q scaled.
-
-    Returns:
-        The codes and scales after the token, and o `[4 * words]`.
-    """
+    key_dim = num_v_heads // groups * d_k
+    qkv += row * (2 * key_dim + num_v_heads * d_v)
+    keys = head // groups * d_k + i
+    q, k = tl.load(qkv + keys, mask=i_mask, other=0.0), tl.load(qkv + key_dim + keys, mask=i_mask, other=0.0)
+    values = qkv + 2 * key_dim + head * d_v + 4 * j
+    v0, v1 = tl.load(values, mask=j_mask, other=0.0), tl.load(values + 1, mask=j_mask, other=0.0)
+    v2, v3 = tl.load(values + 2, mask=j_mask, other=0.0), tl.load(values + 3, mask=j_mask, other=0.0)
+    gate = projected + row * row_stride + gates_at + head
+    beta = beta_scale
+    if has_beta:
+        beta = tl.sigmoid(tl.load(gate).to(tl.float32)) * beta_scale
+        gate += num_v_heads
+    if has_decay:
+        decay = tl.exp(_log_decay(tl.load(gate), tl.load(dt_bias + head), tl.load(a_log + head)))
+        d0, d1, d2, d3 = d0 * decay, d1 * decay, d2 * decay, d3 * decay
+    qk = tl.sum(q * k, axis=0)
     q, k = q[:, None], k[:, None]
-    s0, s1, s2, s3 = _byte(packed, 0), _byte(packed, 1), _byte(packed, 2), _byte(packed, 3)
+
+    s0, s1, s2, s3 = _byte(word, 0), _byte(word, 1), _byte(word, 2), _byte(word, 3)
     # All sums over rows at once, so that warps exchange theirs once.
     k0, k1, k2, k3, q0, q1, q2, q3 = tl.reduce(
         (s0 * k, s1 * k, s2 * k, s3 * k, s0 * q, s1 * q, s2 * q, s3 * q), 0, _add
     )
-    kq = tl.sum(tl.sum(k * q, axis=1), axis=0)
-    d0, d1, d2, d3 = _split(scale * decay, words)
-    v0, v1, v2, v3 = _split(v, words)
-    u0, u1, u2, u3 = (
-        beta * (v0 - d0 * k0),
-        beta * (v1 - d1 * k1),
-        beta * (v2 - d2 * k2),
-        beta * (v3 - d3 * k3),
-    )
-    o = _joined(d0 * q0 + u0 * kq, d1 * q1 + u1 * kq, d2 * q2 + u2 * kq, d3 * q3 + u3 * kq, words)
-    s0 = s0 * d0[None, :] + k * u0[None, :]
-    s1 = s1 * d1[None, :] + k * u1[None, :]
-    s2 = s2 * d2[None, :] + k * u2[None, :]
-    s3 = s3 * d3[None, :] + k * u3[None, :]
+    u0, u1, u2, u3 = v0 - d0 * k0, v1 - d1 * k1, v2 - d2 * k2, v3 - d3 * k3
+    u0, u1, u2, u3 = beta * u0, beta * u1, beta * u2, beta * u3
+    read = o + (row * num_v_heads + head) * d_v + 4 * j
+    tl.store(read, d0 * q0 + u0 * qk, mask=j_mask)
+    tl.store(read + 1, d1 * q1 + u1 * qk, mask=j_mask)
+    tl.store(read + 2, d2 * q2 + u2 * qk, mask=j_mask)
+    tl.store(read + 3, d3 * q3 + u3 * qk, mask=j_mask)
+
+    s0, s1 = s0 * d0[None, :] + k * u0[None, :], s1 * d1[None, :] + k * u1[None, :]
+    s2, s3 = s2 * d2[None, :] + k * u2[None, :], s3 * d3[None, :] + k * u3[None, :]
     m0, m1, m2, m3 = tl.reduce((tl.abs(s0), tl.abs(s1), tl.abs(s2), tl.abs(s3)), 0, _larger)
-    m0, i0 = scales_of(m0, u0)
-    m1, i1 = scales_of(m1, u1)
-    m2, i2 = scales_of(m2, u2)
-    m3, i3 = scales_of(m3, u3)
+    d0, i0 = scales_of(m0, u0)
+    d1, i1 = scales_of(m1, u1)
+    d2, i2 = scales_of(m2, u2)
+    d3, i3 = scales_of(m3, u3)
     low = (rounded(s0, i0) & 255) | ((rounded(s1, i1) & 255) << 8)
     high = ((rounded(s2, i2) & 255) << 16) | (rounded(s3, i3) << 24)
-    return low | high, _joined(m0, m1, m2, m3, words), o
+    tl.store(tile, low | high, mask=mask)
+    tl.store(units, d0, mask=j_mask)
+    tl.store(units + 1, d1, mask=j_mask)
+    tl.store(units + 2, d2, mask=j_mask)
+    tl.store(units + 3, d3, mask=j_mask)
