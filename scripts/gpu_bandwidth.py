@@ -13,6 +13,7 @@ from gpu_kernels import large_mixer, make_mixer, random_state
 from torch import Tensor
 
 from modeling.runtime.gpu import delta as step_module
+from modeling.runtime.gpu import delta_int8 as int8_module
 from modeling.runtime.gpu.delta import delta_step
 from modeling.spec import DeltaSpec, StateDType
 from modeling.state import DeltaState
@@ -22,6 +23,7 @@ BANDWIDTH_GOALS: dict[StateDType, float] = {"float32": 1.25, "bfloat16": 1.25, "
 VARIANTS = (
     (16384, 4),
     (16384, 8),
+    (8192, 8),
     (8192, 4),
     (8192, 2),
     (4096, 4),
@@ -95,6 +97,8 @@ def launched_as(tile: int, warps: int) -> Iterator[None]:
     with (
         patch.object(step_module, "TILES", sizes),
         patch.object(step_module, "ELEMENTS_PER_WARP", tile // warps),
+        patch.object(int8_module, "TILE", tile),
+        patch.object(int8_module, "ELEMENTS_PER_WARP", tile // warps),
     ):
         yield
 
@@ -111,8 +115,15 @@ def own_variant(run: Run, d_k: int, state_dtype: StateDType) -> str:
     """The one that the runtime takes."""
     spec = large_mixer(run, d_k)
     most = triton.next_power_of_2(spec.d_k) * triton.next_power_of_2(spec.d_v)
-    tile = min(step_module.TILES[getattr(torch, state_dtype).itemsize], most)
-    return f"{tile}/{max(tile // step_module.ELEMENTS_PER_WARP, 1)}"
+    if state_dtype == "int8":
+        largest, per_warp = int8_module.TILE, int8_module.ELEMENTS_PER_WARP
+    else:
+        largest, per_warp = (
+            step_module.TILES[getattr(torch, state_dtype).itemsize],
+            step_module.ELEMENTS_PER_WARP,
+        )
+    tile = min(largest, most)
+    return f"{tile}/{max(tile // per_warp, 1)}"
 
 
 def check_tuning(run: Run) -> Iterator[list[str]]:

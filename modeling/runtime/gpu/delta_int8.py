@@ -59,10 +59,10 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
         mixer.dt_bias if s.has_decay else None,
         projected.stride(0),
         sum(s.in_proj_sizes[:2]),
-        s.d_k,
         s.beta_scale,
         num_v_heads=s.num_v_heads,
         groups=s.num_v_heads // s.num_k_heads,
+        d_k=s.d_k,  # fixed, unlike in other kernels: masks and addresses would be a third of the instructions
         d_v=s.d_v,
         has_decay=s.has_decay,
         has_beta=s.has_beta,
