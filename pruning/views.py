@@ -5,15 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
-from modeling.spec import FLOAT32_STATES, ModelSpec
+from modeling.spec import FLOAT32_STATES, STATE_DTYPES, ModelSpec, StateDType, StateTypes
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
+from pruning.pareto import BITS_LEGEND, DRIFT_LEGEND, drift_table, pareto_table
 from pruning.reduction import record_of
 
 
@@ -39,14 +41,16 @@ def tree(checkpoint: Checkpoint) -> Tree:
     record = record_of(checkpoint)
     if record is None:
         root.add(f"d_k {width(spec.d_k)}")
-        root.add(f"state per request {spec.state_bytes(0):,} bytes")
+        state = root.add(f"state per request {spec.state_bytes(0):,} bytes")
+        _add_narrower(state, spec, spec)
         root.add(_heads(spec))
         return root
     source = record["source"]
     root.add(Text.assemble("d_k ", *_arrow(width(source["d_k"]), width(spec.d_k))))
     before, after = source["state_bytes"], spec.state_bytes(0)
     arrow = _arrow(f"{before:,}", f"{after:,}")
-    root.add(Text.assemble("state per request ", *arrow, f" bytes ({change(before, after)})"))
+    state = root.add(Text.assemble("state per request ", *arrow, f" bytes ({change(before, after)})"))
+    _add_narrower(state, spec.with_d_k(tuple(source["d_k"])), spec)
     root.add(_heads(spec))
     if len(set(spec.d_k)) > 1:
         root.add("layers differ in d_k: Lowkey runs this, stock loaders refuse it")
@@ -61,6 +65,22 @@ def tree(checkpoint: Checkpoint) -> Tree:
     if "recovery" in record:
         root.add(_recovered(record["recovery"]))
     return root
+
+
+def _add_narrower(state: Tree, before: ModelSpec, after: ModelSpec) -> None:
+    """Add to the line of the float32 state what it takes in each narrower dtype, and the change from what it was."""
+    for dtype in STATE_DTYPES[1:]:
+        bytes_before, bytes_after = (_narrow_bytes(spec, dtype) for spec in (before, after))
+        arrow = _arrow(f"{bytes_before:,}", f"{bytes_after:,}")
+        from_float32 = change(before.state_bytes(0), bytes_after)
+        state.add(
+            Text.assemble(f"in {dtype} ", *arrow, f" bytes ({from_float32} from {before.state_bytes(0):,})")
+        )
+
+
+def _narrow_bytes(spec: ModelSpec, dtype: StateDType) -> int:
+    # A state narrower than float32 takes the same beside weights of any dtype.
+    return spec.state_bytes(0, StateTypes.named(dtype, torch.bfloat16))
 
 
 def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
@@ -181,6 +201,23 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     for label, cells in figures(evaluation):
         table.add_row(label, *cells)
     return table
+
+
+def bits_tables(evaluation: Evaluation) -> list[Table]:
+    """Bytes against quality at each state dtype, and the drift with length; none where they were not measured."""
+    tables = []
+    for title, caption, (header, rows) in (
+        ("Bytes against quality", BITS_LEGEND, pareto_table(evaluation)),
+        ("Drift with length", DRIFT_LEGEND, drift_table(evaluation)),
+    ):
+        table = Table(title=title, caption=caption)
+        for i, name in enumerate(header):
+            table.add_column(name, justify="left" if i < 2 else "right")
+        for row in rows:
+            table.add_row(*row)
+        if rows:
+            tables.append(table)
+    return tables
 
 
 LEGEND = (

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from lowkey.page import render
 from pruning.evaluation.record import Evaluation
-from pruning.report import measured, trade
+from pruning.pareto import BITS_LEGEND, DRIFT_LEGEND, drift_table, pareto_table
+from pruning.report import bits, measured, trade
 from pruning.report.inputs import Inputs
 from pruning.report.style import MARGIN, Figure
 from pruning.table import Table, methods_by_width
@@ -30,7 +31,7 @@ def all_figures(inputs: Inputs) -> list[Figure]:
         found += trade.tradeoff(name, table, i)
     found += trade.budgets(inputs.tables, inputs.reductions)
     for i, (name, evaluation) in enumerate(inputs.evaluations):
-        for draw in (measured.recalls, measured.noise, measured.ranks):
+        for draw in (bits.pareto, bits.drift, measured.recalls, measured.noise, measured.ranks):
             found += draw(name, evaluation, i)
     for i, (name, statistics) in enumerate(inputs.statistics):
         found += measured.spectra(name, statistics, i)
@@ -45,6 +46,7 @@ def missing(inputs: Inputs, drawn: Sequence[Figure]) -> list[str]:
     wanted = [
         ("perplexity", "perplexity and KL against width", "the JSON of sweep"),
         ("budget", "error budget per layer", "that JSON, or a checkpoint pruned with --per-layer"),
+        ("pareto", "bytes against quality at each state dtype", "the JSON of evaluate --part bits"),
         ("recall", "associative recall", "the JSON of evaluate --part recall"),
         ("noise", "errors of noisy reads", "the JSON of evaluate --part retrieval"),
         ("rank", "rank utilisation", "the JSON of evaluate --part rank"),
@@ -74,6 +76,7 @@ def page(title: str, inputs: Inputs, drawn: Sequence[Figure]) -> str:
         summaries=[
             *(_table_summary(name, table) for name, table in inputs.tables),
             *(_evaluation_summary(name, evaluation) for name, evaluation in inputs.evaluations),
+            *(summary for named in inputs.evaluations for summary in _bits_summaries(*named)),
         ],
         figures=drawn,
         hashes=inputs.hashes,
@@ -100,6 +103,15 @@ def _evaluation_summary(name: str, evaluation: Evaluation) -> Summary:
     header = ["", *(entry.name for entry in evaluation.checkpoints)]
     rows = [[label, *cells] for label, cells in figures(evaluation)]
     return Summary("Checkpoints side by side", caption, header, rows)
+
+
+def _bits_summaries(name: str, evaluation: Evaluation) -> Iterator[Summary]:
+    for title, legend, (header, rows) in (
+        ("Bytes against quality", BITS_LEGEND, pareto_table(evaluation)),
+        ("Drift with length", DRIFT_LEGEND, drift_table(evaluation)),
+    ):
+        if rows:
+            yield Summary(title, f"{name}: {legend}", header, rows)
 
 
 def _environments(inputs: Inputs) -> Iterator[str]:
