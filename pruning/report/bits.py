@@ -1,97 +1,124 @@
 """Figures of states in fewer bits: bytes against quality, and how errors grow with length."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from lowkey.words import counted
+from lowkey.words import counted, in_units
 from modeling.spec import STATE_DTYPES
-from pruning.evaluation.bits import Estimate, Octave
+from pruning.evaluation.bits import Bits, Estimate
 from pruning.evaluation.record import Evaluation
 from pruning.pareto import Choice, choices
-from pruning.report.style import Figure, line, place, short, subplots
+from pruning.report.style import SYMBOLS, Figure, line, place, short, subplots
 
-LEAST_RISE, LEAST_KL = 1e-4, 1e-6
-"""What is not larger is drawn as large: nothing has no logarithm."""
+LEAST_RISE = 0.01
+"""In percent. A smaller rise in perplexity, or none, is drawn as this one: nothing has no logarithm."""
+RISES = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+"""Ticks of the rise, in percent."""
+GREY = "rgba(128,128,128,0.9)"
 
 
 def pareto(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
-    """Bytes of state against the rise in perplexity and against KL, by state dtype."""
+    """Bytes of state against the rise in perplexity and against KL: a line for each checkpoint, through its dtypes."""
     found = choices(evaluation)
     if not found:
         return []
-    rises = [max(100 * c.rise, 100 * LEAST_RISE) for c in found]
-    kls = [max(c.bits.divergence.kl, LEAST_KL) if c.bits.divergence else LEAST_KL for c in found]
     figure = subplots(["rise in perplexity, %", "KL, nats per token"], height=520)
-    for panel, values in enumerate((rises, kls)):
-        for i, dtype in enumerate(STATE_DTYPES):
-            chosen = [(c, v) for c, v in zip(found, values, strict=True) if c.bits.state_dtype == dtype]
-            style = line(i)
+    for i, entry in enumerate(evaluation.checkpoints):
+        own = [c for c in found if c.entry is entry]
+        style = line(i)
+        rises = [(c.bits, _rise(c)) for c in own]
+        kls = [(c.bits, c.bits.divergence.kl) for c in own if c.bits.divergence is not None]
+        for panel, drawn in enumerate((rises, kls)):
             figure.add_scatter(
-                x=[c.bits.state_bytes for c, _ in chosen],
-                y=[v for _, v in chosen],
-                text=[short(c.entry.name) for c, _ in chosen],
-                hovertemplate="%{text}: %{x} bytes, %{y:.3g}<extra></extra>",
-                name=dtype,
-                legendgroup=dtype,
+                x=[bits.state_bytes for bits, _ in drawn],
+                y=[value for _, value in drawn],
+                text=[bits.state_dtype for bits, _ in drawn],
+                hovertemplate="%{text}: %{x:,} bytes, %{y:.3g}",
+                name=short(entry.name),
+                legendgroup=str(i),
                 showlegend=panel == 0,
-                mode="markers",
-                marker=style["marker"],
+                mode="lines+markers",
+                line={**style["line"], "width": 1.5},
+                marker={
+                    "color": style["line"]["color"],
+                    "size": 10,
+                    "symbol": [_symbol(bits) for bits, _ in drawn],
+                },
                 **place(panel),
             )
-    front = [(c, rise) for c, rise in zip(found, rises, strict=True) if c.on_front]
+    front = [c for c in found if c.on_front]
     figure.add_scatter(
-        x=[c.bits.state_bytes for c, _ in front],
-        y=[rise for _, rise in front],
+        x=[c.bits.state_bytes for c in front],
+        y=[_rise(c) for c in front],
         name="front",
         mode="lines",
-        line={"color": "rgba(128,128,128,0.6)", "width": 2, "dash": "dot"},
+        line={"color": GREY, "width": 3, "dash": "dot"},
+        hoverinfo="skip",
         **place(0),
     )
-    _label(figure, front)
-    figure.update_xaxes(title="bytes of state per request", type="log", exponentformat="SI", dtick="D2")
-    figure.update_yaxes(type="log", exponentformat="power")
+    for dtype in dict.fromkeys(c.bits.state_dtype for c in found):
+        symbol = SYMBOLS[STATE_DTYPES.index(dtype)]
+        figure.add_scatter(
+            x=[None],
+            y=[None],
+            name=dtype,
+            mode="markers",
+            marker={"color": GREY, "size": 10, "symbol": symbol},
+        )
+    figure.update_xaxes(title="state per request, of the largest", matches="x", type="log", **_halves(found))
+    ticks = [f"{tick:g}" for tick in RISES]
+    figure.update_yaxes(type="log", tickvals=RISES, ticktext=[f"≤ {ticks[0]}", *ticks[1:]], row=1, col=1)
+    figure.update_yaxes(type="log", dtick=1, exponentformat="power", row=1, col=2)
     scored = found[0].bits.perplexity
     return [
         Figure(
             f"pareto-{number}",
             "Bytes against quality",
             f"{name}: against {evaluation.checkpoints[0].name} with float32 states, {scored.tokens:,} tokens in "
-            f"windows of {scored.window:,}; states are rounded after every token. Dotted: what nothing beats in both "
-            f"bytes and perplexity. At the lowest line: {100 * LEAST_RISE:g} % and {LEAST_KL:g} or less.",
+            f"windows of {scored.window:,}; states are rounded after every token. One line a checkpoint, through its "
+            "state dtypes. Dotted: what nothing beats in both bytes and perplexity.",
             figure,
         )
     ]
 
 
-def _label(figure: Any, front: Sequence[tuple[Choice, float]]) -> None:
-    """Name the checkpoints along the front."""
-    figure.add_scatter(
-        x=[c.bits.state_bytes for c, _ in front],
-        y=[rise for _, rise in front],
-        text=[short(c.entry.name.rstrip("/").rpartition("/")[2], 16) for c, _ in front],
-        mode="text",
-        textposition="bottom left",
-        textfont={"size": 11},
-        showlegend=False,
-        hoverinfo="skip",
-        **place(0),
-    )
+def _rise(choice: Choice) -> float:
+    return max(100 * choice.rise, LEAST_RISE)
+
+
+def _symbol(bits: Bits) -> str:
+    return SYMBOLS[STATE_DTYPES.index(bits.state_dtype)]
+
+
+def _halves(found: Sequence[Choice]) -> dict[str, Any]:
+    """Ticks of the bytes: the largest state, its half, its quarter, and so on."""
+    sizes = [c.bits.state_bytes for c in found]
+    shares = itertools.takewhile(lambda n: max(sizes) / n > min(sizes) / 2, (2**i for i in itertools.count()))
+    ticks = {max(sizes) / n: f"1/{n}" if n > 1 else "1" for n in shares}
+    return {
+        "tickvals": list(ticks),
+        "ticktext": [f"{share}<br>{in_units(size)}" for size, share in ticks.items()],
+    }
 
 
 def drift(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
-    """Rise in loss and KL by what rounding adds, along long windows."""
+    """Rise in loss, and KL, that rounding makes along long windows: a row of axes for each dtype."""
     measured = [
-        (short(f"{entry.name}, {bits.state_dtype}"), i, bits)
+        (i, entry, bits)
         for i, entry in enumerate(evaluation.checkpoints)
         for bits in entry.bits or []
         if bits.loss_rise is not None
     ]
     if not measured:
         return []
-    figure = subplots(["rise in loss, nats per token", "KL, nats per token"], height=440)
-    for label, i, bits in measured:
-        dash = "solid" if bits.state_dtype == STATE_DTYPES[-1] else "dash"
-        for panel, estimates in enumerate(_estimates(bits.drift.octaves)):
+    dtypes = list(dict.fromkeys(bits.state_dtype for _, _, bits in measured))
+    titles = [
+        f"{dtype}: {what}, nats per token" for dtype in dtypes for what in ("rise in loss", "KL from float32")
+    ]
+    figure = subplots(titles, height=340)
+    for i, entry, bits in measured:
+        for panel, estimates in enumerate(_estimates(bits)):
             figure.add_scatter(
                 x=[octave.end for octave in bits.drift.octaves],
                 y=[estimate.mean for estimate in estimates],
@@ -100,17 +127,16 @@ def drift(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
                     "thickness": 1.5,
                     "width": 4,
                 },
-                name=label,
-                legendgroup=label,
-                showlegend=panel == 0,
-                **line(i, dash=dash),
-                **place(panel),
+                name=short(entry.name),
+                legendgroup=str(i),
+                showlegend=panel == 0 and bits.state_dtype == dtypes[0],
+                **line(i),
+                **place(2 * dtypes.index(bits.state_dtype) + panel),
             )
-    lowest = min(e.mean for _, _, bits in measured for e in _estimates(bits.drift.octaves)[1])
-    ends = [octave.end for octave in measured[0][2].drift.octaves]
-    figure.update_xaxes(title="tokens seen, up to", type="log", tickvals=ends, exponentformat="SI")
-    figure.update_yaxes(zeroline=True, row=1, col=1)
-    figure.update_yaxes(type="log" if lowest > 0 else "linear", exponentformat="power", row=1, col=2)
+    ends = sorted({octave.end for _, _, bits in measured for octave in bits.drift.octaves})
+    ticks = [f"{end / 1024:.3g}k" if end >= 1024 else str(end) for end in ends]
+    figure.update_xaxes(title="tokens seen, up to", type="log", tickvals=ends, ticktext=ticks)
+    figure.update_yaxes(rangemode="tozero", exponentformat="power")
     read = measured[0][2].drift
     return [
         Figure(
@@ -124,6 +150,7 @@ def drift(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
     ]
 
 
-def _estimates(octaves: Sequence[Octave]) -> tuple[list[Estimate], list[Estimate]]:
-    """The rises in loss and the KL of a narrower dtype than float32."""
+def _estimates(bits: Bits) -> tuple[list[Estimate], list[Estimate]]:
+    """By octave, the rises in loss and the KL of a narrower dtype than float32."""
+    octaves = bits.drift.octaves
     return [o.loss_rise for o in octaves if o.loss_rise], [o.kl for o in octaves if o.kl]

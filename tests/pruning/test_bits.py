@@ -303,7 +303,7 @@ def entry(name, figures, d_k=32):
                 size,
                 "cpu",
                 Perplexity(loss, math.exp(loss), 1024, 512, 512),
-                Divergence(0.01 * i, 0.9, 1024),
+                Divergence(0.01 * i, 0.9, 1024) if i or "dense" not in name else None,
                 rise,
                 [Recall(4, 8, 0.1, 0.5, -2.0), Recall(8, 8, 0.1, 0.25, -4.0)],
                 Drift(2, 1024, [octave, later]),
@@ -355,18 +355,26 @@ def test_evaluations_without_bits_have_neither_tables_nor_figures(evaluation):
 
 def test_figures_are_drawn_from_the_measurements(evaluation):
     (figure,) = pareto("e", evaluation, 0)
-    *_, front, labels = figure.figure.data
-    by_name = {(t.name, t.yaxis): t for t in figure.figure.data}
-    assert list(by_name["int8", "y"].x) == [100, 200]
-    assert list(by_name["int8", "y"].y) == pytest.approx([100 * math.expm1(0.1), 100 * math.expm1(0.01)])
-    assert list(by_name["int8", "y2"].y) == pytest.approx([0.02, 0.02])
-    assert list(by_name["float32", "y"].y)[-1] == 0.01  # a rise of nothing, on the lowest line
+    dense, dense_kl, reduced, reduced_kl, front, *dtypes = figure.figure.data
+    assert (dense.name, reduced.name, front.name) == ("runs/dense", "runs/reduced", "front")
+    assert list(reduced.x) == [100, 200, 400] and list(reduced.text) == ["int8", "bfloat16", "float32"]
+    assert list(reduced.y) == pytest.approx([100 * math.expm1(loss) for loss in (0.1, 0.02, 0.001)])
+    assert dense.y[-1] == 0.01  # a rise of nothing, on the lowest line
+    assert list(dense_kl.y) == pytest.approx([0.02, 0.01]) and list(reduced_kl.y) == pytest.approx(
+        [0.02, 0.01, 0]
+    )
     assert list(front.x) == [100, 200, 400, 400, 800]
-    assert list(labels.text) == ["reduced", "dense", "dense", "reduced", "dense"]
+    symbols = {trace.name: trace.marker.symbol for trace in dtypes}
+    assert [symbols[dtype] for dtype in reduced.text] == list(reduced.marker.symbol)
+    assert len(set(symbols.values())) == 3
+    assert list(figure.figure.layout.xaxis.tickvals) == [800, 400, 200, 100]
     (figure,) = drift("e", evaluation, 0)
-    rise, kl = (t for t in figure.figure.data if t.name == "runs/reduced, int8")
+    assert len(figure.figure.data) == 8
+    rise, kl = (t for t in figure.figure.data[-2:])
+    assert rise.name == kl.name == "runs/reduced" and (rise.yaxis, kl.yaxis) == ("y3", "y4")
     assert list(rise.x) == [512, 1024] and list(rise.y) == pytest.approx([0.099, 0.099])
     assert list(kl.y) == pytest.approx([0.008, 0.016]) and list(kl.error_y.array) == [0.0005, 0.0]
+    assert list(figure.figure.layout.xaxis.ticktext) == ["512", "1k"]
 
 
 def test_the_command_shows_and_writes_it(run, dense, tmp_path, monkeypatch):
