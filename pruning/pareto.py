@@ -1,7 +1,6 @@
 """Bytes of state against quality: every checkpoint with its states in every dtype, as tables."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -9,14 +8,13 @@ from pruning.evaluation.bits import Bits, Estimate
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 
 BITS_LEGEND = (
-    "Change in perplexity and KL (nats/token) are against the first checkpoint with float32 states; by rounding: "
-    "against the same checkpoint with float32 states, with its standard error over windows. Recall: right among the "
-    "prompt's values / log-probability, means over numbers of pairs. Front: no other has fewer bytes and no higher "
-    "perplexity, or as many and a lower one."
+    "States in each dtype: change in perplexity, and drift (rise in loss and KL, nats/token, by how many tokens the "
+    "state has seen), against the same checkpoint with float32 states, with standard errors; KL against the first with "
+    "float32 states; recall: right among the prompt's values / log-probability, means over numbers of pairs."
 )
-DRIFT_LEGEND = (
-    "Rise in loss against the same checkpoint with float32 states, and KL(float32 || this), nats/token, by how many "
-    "tokens the state has seen; with standard errors over blocks of tokens."
+PARETO_LEGEND = (
+    "Against the first checkpoint with float32 states. Front: no other has fewer bytes and no higher perplexity, or as "
+    "many and a lower one."
 )
 
 
@@ -52,39 +50,45 @@ def _better(a: tuple[int, float], b: tuple[int, float]) -> bool:
 
 def pareto_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Header, and one row for each of the `choices`."""
-    header = [
-        *("checkpoint", "state dtype", "state bytes", "of first", "perplexity", "change"),
-        *("by rounding", "KL", "recall", "front"),
-    ]
-    found = choices(evaluation)
-    first = next((e.bits[0].state_bytes for e in evaluation.checkpoints if e.bits), 1)
-    return header, [_row(choice, first) for choice in found]
+    header = ["checkpoint", "states", "bytes", "perplexity", "change", "KL", "recall", "front"]
+    return header, [_row(choice) for choice in choices(evaluation)]
 
 
-def _row(choice: Choice, first: int) -> list[str]:
+def _row(choice: Choice) -> list[str]:
     bits = choice.bits
     return [
         choice.entry.name,
         bits.state_dtype,
         f"{bits.state_bytes:,}",
-        f"{bits.state_bytes / first:.1%}",
         f"{bits.perplexity.perplexity:.3f}",
         f"{100 * choice.rise:+.2f} %",
-        "" if bits.loss_rise is None else _percent(bits.loss_rise),
-        "" if bits.divergence is None else f"{bits.divergence.kl:.6f}",
-        _recall(bits),
+        "" if bits.divergence is None else f"{bits.divergence.kl:.5f}",
+        _recalled(bits) if bits.recall else "",
         "yes" if choice.on_front else "",
     ]
 
 
-def _recall(bits: Bits) -> str:
-    if not bits.recall:
-        return ""
-    right, log_prob = (
-        fmean(r.accuracy_among_values for r in bits.recall),
-        fmean(r.log_prob for r in bits.recall),
-    )
-    return f"{right:.1%} / {log_prob:.2f}"
+def bits_cells(bits: Bits) -> dict[str, str]:
+    """The figures of one dtype by their labels."""
+    perplexity = f"{bits.perplexity.perplexity:.3f}"
+    if bits.loss_rise is not None:
+        perplexity += f" ({_percent(bits.loss_rise)})"
+    cells = {"bytes": f"{bits.state_bytes:,}", "perplexity": perplexity}
+    if bits.divergence is not None:
+        cells["KL"] = f"{bits.divergence.kl:.6f}"
+    if bits.recall:
+        cells["recall"] = f"{_recalled(bits)} / {fmean(r.log_prob for r in bits.recall):.2f}"
+    for octave in bits.drift.octaves:
+        if octave.loss_rise is not None and octave.kl is not None:
+            cells[f"drift to {octave.end:,}"] = (
+                f"{octave.loss_rise.mean:+.5f}{_error(octave.loss_rise, 1, '.5f')}, "
+                f"KL {octave.kl.mean:.6f}{_error(octave.kl, 1, '.6f')}"
+            )
+    return {f"{bits.state_dtype}: {label}": cell for label, cell in cells.items()}
+
+
+def _recalled(bits: Bits) -> str:
+    return f"{fmean(r.accuracy_among_values for r in bits.recall):.1%}"
 
 
 def _percent(rise: Estimate) -> str:
@@ -96,23 +100,3 @@ def _percent(rise: Estimate) -> str:
 def _error(estimate: Estimate, unit: float, form: str) -> str:
     error = estimate.standard_error
     return "" if error is None else f" ± {unit * error:{form}}"
-
-
-def drift_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
-    """Header, and one row for each checkpoint and dtype but float32."""
-    measured = [
-        (entry.name, bits) for entry in evaluation.checkpoints for bits in entry.bits or [] if bits.loss_rise
-    ]
-    ends: Sequence[int] = sorted({octave.end for _, bits in measured for octave in bits.drift.octaves})
-    header = ["checkpoint", "state dtype", *(f"to {end:,}" for end in ends)]
-    rows = []
-    for name, bits in measured:
-        cells = {octave.end: _drift(octave.loss_rise, octave.kl) for octave in bits.drift.octaves}
-        rows.append([name, bits.state_dtype, *(cells.get(end, "") for end in ends)])
-    return header, rows
-
-
-def _drift(rise: Estimate | None, kl: Estimate | None) -> str:
-    if rise is None or kl is None:
-        return ""
-    return f"{rise.mean:+.5f}{_error(rise, 1, '.5f')}\nKL {kl.mean:.6f}{_error(kl, 1, '.6f')}"

@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
@@ -15,7 +16,7 @@ from modeling.checkpoint import Checkpoint
 from modeling.spec import FLOAT32_STATES, STATE_DTYPES, ModelSpec, StateDType, StateTypes
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
-from pruning.pareto import BITS_LEGEND, DRIFT_LEGEND, drift_table, pareto_table
+from pruning.pareto import BITS_LEGEND, PARETO_LEGEND, bits_cells, pareto_table
 from pruning.reduction import record_of
 
 
@@ -194,8 +195,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     title = counted(len(evaluation.checkpoints), "checkpoint")
     if first.perplexity is not None:
         title += f", {counted(first.perplexity.tokens, 'token')} of {evaluation.text}"
-    measured = any(e.recall or e.rank or e.retrieval or e.speed for e in evaluation.checkpoints)
-    table = Table("", title=title, caption=LEGEND if measured else None)
+    table = Table("", title=title, caption=legend(evaluation) or None)
     for entry in evaluation.checkpoints:
         table.add_column(entry.name, justify="right")
     for label, cells in figures(evaluation):
@@ -203,21 +203,24 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     return table
 
 
-def bits_tables(evaluation: Evaluation) -> list[Table]:
-    """Bytes against quality at each state dtype, and the drift with length; none where they were not measured."""
-    tables = []
-    for title, caption, (header, rows) in (
-        ("Bytes against quality", BITS_LEGEND, pareto_table(evaluation)),
-        ("Drift with length", DRIFT_LEGEND, drift_table(evaluation)),
-    ):
-        table = Table(title=title, caption=caption)
-        for i, name in enumerate(header):
-            table.add_column(name, justify="left" if i < 2 else "right")
-        for row in rows:
-            table.add_row(*row)
-        if rows:
-            tables.append(table)
-    return tables
+def pareto_view(evaluation: Evaluation) -> Table:
+    """One row per checkpoint and state dtype."""
+    table = Table(title="Bytes against quality", caption=PARETO_LEGEND, box=SIMPLE)
+    header, rows = pareto_table(evaluation)
+    # Where there is little room, names take more lines, so that figures stay whole.
+    table.add_column(header[0], overflow="fold")
+    for i, name in enumerate(header[1:]):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def legend(evaluation: Evaluation) -> str:
+    """What the figures mean that were measured; empty where that needs no words."""
+    entries = evaluation.checkpoints
+    measured = any(e.recall or e.rank or e.retrieval or e.speed for e in entries)
+    return " ".join([LEGEND] * measured + [BITS_LEGEND] * any(e.bits for e in entries))
 
 
 LEGEND = (
@@ -267,6 +270,8 @@ def _cells(entry: EvaluatedCheckpoint, first: EvaluatedCheckpoint) -> dict[str, 
             cells[f"speedup, batch {speed.batch}"] = (
                 f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
             )
+    for bits in entry.bits or []:
+        cells |= bits_cells(bits)
     return cells
 
 

@@ -75,7 +75,9 @@ def evaluate(
             check_finite(checkpoint)
     evaluation = evaluate_checkpoints(opened, settings, partial(tokens_bar, err_console))
     try:
-        out_console.print(views.evaluation_table(evaluation), *views.bits_tables(evaluation))
+        out_console.print(views.evaluation_table(evaluation))
+        if "bits" in settings.parts and len(opened) > 1:
+            out_console.print(views.pareto_view(evaluation))
     finally:  # a place that takes the one may not take the other
         if json is not None:
             write_or_keep(json, lambda file: new_json(file, asdict(evaluation), replaces=replaces))

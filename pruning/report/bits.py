@@ -66,7 +66,8 @@ def pareto(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
             mode="markers",
             marker={"color": GREY, "size": 10, "symbol": symbol},
         )
-    figure.update_xaxes(title="state per request, of the largest", matches="x", type="log", **_halves(found))
+    figure.update_xaxes(title="state per request, of the largest", type="log", **_halves(found))
+    figure.update_xaxes(matches="x", row=1, col=2)
     ticks = [f"{tick:g}" for tick in RISES]
     figure.update_yaxes(type="log", tickvals=RISES, ticktext=[f"≤ {ticks[0]}", *ticks[1:]], row=1, col=1)
     figure.update_yaxes(type="log", dtick=1, exponentformat="power", row=1, col=2)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from lowkey.page import render
 from pruning.evaluation.record import Evaluation
-from pruning.pareto import BITS_LEGEND, DRIFT_LEGEND, drift_table, pareto_table
+from pruning.pareto import PARETO_LEGEND, choices, pareto_table
 from pruning.report import bits, measured, trade
 from pruning.report.inputs import Inputs
 from pruning.report.style import MARGIN, Figure
 from pruning.table import Table, methods_by_width
-from pruning.views import LEGEND, figures
+from pruning.views import figures, legend
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,11 @@ def page(title: str, inputs: Inputs, drawn: Sequence[Figure]) -> str:
         summaries=[
             *(_table_summary(name, table) for name, table in inputs.tables),
             *(_evaluation_summary(name, evaluation) for name, evaluation in inputs.evaluations),
-            *(summary for named in inputs.evaluations for summary in _bits_summaries(*named)),
+            *(
+                _pareto_summary(name, evaluation)
+                for name, evaluation in inputs.evaluations
+                if choices(evaluation)
+            ),
         ],
         figures=drawn,
         hashes=inputs.hashes,
@@ -99,19 +103,14 @@ def _evaluation_summary(name: str, evaluation: Evaluation) -> Summary:
     scored = evaluation.checkpoints[0].perplexity
     tokens = "" if scored is None else f"{scored.tokens:,} tokens of "
     device = evaluation.environment.get("device_name", "")
-    caption = f"{name}: {tokens}{evaluation.text}, on {device}. {LEGEND}"
+    caption = f"{name}: {tokens}{evaluation.text}, on {device}. {legend(evaluation)}"
     header = ["", *(entry.name for entry in evaluation.checkpoints)]
     rows = [[label, *cells] for label, cells in figures(evaluation)]
     return Summary("Checkpoints side by side", caption, header, rows)
 
 
-def _bits_summaries(name: str, evaluation: Evaluation) -> Iterator[Summary]:
-    for title, legend, (header, rows) in (
-        ("Bytes against quality", BITS_LEGEND, pareto_table(evaluation)),
-        ("Drift with length", DRIFT_LEGEND, drift_table(evaluation)),
-    ):
-        if rows:
-            yield Summary(title, f"{name}: {legend}", header, rows)
+def _pareto_summary(name: str, evaluation: Evaluation) -> Summary:
+    return Summary("Bytes against quality", f"{name}: {PARETO_LEGEND}", *pareto_table(evaluation))
 
 
 def _environments(inputs: Inputs) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """States in fewer bits: what `evaluate --part bits` measures, against loops that share no code with it."""
 
 import copy
+import io
 import json
 import math
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from checkpoints import GATED, random_tensors, write_checkpoint
 from recaller import write_recaller
+from rich.console import Console
 
 from modeling.checkpoint import open_checkpoint
 from modeling.runtime import TorchRuntime, compile_model
@@ -27,8 +29,9 @@ from pruning.evaluation.recall import Recall, recall, recall_prompts
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation, read_evaluation
 from pruning.evaluation.suite import PARTS, EvaluationSettings, evaluate_checkpoints
 from pruning.evaluation.windows import long_windows
-from pruning.pareto import choices, drift_table, pareto_table
+from pruning.pareto import choices, pareto_table
 from pruning.report.bits import drift, pareto
+from pruning.views import figures, legend, pareto_view
 
 TEXT = Text("numbers", [" ".join(f"{i * i}" for i in range(n, n + 60)) for n in (0, 100, 200)])
 NEAR = 0.03
@@ -144,7 +147,7 @@ def test_figures_are_those_of_a_reference_that_rounds_after_every_token(exact, o
                 assert b.loss_rise.standard_error == pytest.approx(standard_error(rise), rel=NEAR)
             if b.divergence is not None:
                 kl = float(divergences(baseline, log_q[:, scored]).mean())
-                assert b.divergence.kl == pytest.approx(kl, rel=NEAR)
+                assert b.divergence.kl == pytest.approx(kl, rel=NEAR if seed == 0 else 1e-3)
                 agreed = (baseline.argmax(-1) == log_q[:, scored].argmax(-1)).double().mean()
                 assert b.divergence.top1_agreement == pytest.approx(float(agreed))
 
@@ -335,21 +338,38 @@ def test_the_front_is_what_nothing_beats_in_bytes_and_perplexity(evaluation):
 def test_tables_hold_the_figures_with_their_spread(evaluation):
     header, rows = pareto_table(evaluation)
     assert header[-1] == "front" and len(rows) == 6
-    name, dtype, size, share, ppl, change, rounding, kl, recalled, front = rows[1]
-    assert (name, dtype, size, share) == ("runs/dense", "int8", "200", "25.0%")
-    assert (ppl, change) == (f"{math.exp(2.01):.3f}", "+1.01 %")
-    assert (rounding, kl) == ("+1.005 % ± 0.202", "0.020000")
-    assert (recalled, front) == ("37.5% / -3.00", "yes")
-    assert rows[-1][6] == ""
-    header, rows = drift_table(evaluation)
-    assert header == ["checkpoint", "state dtype", "to 512", "to 1,024"]
-    assert [row[1] for row in rows] == ["bfloat16", "int8"] * 2
-    assert rows[1][2:] == ["+0.01000 ± 0.00200\nKL 0.008000 ± 0.000500", "+0.01000 ± 0.00200\nKL 0.016000"]
+    assert rows[1] == [
+        "runs/dense",
+        "int8",
+        "200",
+        f"{math.exp(2.01):.3f}",
+        "+1.01 %",
+        "0.02000",
+        "37.5%",
+        "yes",
+    ]
+    assert rows[-1][5] == ""
+    cells = {label: row[0] for label, row in figures(evaluation)}
+    assert cells["int8: bytes"] == "200"
+    assert cells["int8: perplexity"] == f"{math.exp(2.01):.3f} (+1.005 % ± 0.202)"
+    assert (cells["int8: KL"], cells["int8: recall"]) == ("0.020000", "37.5% / -3.00")
+    assert cells["int8: drift to 512"] == "+0.01000 ± 0.00200, KL 0.008000 ± 0.000500"
+    assert cells["int8: drift to 1,024"] == "+0.01000 ± 0.00200, KL 0.016000"
+    assert cells["float32: perplexity"] == f"{math.exp(2):.3f}"
+    assert "Front:" not in legend(evaluation) and "standard errors" in legend(evaluation)
+
+
+def test_the_table_of_bytes_is_whole_on_a_narrow_terminal(evaluation):
+    console = Console(width=80, file=io.StringIO())
+    console.print(pareto_view(evaluation))
+    shown = console.file.getvalue()
+    assert "…" not in shown and all(cell in shown for row in pareto_table(evaluation)[1] for cell in row[1:])
 
 
 def test_evaluations_without_bits_have_neither_tables_nor_figures(evaluation):
     bare = replace(evaluation, checkpoints=[replace(e, bits=None) for e in evaluation.checkpoints])
-    assert choices(bare) == [] and pareto_table(bare)[1] == [] and drift_table(bare)[1] == []
+    assert choices(bare) == [] and pareto_table(bare)[1] == [] and legend(bare) == ""
+    assert not any("int8" in label for label, _ in figures(bare))
     assert pareto("e", bare, 0) == [] and drift("e", bare, 0) == []
 
 
@@ -383,7 +403,7 @@ def test_the_command_shows_and_writes_it(run, dense, tmp_path, monkeypatch):
     small = ("--text", "text.txt", "--window", 64, "--tokens", 512)
     run("prune", dense, "reduced", "--method", "l1", "--keep", 16)
     output = run("evaluate", dense, "reduced", "--part", "bits", *small, "--json", "e.json")
-    assert "Bytes against quality" in output and "Drift with length" in output and "to 512" in output
+    assert "Bytes against quality" in output and "int8: drift to 512" in output
     found = read_evaluation(tmp_path / "e.json")
     assert json.loads((tmp_path / "e.json").read_text()) == json.loads(json.dumps(asdict(found)))
     first, second = found.checkpoints
