@@ -42,7 +42,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Octave:
-    """Positions `begin` to `end` of the long windows, where a state has seen between one and two times `begin`."""
+    """Targets `begin` to `end` of each long window: what states predict that have seen so many tokens."""
 
     begin: int
     end: int
