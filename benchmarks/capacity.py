@@ -1,8 +1,9 @@
 """How many requests fit in a budget of state memory, dense and reduced, and tokens/s with all of them running.
 
     python benchmarks/capacity.py --budget 1GiB --steps 8 --json capacity.json
+    python benchmarks/capacity.py --state-dtype float32 --state-dtype int8
 
-Decodes only, every slot in use; variants take turns.
+Decodes only, every slot in use; variants, one for each state dtype, take turns.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from _serving import MODEL, table, variants
 from outputs import figures_file, write_figures
 from pydantic import ByteSize, TypeAdapter
 
+from modeling.state_dtype import STATE_DTYPES, StateDType
 from server.engine.engine import Engine
 from server.engine.process import build
 from server.wire.messages import EngineConfig, Generate, Ready, Sampling
@@ -28,7 +30,7 @@ from server.wire.messages import EngineConfig, Generate, Ready, Sampling
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 
 
-def load(path: Path, options: argparse.Namespace) -> tuple[Engine, Ready]:
+def load(path: Path, state_dtype: StateDType, options: argparse.Namespace) -> tuple[Engine, Ready]:
     return build(
         EngineConfig(
             variant=path.name,
@@ -37,7 +39,7 @@ def load(path: Path, options: argparse.Namespace) -> tuple[Engine, Ready]:
             dtype="auto",
             max_requests=None,
             state_memory=int(options.budget),
-            state_dtype=options.state_dtype,
+            state_dtype=state_dtype,
             prefill_tokens=512,
             threads=options.threads,
             prefix_cache=False,
@@ -82,14 +84,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="decode steps per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--state-dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--state-dtype", choices=STATE_DTYPES, action="append", help="may be given several times"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as directory:
         engines = {
-            name: load(path, options) for name, path in variants(Path(directory), options.model).items()
+            f"{name} {state_dtype}": load(path, state_dtype, options)
+            for name, path in variants(Path(directory), options.model).items()
+            for state_dtype in options.state_dtype or ["float32"]
         }
     for name, (engine, ready) in engines.items():
         print(f"{name}: {ready.slots} requests ...", flush=True)
@@ -106,6 +112,7 @@ def main() -> None:
         {
             "variant": name,
             "d_k": ready.d_k,
+            "state_dtype": ready.state_dtype,
             "state_bytes": ready.state_bytes_per_request,
             "requests": ready.slots,
             "tokens_per_second": statistics.median(speeds[name]),
@@ -116,9 +123,7 @@ def main() -> None:
         for name, (_, ready) in engines.items()
     ]
     base = results[0]
-    print(
-        f"\n{options.budget.human_readable()} of {options.state_dtype} state, {base['device']}, {base['backend']}\n"
-    )
+    print(f"\n{options.budget.human_readable()} of states, {base['device']}, {base['backend']}\n")
     print(
         table(
             ("variant", "state/request", "requests", "ratio", "tok/s", "ratio"),

@@ -3,11 +3,13 @@
     python benchmarks/decode.py demo/model --json decode.json
     python benchmarks/decode.py random-171M --batch 1 --batch 8 --batch 32
     python benchmarks/decode.py random-171M --dtype bfloat16
+    python benchmarks/decode.py random-171M --state-dtype float32 --state-dtype int8
 
-Each case decodes greedily after a short random prompt, four tokens a round on each side in turns, one thread. Both
-sides hold the same weights (peer.py), and the first steps are compared. A step must read the weights once and read
-and write B states; the share of the bound is the time that takes at the memory bandwidth read in the same rounds, over
-the step's. Caches may hold a small model's weights, and then the share may pass 100 %. "Products" are the model's
+Each case decodes greedily after a short random prompt, four tokens a round on each side in turns, one thread. All
+sides hold the same weights (peer.py), and the first steps are compared. Given several state dtypes, each is a side of
+its own in the same rounds, and its speed is also given over that of the first. A step must read the weights once and
+read and write B states; the share of the bound is the time that takes at the memory bandwidth read in the same rounds,
+over the step's. Caches may hold a small model's weights, and then the share may pass 100 %. "Products" are the model's
 matrix products alone, by torch and by our kernel.
 """
 
@@ -29,20 +31,23 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from modeling.runtime.cpu import CpuRuntime
-from modeling.spec import StateTypes
+from modeling.spec import STATE_DTYPES, StateDType, StateTypes
 from modeling.state import StatePool
 
 PROMPT, COMPARED, STEPS = 16, 4, 4
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """Largest difference of logits, relative in norm. In bfloat16 the peer rounds all activations, we those of products."""
+STATE_TOLERANCE: dict[StateDType, float] = {"float32": 0.0, "bfloat16": 0.05, "int8": 0.1}
+"""What a state that is rounded after every token adds to it: the peer's is in float32."""
 
 
 class Ours:
-    def __init__(self, runtime: CpuRuntime, prompts: Tensor) -> None:
+    def __init__(self, runtime: CpuRuntime, prompts: Tensor, state_dtype: StateDType) -> None:
         batch, length = prompts.shape
         model = runtime.model
         self.runtime = runtime
-        self.pool = StatePool(model.spec, batch, types=StateTypes(inputs=model.embeddings.weight.dtype))
+        types = StateTypes.named(state_dtype, model.embeddings.weight.dtype)
+        self.pool = StatePool(model.spec, batch, types=types)
         self.slots = torch.randperm(batch)
         offsets = [i * length for i in range(batch + 1)]
         hidden = runtime.prefill(prompts.flatten(), offsets, self.pool, self.slots)
@@ -81,33 +86,39 @@ def products(
     return run
 
 
-def difference(a: Tensor, b: Tensor, dtype: torch.dtype) -> float:
+def difference(a: Tensor, b: Tensor, tolerance: float) -> float:
     """Our logits' difference from the peer's, relative in norm; ends the run where both can't be the same function."""
     result = float((a.float() - b.float()).norm() / b.float().norm())
-    if not result < TOLERANCE[dtype]:
+    if not result < tolerance:
         raise SystemExit(f"our logits differ from the peer's by {result:.2g}: figures of what?")
     return result
 
 
-def compare(ours: Ours, theirs: Theirs, dtype: torch.dtype) -> float:
+def compare(ours: Ours, theirs: Theirs, tolerance: float) -> float:
     """The largest difference over some steps on the same tokens."""
     worst = 0.0
     for _ in range(COMPARED):
         theirs.ids = ours.ids
-        worst = max(worst, difference(ours(), theirs(), dtype))
+        worst = max(worst, difference(ours(), theirs(), tolerance))
     return worst
 
 
-def measure(runtime: CpuRuntime, peer: Any, batch: int, seconds: float) -> dict[str, Any]:
+def measure(
+    runtime: CpuRuntime, peer: Any, batch: int, state_dtypes: list[StateDType], seconds: float
+) -> list[dict[str, Any]]:
+    """The figures of each state dtype, all of the same rounds."""
     model = runtime.model
-    dtype = model.embeddings.weight.dtype
+    tolerance = TOLERANCE[model.embeddings.weight.dtype]
     prompts = torch.randint(1, model.spec.vocab_size, (batch, PROMPT))
-    ours, theirs = Ours(runtime, prompts), Theirs(peer, prompts)
-    difference = compare(ours, theirs, dtype)
+    sides = {name: Ours(runtime, prompts, name) for name in state_dtypes}
+    differences = {
+        name: compare(side, Theirs(peer, prompts), tolerance + STATE_TOLERANCE[name])
+        for name, side in sides.items()
+    }
     times = interleave(
         {
-            "transformers": theirs,
-            "ours": ours,
+            "transformers": Theirs(peer, prompts),
+            **sides,
             "products_torch": products(model, batch, F.linear),
             "products_ours": products(model, batch, runtime.linear),
             "read": read_memory(),
@@ -116,17 +127,31 @@ def measure(runtime: CpuRuntime, peer: Any, batch: int, seconds: float) -> dict[
         seconds,
         calls=STEPS,
     )
+    return [
+        {
+            "batch": batch,
+            "backend": runtime.name,
+            "state_dtype": name,
+            "logits_difference": differences[name],
+            "speed_over_first_state_dtype": ratios(times[state_dtypes[0]], times[name]),
+            **figures(model, side, {**times, "ours": times[name]}),
+        }
+        for name, side in sides.items()
+    ]
+
+
+def figures(model: nn.Module, ours: Ours, times: dict[str, list[float]]) -> dict[str, Any]:
+    """What the times of our side, and of what ran beside it, come to."""
+    batch = len(ours.ids)
     weights = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
     states = batch * ours.pool.bytes_per_slot
     read = [(1 << 28) / t for t in times["read"]]
     step_bytes = weights + 2 * states
+    sides = ("transformers", "ours", "products_torch", "products_ours", "read", "copy")
     return {
-        "batch": batch,
-        "backend": runtime.name,
-        "logits_difference": difference,
         "weights_bytes": weights,
         "state_bytes": states,
-        "seconds": {name: summary(t) for name, t in times.items()},
+        "seconds": {name: summary(times[name]) for name in sides},
         "tokens_per_second": {
             name: summary([batch / t for t in times[name]]) for name in ("ours", "transformers")
         },
@@ -142,13 +167,27 @@ def measure(runtime: CpuRuntime, peer: Any, batch: int, seconds: float) -> dict[
     }
 
 
+def state_dtype_of(name: str) -> str:
+    if name not in STATE_DTYPES:
+        raise typer.BadParameter(f"{name!r} is none of {', '.join(STATE_DTYPES)}")
+    return name
+
+
 @torch.inference_mode()
 def main(
     source: Annotated[str, typer.Argument(help='Checkpoint, or "random-171M".')],
     d_k: Annotated[list[int], typer.Option(help="Widths; weights are random where not of that width.")] = [],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="May be given several times.")] = [1, 8, 32, 128],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both sides' weights.")] = "float32",
-    seconds: Annotated[float, typer.Option(help="Per case, about.")] = 15,
+    state_dtype: Annotated[
+        list[str],
+        typer.Option(
+            parser=state_dtype_of,
+            metavar="|".join(STATE_DTYPES),
+            help="Of our states; may be given several times.",
+        ),
+    ] = ["float32"],  # noqa: B006
+    seconds: Annotated[float, typer.Option(help="Per batch size, about.")] = 15,
     json: Annotated[
         Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
     ] = None,
@@ -157,7 +196,8 @@ def main(
     console = Console()
     rows: list[dict[str, Any]] = []
     table = Table(
-        *("d_k", "batch", "transformers\ntokens/s", "ours\ntokens/s", "speed-up\n(quartiles)"),
+        *("d_k", "batch", "states", "transformers\ntokens/s", "ours\ntokens/s", "speed-up\n(quartiles)"),
+        f"over states\nin {state_dtype[0]}",
         *("share of products\ntorch's / ours", "GB/s", "memory reads\nGB/s", "share of\nbyte bound"),
         title=f"{source}, {dtype}, one thread",
     )
@@ -167,18 +207,20 @@ def main(
         peer = peer_of(model)
         for size in batch:
             console.print(f"d_k {model.spec.mean_d_k:g}, batch {size}", highlight=False)
-            r = measure(runtime, peer, size, seconds)
-            rows.append({"source": source, "dtype": dtype, "d_k": model.spec.d_k[0], **r})
-            table.add_row(
-                f"{model.spec.d_k[0]}",
-                f"{size}",
-                *(f"{r['tokens_per_second'][side]['median']:.0f}" for side in ("transformers", "ours")),
-                spread(r["speedup"]),
-                f"{r['share_of_torch_products']['median']:.0%} / {r['share_of_our_products']['median']:.0%}",
-                f"{r['bytes_per_second']['median'] / 1e9:.1f}",
-                f"{r['read_bytes_per_second']['median'] / 1e9:.1f}",
-                f"{r['share_of_byte_bound']['median']:.0%}",
-            )
+            for r in measure(runtime, peer, size, state_dtype, seconds):
+                rows.append({"source": source, "dtype": dtype, "d_k": model.spec.d_k[0], **r})
+                table.add_row(
+                    f"{model.spec.d_k[0]}",
+                    f"{size}",
+                    r["state_dtype"],
+                    *(f"{r['tokens_per_second'][side]['median']:.0f}" for side in ("transformers", "ours")),
+                    spread(r["speedup"]),
+                    spread(r["speed_over_first_state_dtype"]),
+                    f"{r['share_of_torch_products']['median']:.0%} / {r['share_of_our_products']['median']:.0%}",
+                    f"{r['bytes_per_second']['median'] / 1e9:.1f}",
+                    f"{r['read_bytes_per_second']['median'] / 1e9:.1f}",
+                    f"{r['share_of_byte_bound']['median']:.0%}",
+                )
     console.print(table)
     write_figures(json, {"machine": machine(), "cases": rows})
 

@@ -27,6 +27,7 @@ from outputs import figures_file, write_figures
 
 from loadtest.client import Completion, closed_loop, summarise
 from modeling.checkpoint import open_checkpoint
+from modeling.state_dtype import STATE_DTYPES, StateDType
 from server.engine.engine import Engine
 from server.engine.process import build
 from server.wire.messages import EngineConfig, Generate, Sampling
@@ -35,7 +36,7 @@ PROMPTS, NEW = (128, 512), (64, 128)
 GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 
 
-def config(path: Path, streams: int, prefill_tokens: int | None) -> EngineConfig:
+def config(path: Path, streams: int, prefill_tokens: int | None, state_dtype: StateDType) -> EngineConfig:
     return EngineConfig(
         variant="bare",
         source=str(path),
@@ -43,6 +44,7 @@ def config(path: Path, streams: int, prefill_tokens: int | None) -> EngineConfig
         dtype="float32",
         max_requests=streams,
         state_memory=None,
+        state_dtype=state_dtype,
         prefill_tokens=prefill_tokens,
         threads=1,
         prefix_cache=False,
@@ -147,17 +149,19 @@ HEADER = (
 )  # fmt: skip
 
 
-def set_up(checkpoints: dict[str, Path], cap: int | None, streams: int) -> list[Setup]:
+def set_up(
+    checkpoints: dict[str, Path], cap: int | None, streams: int, state_dtype: StateDType
+) -> list[Setup]:
     """A server of all variants, and an engine of each."""
     limit = () if cap is None else ("--prefill-tokens", str(cap))
     server = Server(
         checkpoints,
         *("--max-requests", str(streams), *limit),
-        *("--device", "cpu", "--dtype", "float32", "--no-prefix-cache"),
+        *("--device", "cpu", "--dtype", "float32", "--state-dtype", state_dtype, "--no-prefix-cache"),
     )
     setups = []
     for name, path in checkpoints.items():
-        engine, ready = build(config(path, streams, cap))
+        engine, ready = build(config(path, streams, cap, state_dtype))
         vocab = open_checkpoint(str(path)).spec.vocab_size
         setups.append(Setup(name, cap, server, engine, ready.backend, ready.state_bytes_per_request, vocab))
     return setups
@@ -174,6 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--prefill-tokens", type=int, action="append", help="cap per step; by default the server's own"
     )
+    parser.add_argument("--state-dtype", choices=STATE_DTYPES, default="float32")
     parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -182,7 +187,7 @@ def main() -> None:
         checkpoints = variants(Path(directory), options.model)
         try:
             for cap in options.prefill_tokens or [None]:
-                setups += set_up(checkpoints, cap, options.streams)
+                setups += set_up(checkpoints, cap, options.streams, options.state_dtype)
             for i in range(-1, options.rounds):
                 for setup in setups:
                     if i < 0:  # warms up

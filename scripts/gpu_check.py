@@ -5,7 +5,8 @@
 
 Sections of the first part, each on its own, so that the failure of one loses none of the others:
 
-    kernels    decode kernel, kernels of prompts and prefill rule against float64, random shapes
+    kernels    decode kernel, kernels of prompts and prefill rule against float64, random shapes; int8 states of
+               prompts against torch, bit for bit
     parity     whole models against stock fla: greedy text in float32, logits in bfloat16
     texts      the server's engine: text by recorded steps, launched steps and a CPU
 
@@ -13,7 +14,8 @@ and of the second:
 
     bandwidth  bytes per second of the decode kernel beside a copy on the same device
     engine     tokens per second of the server's engine
-    server     lowkey-serve, dense and reduced on the card, 256 and 512 streams over HTTP, against the engine alone
+    server     lowkey-serve with dense and reduced variants on the card, 256 and 512 streams over HTTP, against the
+               engine alone
     decode     tokens per second of 1.3 B shapes, d_k 128 and 64, prompt 512, 128 new tokens, bfloat16
     peer       the same shapes by fla and transformers' generate
     capacity   the most requests that fit
@@ -21,7 +23,8 @@ and of the second:
     startup    lowkey-serve until it is ready, with empty and with warm caches
     prompts    prefill with the fixed configurations of fla's kernels, and with fla's own tuning
 
-Before them `warm` compiles what they need. `--only` runs some sections of either part.
+Before them `warm` compiles what they need. `--only` runs some sections of either part. `--state-dtype` says in which
+dtypes recurrent states are kept: each section that they matter to has rows for each.
 
 Each section has a share of the time box. What it leaves goes to those after it; one that would need more says what it
 skips, and one that hangs is cut off. A table is printed, and JSON written after every row. Exit status 1 if anything
@@ -42,17 +45,20 @@ from types import FrameType
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+STATE_DTYPES = ("float32", "bfloat16", "int8")
+"""As modeling.spec.STATE_DTYPES, without torch, which is imported only when the options are known."""
+
 PARTS = {
-    "correctness": {"warm": 150, "kernels": 50, "parity": 200, "texts": 100},
+    "correctness": {"warm": 150, "kernels": 50, "parity": 200, "texts": 60},
     "speed": {
         "warm": 60,
         "bandwidth": 15,
-        "engine": 75,
-        "server": 150,
+        "engine": 140,
+        "server": 180,
         "decode": 60,
         "peer": 50,
-        "capacity": 15,
-        "tuning": 25,
+        "capacity": 20,
+        "tuning": 30,
         "startup": 40,
         "prompts": 10,
     },
@@ -72,6 +78,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"))
     parser.add_argument("--part", choices=PARTS, help="which sections (default: all of both parts)")
     parser.add_argument("--only", nargs="+", choices=SECONDS, help="these sections, of either part")
+    parser.add_argument(
+        "--state-dtype",
+        nargs="+",
+        choices=STATE_DTYPES,
+        default=["float32", "int8"],
+        help="dtypes of recurrent states (default: float32 int8)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes (to test the script on a CPU)")
     parser.add_argument("--seconds", type=float, default=BOX_S, help=f"time box (default: {BOX_S:.0f})")
@@ -88,12 +101,14 @@ def main() -> int:
         )
     import torch
     import triton
+    from gpu_bandwidth import check_bandwidth, check_tuning
     from gpu_common import Run, SkippedError
     from gpu_engine import check_engine_speed, check_engine_text
-    from gpu_kernels import check_bandwidth, check_inputs, check_rule, check_step, check_tuning
+    from gpu_kernels import check_inputs, check_rule, check_step
     from gpu_models import check_capacity, check_decode, check_parity, check_peer
     from gpu_server import check_server
     from gpu_startup import check_prompts, check_startup
+    from gpu_states import check_prompt_states, check_rounding
     from gpu_warm import check_warm
     from rich.console import Console
     from rich.table import Table
@@ -111,7 +126,7 @@ def main() -> int:
     logging.getLogger("lowkey.modeling").setLevel(logging.INFO)
     checks = {
         "warm": (check_warm,),
-        "kernels": (check_step, check_inputs, check_rule),
+        "kernels": (check_step, check_rounding, check_prompt_states, check_inputs, check_rule),
         "parity": (check_parity,),
         "texts": (check_engine_text,),
         "bandwidth": (check_bandwidth,),
@@ -131,6 +146,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args.device, args.small, began + args.seconds, Path(folder))
         run.sections, run.api_processes = sections, args.api_processes
+        run.state_dtypes = tuple(name for name in STATE_DTYPES if name in args.state_dtype)
         if run.cuda:
             run.own_configs = use_fixed(torch.cuda.get_device_capability())
         run.report |= {

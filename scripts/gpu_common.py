@@ -27,7 +27,7 @@ from modeling.ops import GatedDeltaRule, chunked_gated_delta_rule
 from modeling.runtime import Runtime
 from modeling.runtime.gpu import fla_kernels
 from modeling.runtime.gpu.graphs import CudaRecorder, DecodeGraphs, Recorder
-from modeling.spec import ModelSpec, StateTypes
+from modeling.spec import STATE_DTYPES, ModelSpec, StateDType, StateTypes
 from modeling.state import StatePool
 
 FAMILIES = ("gated_deltanet", "delta_net")
@@ -54,6 +54,8 @@ class Run:
     failures: list[str] = field(default_factory=list)
     sections: list[str] = field(default_factory=list)
     """Those that run."""
+    state_dtypes: tuple[StateDType, ...] = STATE_DTYPES
+    """Those that are measured and checked, the widest first."""
     api_processes: int | None = None
     """The server's option of this name."""
     own_configs: fla_kernels.Tuned = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """The server's engine on the card."""
 
 import gc
+import itertools
 import time
 import warnings
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from typing import Any
 
 import torch
 from gpu_common import FAMILIES, EagerRecorder, Run, config, large_checkpoint, make_checkpoint
-from gpu_models import free, parity_size, same_text
+from gpu_models import TIE, free, parity_size, same_text
 
 from modeling.checkpoint import Checkpoint
+from modeling.model import Model
 from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu.graphs import Recorder
+from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 from server.engine.device import Cuda, Device, Host
 from server.engine.engine import Engine
@@ -23,6 +26,15 @@ from server.wire.messages import EngineConfig, Generate, Ready, Sampling, SaveSt
 
 PROMPT, NEW_TOKENS = 128, 256
 """Tokens of the closed loop, here and over HTTP."""
+TIES: dict[StateDType, float] = {"float32": TIE, "bfloat16": 3e-2, "int8": 3e-2}
+"""How close the best two logits are where greedy texts may part, as a share of the largest. Rounded states differ where
+a value lies in the middle between two that can be kept: float32 sums in another order decide about a few values of ten
+thousand, each by a whole step of the rounding, and about what follows from them. Weights that differ by 3e-7 moved
+logits by 9e-3 (bfloat16) and 1.6e-2 (int8) of the largest within 24 tokens."""
+SPEED_GOALS: dict[tuple[StateDType, int], float] = {("int8", 128): 2.2, ("int8", 64): 3.0}
+"""Tokens per second at 512 requests over those with float32 states of d_k 128, by dtype of the state and d_k."""
+Kind = tuple[StateDType, int]
+"""Dtype of the state and d_k."""
 
 
 class RecordingHost(Host):
@@ -52,6 +64,7 @@ def make_engine(
     checkpoint: Checkpoint,
     dtype: str,
     *,
+    state_dtype: StateDType,
     requests: int,
     graphs: bool = True,
     state_memory: int | None = None,
@@ -62,6 +75,7 @@ def make_engine(
         device=run.device,
         dtype=dtype,  # type: ignore[arg-type]
         max_requests=requests,
+        state_dtype=state_dtype,
         state_memory=state_memory,
         prefill_tokens=64 if run.small else None,
         prefix_cache=False,
@@ -126,18 +140,25 @@ def texts_from_saved_states(
 
 
 @torch.inference_mode()
-def reference(checkpoint: Checkpoint, ids: list[int], tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy tokens `[n]` and their logits `[n, vocab]` by plain torch on the CPU, in float32."""
-    model = checkpoint.load()
+def references(
+    model: Model, prompts: list[list[list[int]]], tokens: int, state_dtype: StateDType
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Greedy tokens `[n]` and their logits `[n, vocab]` behind each prompt by plain torch on the CPU. A prompt comes in
+    parts: behind each the state is rounded, as one is that is saved."""
     runtime = TorchRuntime(model)
-    pool, slot = StatePool(model.spec, 1), torch.zeros(1, dtype=torch.long)
-    hidden, state = model(torch.tensor(ids), [0, len(ids)])
-    pool.scatter(slot, state)
-    logits = [model.logits(hidden[-1:])[0]]
+    pool = StatePool(model.spec, len(prompts), types=StateTypes.named(state_dtype, torch.float32))
+    slots = torch.arange(len(prompts))
+    last: list[torch.Tensor] = []
+    for slot, parts in zip(slots.split(1), prompts, strict=True):
+        hidden = [
+            runtime.prefill(torch.tensor(ids), [0, len(ids)], pool, slot) for ids in filter(None, parts)
+        ]
+        last.append(hidden[-1][-1:])
+    logits = [model.logits(torch.cat(last))]
     for _ in range(tokens - 1):
-        logits.append(model.logits(runtime.decode(logits[-1].argmax()[None], pool, slot))[0])
-    rows = torch.stack(logits)
-    return rows.argmax(-1), rows
+        logits.append(model.logits(runtime.decode(logits[-1].argmax(-1), pool, slots)))
+    rows = torch.stack(logits, 1)
+    return list(zip(rows.argmax(-1), rows, strict=True))
 
 
 @contextmanager
@@ -168,48 +189,66 @@ def waits_counted(run: Run, engine: Engine) -> Iterator[dict[str, int]]:
 def check_engine_text(run: Run) -> Iterator[list[str]]:
     """Both ways of launching, and the CPU, give the same text, also from saved states; launches of decode steps wait
     for nothing."""
-    new = 6 if run.small else 24
     lengths = [1, 9, 30] if run.small else [1, 63, 64, 65, 150, 7, 200, 31]
     for family in FAMILIES[:1] if run.small else FAMILIES:
-        run.need(10)
         width = parity_size(run)["d_v"]
         checkpoint = make_checkpoint(
             run.folder / f"engine-{family}", config(family, d_k=width, **parity_size(run))
         )
         prompts = random_prompts(lengths, checkpoint.spec.vocab_size)
-        references = [reference(checkpoint, ids, new) for ids in prompts]
-        result: dict[str, Any] = {}
-        run.report.setdefault("engine", {})[f"text {family}"] = result
+        for state_dtype in run.state_dtypes:
+            run.need(10)
+            yield from compare_texts(run, checkpoint, prompts, f"{family} state {state_dtype}", state_dtype)
 
-        def against_references(made: list[list[int]], references: list[Any] = references) -> list[str]:
-            """How the texts that were made compare with those of the CPU."""
-            pairs = zip(made, references, strict=True)
-            return sorted(
-                {same_text(t[None], logits[None], torch.tensor([text])) for text, (t, logits) in pairs}
-            )
 
-        for name, graphs in (("graphs", True), ("eager", False)):
-            engine, _ = make_engine(
-                run, checkpoint, "float32", requests=len(prompts), graphs=graphs, state_memory=2**28
-            )
-            texts(engine, prompts, new)  # compiled and tuned, the next time counts
-            with waits_counted(run, engine) as waits:
-                made = texts(engine, prompts, new)
-            result[f"waits {name}"] = waits
-            result[name] = against_references(made)
-            result[f"saved {name}"] = against_references(
-                texts_from_saved_states(engine, prompts, new, run.folder)
-            )
-            same = [*result[name], *result[f"saved {name}"]]
-            good = all(s.startswith("equal") for s in same) and not waits["decode"]
-            what = f"engine {family} {name}"
-            details = (
-                f"text against the CPU: {', '.join(result[name])}; from saved states: "
-                f"{', '.join(result[f'saved {name}'])}; waits in launches: {waits}"
-            )
-            yield [what, run.check(good, what), details]
-            del engine
-            free(run)
+def compare_texts(
+    run: Run, checkpoint: Checkpoint, prompts: list[list[int]], name: str, state_dtype: StateDType
+) -> Iterator[list[str]]:
+    """Texts of the engine, by recorded steps and by launched ones, against those of a CPU."""
+    new = 6 if run.small else 24
+    model = checkpoint.load()
+    halves = whole = references(model, [[ids] for ids in prompts], new, state_dtype)
+    if state_dtype != "float32":
+        cut = [[ids[: len(ids) // 2], ids[len(ids) // 2 :]] for ids in prompts]
+        halves = references(model, cut, new, state_dtype)
+    result: dict[str, Any] = {"state_dtype": state_dtype}
+    run.report.setdefault("engine", {})[f"text {name}"] = result
+
+    def against(expected: list[tuple[torch.Tensor, torch.Tensor]], made: list[list[int]]) -> list[str]:
+        pairs = zip(made, expected, strict=True)
+        return sorted(
+            {
+                same_text(t[None], logits[None], torch.tensor([text]), TIES[state_dtype])
+                for text, (t, logits) in pairs
+            }
+        )
+
+    for way, graphs in (("graphs", True), ("eager", False)):
+        engine, _ = make_engine(
+            run,
+            checkpoint,
+            "float32",
+            state_dtype=state_dtype,
+            requests=len(prompts),
+            graphs=graphs,
+            state_memory=2**28,
+        )
+        texts(engine, prompts, new)  # compiled and tuned, the next time counts
+        with waits_counted(run, engine) as waits:
+            made = texts(engine, prompts, new)
+        result[f"waits {way}"] = waits
+        result[way] = against(whole, made)
+        result[f"saved {way}"] = against(halves, texts_from_saved_states(engine, prompts, new, run.folder))
+        same = [*result[way], *result[f"saved {way}"]]
+        good = all(s.startswith("equal") for s in same) and not waits["decode"]
+        what = f"engine {name} {way}"
+        details = (
+            f"text against the CPU: {', '.join(result[way])}; from saved states: "
+            f"{', '.join(result[f'saved {way}'])}; waits in launches: {waits}"
+        )
+        yield [what, run.check(good, what), details]
+        del engine
+        free(run)
 
 
 def full_speed(engine: Engine, batch: int, vocab: int, new_tokens: int) -> float:
@@ -239,7 +278,23 @@ def closed_loop_sizes(run: Run) -> tuple[int, ...]:
     return (2, 4) if run.small else (256, 512)
 
 
-def closed_loop(run: Run, engine: Engine, d_k: int, vocab: int, streams: int) -> list[str]:
+def served(run: Run) -> dict[str, Kind]:
+    """The variants of the section `server`: the dense model with the widest states and with the narrowest ones, and the
+    reduced model with these."""
+    widest, narrowest = run.state_dtypes[0], run.state_dtypes[-1]
+    kinds = dict.fromkeys([(widest, 128), (narrowest, 128), (narrowest, 64)])
+    return {
+        f"{'dense' if d_k == 128 else 'reduced'}-{state_dtype}": (state_dtype, d_k)
+        for state_dtype, d_k in kinds
+    }
+
+
+def named(kind: Kind) -> str:
+    """How rows of the table call it."""
+    return f"d_k {kind[1]} state {kind[0]}"
+
+
+def closed_loop(run: Run, engine: Engine, kind: Kind, vocab: int, streams: int) -> list[str]:
     """Tokens per second of the engine under the load that the section `server` sends over HTTP: the same prompts, a
     next request when one has ended, and the same window. A row of the table."""
     prompt, new = lengths(run)
@@ -265,8 +320,11 @@ def closed_loop(run: Run, engine: Engine, d_k: int, vocab: int, streams: int) ->
             if not left[token.request_id] and now < end:
                 send(sent)
                 sent += 1
-    name = f"d_k {d_k}, {streams} streams"
-    run.report.setdefault("engine", {})[name] = tokens / seconds
+    name = f"{named(kind)}, {streams} streams"
+    run.report.setdefault("engine", {})[name] = {
+        "state_dtype": kind[0],
+        "tokens_per_second": tokens / seconds,
+    }
     return [
         f"engine {name}",
         "",
@@ -275,36 +333,56 @@ def closed_loop(run: Run, engine: Engine, d_k: int, vocab: int, streams: int) ->
 
 
 def check_engine_speed(run: Run) -> Iterator[list[str]]:
-    """Tokens per second of the engine alone, beside those of the graphs alone."""
-    batches = (1, 4) if run.small else (1, 32, 128, 256, 512)
+    """Tokens per second of the engine alone: those that the server runs first, with the server's load too."""
+    batches = (1, 4) if run.small else (1, 32, 128, 256, 512, 1024)
     results = run.report.setdefault("engine", {})
-    for d_k in (128, 64):
+    kinds = [*served(run).values()]
+    kinds += [k for k in itertools.product(run.state_dtypes, (128, 64)) if k not in kinds]
+    for kind in kinds:
+        state_dtype, d_k = kind
         run.need(20)
         free(run)
         checkpoint = large_checkpoint(run, FAMILIES[0], d_k)
         free(run)
         dtype = "float32" if run.small else "bfloat16"
-        engine, ready = make_engine(run, checkpoint, dtype, requests=batches[-1])
-        results[f"memory d_k {d_k}"] = ready.memory | {"slots": ready.slots, "load_s": ready.load_s}
+        engine, ready = make_engine(run, checkpoint, dtype, state_dtype=state_dtype, requests=batches[-1])
+        results[f"memory {named(kind)}"] = ready.memory | {
+            "state_dtype": state_dtype,
+            "slots": ready.slots,
+            "load_s": ready.load_s,
+        }
         yield [
-            f"engine d_k {d_k}",
+            f"engine {named(kind)}",
             "",
             f"{ready.slots} slots, loaded in {ready.load_s:.1f} s, {ready.memory}",
         ]
         for batch in batches:
-            run.need(4)
-            new = 8 if run.small else 100
-            full_speed(engine, batch, ready.vocab_size, 8)
-            speed = full_speed(engine, batch, ready.vocab_size, new)
-            results[f"d_k {d_k} B {batch}"] = speed
-            told = f"{speed:.0f} tok/s"
-            alone = run.report.get("decode", {}).get(f"{FAMILIES[0]} d_k {d_k} B {batch}")
-            if alone:
-                told += f", {speed / alone['tokens_per_second']:.2f} of the graphs alone"
-            yield [f"engine d_k {d_k} B {batch}", "", told]
-        for streams in closed_loop_sizes(run):
+            run.need(6 if batch > 512 else 4)
+            # All must have begun while the first ones still decode: 1,024 prompts take a few steps.
+            full_speed(engine, batch, ready.vocab_size, 8 if batch <= 512 else 24)
+            speed = full_speed(engine, batch, ready.vocab_size, 8 if run.small else 100)
+            yield engine_row(run, kind, batch, speed)
+        for streams in closed_loop_sizes(run) if kind in served(run).values() else ():
             run.need(sum(window(run, streams)) + 3)
-            yield closed_loop(run, engine, d_k, ready.vocab_size, streams)
+            yield closed_loop(run, engine, kind, ready.vocab_size, streams)
         del engine
         gc.collect()
     free(run)
+
+
+def engine_row(run: Run, kind: Kind, batch: int, speed: float) -> list[str]:
+    """A speed beside that with float32 states of d_k 128, and for these beside the speed of the graphs alone."""
+    results = run.report["engine"]
+    figures = results[f"{named(kind)} B {batch}"] = {"state_dtype": kind[0], "tokens_per_second": speed}
+    told, reached = f"{speed:.0f} tok/s", ""
+    base = results.get(f"{named(('float32', 128))} B {batch}")
+    if base and base is not figures:
+        ratio = figures["over_float32_dense"] = speed / base["tokens_per_second"]
+        told += f", {ratio:.2f} x float32 d_k 128"
+        if batch == 512 and kind in SPEED_GOALS:
+            reached = "reached" if ratio >= SPEED_GOALS[kind] else "missed"
+            told += f", goal {SPEED_GOALS[kind]}"
+    alone = run.report.get("decode", {}).get(f"{FAMILIES[0]} d_k {kind[1]} B {batch}")
+    if alone and kind[0] == "float32":
+        told += f", {speed / alone['tokens_per_second']:.2f} of the graphs alone"
+    return [f"engine {named(kind)} B {batch}", reached, told]

@@ -1,10 +1,12 @@
 """Whole models: the same text as stock fla, tokens per second beside it, and how many requests fit."""
 
 import gc
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+from gpu_bandwidth import copy_rate
 from gpu_common import (
     FAMILIES,
     Run,
@@ -21,15 +23,14 @@ from gpu_common import (
     tuned_by_fla,
     untuned,
 )
-from gpu_kernels import copy_rate
 from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
 from modeling.families import family_of
 from modeling.model import Model
-from modeling.runtime import TorchRuntime
+from modeling.runtime import Runtime, TorchRuntime
 from modeling.runtime.gpu.graphs import DecodeGraphs
-from modeling.spec import StateTypes
+from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 
 FP32_TOLERANCE = 1e-3
@@ -38,6 +39,8 @@ BF16_FACTOR = 1.5
 """Our bfloat16 logits may be this much further from float32 than stock fla's own bfloat16 logits are."""
 TIE = 1e-3
 """Greedy tokens may differ where the best two logits are closer than this share of the largest logit."""
+CAPACITY_GOALS: dict[tuple[StateDType, int], int] = {("int8", 128): 9000, ("int8", 64): 16000}
+"""Requests that shall fit on a card with 80 GB, by dtype of the state and d_k."""
 
 
 def free(run: Run) -> None:
@@ -96,7 +99,7 @@ def stock_generate(model: Any, prompts: Tensor, new_tokens: int) -> Tensor:
     return ids[:, prompts.shape[1] :]
 
 
-def same_text(tokens: Tensor, logits: Tensor, expected: Tensor) -> str:
+def same_text(tokens: Tensor, logits: Tensor, expected: Tensor, tie: float = TIE) -> str:
     """Equal, or different only from a tie of our two best logits on. Tokens `[B, n]`, logits `[B, n, vocab]`."""
     ties = 0
     for row, scores, theirs in zip(tokens, logits, expected, strict=True):
@@ -105,7 +108,7 @@ def same_text(tokens: Tensor, logits: Tensor, expected: Tensor) -> str:
             continue
         at = int(different[0])
         best = scores[at].topk(2).values
-        if float(best[0] - best[1]) > TIE * float(scores[at].abs().max()):
+        if float(best[0] - best[1]) > tie * float(scores[at].abs().max()):
             return f"DIFFERENT at token {at}"
         ties += 1
     return "equal" if not ties else f"equal up to {ties} ties"
@@ -307,36 +310,43 @@ def time_peers(run: Run, results: dict[str, Any]) -> Iterator[list[str]]:
         del model
 
 
-@torch.inference_mode()
 def check_capacity(run: Run) -> Iterator[list[str]]:
     """The most requests that fit beside the weights and a graph; the last slots are really decoded."""
     if not run.cuda:
         raise SkippedError("skipped: a CPU's memory is not the question")
-    reserve = 2 * 2**30
-    largest = batches(run)[-1]
-    for family in FAMILIES:
-        for d_k in (128, 64):
-            run.need(8)
+    for family, d_k in itertools.product(FAMILIES, (128, 64)):
+        run.need(8)
+        free(run)
+        spec = family_of(large_config(run, family, d_k)).spec(large_config(run, family, d_k))
+        runtime = run.runtime(random_model(spec, run, torch.bfloat16))
+        for state_dtype in run.state_dtypes:
+            run.need(3)
             free(run)
-            settings = large_config(run, family, d_k)
-            spec = family_of(settings).spec(settings)
-            runtime = run.runtime(random_model(spec, run, torch.bfloat16))
-            free(run)
-            available = torch.cuda.mem_get_info()[0] - reserve
-            slots = available // spec.state_bytes(0, StateTypes(inputs=torch.bfloat16))
-            pool = StatePool(spec, slots, device=run.device, types=StateTypes(inputs=torch.bfloat16))
-            graphs = DecodeGraphs(runtime, pool, [largest], recorder(run))
-            at = torch.arange(slots - largest, slots, device=run.device)
-            ids = torch.randint(0, spec.vocab_size, (largest,), device=run.device)
-            for _ in range(2):
-                logits = runtime.logits(graphs(ids, at))
-            finite = bool(torch.isfinite(logits).all())
-            name = f"capacity {family} d_k {d_k}"
-            run.report.setdefault("capacity", {})[name] = {
-                "requests": slots,
-                "state_bytes": pool.bytes_per_slot,
-                "available_bytes": available,
-            }
-            yield [name, run.check(finite, name), f"{slots} requests of {pool.bytes_per_slot / 1e6:.1f} MB"]
-            del runtime, pool, graphs, logits
+            name = f"capacity {family} d_k {d_k} state {state_dtype}"
+            figures, finite = fill(run, runtime, StateTypes.named(state_dtype, torch.bfloat16))
+            run.report.setdefault("capacity", {})[name] = figures | {"state_dtype": state_dtype}
+            told = f"{figures['requests']} requests of {figures['state_bytes'] / 1e6:.2f} MB"
+            goal = CAPACITY_GOALS.get((state_dtype, d_k))
+            if goal:
+                told += f", goal {goal}{'' if figures['requests'] > goal else ' MISSED'}"
+            yield [name, run.check(finite, name), told]
+        del runtime
     free(run)
+
+
+@torch.inference_mode()
+def fill(run: Run, runtime: Runtime, types: StateTypes) -> tuple[dict[str, int], bool]:
+    """As many states as there is memory for, and whether the last of them decode to something finite."""
+    reserve = 2 * 2**30
+    batch = batches(run)[-1]
+    spec = runtime.model.spec
+    available = torch.cuda.mem_get_info()[0] - reserve
+    slots = available // spec.state_bytes(0, types)
+    pool = StatePool(spec, slots, device=run.device, types=types)
+    graphs = DecodeGraphs(runtime, pool, [batch], recorder(run))
+    at = torch.arange(slots - batch, slots, device=run.device)
+    ids = torch.randint(0, spec.vocab_size, (batch,), device=run.device)
+    for _ in range(2):
+        logits = runtime.logits(graphs(ids, at))
+    figures = {"requests": slots, "state_bytes": pool.bytes_per_slot, "available_bytes": available}
+    return figures, bool(torch.isfinite(logits).all())

@@ -1,4 +1,4 @@
-"""The server on the card, over HTTP: `lowkey-serve` with the dense and the reduced model, against the bare engine."""
+"""The server on the card, over HTTP: `lowkey-serve` with dense and reduced variants, against the bare engine."""
 
 import json
 import math
@@ -14,13 +14,11 @@ from typing import Any
 
 import numpy as np
 from gpu_common import FAMILIES, Run, large_checkpoint
-from gpu_engine import closed_loop, closed_loop_sizes, lengths, make_engine, window
+from gpu_engine import Kind, closed_loop, closed_loop_sizes, lengths, make_engine, named, served, window
 from gpu_models import free
 
 from benchmarks.server_process import ServerProcess
-from modeling.checkpoint import Checkpoint
 
-VARIANTS = {"dense": 128, "reduced": 64}
 CLIENTS = 8
 """Processes of the load: one alone would be what limits the server."""
 TEXT = "docs/api.md"
@@ -53,11 +51,16 @@ class CpuClock:
 
 
 def serve(
-    run: Run, checkpoints: dict[str, Checkpoint], streams: int, environment: dict[str, str] | None = None
+    run: Run, variants: dict[str, Kind], streams: int, environment: dict[str, str] | None = None
 ) -> ServerProcess:
     """A `lowkey-serve` of this checkout, which need not be installed."""
-    arguments = [f"{name}={checkpoint.path}" for name, checkpoint in checkpoints.items()]
-    arguments += ["--device", run.device, "--max-requests", str(streams)]
+    settings = run.folder / "lowkey.toml"
+    tables = []
+    for name, (state_dtype, d_k) in variants.items():
+        source = json.dumps(str(large_checkpoint(run, FAMILIES[0], d_k).path))
+        tables.append(f'[variants.{name}]\nsource = {source}\nstate_dtype = "{state_dtype}"\n')
+    settings.write_text("\n".join(tables))
+    arguments = ["--config", str(settings), "--device", run.device, "--max-requests", str(streams)]
     arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
     arguments += ["--prefill-tokens", "64"] if run.small else []
     if run.api_processes is not None:
@@ -171,69 +174,73 @@ def told(figures: dict[str, Any]) -> str:
     return line
 
 
-def measure_bare(run: Run, checkpoints: dict[str, Checkpoint]) -> Iterator[list[str]]:
+def measure_bare(run: Run, variants: dict[str, Kind]) -> Iterator[list[str]]:
     """The engine alone under the same load, where the section `engine` has not measured it."""
     results = run.report.setdefault("engine", {})
-    for name, checkpoint in checkpoints.items():
-        left = [n for n in closed_loop_sizes(run) if f"d_k {VARIANTS[name]}, {n} streams" not in results]
+    for kind in variants.values():
+        left = [n for n in closed_loop_sizes(run) if f"{named(kind)}, {n} streams" not in results]
         if not left:
             continue
         run.need(10)
         free(run)
+        state_dtype, d_k = kind
+        checkpoint = large_checkpoint(run, FAMILIES[0], d_k)
         dtype = "float32" if run.small else "bfloat16"
-        engine, ready = make_engine(run, checkpoint, dtype, requests=max(left))
+        engine, ready = make_engine(run, checkpoint, dtype, state_dtype=state_dtype, requests=max(left))
         for streams in left:
-            yield closed_loop(run, engine, VARIANTS[name], ready.vocab_size, streams)
+            yield closed_loop(run, engine, kind, ready.vocab_size, streams)
         del engine
     free(run)
 
 
 def check_server(run: Run) -> Iterator[list[str]]:
-    """Dense and reduced on one card in turns: closed loops of 256 and 512 streams over HTTP, beside the bare engine."""
+    """Variants on one card in turns: closed loops of 256 and 512 streams over HTTP, beside the bare engine."""
     free(run)
     sizes = closed_loop_sizes(run)
-    checkpoints = {name: large_checkpoint(run, FAMILIES[0], d_k) for name, d_k in VARIANTS.items()}
-    vocab = checkpoints["dense"].spec.vocab_size
+    variants = served(run)
+    checkpoint = large_checkpoint(run, FAMILIES[0], 128)
+    vocab = checkpoint.spec.vocab_size
     results = run.report.setdefault("server", {})
-    yield from measure_bare(run, checkpoints)
-    server = serve(run, checkpoints, sizes[-1])
+    yield from measure_bare(run, variants)
+    server = serve(run, variants, sizes[-1])
     try:
         began = time.monotonic()
-        server.wait_ready(*checkpoints)
+        server.wait_ready(*variants)
         yield ["server ready", "", f"after {time.monotonic() - began:.1f} s"]
         text = {
             "text": str(Path(__file__).parents[1] / TEXT),
-            "tokenizer": str(checkpoints["dense"].path / "tokenizer.json"),
+            "tokenizer": str(checkpoint.path / "tokenizer.json"),
         }
-        kinds: list[tuple[str, int, dict[str, Any]]] = [(f"{n} streams", n, {}) for n in sizes]
-        kinds.append((f"{sizes[0]} streams, logprobs 5", sizes[0], {"fields": {"logprobs": 5}}))
-        kinds.append((f"{sizes[0]} streams, text", sizes[0], text | {"prompt": 8 if run.small else 64}))
         # Twice in turns what the comparison stands on; once what is to show no special case.
-        plan = [(kind, name) for kind in kinds[:2] for _ in range(2) for name in VARIANTS]
-        plan += [(kind, name) for kind in kinds[2:] for name in VARIANTS]
-        for (label, streams, changes), name in plan:
-            run.need(sum(window(run, streams)) + 4)
-            figures = load(run, server, name, vocab, streams, **changes)
-            results.setdefault(f"{name}, {label}", []).append(figures)
-            details = told(figures)
-            base = run.report["engine"].get(f"d_k {VARIANTS[name]}, {streams} streams")
-            if base and not changes:
-                figures["over_engine"] = figures["tokens_per_second"] / base
-                details += f", {figures['over_engine']:.2f} of the bare engine"
-            good = run.check(figures["errors"] == 0, f"server {name}, {label}")
-            yield [f"server {name}, {label}", good, details]
-        yield from compare(run, [label for label, _, _ in kinds])
+        kinds: list[tuple[str, int, int, dict[str, Any]]] = [(f"{n} streams", n, 2, {}) for n in sizes[::-1]]
+        kinds.append((f"{sizes[0]} streams, logprobs 5", sizes[0], 1, {"fields": {"logprobs": 5}}))
+        kinds.append((f"{sizes[0]} streams, text", sizes[0], 1, text | {"prompt": 8 if run.small else 64}))
+        for label, streams, rounds, changes in kinds:
+            for name in [*variants] * rounds:
+                run.need(sum(window(run, streams)) + 4)
+                figures = load(run, server, name, vocab, streams, **changes)
+                figures["state_dtype"] = variants[name][0]
+                results.setdefault(f"{name}, {label}", []).append(figures)
+                details = told(figures)
+                base = run.report["engine"].get(f"{named(variants[name])}, {streams} streams")
+                if base and not changes:
+                    figures["over_engine"] = figures["tokens_per_second"] / base["tokens_per_second"]
+                    details += f", {figures['over_engine']:.2f} of the bare engine"
+                good = run.check(figures["errors"] == 0, f"server {name}, {label}")
+                yield [f"server {name}, {label}", good, details]
+            yield from compare(run, [*variants], label)
     finally:
         results["log"] = server.log.read_text()[-4000:]
         server.stop(15)
 
 
-def compare(run: Run, labels: list[str]) -> Iterator[list[str]]:
-    """Reduced over dense, means of the rounds."""
+def compare(run: Run, names: list[str], label: str) -> Iterator[list[str]]:
+    """The other variants over the first one, means of the rounds."""
     results = run.report["server"]
-    for label in labels:
-        both = [results.get(f"{name}, {label}", []) for name in VARIANTS]
-        if all(both):
-            dense, reduced = (float(np.mean([f["tokens_per_second"] for f in rounds])) for rounds in both)
-            results[f"reduced over dense, {label}"] = reduced / dense
-            yield [f"reduced over dense, {label}", "", f"{reduced:.0f} / {dense:.0f} = {reduced / dense:.2f}"]
+    means = {
+        name: float(np.mean([f["tokens_per_second"] for f in results[f"{name}, {label}"]])) for name in names
+    }
+    first, *others = names
+    for name in others:
+        ratio = results[f"{name} over {first}, {label}"] = means[name] / means[first]
+        yield [f"{name} over {first}, {label}", "", f"{means[name]:.0f} / {means[first]:.0f} = {ratio:.2f}"]

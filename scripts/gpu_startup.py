@@ -18,8 +18,9 @@ from gpu_common import (
     random_model,
     seconds,
 )
+from gpu_engine import Kind
 from gpu_models import free
-from gpu_server import VARIANTS, serve
+from gpu_server import serve
 
 from modeling.families import family_of
 from modeling.runtime.gpu import fla_kernels
@@ -42,7 +43,9 @@ MILESTONES = {
 def check_startup(run: Run) -> Iterator[list[str]]:
     """lowkey-serve with dense and reduced until both are ready, from nothing and once more."""
     free(run)
-    checkpoints = {name: large_checkpoint(run, FAMILIES[0], d_k) for name, d_k in VARIANTS.items()}
+    variants: dict[str, Kind] = {"dense": (run.state_dtypes[0], 128), "reduced": (run.state_dtypes[0], 64)}
+    for _, d_k in variants.values():
+        large_checkpoint(run, FAMILIES[0], d_k)
     free(run)
     cache = run.folder / "start-up"
     shutil.rmtree(cache, ignore_errors=True)
@@ -51,16 +54,16 @@ def check_startup(run: Run) -> Iterator[list[str]]:
     for name, goal in GOALS.items():
         run.need(goal / 2)
         began = time.time()
-        server = serve(run, checkpoints, 4 if run.small else 512, environment)
+        server = serve(run, variants, 4 if run.small else 512, environment)
         try:
-            server.wait_ready(*VARIANTS)
+            server.wait_ready(*variants)
             taken = time.time() - began
-            texts.append({variant: complete(server, variant) for variant in VARIANTS})
+            texts.append({variant: complete(server, variant) for variant in variants})
         finally:
             log = server.log.read_text()
             run.report.setdefault("startup", {})[f"log, {name}"] = log
             server.stop(15)
-        shares = {variant: parts(log, variant, began) for variant in VARIANTS}
+        shares = {variant: parts(log, variant, began) for variant in variants}
         run.report["startup"][name] = {"seconds": taken, "parts": shares}
         yield [
             f"start, {name}",

@@ -4,10 +4,12 @@ when they are launched, they would take most of a run's time."""
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+from gpu_bandwidth import launched_as, variants
 from gpu_common import (
     FAMILIES,
     Run,
@@ -24,48 +26,48 @@ from gpu_kernels import (
     compare_rule,
     compare_step,
     large_mixer,
-    launched_as,
     make_mixer,
+    random_state,
     rule_shapes,
     shapes,
-    step_inputs,
-    variants,
 )
 from gpu_models import Stock, parity_size, parity_widths, stock_generate
+from gpu_states import compare_prompt_states, compare_rounding
 
 from modeling.families import family_of
 from modeling.runtime.gpu.compiling import compile_ahead
 from modeling.runtime.gpu.delta import delta_step
-from modeling.spec import StateTypes
-from modeling.state import DeltaState, StatePool
+from modeling.spec import StateDType, StateTypes
+from modeling.state import StatePool
 
 Job = Callable[[], object]
 
 
 @torch.inference_mode()
-def step(run: Run, d_k: int, state_dtype: torch.dtype, variant: tuple[int, int] | None = None) -> None:
+def step(run: Run, d_k: int, state_dtype: StateDType, variant: tuple[int, int] | None = None) -> None:
     """One decode step of a large layer."""
     spec = large_mixer(run, d_k)
     mixer = make_mixer(spec, run.device, torch.bfloat16)
-    projected, *state = step_inputs(spec, 2, 2, run.device, torch.bfloat16, state_dtype)
+    projected = torch.randn(2, sum(spec.in_proj_sizes), device=run.device, dtype=torch.bfloat16)
+    state = random_state(spec, 2, torch.bfloat16, state_dtype, run.device)
     slots = torch.arange(2, device=run.device)
-    if variant is None:
-        delta_step(mixer, projected, DeltaState(*state), slots)
-        return
-    with launched_as(*variant):
-        delta_step(mixer, projected, DeltaState(*state), slots)
+    with nullcontext() if variant is None else launched_as(*variant):
+        delta_step(mixer, projected, state, slots)
 
 
 @torch.inference_mode()
-def model(run: Run, settings: dict[str, object], dtype: torch.dtype) -> None:
-    """A prompt and a decode step."""
+def model(
+    run: Run, settings: dict[str, object], dtype: torch.dtype, state_dtypes: Sequence[StateDType]
+) -> None:
+    """A prompt and a decode step, with states of each dtype."""
     made = random_model(family_of(settings).spec(settings), run, dtype)
     runtime = run.runtime(made)
-    pool = StatePool(made.spec, 2, device=run.device, types=StateTypes(inputs=dtype))
     slots = torch.arange(2, device=run.device)
     prompts = torch.randint(0, made.spec.vocab_size, (2, 9 if run.small else 130), device=run.device)
-    ids = prefill(runtime, prompts, pool, slots).argmax(-1)
-    runtime.decode(ids, pool, slots)
+    for state_dtype in state_dtypes:
+        pool = StatePool(made.spec, 2, device=run.device, types=StateTypes.named(state_dtype, dtype))
+        ids = prefill(runtime, prompts, pool, slots).argmax(-1)
+        runtime.decode(ids, pool, slots)
 
 
 def stock_large(run: Run, family: str) -> None:
@@ -93,28 +95,37 @@ def stock_small(run: Run, family: str, d_k: int, dtype: torch.dtype) -> None:
 
 def jobs(run: Run, section: str) -> Iterator[Job]:
     """What launches the kernels of a section. Those of the others come to it."""
-    narrow_and_wide = (torch.bfloat16, torch.float32)
     if section == "kernels":
-        for spec, dtype, state_dtype in shapes(run.small):
-            yield partial(compare_step, run, spec, dtype, state_dtype)
+        for spec, dtype in shapes(run.small):
+            yield from (
+                partial(compare_step, run, spec, dtype, state_dtype) for state_dtype in run.state_dtypes
+            )
             yield partial(compare_inputs, run, spec, dtype)
+            yield partial(compare_rounding, run, spec)
+        yield from (partial(compare_prompt_states, run, *shape) for shape in rule_shapes(run))
         yield from (partial(compare_rule, run, *shape) for shape in rule_shapes(run))
-    elif section in ("parity", "texts"):
+    elif section == "parity":
         for family, (_, d_k) in itertools.product(FAMILIES, parity_widths(run)):
             settings = config(family, d_k=d_k, **parity_size(run))
-            for dtype in narrow_and_wide if section == "parity" else (torch.float32,):
-                yield partial(model, run, settings, dtype)
-                if section == "parity" and run.cuda and isinstance(d_k, int):
+            for dtype in (torch.bfloat16, torch.float32):
+                yield partial(model, run, settings, dtype, ["float32"])
+                if run.cuda and isinstance(d_k, int):
                     yield partial(stock_small, run, family, d_k, dtype)
+    elif section == "texts":
+        for family in FAMILIES:
+            settings = config(family, d_k=parity_size(run)["d_v"], **parity_size(run))
+            yield partial(model, run, settings, torch.float32, run.state_dtypes)
     elif section in ("decode", "capacity", "engine", "server"):
-        for family, d_k in itertools.product(FAMILIES, (128, 64)):
-            yield partial(model, run, large_config(run, family, d_k, layers=1), torch.bfloat16)
+        families = FAMILIES[:1] if section in ("engine", "server") else FAMILIES
+        state_dtypes = ["float32"] if section == "decode" else run.state_dtypes
+        for family, d_k in itertools.product(families, (128, 64)):
+            yield partial(model, run, large_config(run, family, d_k, layers=1), torch.bfloat16, state_dtypes)
     elif section == "bandwidth":
-        yield from (partial(step, run, d_k, t) for d_k, t in itertools.product((128, 64), narrow_and_wide))
+        yield from (partial(step, run, *kind) for kind in itertools.product((128, 64), run.state_dtypes))
     elif section == "peer" and run.cuda:
         yield from (partial(stock_large, run, family) for family in FAMILIES)
     elif section == "tuning":
-        for d_k, state_dtype in itertools.product((64, 128), narrow_and_wide):
+        for d_k, state_dtype in itertools.product((128, 64), run.state_dtypes):
             yield from (partial(step, run, d_k, state_dtype, v) for v in variants(run, d_k))
 
 

@@ -79,7 +79,10 @@ def serve(
         ),
     ] = None,
     state_dtype: Annotated[
-        str | None, typer.Option(help="The recurrent state: float32 or bfloat16. [default: float32]")
+        str | None,
+        typer.Option(
+            help="The recurrent state: float32, bfloat16 (half of it) or int8 (a quarter). [default: float32]"
+        ),
     ] = None,
     prefix_cache: Annotated[
         bool | None,

@@ -27,6 +27,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from modeling.state_dtype import StateDType
+
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a variant, an alias or a key may be called: it becomes a metric label and part of a file name."""
 VariantName = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
@@ -54,6 +56,7 @@ class VariantSettings(_Table):
     source: str = Field(min_length=1, description="Checkpoint directory or hub id.")
     device: Device | None = Field(default=None, description="Instead of the server's `device`.")
     dtype: DType | None = Field(default=None, description="Instead of the server's `dtype`.")
+    state_dtype: StateDType | None = Field(default=None, description="Instead of the server's `state_dtype`.")
     device_memory: DeviceMemory | None = Field(
         default=None,
         description="Share of its GPU's memory; by default an equal part of what the GPU's other variants leave of the "
@@ -154,7 +157,7 @@ class Settings(BaseSettings):
     variants: dict[VariantName, Annotated[VariantSettings, BeforeValidator(_variant)]] = Field(
         default_factory=dict,
         description="Variant name -> checkpoint directory or hub id, or a table with `source`, `device`, "
-        "`dtype` and `device_memory`; "
+        "`dtype`, `state_dtype` and `device_memory`; "
         "the first is the default.",
     )
     aliases: dict[VariantName, Annotated[dict[VariantName, Weight], Field(min_length=1)]] = Field(
@@ -197,8 +200,10 @@ class Settings(BaseSettings):
         0.9,
         description="Share of each GPU's memory that the variants on it may take together, weights and all.",
     )
-    state_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="The recurrent state; bfloat16 halves it and rounds it after every token."
+    state_dtype: StateDType | None = Field(
+        None,
+        description="The recurrent state: float32, the default, bfloat16 (half of it) or int8 (a quarter, and a scale "
+        "for each value channel); narrower ones are rounded after every token.",
     )
     prefix_cache: bool = Field(
         True, description="Keep states of prompts in free slots, for prompts that begin alike."

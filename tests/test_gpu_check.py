@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,10 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
+import torch
+
+from modeling.spec import DeltaSpec
+from modeling.state import DeltaState
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,10 +41,22 @@ def test_every_section_runs_and_says_what_it_found(tmp_path):
     }
     assert report["warm"]["failed"] == []
     assert {"kernels", "parity", "bandwidth", "tuning", "decode"} <= set(report)
-    text = report["engine"]["text gated_deltanet"]
+    steps = {name: row for name, row in report["kernels"].items() if name.startswith("step ")}
+    assert {row["state_dtype"] for row in steps.values()} == {"float32", "int8"}
+    assert all(row["code"] < 0.01 for row in steps.values() if row["state_dtype"] == "int8")
+    assert sum(name.startswith("rounding ") for name in report["kernels"]) == 3
+    for dtype in ("float32", "int8"):
+        assert report["bandwidth"][f"step d_k 128 B 2 state {dtype}"]["state_dtype"] == dtype
+        assert report["tuning"][f"d_k 128 B 2 state {dtype}"]["state_dtype"] == dtype
+    text = report["engine"]["text gated_deltanet state float32"]
     assert text["graphs"] == text["saved graphs"] == text["saved eager"] == ["equal"]
+    text = report["engine"]["text gated_deltanet state int8"]
+    assert all(
+        how.startswith("equal") for way in ("graphs", "saved graphs", "saved eager") for how in text[way]
+    )
+    variants = {"dense-float32": (128, "float32"), "dense-int8": (128, "int8"), "reduced-int8": (64, "int8")}
     server = report["server"]
-    for variant in ("dense", "reduced"):
+    for variant, (_, dtype) in variants.items():
         for label, rounds in (
             ("2 streams", 2),
             ("4 streams", 2),
@@ -51,9 +68,13 @@ def test_every_section_runs_and_says_what_it_found(tmp_path):
             assert all(
                 f["errors"] == 0 and f["tokens_per_second"] > 0 and f["api_cores"] > 0 for f in figures
             )
+            assert all(f["state_dtype"] == dtype for f in figures)
     assert all(
-        report["engine"][f"d_k {d_k}, {streams} streams"] > 0 for d_k in (128, 64) for streams in (2, 4)
+        report["engine"][f"d_k {d_k} state {dtype}, {streams} streams"]["tokens_per_second"] > 0
+        for d_k, dtype in variants.values()
+        for streams in (2, 4)
     )
+    assert report["engine"]["d_k 64 state int8 B 4"]["over_float32_dense"] > 0
     startup = report["startup"]
     assert all(startup[name]["seconds"] > 0 for name in ("empty caches", "warm caches"))
     assert set(startup["warm caches"]["parts"]["dense"]) == {
@@ -61,6 +82,64 @@ def test_every_section_runs_and_says_what_it_found(tmp_path):
         "first steps",
         "states and graphs",
     }
+
+
+def test_codes_of_a_state_may_be_those_on_either_side_of_a_middle_only(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gpu_kernels import random_state, state_errors
+
+    spec = DeltaSpec(
+        num_k_heads=1,
+        num_v_heads=2,
+        d_k=8,
+        d_v=16,
+        conv_kernel=4,
+        conv_bias=False,
+        has_decay=True,
+        has_beta=True,
+        beta_scale=1.0,
+        gate="silu",
+        norm_eps=1e-6,
+    )
+    torch.manual_seed(0)
+    state, rows = random_state(spec, 3, torch.bfloat16, "int8", "cpu"), torch.tensor([0, 2])
+    exact = torch.randn(2, 2, 8, 16, dtype=torch.float64)
+    exact[0, 0, :, 3] = torch.tensor([127, 7.5 - 1e-6, 7.4, 0, 0, 0, 0, 0])
+    state.scatter(rows, DeltaState(exact, torch.zeros(2, spec.conv_channels, 3)))
+    errors = state_errors(state, rows, exact)
+    assert errors["scale"] < 1e-6 and errors["code"] < 1e-3 and errors["flips"] == 0
+    state.recurrent[0, 0, 1, 3] = 8 if state.recurrent[0, 0, 1, 3] == 7 else 7
+    errors = state_errors(state, rows, exact)
+    assert errors["code"] < 1e-3 and errors["flips"] == 1 / exact.numel()
+    state.recurrent[0, 0, 2, 3] = 8
+    assert state_errors(state, rows, exact)["code"] > 0.09
+    state.scales[2] *= 1.001
+    assert state_errors(state, rows, exact)["scale"] > 5e-4
+    state.scales[2, 1, 5] = torch.nan
+    assert math.isnan(state_errors(state, rows, exact)["scale"])
+
+
+def test_no_error_hides_behind_a_nan(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gpu_kernels import worst
+
+    assert worst([1.0, 3.0, 2.0]) == 3.0
+    assert math.isnan(worst([1.0, math.nan, 2.0])) and math.isnan(worst([math.nan, 1.0]))
+
+
+def test_the_server_runs_the_widest_states_and_the_narrowest(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gpu_common import Run
+    from gpu_engine import served
+
+    run = Run("cuda", False, 0.0, tmp_path)
+    assert served(run) == {
+        "dense-float32": ("float32", 128),
+        "dense-int8": ("int8", 128),
+        "reduced-int8": ("int8", 64),
+    }
+    run.state_dtypes = ("int8",)
+    assert served(run) == {"dense-int8": ("int8", 128), "reduced-int8": ("int8", 64)}
 
 
 def test_a_section_says_what_it_has_no_time_for(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ from modeling.spec.delta import DeltaSpec, GateActivation
 from modeling.spec.mixer import MixerSpec
 from modeling.spec.mlp import MLPSpec
 from modeling.spec.model import TOKEN_BLOCK, LayerSpec, ModelSpec, NormSpec
-from modeling.spec.tensors import FLOAT32_STATES, STATE_DTYPES, StateDType, StateTypes, TensorSpec
+from modeling.spec.tensors import FLOAT32_STATES, StateTypes, TensorSpec
+from modeling.state_dtype import STATE_DTYPES, StateDType
 
 __all__ = [
     "FLOAT32_STATES",

@@ -2,15 +2,10 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 
-StateDType = Literal["float32", "bfloat16", "int8"]
-"""A dtype that recurrent states may be served in, by the name that users give."""
-
-STATE_DTYPES: tuple[StateDType, ...] = get_args(StateDType)
-"""All of these dtypes, the widest first."""
+from modeling.state_dtype import StateDType
 
 
 @dataclass(frozen=True)

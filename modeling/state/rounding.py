@@ -19,11 +19,11 @@ SMALLEST = 2.0**-100
 def narrow(state: Tensor) -> tuple[Tensor, Tensor]:
     """A state `[..., d_k, d_v]` in any float dtype -> codes int8 like it, and scales float32 `[..., d_v]`.
 
-    A column that holds NaN or Inf gets such a scale too, so that whatever is read from it is not finite.
+    The scale of a column that holds NaN or Inf is NaN, and so is whatever is read from it; its codes mean nothing.
     """
     state = state.float()
     largest = state.abs().amax(-2)
-    largest = largest.masked_fill(largest < SMALLEST, 0.0)
+    largest = largest.masked_fill(largest < SMALLEST, 0.0).masked_fill(largest.isinf(), torch.nan)
     inverse = (LEVELS / largest).masked_fill(largest == 0, 0.0)
     # Products of two float32 numbers are exact in float64: they are rounded once, as by a fused multiply and add.
     codes = (state.double() * inverse.double().unsqueeze(-2)).round().nan_to_num(nan=0.0)

@@ -19,7 +19,7 @@ from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.runtime import Runtime, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
-from modeling.spec import StateTypes
+from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
@@ -76,6 +76,11 @@ def pick_dtype(config: EngineConfig, device: str) -> torch.dtype:
     return torch.float32 if config.dtype == "float32" else torch.bfloat16
 
 
+def pick_state_dtype(config: EngineConfig, device: str) -> StateDType:
+    """By default float32, on every device: it rounds nothing."""
+    return config.state_dtype or "float32"
+
+
 def open_device(config: EngineConfig) -> Device:
     """The device that the configuration names, or that is there. Raises CheckpointError."""
     name = pick_device(config)
@@ -109,7 +114,9 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     prepare(device.torch_device)
     runtime = compile_model(checkpoint.load(dtype=dtype, device=device.torch_device))
     prefill_tokens = pick_prefill_tokens(config, device.name)
-    pool, plan, graphs = _plan(config, device, runtime, dtype, weights, prefill_tokens)
+    state_dtype = pick_state_dtype(config, device.name)
+    types = StateTypes.named(state_dtype, dtype)
+    pool, plan, graphs = _plan(config, device, runtime, types, weights, prefill_tokens)
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
     engine = Engine(
@@ -130,7 +137,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         method=None if reduction is None else writable(reduction.get("method")),
         state_bytes_per_request=pool.bytes_per_slot,
         state_layout=layout(pool),
-        state_dtype=str(pool.types.recurrent).removeprefix("torch."),
+        state_dtype=state_dtype,
         device=device.name,
         backend=runtime.name,
         weights_bytes=plan.needs.weights,
@@ -140,7 +147,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         max_running=max_running,
     )
     logger.info(
-        "%s: ready on %s (%s runtime) in %.1f s, d_k %s, %d slots of %d state bytes",
+        "%s: ready on %s (%s runtime) in %.1f s, d_k %s, %d slots of %d state bytes in %s",
         config.variant,
         device.name,
         ready.backend,
@@ -148,6 +155,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         one_or_all(ready.d_k),
         ready.slots,
         ready.state_bytes_per_request,
+        ready.state_dtype,
     )
     return engine, ready
 
@@ -156,13 +164,12 @@ def _plan(
     config: EngineConfig,
     device: Device,
     runtime: Runtime,
-    dtype: torch.dtype,
+    types: StateTypes,
     weights: int,
     prefill_tokens: int,
 ) -> tuple[StatePool, MemoryPlan, DecodeGraphs | None]:
     """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
     spec = runtime.model.spec
-    types = StateTypes.named(config.state_dtype, dtype)
 
     def pool(slots: int) -> StatePool:
         return StatePool(spec, slots, device=device.torch_device, types=types)

@@ -1,5 +1,5 @@
-"""One request's state as a safetensors file: `layers.{i}.recurrent` `[num_v_heads, d_k, d_v]` and
-`layers.{i}.conv` `[conv_channels, conv_kernel - 1]`."""
+"""One request's state as a safetensors file: `layers.{i}.recurrent` `[num_v_heads, d_k, d_v]`, `layers.{i}.conv`
+`[conv_channels, conv_kernel - 1]`, and `layers.{i}.scales` `[num_v_heads, d_v]` beside a recurrent state in int8."""
 
 import os
 import secrets
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modeling.state import StatePool
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 """The dtypes of a pool, as safetensors calls them."""
 
 

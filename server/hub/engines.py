@@ -149,7 +149,7 @@ def engine_configs(settings: Settings) -> list[EngineConfig]:
             state_memory=settings.state_memory,
             device_memory=shares[name],
             devices=[other.device or settings.device for other in settings.variants.values()],
-            state_dtype=settings.state_dtype,
+            state_dtype=own.state_dtype or settings.state_dtype,
             prefix_cache=settings.prefix_cache,
             batch_invariant=settings.batch_invariant,
             prefill_tokens=settings.prefill_tokens,

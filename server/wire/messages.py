@@ -4,6 +4,8 @@ from typing import Literal
 
 import msgspec
 
+from modeling.state_dtype import StateDType
+
 CANNOT_LOAD = 78
 """Exit code of an engine whose checkpoint is no good (EX_CONFIG): starting it again would not help."""
 
@@ -33,7 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Share of a GPU's memory that the engine may take for everything. A CPU's is bounded by what is free."""
     devices: list[str] = []
     """Devices of all variants that load at the same time, this one among them."""
-    state_dtype: Literal["float32", "bfloat16"] = "float32"
+    state_dtype: StateDType | None = None
+    """The recurrent state; None: as suits the device."""
     prefix_cache: bool = True
     batch_invariant: bool = False
     """Logits are the same bits whatever else runs; slower."""
@@ -179,7 +182,7 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     state_bytes_per_request: int
     state_layout: dict[str, tuple[str, list[int]]] = {}
     """What a saved state holds: dtype, as safetensors calls it, and shape of each tensor by name."""
-    state_dtype: str
+    state_dtype: StateDType
     device: str
     backend: str
     weights_bytes: int

@@ -12,10 +12,17 @@ from modeling.ops import chunked_gated_delta_rule
 from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu import prefill as module
 from modeling.runtime.gpu.packing import packing
-from modeling.runtime.gpu.prefill import GATES_BLOCK, delta_gates, delta_heads, normed_output
+from modeling.runtime.gpu.prefill import (
+    GATES_BLOCK,
+    add_delta_prefill,
+    delta_gates,
+    delta_heads,
+    normed_output,
+)
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import TOKEN_BLOCK
-from modeling.state import StatePool
+from modeling.state import DeltaState, StatePool
+from modeling.state.rounding import narrow, widen
 
 SPECS = {
     "plain": {},
@@ -215,3 +222,26 @@ def test_a_prompt_in_pieces_through_a_whole_model(tmp_path):
             for ours, theirs in zip(tensors(pool), tensors(pools[0]), strict=True):
                 assert error(ours[slots], theirs[slots]) < 2e-5
                 assert torch.equal(ours[[1, 3]], theirs[[1, 3]]), "those of nobody here"
+
+
+@torch.inference_mode()
+def test_a_prompt_that_goes_on_from_states_in_8_bits():
+    """They are widened before the rule and rounded once after it, nothing else."""
+    mixer = make_mixer(SPECS["odd"])
+    s = mixer.spec
+    torch.manual_seed(0)
+    wide = torch.randn(4, s.num_v_heads, s.d_k, s.d_v)
+    conv = torch.randn(4, s.conv_channels, s.conv_kernel - 1)
+    codes, scales = narrow(wide)
+    narrow_state, slots = DeltaState(codes, conv.clone(), scales), torch.tensor([2, 0])
+    wide_state = DeltaState(widen(codes, scales), conv.clone())
+    tokens, before = TOKEN_BLOCK + 9, (codes.clone(), scales.clone())
+    x, normed = torch.randn(2, tokens, mixer.in_proj.in_features)
+    y, expected = (
+        add_delta_prefill(mixer, x.clone(), normed, [0, 7, tokens], state, slots, chunked_gated_delta_rule)
+        for state in (narrow_state, wide_state)
+    )
+    assert torch.equal(y, expected) and torch.equal(narrow_state.conv, wide_state.conv)
+    after = narrow(wide_state.recurrent[slots])
+    assert torch.equal(codes[slots], after[0]) and torch.equal(scales[slots], after[1])
+    assert torch.equal(codes[[1, 3]], before[0][[1, 3]]) and torch.equal(scales[[1, 3]], before[1][[1, 3]])

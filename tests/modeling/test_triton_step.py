@@ -4,7 +4,7 @@ import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
 from specs import mixer_spec
-from states import tensors
+from states import error_in_steps, exact_states, tensors
 
 from modeling.checkpoint import open_checkpoint
 from modeling.layers import DeltaMixer
@@ -14,6 +14,7 @@ from modeling.runtime.gpu import delta as module
 from modeling.runtime.gpu.delta import delta_step
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.state import DeltaState, StatePool
+from modeling.state.rounding import narrow
 
 SPECS = {
     "gated": {},
@@ -27,6 +28,8 @@ SPECS = {
     "delta-neg-eigval": {"has_decay": False, "beta_scale": 2.0, "conv_bias": True, "d_v": 5},
     "no-convolution": {"conv_kernel": 1},
 }
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
+"""Arithmetic is in float32, and what is stored is rounded once: the interpreter cuts bfloat16 off, a GPU rounds it."""
 SLOTS = [4, 0, 3]
 POOL = 6
 HIDDEN = 8
@@ -67,19 +70,33 @@ def error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b).norm() / b.norm()) if b.numel() else 0.0
 
 
+def check_int8(mixer: DeltaMixer, dtype: torch.dtype, *, steps: int = 2) -> None:
+    """A step is that of float64 on the same numbers, rounded."""
+    projected, wide, conv = draw(mixer, dtype, torch.float32)
+    codes, scales = narrow(wide)
+    state, slots = DeltaState(codes, conv, scales), torch.tensor(SLOTS)
+    others = [i for i in range(POOL) if i not in SLOTS]
+    for _ in range(steps):
+        before = codes[others].clone(), scales[others].clone()
+        expected, after, _ = reference(mixer, projected, exact_states(state).recurrent, conv, slots)
+        o = delta_step(mixer, projected, state, slots)
+        assert o.dtype == dtype and error(o, expected) < TOLERANCE[dtype]
+        assert error_in_steps(DeltaState(codes[slots], conv, scales[slots]), after[slots]) < 0.01
+        assert torch.equal(codes[others], before[0]) and torch.equal(scales[others], before[1])
+        projected = projected.roll(1, 0)
+
+
 def check(mixer: DeltaMixer, dtype: torch.dtype, state_dtype: torch.dtype, *, steps: int = 2) -> None:
     projected, recurrent, conv = draw(mixer, dtype, state_dtype)
     slots = torch.tensor(SLOTS)
     others = [i for i in range(POOL) if i not in SLOTS]
-    # float32 arithmetic, and one rounding of what is stored: the interpreter cuts bfloat16 off, a GPU rounds it.
-    tolerance = {torch.float32: 2e-6, torch.bfloat16: 5e-3}
     for _ in range(steps):
         before = recurrent[others].clone(), conv[others].clone()
         expected = reference(mixer, projected, recurrent, conv, slots)
         o = delta_step(mixer, projected, DeltaState(recurrent, conv), slots)
         assert o.dtype == dtype and o.shape == (len(SLOTS), mixer.spec.value_dim)
-        assert error(o, expected[0]) < tolerance[dtype]
-        assert error(recurrent, expected[1]) < tolerance[state_dtype]
+        assert error(o, expected[0]) < TOLERANCE[dtype]
+        assert error(recurrent, expected[1]) < TOLERANCE[state_dtype]
         assert torch.equal(conv.double(), expected[2])
         assert torch.equal(recurrent[others], before[0]) and torch.equal(conv[others], before[1])
         projected = projected.roll(1, 0)
@@ -96,11 +113,47 @@ def test_bfloat16_activations_and_states(name, state_dtype):
     check(make_mixer(SPECS[name], torch.bfloat16), torch.bfloat16, state_dtype)
 
 
+@pytest.mark.parametrize("name", SPECS)
+def test_states_in_8_bits_are_those_of_float64_rounded(name):
+    d_v = SPECS[name].get("d_v", 4)
+    check_int8(make_mixer(SPECS[name] | {"d_v": d_v + -d_v % 4}), torch.float32)
+
+
+def test_states_in_8_bits_of_a_d_v_that_is_no_multiple_of_4_are_refused():
+    mixer = make_mixer({"d_v": 6})
+    projected, wide, conv = draw(mixer, torch.float32, torch.float32)
+    codes, scales = narrow(wide)
+    with pytest.raises(ValueError, match="multiple of 4, got 6"):
+        delta_step(mixer, projected, DeltaState(codes, conv, scales), torch.tensor(SLOTS))
+
+
+def test_states_in_8_bits_and_bfloat16_activations():
+    check_int8(make_mixer(SPECS["gated-value-groups"], torch.bfloat16), torch.bfloat16)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # NumPy, which the interpreter computes with, warns of NaN
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_broken_state_in_8_bits_stays_broken_and_in_its_slot(value):
+    """What is NaN or Inf must not become a number: the engine tells the client by it."""
+    mixer = make_mixer({})
+    projected, wide, conv = draw(mixer, torch.float32, torch.float32)
+    codes, scales = narrow(wide)
+    state, slots = DeltaState(codes, conv, scales), torch.tensor(SLOTS)
+    conv[SLOTS[1]].fill_(value)
+    for _ in range(2):
+        o = delta_step(mixer, projected, state, slots)
+        assert o[[0, 2]].isfinite().all() and not o[1].isfinite().any()
+    assert not scales[SLOTS[1]].isfinite().any() and scales[[SLOTS[0], SLOTS[2]]].isfinite().all()
+
+
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("d_v", [48, 33])
 def test_a_state_too_large_for_one_tile(monkeypatch, d_v, state_dtype):
-    monkeypatch.setattr(module, "TILES", {4: 16 * 16, 2: 16 * 32})
+    monkeypatch.setattr(module, "TILES", {4: 16 * 16, 2: 16 * 32, 1: 16 * 16})
     check(make_mixer({"d_v": d_v, "num_v_heads": 2}), torch.float32, state_dtype, steps=1)
+    check_int8(make_mixer({"d_v": d_v - d_v % 4 + 4, "num_v_heads": 2}), torch.float32, steps=1)
 
 
 def test_rows_of_a_wider_buffer():

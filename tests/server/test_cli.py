@@ -65,6 +65,7 @@ def test_the_environment_counts_where_the_command_line_is_silent(run, model):
         (["a=org/x", "--prefill-tokens", "100"], "multiple of 64"),
         (["a=org/x", "--device", "tpu"], "device"),
         (["a=org/x", "--dtype", "int8"], "dtype"),
+        (["a=org/x", "--state-dtype", "fp8"], "state_dtype: Input should be 'float32', 'bfloat16' or 'int8'"),
         (["a=org/x", "--max-requests", "0"], "max_requests"),
         (["a=org/x", "--nonsense"], "nonsense"),
     ],

@@ -21,6 +21,7 @@ dense = "org/dense"
 source = "org/reduced"
 device = "cpu"
 dtype = "float32"
+state_dtype = "bfloat16"
 
 [aliases.gdn]
 dense = 0.9
@@ -59,6 +60,7 @@ def test_command_line_then_environment_then_file_then_defaults(file):
         "source": "org/dense",
         "device": None,
         "dtype": None,
+        "state_dtype": None,
         "device_memory": None,
     }
     assert shown["variants"]["reduced"]["device"] == "cpu"
@@ -81,6 +83,7 @@ def test_a_variant_of_the_command_line_replaces_that_of_the_file(file):
         ("port = 99999", "port"),
         ("[variants.a]\nsource = 'x'\ndevise = 'cpu'", "variants.a.devise"),
         ("[variants]\na = 5", "variants.a"),
+        ("[variants.a]\nsource = 'x'\nstate_dtype = 'int4'", "variants.a.state_dtype"),
         ("[aliases.b]\nc = 1", "aliases.b.c"),
         ("api_keys_file = '/no/such/file'", "/no/such/file"),
         ("[api_keys]\nme = 'short'", "api_keys.me"),

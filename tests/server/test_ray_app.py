@@ -279,12 +279,14 @@ def test_settings_come_from_the_files_with_absolute_paths(tmp_path, monkeypatch)
     (tmp_path / "model").mkdir()
     file = write(
         tmp_path / "a.toml",
-        'max_requests = 8\nstate_dir = "states"\n[variants]\ndense = "model"\nhub = "org/name"',
+        'max_requests = 8\nstate_dir = "states"\n[variants]\nhub = "org/name"\n'
+        'dense = {source = "model", state_dtype = "int8"}',
     )
     (settings,) = settings_of(Args(config=file)).values()
     assert settings.max_requests == 8
     assert settings.state_dir == tmp_path / "states"
     assert settings.variants["dense"].source == str(tmp_path / "model")
+    assert settings.variants["dense"].state_dtype == "int8"
     assert settings.variants["hub"].source == "org/name"
     assert type(settings) is Settings  # pickles by its name
 

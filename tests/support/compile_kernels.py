@@ -17,12 +17,18 @@ from triton.compiler import ASTSource
 
 from modeling.model import Model
 from modeling.ops import chunked_gated_delta_rule
-from modeling.runtime.gpu import delta, mlp, norms, prefill
+from modeling.runtime.gpu import delta, mlp, norms, prefill, rounding
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import StatePool
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64"}
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int8: "i8",
+}
 H100 = GPUTarget("cuda", 90, 32)
 
 
@@ -41,13 +47,15 @@ class Caught:
         assert list(values) == names, "the launch and the kernel disagree about their arguments"
         fixed = {p.name for p in self.kernel.params if p.is_constexpr}
         free = {p.name for p in self.kernel.params if p.do_not_specialize}
+        unaligned = {p.name for p in self.kernel.params if p.do_not_specialize_on_alignment}
         signature, constexprs, attributes = {}, {}, {}
         for i, (name, value) in enumerate(values.items()):
             if name in fixed or value is None or (isinstance(value, int) and value == 1 and name not in free):
                 signature[name], constexprs[i,] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name] = "*" + TYPES[value.dtype]
-                attributes[i,] = [["tt.divisibility", 16]]
+                if name not in unaligned:
+                    attributes[i,] = [["tt.divisibility", 16]]
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
@@ -63,6 +71,7 @@ def main() -> None:
     for module, names in (
         (delta, ["mixer_step"]),
         (prefill, ["convolve_packed", "gated_norm", "gates"]),
+        (rounding, ["narrow_rows", "widen_rows"]),
         (norms, ["rms_norm"]),
         (mlp, ["swiglu"]),
     ):
@@ -84,11 +93,11 @@ def main() -> None:
         for p in model.parameters():
             if p.ndim == 2:
                 p.data = p.data.bfloat16()
-        types = StateTypes(torch.bfloat16 if gated else torch.float32, torch.bfloat16)
-        pool = StatePool(model.spec, 2, types=types)
-        runtime = GpuRuntime(model, chunked_gated_delta_rule)
-        runtime.prefill(torch.zeros(70, dtype=torch.long), [0, 3, 70], pool, torch.arange(2))
-        runtime.decode(torch.arange(2), pool, torch.arange(2))
+        for recurrent in (torch.int8, torch.bfloat16 if gated else torch.float32):
+            pool = StatePool(model.spec, 2, types=StateTypes(recurrent, torch.bfloat16))
+            runtime = GpuRuntime(model, chunked_gated_delta_rule)
+            runtime.prefill(torch.zeros(70, dtype=torch.long), [0, 3, 70], pool, torch.arange(2))
+            runtime.decode(torch.arange(2), pool, torch.arange(2))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
 from modeling.runtime import TorchRuntime
-from modeling.spec import StateTypes
+from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
@@ -68,10 +68,10 @@ class Bench:
         depth: int = 0,
         prefix_cache: bool = False,
         batch_invariant: bool = False,
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: StateDType = "float32",
         max_running: int | None = None,
     ) -> Engine:
-        pool = StatePool(self.model.spec, slots, types=StateTypes(state_dtype))
+        pool = StatePool(self.model.spec, slots, types=StateTypes.named(state_dtype, torch.float32))
         cache = StateCache(pool, prefix_cache=prefix_cache, aligned=batch_invariant)
         runner = Runner(TorchRuntime(self.model), pool, batch_invariant=batch_invariant)
         return Engine(Scheduler(cache, prefill_tokens, max_running), runner, depth)

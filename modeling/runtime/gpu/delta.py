@@ -12,7 +12,7 @@ from modeling.runtime.gpu.kernels.delta import mixer_step
 from modeling.runtime.gpu.sizes import power_of_2
 from modeling.state import DeltaState
 
-TILES = {4: 16384, 2: 8192}
+TILES = {4: 16384, 2: 8192, 1: 8192}
 """Elements of state that a program holds at a time, at most, by the bytes of one. In registers they are float32 either
 way; with half the bytes on their way from memory, more programs must run at once to hide its latency."""
 ELEMENTS_PER_WARP = 4096
@@ -25,11 +25,14 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     Slots that occur more than once get states and outputs of no meaning (`DecodeGraphs`' null slot), nobody else's do.
 
     Raises:
-        ValueError: float64 tensors, whose precision the kernel would silently lose.
+        ValueError: float64 tensors, whose precision the kernel would silently lose; a state in int8 whose d_v is no
+            multiple of 4.
     """
     if torch.float64 in (projected.dtype, state.recurrent.dtype, state.conv.dtype):
         raise ValueError("the Triton decode step computes in float32; for float64 use the torch runtime")
     s = mixer.spec
+    if state.scales is not None and s.d_v % 4:
+        raise ValueError(f"on a GPU a state in int8 needs a d_v that is a multiple of 4, got {s.d_v}")
     block_k = power_of_2(s.d_k)
     width = power_of_2(s.d_v)
     block_v = min(width, max(TILES[state.recurrent.element_size()] // block_k, 16))
@@ -37,7 +40,9 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     mixer_step[(s.num_k_heads, projected.shape[0])](
         projected,
         out,
-        state.recurrent,
+        state.recurrent if state.scales is None else None,
+        None if state.scales is None else state.recurrent.view(torch.int32),
+        state.scales,
         state.conv,
         slots,
         mixer.conv.weight,

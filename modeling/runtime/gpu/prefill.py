@@ -13,6 +13,7 @@ from modeling.layers import L2_EPS, DeltaMixer
 from modeling.ops import GatedDeltaRule, RuleInputs
 from modeling.runtime.gpu.kernels.delta import convolve_packed, gated_norm, gates
 from modeling.runtime.gpu.packing import packing
+from modeling.runtime.gpu.rounding import narrow_into, widened
 from modeling.runtime.gpu.sizes import ceil_div, power_of_2
 from modeling.spec import TOKEN_BLOCK
 from modeling.state import DeltaState
@@ -37,9 +38,13 @@ def add_delta_prefill(
     projected = mixer.in_proj(normed)
     q, k, v, conv = delta_heads(mixer, projected, cu_seqlens, state.conv, slots)
     beta, g = delta_gates(mixer, projected)
-    before = state.recurrent.index_select(0, slots)
+    is_wide = state.scales is None
+    before = state.recurrent.index_select(0, slots) if is_wide else widened(state, slots)
     o, after = rule(RuleInputs(q, k, v, g, beta, mixer.spec.d_k**-0.5, cu_seqlens, before))
-    state.recurrent.index_copy_(0, slots, after.to(before.dtype))
+    if is_wide:
+        state.recurrent.index_copy_(0, slots, after.to(before.dtype))
+    else:
+        narrow_into(state, slots, after)
     state.conv.index_copy_(0, slots, conv)
     return x.addmm_(normed_output(mixer, o, projected), mixer.o_proj.weight.t())
 

@@ -22,6 +22,7 @@ async def summary(
         variant.name: {
             **known["variants"][variant.name],
             "state_bytes": variant.info.state_bytes_per_request if variant.loaded else None,
+            "state_dtype": variant.info.state_dtype if variant.loaded else None,
         }
         for variant in service.variants
     }

@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from modeling.state_dtype import StateDType
 from server.api.completions import refused
 from server.api.http.fields import CacheSalt, CheckedFields, Fields, TokenIds, refusal
 from server.text.chat_template import RESERVED
@@ -340,8 +341,10 @@ class Lowkey(BaseModel):
     """What the request held and how fast it was."""
 
     variant: str
-    state_bytes: int = Field(description="Recurrent and convolution state of all choices.")
-    state_dtype: str
+    state_bytes: int = Field(
+        description="Recurrent states, with the scales of those in int8, and convolutions' inputs, of all choices."
+    )
+    state_dtype: StateDType = Field(description="Of the recurrent state.")
     d_k: int | list[int]
     queue_s: float | None
     ttft_s: float | None = Field(description="From the arrival of the HTTP request to the first token.")

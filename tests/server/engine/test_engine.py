@@ -244,7 +244,7 @@ def test_a_bfloat16_state_is_close_and_half_the_memory(gated):
     message = score(prompt(100))
     (full,), (half,) = (
         [s for o in run(gated.engine(state_dtype=d, prefill_tokens=64), {0: [message]}) for s in o.scored]
-        for d in (torch.float32, torch.bfloat16)
+        for d in ("float32", "bfloat16")
     )
     assert half.logprobs[:63] == pytest.approx(full.logprobs[:63], abs=1e-4)  # before the first rounding
     assert half.logprobs[63:] == pytest.approx(full.logprobs[63:], abs=0.1)

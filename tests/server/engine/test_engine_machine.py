@@ -50,6 +50,15 @@ class OnDemand(Executor):
             future.set_exception(e)
 
 
+class WatchedScheduler(Scheduler):
+    """Keeps its last step's batch, and how many more requests might have started when it was planned."""
+
+    def next_batch(self):
+        self.batch = super().next_batch()
+        self.room_left = self._room
+        return self.batch
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         slots=st.integers(1, 5),
@@ -72,7 +81,7 @@ class EngineMachine(RuleBasedStateMachine):
         slots, self.depth, prefill_tokens, prefix_cache, aligned, limit = self.options
         self.pool = StatePool(SPEC, slots)
         self.cache = StateCache(self.pool, prefix_cache=prefix_cache, aligned=aligned)
-        self.scheduler = Scheduler(self.cache, prefill_tokens, limit)
+        self.scheduler = WatchedScheduler(self.cache, prefill_tokens, limit)
         self.runner = FakeRunner(self.pool, prefill_tokens)
         self.runner.base = self.saved
         self.engine = Engine(self.scheduler, self.runner, self.depth)
@@ -189,27 +198,38 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self):
         ready = list(self.scheduler._decoding)
         assert not {request.id for request in ready} & self.scheduler._paused
-        before = list(self.runner.launched)
         waiting = list(self.scheduler._waiting)
         output = self.engine.step()
-        new = [s for s in self.runner.launched if s not in before]
-        if new:
-            assert new[0].batch.decodes == ready, "a decode was left out of a step"
-        self.check_order(waiting, [r for r in waiting if r.started is not None])
+        batch = self.scheduler.batch
+        if batch is not None:
+            assert batch.decodes == ready, "a decode was left out of a step"
+            self.check_order(waiting, [chunk.request for chunk in batch.prefills])
+        self.check_slots(waiting)
         assert len(self.runner.launched) <= self.depth
         if output is not None:
             self.check(output)
 
-    def check_order(self, waiting, admitted):
-        """Nobody who could have started was passed over by one who comes after him."""
-        for request in admitted:
+    def check_order(self, waiting, fed):
+        """No prompt was begun before that of a request which goes first, unless that one waits for its twin."""
+        for request in set(fed) & set(waiting):
             for other in waiting:
-                if other.order < request.order and other not in admitted and not other.finish_reason:
-                    assert other.twin_key is not None and self.has_twin(other)
+                if other.order < request.order and not self.admitted(other):
+                    assert self.has_twin(other), "a later prompt went first"
+
+    def check_slots(self, waiting):
+        """Who has got a slot has left one for everybody who goes first: they may wait for the step's prompt tokens
+        meanwhile, or for a twin, but not for its end."""
+        for request in filter(self.admitted, waiting):
+            before = [r for r in waiting if r.order < request.order and not self.admitted(r)]
+            assert len(before) <= self.scheduler.room_left, "a later request has taken a slot"
+
+    def admitted(self, request):
+        return request.started is not None or request.allocation is not None
 
     def has_twin(self, request):
         """Its prompt is being fed, or has just been: it was to be served by that, but there was no slot."""
-        return any(r.twin_key == request.twin_key for r in self.scheduler._requests.values() if r.allocation)
+        twins = (r for r in self.scheduler._requests.values() if r.twin_key == request.twin_key)
+        return request.twin_key is not None and any(r.allocation for r in twins)
 
     def check(self, output):
         for token in output.tokens:

@@ -206,11 +206,14 @@ def test_more_memory_than_there_is_ends_the_server_with_the_numbers(checkpoints,
     assert re.search(r"set state_memory to [\d,]+ bytes at most", reason)
 
 
-def test_an_engine_on_a_gpu_fills_its_share_and_says_with_what(bench, caplog):
-    per_slot = bench.model.spec.state_bytes(0, StateTypes(inputs=torch.bfloat16))
+@pytest.mark.parametrize("state_dtype", [None, "int8"])
+def test_an_engine_on_a_gpu_fills_its_share_and_says_with_what(bench, caplog, state_dtype):
+    types = StateTypes.named(state_dtype or "float32", torch.bfloat16)
+    per_slot = bench.model.spec.state_bytes(0, types)
     weights = sum(p.nbytes for p in bench.checkpoint.load(dtype=torch.bfloat16).parameters())
     device = FakeDevice(total=2 * (RESERVED + 2**28), peak=2**20, logit_rows=64)
-    config = engine_config(bench.checkpoint.path, dtype="auto", max_requests=5, device_memory=0.5)
+    options = dict(dtype="auto", max_requests=5, device_memory=0.5, state_dtype=state_dtype)
+    config = engine_config(bench.checkpoint.path, **options)
     with caplog.at_level(logging.INFO):
         engine, ready = build(config, device)
     graphs = 2**20 + 4 * GRAPH_BYTES  # 1, 2, 4 and 5 requests

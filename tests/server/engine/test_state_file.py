@@ -23,11 +23,11 @@ SPEC = family_of(GATED).spec({**GATED, "head_dim": [32, 8, 20], "expand_v": [0.7
 def random_pool(dtype=torch.float32):
     pool = StatePool(SPEC, 3, types=StateTypes(dtype))
     for t in tensors(pool):
-        t.copy_(torch.randn_like(t))
+        t.copy_(torch.randn(t.shape) * 40)
     return pool
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
     pool = random_pool(dtype)
     save_state(host_tensors(pool, 1), tmp_path / "a", {"model": "x"})
@@ -37,7 +37,9 @@ def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
         assert torch.equal(t[2], old[1]) and torch.equal(t[:2], old[:2]) and torch.equal(t[3], old[3])
     with safe_open(tmp_path / "a", "pt") as f:
         assert f.metadata() == {"model": "x"}
-        assert sorted(f.keys()) == sorted(f"layers.{i}.{k}" for i in range(3) for k in ("recurrent", "conv"))
+        kinds = ("recurrent", "conv", *(["scales"] if dtype == torch.int8 else []))
+        assert sorted(f.keys()) == sorted(f"layers.{i}.{kind}" for i in range(3) for kind in kinds)
+        assert f.get_tensor("layers.1.recurrent").dtype == dtype
         assert f.get_tensor("layers.1.recurrent").shape == (4, 8, 24)
     assert os.listdir(tmp_path) == ["a"]
 
@@ -58,23 +60,51 @@ def add(tensors):
     tensors["layers.3.conv"] = torch.zeros(1)
 
 
+def drop_scales(tensors):
+    del tensors["layers.1.scales"]
+
+
+def a_scale_per_key_channel(tensors):
+    tensors["layers.1.scales"] = torch.ones(4, 8)
+
+
+def scales_in_bfloat16(tensors):
+    tensors["layers.0.scales"] = tensors["layers.0.scales"].bfloat16()
+
+
+def codes_without_a_sign(tensors):
+    tensors["layers.0.recurrent"] = tensors["layers.0.recurrent"].to(torch.uint8)
+
+
 CHANGES = {
     change_shape: r"layers.1.recurrent is torch.float32 \[4, 4, 24\], and torch.float32 \[4, 8, 24\] is needed",
     change_dtype: r"layers.2.conv is torch.float16",
     drop: "layers.2.conv is in one of the two only",
     add: "layers.3.conv is in one of the two only",
 }
+CHANGES_OF_INT8 = {
+    drop_scales: "layers.1.scales is in one of the two only",
+    a_scale_per_key_channel: r"layers.1.scales is torch.float32 \[4, 8\], and torch.float32 \[4, 24\] is needed",
+    scales_in_bfloat16: r"layers.0.scales is torch.bfloat16",
+    codes_without_a_sign: r"layers.0.recurrent is torch.uint8",
+}
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, change):
-    pool = random_pool()
+@pytest.mark.parametrize(
+    ("dtype", "change", "mention"),
+    [
+        *((torch.float32, change, mention) for change, mention in CHANGES.items()),
+        *((torch.int8, change, mention) for change, mention in CHANGES_OF_INT8.items()),
+    ],
+)
+def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, dtype, change, mention):
+    pool = random_pool(dtype)
     save_state(host_tensors(pool, 1), tmp_path / "a", {})
     loaded = load_file(tmp_path / "a")
     change(loaded)
     save_file(loaded, tmp_path / "a")
     before = [t.clone() for t in tensors(pool)]
-    with pytest.raises(StateLoadError, match=CHANGES[change]):
+    with pytest.raises(StateLoadError, match=mention):
         load_state(pool, 2, tmp_path / "a")
     assert all(torch.equal(t, b) for t, b in zip(tensors(pool), before, strict=True))
 

@@ -13,6 +13,8 @@ from loading the convolution's inputs in the layout of the state, once per warp 
 import triton
 import triton.language as tl
 
+from modeling.runtime.gpu.kernels.delta_int8 import moved_on
+
 
 @triton.jit
 def _inputs(projected, history, weight, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
@@ -51,11 +53,13 @@ def _log_decay(decay_in, shift, log_rate):
     return -tl.exp(log_rate) * softplus
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["words"])
 def mixer_step(
     projected,  # [B, sum(in_proj_sizes)]
     out,  # [B, value_dim]
-    recurrent,  # [slots, num_v_heads, d_k, d_v]
+    recurrent,  # [slots, num_v_heads, d_k, d_v], or None
+    words,  # the same in int8 instead, as int32: [slots, num_v_heads, d_k, d_v / 4]
+    scales,  # of those, [slots, num_v_heads, d_v]
     conv,  # [slots, conv_channels, taps - 1]
     slots,  # [B]
     conv_weight,  # [conv_channels, taps]
@@ -128,9 +132,18 @@ def mixer_step(
             v_old, v_new, v_weight = _inputs(
                 projected, history, conv_weight, v_channels, v_mask, taps, columns
             )
-            tile = (slot * num_v_heads + v_head) * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
-            tile_mask = k_mask[:, None] & (v_index < d_v)[None, :]
-            state = tl.load(recurrent + tile, mask=tile_mask, other=0.0).to(tl.float32)
+            v_state = slot * num_v_heads + v_head
+            if words is None:
+                tile = recurrent + v_state * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
+                tile_mask = k_mask[:, None] & (v_index < d_v)[None, :]
+                state = tl.load(tile, mask=tile_mask, other=0.0).to(tl.float32)
+            else:
+                word = block * (block_v // 4) + tl.arange(0, block_v // 4)
+                tile = words + v_state * d_k * (d_v // 4) + k_index[:, None] * (d_v // 4) + word[None, :]
+                tile_mask = k_mask[:, None] & (word < d_v // 4)[None, :]
+                packed = tl.load(tile, mask=tile_mask, other=0)
+                unit_at = scales + v_state * d_v + v_index
+                unit = tl.load(unit_at, mask=v_index < d_v, other=0.0)
             # From here to the first use of the state, everything hides behind its latency.
             if block == 0:
                 beta = beta_scale
@@ -153,12 +166,19 @@ def mixer_step(
             _move_on(v_window, history, v_channels, v_mask, taps, columns)
             if group == 0 and block == 0:
                 _move_on(qk_window, history, qk_channels, qk_mask, taps, columns)
-            if has_decay:
-                state *= decay
-            u = beta * (v - tl.sum(state * k[:, None], axis=0))
-            state += k[:, None] * u[None, :]
-            tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
-            o_block = tl.sum(state * q[:, None], axis=0)
+            if words is None:
+                if has_decay:
+                    state *= decay
+                u = beta * (v - tl.sum(state * k[:, None], axis=0))
+                state += k[:, None] * u[None, :]
+                tl.store(tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
+                o_block = tl.sum(state * q[:, None], axis=0)
+            else:
+                if not has_decay:
+                    decay = 1.0
+                packed, unit, o_block = moved_on(packed, unit, q, k, v, decay, beta, block_v // 4)
+                tl.store(tile, packed, mask=tile_mask)
+                tl.store(unit_at, unit, mask=v_index < d_v)
             o = tl.where(tl.arange(0, blocks)[:, None] == block, o_block[None, :], o)
         mean_square = tl.sum(tl.sum(tl.where(o_mask, o * o, 0.0), axis=1), axis=0) / d_v
         o *= tl.rsqrt(mean_square + norm_eps)

@@ -11,6 +11,11 @@ export function bytes(value) {
   return `${unit && value < 100 ? value.toPrecision(3) : Math.round(value)} ${units[unit]}`;
 }
 
+// What one request holds of a variant, by its `lowkey` block.
+export function state(lowkey) {
+  return `${bytes(lowkey.state_bytes)} ${lowkey.state_dtype}`;
+}
+
 export function seconds(value) {
   if (value == null) return "–";
   return value < 1 ? `${value < 0.01 ? (value * 1000).toFixed(1) : Math.round(value * 1000)} ms` : `${value.toFixed(2)} s`;

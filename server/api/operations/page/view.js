@@ -24,8 +24,9 @@ function divergence(a, b) {
 
 function figure(label, unit, chart) {
   const value = el("span", { class: "value" }, "–");
-  const node = el("div", { class: "figure" }, el("span", { class: "label" }, label), value, el("span", { class: "unit" }, unit), chart);
-  return { node, set: (text) => { value.textContent = text; } };
+  const of = el("span", { class: "unit" }, unit);
+  const node = el("div", { class: "figure" }, el("span", { class: "label" }, label), value, of, chart);
+  return { node, set: (text, its = unit) => { value.textContent = text; of.textContent = its; } };
 }
 
 // One variant's answer, live.
@@ -91,7 +92,7 @@ export class Card {
     this.stateBytes = lowkey.state_bytes;
     this.speed.set(format.speed(lowkey.tokens_per_second));
     this.ttft.set(format.seconds(lowkey.ttft_s));
-    this.state.set(format.bytes(lowkey.state_bytes));
+    this.state.set(format.bytes(lowkey.state_bytes), lowkey.state_dtype);
   }
 
   // Charts on the scale that all cards share.
@@ -231,7 +232,7 @@ export function verdict(answer, timings) {
       "div",
       { class: `panel strip v${(i + 1) % 6}` },
       el("h2", {}, result.variant, el("small", {}, ` against ${base.variant}`)),
-      item("State", format.ratio(d.state_bytes_ratio), `${format.bytes(result.lowkey.state_bytes)} of ${format.bytes(base.lowkey.state_bytes)} per request`),
+      item("State", format.ratio(d.state_bytes_ratio), `${format.state(result.lowkey)} of ${format.state(base.lowkey)} per request`),
       ratio,
       item("Mean KL", format.small(d.mean_kl), "nats per token, on the baseline's answer"),
       item("Same top token", format.percent(d.top1_agreement), "on the baseline's answer"),
@@ -264,8 +265,8 @@ export function historyRows({ answer, body, timings }, show) {
 
 export function fleet(models) {
   return models.map((model, i) => {
-    const { status, d_k: dK, state_bytes: held } = model.lowkey;
-    const detail = dK == null ? status : `d_k ${format.width(dK)} · ${format.bytes(held)}${status === "up" ? "" : ` · ${status}`}`;
+    const { status, d_k: dK } = model.lowkey;
+    const detail = dK == null ? status : `d_k ${format.width(dK)} · ${format.state(model.lowkey)}${status === "up" ? "" : ` · ${status}`}`;
     return el("li", { class: `v${i % 6} ${status}` }, el("span", { class: "lamp", "aria-hidden": "true" }), el("b", {}, model.id), ` ${detail}`);
   });
 }

@@ -57,11 +57,13 @@ def test_the_python_in_order(place, capsys):
     assert names["summary"]["variants"][names["answer"]["baseline"]]["errors"] == 0
 
 
-def test_the_file_of_keys_in_serving_md(tmp_path):
+def test_the_files_in_serving_md(tmp_path):
     text = (Path(__file__).parents[4] / "docs" / "serving.md").read_text()
-    (keys,) = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    keys, variants = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     (tmp_path / "keys.toml").write_text(keys)
-    settings = load_settings(api_keys_file=tmp_path / "keys.toml")
+    (tmp_path / "lowkey.toml").write_text(variants)
+    settings = load_settings(tmp_path / "lowkey.toml", api_keys_file=tmp_path / "keys.toml")
+    assert {name: v.state_dtype for name, v in settings.variants.items()} == {"full": None, "narrow": "int8"}
     assert settings.api_keys["bob"].max_priority == -1 and set(settings.api_keys) == {"alice", "bob"}
 
 

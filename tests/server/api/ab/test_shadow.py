@@ -266,8 +266,10 @@ def test_the_summary_counts_traffic_and_pairs(lab):
     dense = summary["variants"]["dense"]
     assert dense["completion_tokens"] == tokens + 7 and dense["errors"] == 0 and dense["complete"]
     assert 0 < dense["itl_s"]["p50"] <= dense["itl_s"]["p99"] and dense["ttft_s"]["p50"] > 0
-    models = {m["id"]: m["lowkey"]["state_bytes"] for m in lab.http.get("/v1/models").json()["data"]}
-    assert {name: v["state_bytes"] for name, v in summary["variants"].items()} == models
+    models = {m["id"]: m["lowkey"] for m in lab.http.get("/v1/models").json()["data"]}
+    for name, variant in summary["variants"].items():
+        assert all(variant[key] == models[name][key] for key in ("state_bytes", "state_dtype"))
+    assert summary["variants"].keys() == models.keys()
     pairs = {(p["variant"], p["baseline"]): p for p in summary["pairs"]}
     assert pairs["reduced", "dense"]["pairs"]["shadow"] == outcomes(lab, "reduced", "scored")
     assert pairs["dense", "reduced"]["pairs"] == {"compare": 1}

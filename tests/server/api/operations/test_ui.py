@@ -28,11 +28,16 @@ DONE = re.compile("^Done")
 
 @pytest.fixture(scope="module")
 def lab(checkpoints, tmp_path_factory):
-    """A server that wants a key; its reduced checkpoint is a copy, so that a test may take it away."""
+    """A server that wants a key; its reduced checkpoint is a copy, so that a test may take it away, and its states are
+    narrower, too."""
     directory = tmp_path_factory.mktemp("ui")
     reduced = shutil.copytree(checkpoints["reduced"], directory / "reduced")
-    arguments = [f"dense={checkpoints['dense']}", f"reduced={reduced}"]
-    server = LiveServer(directory / "log", *arguments, LOWKEY_API_KEYS=f"browser={KEY}")
+    config = directory / "lowkey.toml"
+    config.write_text(
+        f'[variants]\ndense = "{checkpoints["dense"]}"\n'
+        f'[variants.reduced]\nsource = "{reduced}"\nstate_dtype = "bfloat16"\n'
+    )
+    server = LiveServer(directory / "log", "--config", str(config), LOWKEY_API_KEYS=f"browser={KEY}")
     server.http.headers["authorization"] = f"Bearer {KEY}"
     try:
         yield server.wait_ready()
@@ -165,6 +170,22 @@ def test_a_key_is_asked_for_and_kept_in_memory_only(open_page):
     expect(dialog).to_contain_text("needs an API key")
     page.get_by_role("button", name="Cancel").click()
     expect(page.get_by_role("alert")).to_contain_text("API key")
+
+
+def test_each_variant_has_its_states_bytes_and_dtype(open_page, lab):
+    page = open_page()
+    fill(page, max_tokens=5)
+    start(page)
+    expect(page.locator("#status")).to_have_text(DONE)
+    states = []
+    for variant, dtype in (("dense", "float32"), ("reduced", "bfloat16")):
+        told = lab.http.get(f"/v1/models/{variant}").json()["lowkey"]
+        assert told["state_dtype"] == dtype
+        states.append(f"{told['state_bytes'] / 1000:.1f} kB {dtype}")
+        expect(page.locator("#fleet")).to_contain_text(f"{variant} d_k {told['d_k']} \u00b7 {states[-1]}")
+        expect(card(page, variant).locator(".figures .figure").nth(2)).to_contain_text(dtype)
+    hint = page.locator(".strip .figure").first.get_attribute("title")
+    assert hint == f"{states[1]} of {states[0]} per request"
 
 
 def test_a_run_shows_both_answers_and_their_figures(open_page, lab):
