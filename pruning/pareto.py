@@ -1,6 +1,7 @@
 """Bytes of state against quality: every checkpoint with its states in every dtype, as tables."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -8,9 +9,9 @@ from pruning.evaluation.bits import Bits, Estimate
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 
 BITS_LEGEND = (
-    "States in each dtype: change in perplexity, and drift (rise in loss and KL, nats/token, by how many tokens the "
-    "state has seen), against the same checkpoint with float32 states, with standard errors; KL against the first with "
-    "float32 states; recall: right among the prompt's values / log-probability, means over numbers of pairs."
+    "States in each dtype: change in perplexity, and drift (rise in loss / KL, thousandths of a nat/token, by how many "
+    "tokens the state has seen), against the same checkpoint with float32 states, with standard errors; KL against the "
+    "first with float32 states; recall: right among the prompt's values / log-probability, means over numbers of pairs."
 )
 PARETO_LEGEND = (
     "Against the first checkpoint with float32 states. Front: no other has fewer bytes and no higher perplexity, or as "
@@ -51,13 +52,20 @@ def _better(a: tuple[int, float], b: tuple[int, float]) -> bool:
 def pareto_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
     """Header, and one row for each of the `choices`."""
     header = ["checkpoint", "states", "bytes", "perplexity", "change", "KL", "recall", "front"]
-    return header, [_row(choice) for choice in choices(evaluation)]
+    names = _names([entry.name for entry in evaluation.checkpoints])
+    return header, [_row(names[choice.entry.name], choice) for choice in choices(evaluation)]
 
 
-def _row(choice: Choice) -> list[str]:
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each path where that tells them apart, else all of it."""
+    ends = {path: path.rstrip("/").rpartition("/")[2] for path in paths}
+    return ends if len(set(ends.values())) == len(ends) else {path: path for path in paths}
+
+
+def _row(name: str, choice: Choice) -> list[str]:
     bits = choice.bits
     return [
-        choice.entry.name,
+        name,
         bits.state_dtype,
         f"{bits.state_bytes:,}",
         f"{bits.perplexity.perplexity:.3f}",
@@ -81,8 +89,8 @@ def bits_cells(bits: Bits) -> dict[str, str]:
     for octave in bits.drift.octaves:
         if octave.loss_rise is not None and octave.kl is not None:
             cells[f"drift to {octave.end:,}"] = (
-                f"{octave.loss_rise.mean:+.5f}{_error(octave.loss_rise, 1, '.5f')}, "
-                f"KL {octave.kl.mean:.6f}{_error(octave.kl, 1, '.6f')}"
+                f"{1000 * octave.loss_rise.mean:+.2f}{_error(octave.loss_rise, 1000, '.2f')} / "
+                f"{1000 * octave.kl.mean:.3f}{_error(octave.kl, 1000, '.3f')}"
             )
     return {f"{bits.state_dtype}: {label}": cell for label, cell in cells.items()}
 

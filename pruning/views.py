@@ -205,7 +205,13 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 def pareto_view(evaluation: Evaluation) -> Table:
     """One row per checkpoint and state dtype."""
-    table = Table(title="Bytes against quality", caption=PARETO_LEGEND, box=SIMPLE)
+    table = Table(
+        title="Bytes against quality",
+        caption=PARETO_LEGEND,
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     header, rows = pareto_table(evaluation)
     # Where there is little room, names take more lines, so that figures stay whole.
     table.add_column(header[0], overflow="fold")

@@ -339,7 +339,7 @@ def test_tables_hold_the_figures_with_their_spread(evaluation):
     header, rows = pareto_table(evaluation)
     assert header[-1] == "front" and len(rows) == 6
     assert rows[1] == [
-        "runs/dense",
+        "dense",
         "int8",
         "200",
         f"{math.exp(2.01):.3f}",
@@ -349,12 +349,15 @@ def test_tables_hold_the_figures_with_their_spread(evaluation):
         "yes",
     ]
     assert rows[-1][5] == ""
+    same = replace(evaluation.checkpoints[0], name="other/reduced")
+    _, rows = pareto_table(replace(evaluation, checkpoints=[same, evaluation.checkpoints[1]]))
+    assert {row[0] for row in rows} == {"other/reduced", "runs/reduced"}
     cells = {label: row[0] for label, row in figures(evaluation)}
     assert cells["int8: bytes"] == "200"
     assert cells["int8: perplexity"] == f"{math.exp(2.01):.3f} (+1.005 % ± 0.202)"
     assert (cells["int8: KL"], cells["int8: recall"]) == ("0.020000", "37.5% / -3.00")
-    assert cells["int8: drift to 512"] == "+0.01000 ± 0.00200, KL 0.008000 ± 0.000500"
-    assert cells["int8: drift to 1,024"] == "+0.01000 ± 0.00200, KL 0.016000"
+    assert cells["int8: drift to 512"] == "+10.00 ± 2.00 / 8.000 ± 0.500"
+    assert cells["int8: drift to 1,024"] == "+10.00 ± 2.00 / 16.000"
     assert cells["float32: perplexity"] == f"{math.exp(2):.3f}"
     assert "Front:" not in legend(evaluation) and "standard errors" in legend(evaluation)
 
