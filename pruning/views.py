@@ -5,15 +5,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import torch
+from rich.box import SIMPLE
 from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
-from modeling.spec import FLOAT32_STATES, ModelSpec
+from modeling.spec import FLOAT32_STATES, STATE_DTYPES, ModelSpec, StateDType, StateTypes
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
+from pruning.pareto import BITS_LEGEND, PARETO_LEGEND, bits_cells, pareto_table
 from pruning.reduction import record_of
 
 
@@ -39,14 +42,16 @@ def tree(checkpoint: Checkpoint) -> Tree:
     record = record_of(checkpoint)
     if record is None:
         root.add(f"d_k {width(spec.d_k)}")
-        root.add(f"state per request {spec.state_bytes(0):,} bytes")
+        state = root.add(f"state per request {spec.state_bytes(0):,} bytes")
+        _add_narrower(state, spec, spec)
         root.add(_heads(spec))
         return root
     source = record["source"]
     root.add(Text.assemble("d_k ", *_arrow(width(source["d_k"]), width(spec.d_k))))
     before, after = source["state_bytes"], spec.state_bytes(0)
     arrow = _arrow(f"{before:,}", f"{after:,}")
-    root.add(Text.assemble("state per request ", *arrow, f" bytes ({change(before, after)})"))
+    state = root.add(Text.assemble("state per request ", *arrow, f" bytes ({change(before, after)})"))
+    _add_narrower(state, spec.with_d_k(tuple(source["d_k"])), spec)
     root.add(_heads(spec))
     if len(set(spec.d_k)) > 1:
         root.add("layers differ in d_k: Lowkey runs this, stock loaders refuse it")
@@ -61,6 +66,22 @@ def tree(checkpoint: Checkpoint) -> Tree:
     if "recovery" in record:
         root.add(_recovered(record["recovery"]))
     return root
+
+
+def _add_narrower(state: Tree, before: ModelSpec, after: ModelSpec) -> None:
+    """Add to the line of the float32 state what it takes in each narrower dtype, and the change from what it was."""
+    for dtype in STATE_DTYPES[1:]:
+        bytes_before, bytes_after = (_narrow_bytes(spec, dtype) for spec in (before, after))
+        arrow = _arrow(f"{bytes_before:,}", f"{bytes_after:,}")
+        from_float32 = change(before.state_bytes(0), bytes_after)
+        state.add(
+            Text.assemble(f"in {dtype} ", *arrow, f" bytes ({from_float32} from {before.state_bytes(0):,})")
+        )
+
+
+def _narrow_bytes(spec: ModelSpec, dtype: StateDType) -> int:
+    # A state narrower than float32 takes the same beside weights of any dtype.
+    return spec.state_bytes(0, StateTypes.named(dtype, torch.bfloat16))
 
 
 def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
@@ -174,13 +195,38 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     title = counted(len(evaluation.checkpoints), "checkpoint")
     if first.perplexity is not None:
         title += f", {counted(first.perplexity.tokens, 'token')} of {evaluation.text}"
-    measured = any(e.recall or e.rank or e.retrieval or e.speed for e in evaluation.checkpoints)
-    table = Table("", title=title, caption=LEGEND if measured else None)
+    table = Table("", title=title, caption=legend(evaluation) or None)
     for entry in evaluation.checkpoints:
         table.add_column(entry.name, justify="right")
     for label, cells in figures(evaluation):
         table.add_row(label, *cells)
     return table
+
+
+def pareto_view(evaluation: Evaluation) -> Table:
+    """One row per checkpoint and state dtype."""
+    table = Table(
+        title="Bytes against quality",
+        caption=PARETO_LEGEND,
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    header, rows = pareto_table(evaluation)
+    # Where there is little room, names take more lines, so that figures stay whole.
+    table.add_column(header[0], overflow="fold")
+    for i, name in enumerate(header[1:]):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def legend(evaluation: Evaluation) -> str:
+    """What the figures mean that were measured; empty where that needs no words."""
+    entries = evaluation.checkpoints
+    measured = any(e.recall or e.rank or e.retrieval or e.speed for e in entries)
+    return " ".join([LEGEND] * measured + [BITS_LEGEND] * any(e.bits for e in entries))
 
 
 LEGEND = (
@@ -230,6 +276,8 @@ def _cells(entry: EvaluatedCheckpoint, first: EvaluatedCheckpoint) -> dict[str, 
             cells[f"speedup, batch {speed.batch}"] = (
                 f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
             )
+    for bits in entry.bits or []:
+        cells |= bits_cells(bits)
     return cells
 
 

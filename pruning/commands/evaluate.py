@@ -52,13 +52,14 @@ def evaluate(
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """Perplexity, KL and agreement with the first checkpoint, state size; on request recall, ranks, noise and speed.
+    """Perplexity, KL and agreement with the first checkpoint, state size; on request recall, ranks, noise, speed, bits.
 
     The text is the held-out side of the bundled split unless --text is given.
 
     \b
     lowkey-prune evaluate  demo/model reduced-64 reduced-32 --json results.json
     lowkey-prune evaluate  demo/model reduced-64 --part all --json all.json
+    lowkey-prune evaluate  demo/model reduced-64 --part bits
     lowkey-prune evaluate  demo/model --text my.txt --tokens 0 --window 2048 --stride 512
     """
     replaces = None if json is None else check_new_file(json, "json", overwrite=overwrite)
@@ -75,6 +76,8 @@ def evaluate(
     evaluation = evaluate_checkpoints(opened, settings, partial(tokens_bar, err_console))
     try:
         out_console.print(views.evaluation_table(evaluation))
+        if "bits" in settings.parts and len(opened) > 1:
+            out_console.print(views.pareto_view(evaluation))
     finally:  # a place that takes the one may not take the other
         if json is not None:
             write_or_keep(json, lambda file: new_json(file, asdict(evaluation), replaces=replaces))

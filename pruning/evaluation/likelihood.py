@@ -74,7 +74,7 @@ def perplexity(
         for logits, targets in _predictions(model, rows, stride, tap):
             losses.append(F.cross_entropy(logits, targets, reduction="sum"))
         advance(rows[:, 1:].numel())
-    return _perplexity(losses, windows, stride)
+    return mean_perplexity(losses, windows, stride)
 
 
 @torch.no_grad()
@@ -92,11 +92,7 @@ def compare(
     Raises:
         PruningError: the vocabularies differ, or a loss is not finite.
     """
-    if model.spec.vocab_size != baseline.spec.vocab_size:
-        raise PruningError(
-            f"vocab_size={model.spec.vocab_size} is not the baseline's {baseline.spec.vocab_size}; "
-            "only models of one vocabulary can be compared token by token"
-        )
+    check_vocabularies(model, baseline)
     losses: list[Tensor] = []
     divergences: list[Tensor] = []
     agreements: list[Tensor] = []
@@ -108,12 +104,21 @@ def compare(
             divergences.append((p.exp() * (p - logits.log_softmax(-1))).sum(dtype=torch.float64))
             agreements.append((logits.argmax(-1) == reference.argmax(-1)).sum())
         advance(2 * rows[:, 1:].numel())
-    result = _perplexity(losses, windows, stride)
+    result = mean_perplexity(losses, windows, stride)
     kl = float(torch.stack(divergences).sum()) / result.tokens
     if not math.isfinite(kl):
         raise PruningError(f"KL(baseline || model) is {kl}: a model gives NaN or Inf on this text")
     agreement = int(torch.stack(agreements).sum()) / result.tokens
     return result, Divergence(kl, agreement, result.tokens)
+
+
+def check_vocabularies(model: Model, baseline: Model) -> None:
+    """Raises PruningError unless both predict the same vocabulary."""
+    if model.spec.vocab_size != baseline.spec.vocab_size:
+        raise PruningError(
+            f"vocab_size={model.spec.vocab_size} is not the baseline's {baseline.spec.vocab_size}; "
+            "only models of one vocabulary can be compared token by token"
+        )
 
 
 def _batch(model: Model) -> int:
@@ -137,7 +142,12 @@ def _predictions(
         yield wide(model.logits(h[-scored:])), row[-scored:]
 
 
-def _perplexity(losses: Sequence[Tensor], windows: Tensor, stride: int | None) -> Perplexity:
+def mean_perplexity(losses: Sequence[Tensor], windows: Tensor, stride: int | None) -> Perplexity:
+    """The figures of `windows` `[count, window + 1]` from sums of the cross entropies of all scored targets.
+
+    Raises:
+        PruningError: the loss is not finite.
+    """
     count, window = windows.shape[0], windows.shape[1] - 1
     stride = window if stride is None else stride
     loss = float(torch.stack(list(losses)).double().sum()) / (count * stride)

@@ -99,21 +99,52 @@ def recall(
 def _recall(model: Model, prompts: Prompts, batch: int, advance: Advance) -> Recall:
     device = model.embeddings.weight.device
     at = prompts.queries.to(device)
-    hits = among = 0
-    total = 0.0
+    answers = Answers(prompts, device)
     for rows in prompts.ids.to(device).split(batch):
         count, length = rows.shape
         hidden, _ = model(rows.flatten(), range(0, count * length + 1, length))
         logits = wide(model.logits(hidden.view(count, length, -1)[:, at].flatten(0, 1)))
         logits = logits.view(count, prompts.pairs, -1)
-        values = rows[:, at + 1]
-        total += float(logits.log_softmax(-1).gather(-1, values[..., None]).sum(dtype=torch.float64))
-        hits += int((logits.argmax(-1) == values).sum())
-        # The values of a prompt, in the order of the queries: query i is right if it finds the i-th.
-        candidates = logits.gather(-1, values[:, None].expand(-1, prompts.pairs, -1))
-        among += int((candidates.argmax(-1) == torch.arange(prompts.pairs, device=device)).sum())
+        for query in range(prompts.pairs):
+            answers.add(rows, query, logits[:, query].log_softmax(-1))
         advance(rows.numel())
-    queries = prompts.ids.shape[0] * prompts.pairs
-    if not np.isfinite(total):
-        raise PruningError(f"recall of {prompts.pairs} pairs: the model gives NaN or Inf")
-    return Recall(prompts.pairs, queries, hits / queries, among / queries, total / queries)
+    return answers.recall()
+
+
+class Answers:
+    """Counts how well a model answers the queries of `prompts`."""
+
+    def __init__(self, prompts: Prompts, device: torch.device) -> None:
+        self._prompts = prompts
+        self._at = prompts.queries.to(device)
+        self._hits = torch.zeros((), dtype=torch.int64, device=device)
+        self._among = torch.zeros((), dtype=torch.int64, device=device)
+        self._log_prob = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, rows: Tensor, query: int, log_probs: Tensor) -> None:
+        """Count the answers to one query of several prompts.
+
+        Args:
+            rows: the prompts, int64 `[n, length]`.
+            query: which of their queries, from 0.
+            log_probs: `[n, vocab]`, what the model makes of the next token there.
+        """
+        values = rows[:, self._at + 1]
+        value = values[:, query, None]
+        self._log_prob += log_probs.gather(-1, value).sum(dtype=torch.float64)
+        self._hits += (log_probs.argmax(-1, keepdim=True) == value).sum()
+        # The values of a prompt, in the order of the queries: query i is right if it finds the i-th.
+        self._among += (log_probs.gather(-1, values).argmax(-1) == query).sum()
+
+    def recall(self) -> Recall:
+        """The figures, once all queries of all prompts are counted.
+
+        Raises:
+            PruningError: a log-probability is not finite.
+        """
+        pairs = self._prompts.pairs
+        queries = self._prompts.ids.shape[0] * pairs
+        if not bool(self._log_prob.isfinite()):
+            raise PruningError(f"recall of {pairs} pairs: the model gives NaN or Inf")
+        hits, among = int(self._hits), int(self._among)
+        return Recall(pairs, queries, hits / queries, among / queries, float(self._log_prob) / queries)

@@ -8,6 +8,7 @@ import msgspec
 import torch
 
 from pruning.errors import PruningError
+from pruning.evaluation.bits import Bits
 from pruning.evaluation.likelihood import Divergence, Perplexity
 from pruning.evaluation.recall import Recall
 from pruning.evaluation.speed import Speed
@@ -37,6 +38,7 @@ class EvaluatedCheckpoint:
     rank: Rank | None = None
     retrieval: Retrieval | None = None
     speed: list[Speed] | None = None
+    bits: list[Bits] | None = None
 
 
 @dataclass(frozen=True)

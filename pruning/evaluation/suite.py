@@ -13,16 +13,17 @@ from modeling.model import Model
 from modeling.runtime import compile_model
 from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
+from pruning.evaluation.bits import BLOCK, LONGEST, BitsText, bits
 from pruning.evaluation.likelihood import compare, perplexity
 from pruning.evaluation.recall import Prompts, recall, recall_prompts
 from pruning.evaluation.record import FORMAT, KIND, EvaluatedCheckpoint, Evaluation, environment
 from pruning.evaluation.speed import BATCHES, Speed, decode_speed
 from pruning.evaluation.states import rank, retrieval
-from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows
+from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows, long_windows
 from pruning.progress import Bar
 from pruning.versions import versions
 
-Part = Literal["perplexity", "recall", "rank", "retrieval", "speed"]
+Part = Literal["perplexity", "recall", "rank", "retrieval", "speed", "bits"]
 PARTS: tuple[Part, ...] = get_args(Part)
 STATE_WINDOWS = 8
 """Windows that `rank` and `retrieval` look at."""
@@ -54,18 +55,18 @@ def evaluate_checkpoints(
     for checkpoint in checkpoints:
         checkpoint.check_tensors()
     baseline, *others = checkpoints
-    windows, prompts = _inputs(baseline, settings)
+    inputs = _inputs(baseline, settings)
     for checkpoint in others:
-        if not windows.equal(_windows(Encoder(checkpoint), settings)):
+        if not inputs.same_text(_inputs(checkpoint, settings)):
             raise PruningError(
                 f"{checkpoint.source} reads the text as other tokens than {baseline.source}; "
                 "models of different tokenizers can't be compared token by token, evaluate them apart"
             )
     dense = baseline.load(device=settings.device)
-    entries = [_measure(baseline, dense, None, windows, prompts, settings, bar)]
+    entries = [_measure(baseline, dense, None, inputs, settings, bar)]
     for checkpoint in others:
         model = checkpoint.load(device=settings.device)
-        entries.append(_measure(checkpoint, model, dense, windows, prompts, settings, bar))
+        entries.append(_measure(checkpoint, model, dense, inputs, settings, bar))
         if "speed" in settings.parts:
             first, own = _speeds([dense, model], checkpoint.source, bar)
             entries[-1] = replace(entries[-1], speed=own)
@@ -85,35 +86,43 @@ def evaluate_checkpoints(
     )
 
 
-def _windows(encoder: Encoder, settings: EvaluationSettings) -> Tensor:
-    return evaluation_windows(
-        encoder,
-        settings.text,
-        tokens=settings.tokens,
-        window=settings.window,
-        stride=settings.stride,
-    )
+@dataclass(frozen=True)
+class _Inputs:
+    """What models are given to read."""
+
+    windows: Tensor
+    long: Tensor | None
+    """Windows for the drift with length; None where it is not measured."""
+    prompts: Sequence[Prompts]
+
+    def same_text(self, other: "_Inputs") -> bool:
+        if not self.windows.equal(other.windows):
+            return False
+        return self.long is None or other.long is None or self.long.equal(other.long)
 
 
-def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings) -> tuple[Tensor, list[Prompts]]:
-    encoder = Encoder(checkpoint)
-    prompts: list[Prompts] = []
-    if "recall" in settings.parts:
+def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings) -> _Inputs:
+    encoder, text, tokens = Encoder(checkpoint), settings.text, settings.tokens
+    windows = evaluation_windows(encoder, text, tokens=tokens, window=settings.window, stride=settings.stride)
+    long, prompts = None, []
+    if "bits" in settings.parts:
+        long = long_windows(encoder, text, tokens=tokens, longest=LONGEST, block=BLOCK)
+    if {"recall", "bits"} & set(settings.parts):
         prompts = recall_prompts(encoder, seed=settings.seed)
-    return _windows(encoder, settings), prompts
+    return _Inputs(windows, long, prompts)
 
 
 def _measure(
     checkpoint: Checkpoint,
     model: Model,
     dense: Model | None,
-    windows: Tensor,
-    prompts: Sequence[Prompts],
+    inputs: _Inputs,
     settings: EvaluationSettings,
     bar: Bar,
 ) -> EvaluatedCheckpoint:
     """Measure all parts but speed of one checkpoint; `dense` is None for the baseline itself."""
     parts, name = settings.parts, checkpoint.source
+    windows, prompts = inputs.windows, inputs.prompts
     entry = EvaluatedCheckpoint(
         name,
         checkpoint.sha256,
@@ -141,6 +150,11 @@ def _measure(
     if "retrieval" in parts:
         with bar(f"retrieval of {name}", read.numel()) as advance:
             entry = replace(entry, retrieval=retrieval(model, read, seed=settings.seed, advance=advance))
+    if inputs.long is not None:
+        text = BitsText(windows, settings.stride, inputs.long, prompts)
+        runtime, first = compile_model(model), None if dense is None else compile_model(dense)
+        with bar(f"states in fewer bits of {name}", text.tokens(alone=first is None)) as advance:
+            entry = replace(entry, bits=bits(runtime, first, text, advance=advance))
     return entry
 
 

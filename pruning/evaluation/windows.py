@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lowkey.words import counted
 from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
 
@@ -39,11 +40,7 @@ def evaluation_windows(
             f"tokens={tokens} must be at least {stride}, which one window scores, or 0 for the whole text"
         )
     context = window - stride
-    stream: list[int] = []
-    for document in text.documents:
-        if tokens and len(stream) > context + tokens:
-            break
-        stream += encoder(document)
+    stream = _stream(encoder, text, context + tokens if tokens else None)
     available = max(len(stream) - 1 - context, 0)
     count = available // stride
     wanted = tokens // stride or count
@@ -52,5 +49,43 @@ def evaluation_windows(
             f"tokens={tokens or stride} are more than {text.name} gives, which is {available}; "
             "ask for fewer, or add text"
         )
-    starts = torch.arange(wanted)[:, None] * stride
+    return _cut(stream, wanted, window, stride)
+
+
+def long_windows(encoder: Encoder, text: Text, *, tokens: int = 0, longest: int, block: int) -> Tensor:
+    """Windows that follow one another from the front of the text, as long as it has, up to `longest` tokens.
+
+    Args:
+        tokens: take about this many, or as many as the text has if that is less; 0 for the whole text.
+        longest: the largest length of a window.
+        block: a length above this is rounded down to a multiple of it.
+
+    Returns:
+        int64 `[windows, length + 1]`: the last column is target only.
+
+    Raises:
+        PruningError: the text has fewer than two tokens.
+    """
+    stream = _stream(encoder, text, tokens or None)
+    available = len(stream) - 1
+    if available < 1:
+        raise PruningError(f"{text.name} gives {counted(len(stream), 'token')}; at least 2 are needed")
+    wanted = min(tokens or available, available)
+    length = min(longest, wanted)
+    length -= length % block if length > block else 0
+    return _cut(stream, wanted // length, length, length)
+
+
+def _stream(encoder: Encoder, text: Text, needed: int | None) -> list[int]:
+    """Token ids of the text from its front, whole documents: more than `needed`, or all of them."""
+    stream: list[int] = []
+    for document in text.documents:
+        if needed is not None and len(stream) > needed:
+            break
+        stream += encoder(document)
+    return stream
+
+
+def _cut(stream: list[int], count: int, window: int, stride: int) -> Tensor:
+    starts = torch.arange(count)[:, None] * stride
     return torch.tensor(stream)[starts + torch.arange(window + 1)]

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 from lowkey.page import render
 from pruning.evaluation.record import Evaluation
-from pruning.report import measured, trade
+from pruning.pareto import PARETO_LEGEND, choices, pareto_table
+from pruning.report import bits, measured, trade
 from pruning.report.inputs import Inputs
 from pruning.report.style import MARGIN, Figure
 from pruning.table import Table, methods_by_width
-from pruning.views import LEGEND, figures
+from pruning.views import figures, legend
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ def all_figures(inputs: Inputs) -> list[Figure]:
         found += trade.tradeoff(name, table, i)
     found += trade.budgets(inputs.tables, inputs.reductions)
     for i, (name, evaluation) in enumerate(inputs.evaluations):
-        for draw in (measured.recalls, measured.noise, measured.ranks):
+        for draw in (bits.pareto, bits.drift, measured.recalls, measured.noise, measured.ranks):
             found += draw(name, evaluation, i)
     for i, (name, statistics) in enumerate(inputs.statistics):
         found += measured.spectra(name, statistics, i)
@@ -45,6 +46,7 @@ def missing(inputs: Inputs, drawn: Sequence[Figure]) -> list[str]:
     wanted = [
         ("perplexity", "perplexity and KL against width", "the JSON of sweep"),
         ("budget", "error budget per layer", "that JSON, or a checkpoint pruned with --per-layer"),
+        ("pareto", "bytes against quality at each state dtype", "the JSON of evaluate --part bits"),
         ("recall", "associative recall", "the JSON of evaluate --part recall"),
         ("noise", "errors of noisy reads", "the JSON of evaluate --part retrieval"),
         ("rank", "rank utilisation", "the JSON of evaluate --part rank"),
@@ -74,6 +76,11 @@ def page(title: str, inputs: Inputs, drawn: Sequence[Figure]) -> str:
         summaries=[
             *(_table_summary(name, table) for name, table in inputs.tables),
             *(_evaluation_summary(name, evaluation) for name, evaluation in inputs.evaluations),
+            *(
+                _pareto_summary(name, evaluation)
+                for name, evaluation in inputs.evaluations
+                if choices(evaluation)
+            ),
         ],
         figures=drawn,
         hashes=inputs.hashes,
@@ -96,10 +103,14 @@ def _evaluation_summary(name: str, evaluation: Evaluation) -> Summary:
     scored = evaluation.checkpoints[0].perplexity
     tokens = "" if scored is None else f"{scored.tokens:,} tokens of "
     device = evaluation.environment.get("device_name", "")
-    caption = f"{name}: {tokens}{evaluation.text}, on {device}. {LEGEND}"
+    caption = f"{name}: {tokens}{evaluation.text}, on {device}. {legend(evaluation)}"
     header = ["", *(entry.name for entry in evaluation.checkpoints)]
     rows = [[label, *cells] for label, cells in figures(evaluation)]
     return Summary("Checkpoints side by side", caption, header, rows)
+
+
+def _pareto_summary(name: str, evaluation: Evaluation) -> Summary:
+    return Summary("Bytes against quality", f"{name}: {PARETO_LEGEND}", *pareto_table(evaluation))
 
 
 def _environments(inputs: Inputs) -> Iterator[str]:

@@ -144,7 +144,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
     output = run("report", tmp_path / "deep/r.html", *inputs_of(made), "--title", "A <b>title</b>")
-    assert "r.html: 14 figures" in output
+    assert "r.html: 16 figures" in output
     html = (tmp_path / "deep/r.html").read_text()
     found = Page(html)
     for tag, attributes in found.tags:
@@ -158,7 +158,7 @@ def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
     assert "url(" not in style and "@import" not in style
     divs = [a["id"] for tag, a in found.tags if tag == "div" and a.get("class") == "figure"]
     assert divs == [figure["name"] for figure in found.data]
-    assert len(set(divs)) == 14
+    assert len(set(divs)) == 16
     assert "A <b>title</b>" in found.text
     assert "Not in this report" not in found.text
     measured = json.loads((made / "e.json").read_text())
@@ -166,6 +166,9 @@ def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
         assert f"{entry['perplexity']['perplexity']:.3f}" in found.text
         assert entry["sha256"] in found.text
     assert f"{measured['checkpoints'][1]['divergence']['kl']:.4f}" in found.text
+    for bits in (bits for entry in measured["checkpoints"] for bits in entry["bits"]):
+        assert f"{bits['state_bytes']:,}" in found.text
+        assert f"{bits['perplexity']['perplexity']:.3f}" in found.text
 
 
 def test_names_from_files_stay_text(made, tmp_path):
@@ -185,7 +188,10 @@ def test_what_is_missing_is_left_out_and_said(made, tmp_path):
     assert "r.html: 1 figure, " in output
     text = Page((tmp_path / "r.html").read_text()).text
     assert "Not in this report" in text
-    for what in ("perplexity and KL against width", "error budget", "recall", "spectra", "recovery curves"):
+    for what in (
+        *("perplexity and KL against width", "error budget", "bytes against quality", "recall", "spectra"),
+        "recovery curves",
+    ):
         assert what in text
     assert "kept channels (give" not in text
     inputs = read_inputs(inputs_of(made))

@@ -65,8 +65,9 @@ def _mixer(sd: dict[str, Tensor], p: str, c: dict[str, Any], x: Tensor, output_e
 def fla_logits(
     sd: dict[str, Tensor], config: dict[str, Any], input_ids: Tensor, *, output_eps_factor: float = 1.0
 ) -> Tensor:
-    """Logits `[batch, tokens, vocab]` of an fla state dict; `output_eps_factor` scales the output norms' eps only."""
-    sd = {name: t.float() for name, t in sd.items()}
+    """Logits `[batch, tokens, vocab]` of an fla state dict, in float32 or, where that is float64, in float64;
+    `output_eps_factor` scales the output norms' eps only."""
+    sd = {name: t if t.dtype == torch.float64 else t.float() for name, t in sd.items()}
     eps = config.get("norm_eps", 1e-6)
     x = F.embedding(input_ids, sd["model.embeddings.weight"])
     for i in range(config["num_hidden_layers"]):

@@ -1,0 +1,110 @@
+"""Bytes of state against quality: every checkpoint with its states in every dtype, as tables."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from pruning.evaluation.bits import Bits, Estimate
+from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
+
+BITS_LEGEND = (
+    "States in each dtype: change in perplexity, and drift (rise in loss / KL, thousandths of a nat/token, by how many "
+    "tokens the state has seen), against the same checkpoint with float32 states, with standard errors; KL against the "
+    "first with float32 states; recall: right among the prompt's values / log-probability, means over numbers of pairs."
+)
+PARETO_LEGEND = (
+    "Against the first checkpoint with float32 states. Front: no other has fewer bytes and no higher perplexity, or as "
+    "many and a lower one."
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One checkpoint with its states in one dtype."""
+
+    entry: EvaluatedCheckpoint
+    bits: Bits
+    rise: float
+    """Perplexity over that of the first checkpoint with float32 states, less 1."""
+    on_front: bool
+    """Whether no other choice is as good in bytes and in perplexity and better in one of them."""
+
+
+def choices(evaluation: Evaluation) -> list[Choice]:
+    """Everything that `bits` measured, the fewest bytes first."""
+    found = [(entry, bits) for entry in evaluation.checkpoints for bits in entry.bits or []]
+    if not found:
+        return []
+    first = found[0][1].perplexity.perplexity
+    points = [(bits.state_bytes, bits.perplexity.perplexity) for _, bits in found]
+    result = [
+        Choice(entry, bits, point[1] / first - 1, not any(_better(other, point) for other in points))
+        for (entry, bits), point in zip(found, points, strict=True)
+    ]
+    return sorted(result, key=lambda c: (c.bits.state_bytes, c.bits.perplexity.perplexity))
+
+
+def _better(a: tuple[int, float], b: tuple[int, float]) -> bool:
+    return a != b and a[0] <= b[0] and a[1] <= b[1]
+
+
+def pareto_table(evaluation: Evaluation) -> tuple[list[str], list[list[str]]]:
+    """Header, and one row for each of the `choices`."""
+    header = ["checkpoint", "states", "bytes", "perplexity", "change", "KL", "recall", "front"]
+    names = _names([entry.name for entry in evaluation.checkpoints])
+    return header, [_row(names[choice.entry.name], choice) for choice in choices(evaluation)]
+
+
+def _names(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each path where that tells them apart, else all of it."""
+    ends = {path: path.rstrip("/").rpartition("/")[2] for path in paths}
+    return ends if len(set(ends.values())) == len(ends) else {path: path for path in paths}
+
+
+def _row(name: str, choice: Choice) -> list[str]:
+    bits = choice.bits
+    return [
+        name,
+        bits.state_dtype,
+        f"{bits.state_bytes:,}",
+        f"{bits.perplexity.perplexity:.3f}",
+        f"{100 * choice.rise:+.2f} %",
+        "" if bits.divergence is None else f"{bits.divergence.kl:.5f}",
+        _recalled(bits) if bits.recall else "",
+        "yes" if choice.on_front else "",
+    ]
+
+
+def bits_cells(bits: Bits) -> dict[str, str]:
+    """The figures of one dtype by their labels."""
+    perplexity = f"{bits.perplexity.perplexity:.3f}"
+    if bits.loss_rise is not None:
+        perplexity += f" ({_percent(bits.loss_rise)})"
+    cells = {"bytes": f"{bits.state_bytes:,}", "perplexity": perplexity}
+    if bits.divergence is not None:
+        cells["KL"] = f"{bits.divergence.kl:.6f}"
+    if bits.recall:
+        cells["recall"] = f"{_recalled(bits)} / {fmean(r.log_prob for r in bits.recall):.2f}"
+    for octave in bits.drift.octaves:
+        if octave.loss_rise is not None and octave.kl is not None:
+            cells[f"drift to {octave.end:,}"] = (
+                f"{1000 * octave.loss_rise.mean:+.2f}{_error(octave.loss_rise, 1000, '.2f')} / "
+                f"{1000 * octave.kl.mean:.3f}{_error(octave.kl, 1000, '.3f')}"
+            )
+    return {f"{bits.state_dtype}: {label}": cell for label, cell in cells.items()}
+
+
+def _recalled(bits: Bits) -> str:
+    return f"{fmean(r.accuracy_among_values for r in bits.recall):.1%}"
+
+
+def _percent(rise: Estimate) -> str:
+    """A rise in loss as one in perplexity."""
+    factor = math.exp(rise.mean)
+    return f"{100 * (factor - 1):+.3f} %" + _error(rise, 100 * factor, ".3f")
+
+
+def _error(estimate: Estimate, unit: float, form: str) -> str:
+    error = estimate.standard_error
+    return "" if error is None else f" ± {unit * error:{form}}"
