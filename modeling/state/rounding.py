@@ -24,7 +24,8 @@ def narrow(state: Tensor) -> tuple[Tensor, Tensor]:
     state = state.float()
     largest = state.abs().amax(-2)
     largest = largest.masked_fill(largest < SMALLEST, 0.0).masked_fill(largest.isinf(), torch.nan)
-    inverse = (LEVELS / largest).masked_fill(largest == 0, 0.0)
+    # A number over a tensor would be its reciprocal times the number, which is rounded twice.
+    inverse = (torch.full_like(largest, LEVELS) / largest).masked_fill(largest == 0, 0.0)
     # Products of two float32 numbers are exact in float64: they are rounded once, as by a fused multiply and add.
     codes = (state.double() * inverse.double().unsqueeze(-2)).round().nan_to_num(nan=0.0)
     return codes.to(torch.int8), largest * (1 / LEVELS)

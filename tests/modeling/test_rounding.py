@@ -1,5 +1,6 @@
 """States in 8 bits: what is kept, how near it is, and what becomes of columns that can't be kept."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -35,6 +36,18 @@ def test_a_tie_goes_to_the_even_code():
     codes, scales = narrow(state)
     assert codes.flatten().tolist() == [127, 0, 2, 2, 0, -2]
     assert scales.item() == pytest.approx(1.0)
+
+
+def test_next_to_a_tie_one_rounding_decides():
+    """The inverse of the scale is rounded once, and a product with it once: kernels do so too."""
+    torch.manual_seed(0)
+    largest = 127 * (1 + torch.rand(300))
+    middles = torch.randint(-126, 126, (40, 300)) + 0.5
+    state = torch.cat([largest[None], middles / (127 / largest)])
+    codes, _ = narrow(state)
+    inverse = np.float32(127) / largest.numpy()
+    exact = state.numpy().astype(np.float64) * inverse.astype(np.float64)
+    assert np.array_equal(codes.numpy(), np.rint(exact))
 
 
 def test_what_was_rounded_stays_as_it_is():
