@@ -12,7 +12,9 @@ from modeling.state import DeltaState
 
 TILE = 16384
 """Elements of state that a program holds at a time, at most."""
-ELEMENTS_PER_WARP = 2048
+ELEMENTS_PER_WARP = 4096
+COLUMNS = 128
+"""Columns that a program takes at most: a warp reads as many, four to a thread."""
 
 
 def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
@@ -25,12 +27,14 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
     if s.d_v % 4:
         raise ValueError(f"on a GPU states in int8 need a d_v that is a multiple of 4, got {s.d_v}")
     batch = projected.shape[0]
-    qkv = projected.new_empty(batch, s.conv_channels, dtype=torch.float32)
+    qk = projected.new_empty(batch, s.num_k_heads, s.d_k, 2, dtype=torch.float32)
+    v = qk.new_empty(batch, s.num_v_heads, s.d_v)
     convolve_step[(batch, 2 * s.num_k_heads + s.num_v_heads)](
         projected,
         state.conv,
         slots,
-        qkv,
+        qk,
+        v,
         mixer.conv.weight,
         mixer.conv.bias,
         projected.stride(0),
@@ -45,11 +49,12 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
         columns=power_of_2(s.conv_kernel),
         num_warps=1,
     )
-    o = qkv.new_empty(batch, s.num_v_heads, s.d_v)
-    block_k = power_of_2(s.d_k)
-    block_v = min(power_of_2(s.d_v), max(TILE // block_k, 16))
+    o = torch.empty_like(v)
+    block_v = min(power_of_2(s.d_v), max(TILE // power_of_2(s.d_k), 16), COLUMNS)
+    warps = power_of_2(ceil_div(s.d_k * block_v, ELEMENTS_PER_WARP))
     move_states_on[(batch, s.num_v_heads, ceil_div(s.d_v, block_v))](
-        qkv,
+        qk.view(torch.int64),
+        v,
         projected,
         state.recurrent.view(torch.int32),
         state.scales,
@@ -66,8 +71,8 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
         d_v=s.d_v,
         has_decay=s.has_decay,
         has_beta=s.has_beta,
-        block_k=block_k,
+        rows=warps * (COLUMNS // block_v),
         block_w=block_v // 4,
-        num_warps=max(block_k * block_v // ELEMENTS_PER_WARP, 1),
+        num_warps=warps,
     )
     return normed_output(mixer, o, projected)
