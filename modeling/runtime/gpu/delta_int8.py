@@ -13,8 +13,7 @@ from modeling.state import DeltaState
 TILE = 16384
 """Elements of state that a program holds at a time, at most."""
 ELEMENTS_PER_WARP = 4096
-COLUMNS = 128
-"""Columns that a program takes at most: a warp reads as many, four to a thread."""
+"""More warps hold less each, but wait for each other more; docs/gpu.md has what was measured."""
 
 
 def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
@@ -27,14 +26,12 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
     if s.d_v % 4:
         raise ValueError(f"on a GPU states in int8 need a d_v that is a multiple of 4, got {s.d_v}")
     batch = projected.shape[0]
-    qk = projected.new_empty(batch, s.num_k_heads, s.d_k, 2, dtype=torch.float32)
-    v = qk.new_empty(batch, s.num_v_heads, s.d_v)
+    qkv = projected.new_empty(batch, s.conv_channels, dtype=torch.float32)
     convolve_step[(batch, 2 * s.num_k_heads + s.num_v_heads)](
         projected,
         state.conv,
         slots,
-        qk,
-        v,
+        qkv,
         mixer.conv.weight,
         mixer.conv.bias,
         projected.stride(0),
@@ -49,12 +46,11 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
         columns=power_of_2(s.conv_kernel),
         num_warps=1,
     )
-    o = torch.empty_like(v)
-    block_v = min(power_of_2(s.d_v), max(TILE // power_of_2(s.d_k), 16), COLUMNS)
-    warps = power_of_2(ceil_div(s.d_k * block_v, ELEMENTS_PER_WARP))
+    o = qkv.new_empty(batch, s.num_v_heads, s.d_v)
+    block_k = power_of_2(s.d_k)
+    block_v = min(power_of_2(s.d_v), max(TILE // block_k, 16))
     move_states_on[(batch, s.num_v_heads, ceil_div(s.d_v, block_v))](
-        qk.view(torch.int64),
-        v,
+        qkv,
         projected,
         state.recurrent.view(torch.int32),
         state.scales,
@@ -71,8 +67,8 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
         d_v=s.d_v,
         has_decay=s.has_decay,
         has_beta=s.has_beta,
-        rows=warps * (COLUMNS // block_v),
+        block_k=block_k,
         block_w=block_v // 4,
-        num_warps=warps,
+        num_warps=max(block_k * block_v // ELEMENTS_PER_WARP, 1),
     )
     return normed_output(mixer, o, projected)

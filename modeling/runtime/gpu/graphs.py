@@ -23,8 +23,9 @@ WARM_UP = 2
 """Runs before a recording: kernels are compiled, libraries take their workspace."""
 
 
-MAX_BATCH = 512
-"""Larger batches are launched kernel by kernel: their states take the device longer than that takes the host."""
+MAX_BATCH = 1024
+"""Larger batches are launched kernel by kernel: their states take the device longer than that takes the host, even in
+8 bits."""
 
 
 def graph_sizes(most: int) -> list[int]:
