@@ -200,10 +200,10 @@ class Settings(BaseSettings):
         0.9,
         description="Share of each GPU's memory that the variants on it may take together, weights and all.",
     )
-    state_dtype: StateDType | None = Field(
-        None,
-        description="The recurrent state: float32, the default, bfloat16 (half of it) or int8 (a quarter, and a scale "
-        "for each value channel); narrower ones are rounded after every token.",
+    state_dtype: StateDType = Field(
+        "float32",
+        description="The recurrent state: float32, bfloat16 (half of it) or int8 (a quarter, and a scale for each "
+        "value channel); narrower ones are rounded after every token.",
     )
     prefix_cache: bool = Field(
         True, description="Keep states of prompts in free slots, for prompts that begin alike."

@@ -76,11 +76,6 @@ def pick_dtype(config: EngineConfig, device: str) -> torch.dtype:
     return torch.float32 if config.dtype == "float32" else torch.bfloat16
 
 
-def pick_state_dtype(config: EngineConfig, device: str) -> StateDType:
-    """By default float32, on every device: it rounds nothing."""
-    return config.state_dtype or "float32"
-
-
 def open_device(config: EngineConfig) -> Device:
     """The device that the configuration names, or that is there. Raises CheckpointError."""
     name = pick_device(config)
@@ -114,8 +109,8 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     prepare(device.torch_device)
     runtime = compile_model(checkpoint.load(dtype=dtype, device=device.torch_device))
     prefill_tokens = pick_prefill_tokens(config, device.name)
-    state_dtype = pick_state_dtype(config, device.name)
-    types = StateTypes.named(state_dtype, dtype)
+    check_states(config.state_dtype, runtime)
+    types = StateTypes.named(config.state_dtype, dtype)
     pool, plan, graphs = _plan(config, device, runtime, types, weights, prefill_tokens)
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
@@ -137,7 +132,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         method=None if reduction is None else writable(reduction.get("method")),
         state_bytes_per_request=pool.bytes_per_slot,
         state_layout=layout(pool),
-        state_dtype=state_dtype,
+        state_dtype=config.state_dtype,
         device=device.name,
         backend=runtime.name,
         weights_bytes=plan.needs.weights,
@@ -185,6 +180,16 @@ def _plan(
         return states, plan, None
     sizes = graph_sizes(min(plan.slots, config.max_requests or MAX_BATCH))
     return states, plan, DecodeGraphs(runtime, states, sizes, recorder)
+
+
+def check_states(state_dtype: StateDType, runtime: Runtime) -> None:
+    """Refuse a state dtype that the runtime has no kernel for. Raises CheckpointError."""
+    odd = {mixer.d_v for mixer in runtime.model.spec.deltas.values() if mixer.d_v % 4}
+    if state_dtype == "int8" and runtime.name == "triton" and odd:
+        raise CheckpointError(
+            f"state_dtype='int8' needs a d_v that is a multiple of 4 on a GPU, and this model's is {min(odd)}; "
+            "use bfloat16"
+        )
 
 
 def serve(config: EngineConfig) -> None:

@@ -35,7 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Share of a GPU's memory that the engine may take for everything. A CPU's is bounded by what is free."""
     devices: list[str] = []
     """Devices of all variants that load at the same time, this one among them."""
-    state_dtype: StateDType | None = None
+    state_dtype: StateDType = "float32"
     """The recurrent state; None: as suits the device."""
     prefix_cache: bool = True
     batch_invariant: bool = False

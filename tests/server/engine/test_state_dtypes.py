@@ -1,5 +1,7 @@
 """Engines whose states are narrower than float32: what they compute, hold, save and fork."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,9 +10,10 @@ from engine_process import engine_config
 from engines import Bench, generate, prompt, run, sampling, tokens_of
 from safetensors.torch import load_file, save_file
 
+from modeling.checkpoint import CheckpointError
 from modeling.spec import STATE_DTYPES, TOKEN_BLOCK
 from modeling.state import DeltaState
-from server.engine.process import build, pick_state_dtype
+from server.engine.process import build, check_states
 from server.wire.messages import Pause, Resume, SaveState
 
 
@@ -169,7 +172,15 @@ def test_memory_holds_as_many_states_as_they_are_narrow(tmp_path):
     assert 3.6 < slots["int8"] / slots["float32"] < 4
 
 
-def test_states_are_in_float32_unless_somebody_says_otherwise():
-    for device in ("cpu", "cuda:1"):
-        assert pick_state_dtype(engine_config("x"), device) == "float32"
-        assert pick_state_dtype(engine_config("x", state_dtype="int8"), device) == "int8"
+def test_a_state_dtype_that_a_gpu_has_no_kernel_for_is_refused(bench):
+    def runtime(name, d_v):
+        mixer = SimpleNamespace(d_v=d_v)
+        return SimpleNamespace(name=name, model=SimpleNamespace(spec=SimpleNamespace(deltas={0: mixer})))
+
+    with pytest.raises(
+        CheckpointError, match="state_dtype='int8' needs .* multiple of 4 .* is 30; use bfloat16"
+    ):
+        check_states("int8", runtime("triton", 30))
+    check_states("int8", runtime("triton", 32))
+    check_states("bfloat16", runtime("triton", 30))
+    check_states("int8", runtime("cpu", 30))
