@@ -184,7 +184,7 @@ def main(
         typer.Option(
             parser=state_dtype_of,
             metavar="|".join(STATE_DTYPES),
-            help="Of our states; may be given several times.",
+            help="Dtype of our states; may be given several times.",
         ),
     ] = ["float32"],  # noqa: B006
     seconds: Annotated[float, typer.Option(help="Per batch size, about.")] = 15,

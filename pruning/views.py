@@ -225,8 +225,12 @@ def pareto_view(evaluation: Evaluation) -> Table:
 def legend(evaluation: Evaluation) -> str:
     """What the figures mean that were measured; empty where that needs no words."""
     entries = evaluation.checkpoints
-    measured = any(e.recall or e.rank or e.retrieval or e.speed for e in entries)
-    return " ".join([LEGEND] * measured + [BITS_LEGEND] * any(e.bits for e in entries))
+    parts = []
+    if any(e.recall or e.rank or e.retrieval or e.speed for e in entries):
+        parts.append(LEGEND)
+    if any(e.bits for e in entries):
+        parts.append(BITS_LEGEND)
+    return " ".join(parts)
 
 
 LEGEND = (

@@ -45,8 +45,7 @@ from types import FrameType
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-STATE_DTYPES = ("float32", "bfloat16", "int8")
-"""As modeling.spec.STATE_DTYPES, without torch, which is imported only when the options are known."""
+from modeling.state_dtype import STATE_DTYPES
 
 PARTS = {
     "correctness": {"warm": 150, "kernels": 50, "parity": 200, "texts": 60},

@@ -6,6 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from modeling.model import Model
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 
 
@@ -55,6 +56,10 @@ class Runtime(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype or float32."""
+        ...
+
+    def check_states(self, types: StateTypes) -> None:
+        """Raises UnavailableError where it has nothing that computes states of these types."""
         ...
 
     def compile_ahead(self, work: Callable[[], object]) -> None:

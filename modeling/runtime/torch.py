@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from modeling.model import Model
+from modeling.spec import StateTypes
 from modeling.state import LayerState, StatePool
 
 
@@ -32,6 +33,9 @@ class TorchRuntime:
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.model.logits(hidden)
+
+    def check_states(self, types: StateTypes) -> None:
+        """Nothing: all that a pool can hold is computed."""
 
     def compile_ahead(self, work: Callable[[], object]) -> None:
         """Nothing: all is compiled."""

@@ -3,7 +3,7 @@
 Each column of a head's state, all key channels of one value channel, has a scale of its own: its largest entry over
 127. The columns that a kernel holds then need nothing of the others. An entry is kept as the whole number that is
 nearest to it in units of the scale. Kernels round by the same operations in the same order, so that equal float32
-states give equal bytes.
+states give equal bytes, wherever there is an instruction that multiplies and adds and rounds once.
 """
 
 import torch
@@ -27,7 +27,7 @@ def narrow(state: Tensor) -> tuple[Tensor, Tensor]:
     # A number over a tensor would be its reciprocal times the number, which is rounded twice.
     inverse = (torch.full_like(largest, LEVELS) / largest).masked_fill(largest == 0, 0.0)
     # Products of two float32 numbers are exact in float64: they are rounded once, as by a fused multiply and add.
-    codes = (state.double() * inverse.double().unsqueeze(-2)).round().nan_to_num(nan=0.0)
+    codes = state.double().mul_(inverse.double().unsqueeze(-2)).round_().nan_to_num_(nan=0.0)
     return codes.to(torch.int8), largest * (1 / LEVELS)
 
 

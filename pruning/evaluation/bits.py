@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modeling.ops import wide
-from modeling.runtime import Runtime
+from modeling.runtime import Runtime, UnavailableError
 from modeling.spec import STATE_DTYPES, StateDType, StateTypes
 from modeling.state import StatePool
 from pruning.errors import PruningError
@@ -113,7 +113,8 @@ def bits(
         baseline: computes the model to compare with; None for this model itself.
 
     Raises:
-        PruningError: the vocabularies differ, or a model gives NaN or Inf.
+        PruningError: the vocabularies differ, a model gives NaN or Inf, or there is nothing on this device that
+            computes its states in one of the dtypes.
     """
     readers = [_Reader(runtime, dtype) for dtype in STATE_DTYPES]
     full = readers[0]  # float32
@@ -157,6 +158,10 @@ class _Reader:
         self.dtype, self.device = dtype, model.device
         self._runtime = runtime
         self._types = StateTypes.named(dtype, model.embeddings.weight.dtype)
+        try:
+            runtime.check_states(self._types)
+        except UnavailableError as e:
+            raise PruningError(f"{e}; on a CPU all dtypes can be measured (--device cpu)") from e
         self.state_bytes = model.spec.state_bytes(0, self._types)
         # The prediction, its logarithm, and what is made of both.
         self.bytes_per_row = self.state_bytes + 4 * model.spec.vocab_size * torch.float32.itemsize
@@ -164,11 +169,13 @@ class _Reader:
     def begin(self, rows: int) -> None:
         """Forget everything; `rows` rows are read from now on."""
         spec = self._runtime.model.spec
+        self._pool: StatePool | None = None  # the old one goes before there is a new one
         self._pool = StatePool(spec, rows, device=self.device, types=self._types)
         self._slots = torch.arange(rows, device=self.device)
 
     def step(self, ids: Tensor) -> Tensor:
         """Hidden states after the next token `[rows]`."""
+        assert self._pool is not None
         return self._runtime.decode(ids, self._pool, self._slots)
 
     def log_probs(self, hidden: Tensor) -> Tensor:

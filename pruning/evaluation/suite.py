@@ -57,7 +57,7 @@ def evaluate_checkpoints(
     baseline, *others = checkpoints
     inputs = _inputs(baseline, settings)
     for checkpoint in others:
-        if not inputs.same_text(_inputs(checkpoint, settings)):
+        if not inputs.same_text(_inputs(checkpoint, settings, prompts=False)):
             raise PruningError(
                 f"{checkpoint.source} reads the text as other tokens than {baseline.source}; "
                 "models of different tokenizers can't be compared token by token, evaluate them apart"
@@ -101,15 +101,16 @@ class _Inputs:
         return self.long is None or other.long is None or self.long.equal(other.long)
 
 
-def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings) -> _Inputs:
+def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings, *, prompts: bool = True) -> _Inputs:
+    """What a checkpoint is given to read, in its tokens; without `prompts`, the text alone."""
     encoder, text, tokens = Encoder(checkpoint), settings.text, settings.tokens
     windows = evaluation_windows(encoder, text, tokens=tokens, window=settings.window, stride=settings.stride)
-    long, prompts = None, []
+    long, asked = None, []
     if "bits" in settings.parts:
         long = long_windows(encoder, text, tokens=tokens, longest=LONGEST, block=BLOCK)
-    if {"recall", "bits"} & set(settings.parts):
-        prompts = recall_prompts(encoder, seed=settings.seed)
-    return _Inputs(windows, long, prompts)
+    if prompts and {"recall", "bits"} & set(settings.parts):
+        asked = recall_prompts(encoder, seed=settings.seed)
+    return _Inputs(windows, long, asked)
 
 
 def _measure(

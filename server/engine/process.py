@@ -17,9 +17,9 @@ import zmq
 from lowkey.words import writable
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
-from modeling.runtime import Runtime, compile_model, prepare
+from modeling.runtime import Runtime, UnavailableError, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
-from modeling.spec import StateDType, StateTypes
+from modeling.spec import StateTypes
 from modeling.state import StatePool
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
@@ -109,8 +109,11 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     prepare(device.torch_device)
     runtime = compile_model(checkpoint.load(dtype=dtype, device=device.torch_device))
     prefill_tokens = pick_prefill_tokens(config, device.name)
-    check_states(config.state_dtype, runtime)
     types = StateTypes.named(config.state_dtype, dtype)
+    try:
+        runtime.check_states(types)
+    except UnavailableError as e:
+        raise CheckpointError(f"state_dtype={config.state_dtype!r}: {e}") from e
     pool, plan, graphs = _plan(config, device, runtime, types, weights, prefill_tokens)
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
@@ -180,16 +183,6 @@ def _plan(
         return states, plan, None
     sizes = graph_sizes(min(plan.slots, config.max_requests or MAX_BATCH))
     return states, plan, DecodeGraphs(runtime, states, sizes, recorder)
-
-
-def check_states(state_dtype: StateDType, runtime: Runtime) -> None:
-    """Refuse a state dtype that the runtime has no kernel for. Raises CheckpointError."""
-    odd = {mixer.d_v for mixer in runtime.model.spec.deltas.values() if mixer.d_v % 4}
-    if state_dtype == "int8" and runtime.name == "triton" and odd:
-        raise CheckpointError(
-            f"state_dtype='int8' needs a d_v that is a multiple of 4 on a GPU, and this model's is {min(odd)}; "
-            "use bfloat16"
-        )
 
 
 def serve(config: EngineConfig) -> None:

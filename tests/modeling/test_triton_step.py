@@ -9,11 +9,12 @@ from states import error_in_steps, exact_states, tensors
 from modeling.checkpoint import open_checkpoint
 from modeling.layers import DeltaMixer
 from modeling.ops import chunked_gated_delta_rule
-from modeling.runtime import TorchRuntime
+from modeling.runtime import TorchRuntime, UnavailableError
 from modeling.runtime.gpu import delta as module
 from modeling.runtime.gpu import delta_int8
 from modeling.runtime.gpu.delta import delta_step
 from modeling.runtime.gpu.runtime import GpuRuntime
+from modeling.spec import StateTypes
 from modeling.state import DeltaState, StatePool
 from modeling.state.rounding import narrow
 
@@ -120,12 +121,14 @@ def test_states_in_8_bits_are_those_of_float64_rounded(name):
     check_int8(make_mixer(SPECS[name] | {"d_v": d_v + -d_v % 4}), torch.float32)
 
 
-def test_states_in_8_bits_of_a_d_v_that_is_no_multiple_of_4_are_refused():
-    mixer = make_mixer({"d_v": 6})
-    projected, wide, conv = draw(mixer, torch.float32, torch.float32)
-    codes, scales = narrow(wide)
-    with pytest.raises(ValueError, match="multiple of 4, got 6"):
-        delta_step(mixer, projected, DeltaState(codes, conv, scales), torch.tensor(SLOTS))
+def test_states_in_8_bits_of_a_d_v_that_is_no_multiple_of_4_are_refused(tmp_path):
+    config = {**GATED, "head_dim": 10, "expand_v": 1.0}
+    runtime = GpuRuntime(
+        open_checkpoint(write_checkpoint(tmp_path / "c", config)).load(), chunked_gated_delta_rule
+    )
+    with pytest.raises(UnavailableError, match="multiple of 4, and that of layer 0 is 10; bfloat16 would do"):
+        runtime.check_states(StateTypes(torch.int8))
+    runtime.check_states(StateTypes(torch.bfloat16))
 
 
 def test_states_in_8_bits_and_bfloat16_activations():

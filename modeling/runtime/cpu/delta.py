@@ -10,8 +10,9 @@ from modeling.state import DeltaState
 
 _GATES = {"none": 0, "silu": 1, "sigmoid": 2}
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1}
+"""Float dtypes as `Type` of delta.h has them."""
 _TYPES = {**_FLOATS, torch.int8: 2}
-"""Dtypes as `Type` of delta.h has them."""
+"""All dtypes, likewise."""
 
 
 class Delta(Structure):
@@ -60,9 +61,12 @@ class State(Structure):
     @classmethod
     def of(cls, state: DeltaState) -> "State":
         """Where a state's tensors are. Raises ValueError for tensors that the C++ would misread."""
-        for t in (state.recurrent, state.conv):
-            known = t.dtype in _FLOATS or (t is state.recurrent and state.scales is not None)
-            if not known or t.device.type != "cpu" or not t.is_contiguous():
+        floats = tuple(_FLOATS)
+        tensors = [(state.recurrent, floats if state.scales is None else (torch.int8,)), (state.conv, floats)]
+        if state.scales is not None:
+            tensors.append((state.scales, (torch.float32,)))
+        for t, known in tensors:
+            if t.dtype not in known or t.device.type != "cpu" or not t.is_contiguous():
                 raise ValueError(
                     "states must be contiguous float32 or bfloat16 on the CPU, or int8 with scales if recurrent, got "
                     f"{t.dtype} on {t.device}"

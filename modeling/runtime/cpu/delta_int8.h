@@ -13,8 +13,8 @@ constexpr float LEVELS = 127.0f, SMALLEST = 0x1p-100f;
 // number, ties to even.
 constexpr float ROUNDING = 0x1.8p23f;
 
-// A column's new scale, and the inverse to multiply its entries by, given its largest entry. `delta` is NaN where the
-// column is.
+// A column's new scale, and the inverse to multiply its entries by, given its largest entry. `delta` is NaN or Inf where
+// the column is, which a maximum does not see.
 static inline float scale_of(float largest, float delta, float *inverse) {
     const bool none = largest < SMALLEST;
     *inverse = none ? 0.0f : LEVELS / largest;

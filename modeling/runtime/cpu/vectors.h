@@ -82,7 +82,7 @@ static inline bvec narrow_to_8(uvec x) {
 
 static inline vec load(const bf16 *p) { return (vec)(widen(peek<hvec>(p)) << 16); }
 static inline void store(bf16 *p, vec x) {
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) // it takes denormals as zero, as all of a step does
     const __m256bh half = _mm512_cvtneps_pbh((__m512)x);
 #else
     const uvec bits = (uvec)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16; // to nearest even

@@ -27,8 +27,7 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     Slots that occur more than once get states and outputs of no meaning (`DecodeGraphs`' null slot), nobody else's do.
 
     Raises:
-        ValueError: float64 tensors, whose precision the kernel would silently lose; states in int8 of a d_v that is no
-            multiple of 4.
+        ValueError: float64 tensors, whose precision the kernel would silently lose.
     """
     if torch.float64 in (projected.dtype, state.recurrent.dtype, state.conv.dtype):
         raise ValueError("the Triton decode step computes in float32; for float64 use the torch runtime")

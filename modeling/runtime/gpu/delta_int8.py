@@ -10,6 +10,8 @@ from modeling.runtime.gpu.prefill import normed_output
 from modeling.runtime.gpu.sizes import ceil_div, power_of_2
 from modeling.state import DeltaState
 
+WORD = 4
+"""Columns of a state that are read and written together."""
 TILE = 16384
 """Elements of state that a program holds at a time, at most."""
 ELEMENTS_PER_WARP = 4096
@@ -17,14 +19,9 @@ ELEMENTS_PER_WARP = 4096
 
 
 def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
-    """`DeltaMixer.step` of states in int8, as `modeling.runtime.gpu.delta.delta_step`.
-
-    Raises:
-        ValueError: d_v is no multiple of 4.
-    """
+    """`DeltaMixer.step` of states in int8, as `modeling.runtime.gpu.delta.delta_step`. d_v must be a multiple of `WORD`
+    (`GpuRuntime.check_states`)."""
     s = mixer.spec
-    if s.d_v % 4:
-        raise ValueError(f"on a GPU states in int8 need a d_v that is a multiple of 4, got {s.d_v}")
     batch = projected.shape[0]
     qkv = projected.new_empty(batch, s.conv_channels, dtype=torch.float32)
     convolve_step[(batch, 2 * s.num_k_heads + s.num_v_heads)](
@@ -68,7 +65,7 @@ def delta_step_int8(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slo
         has_decay=s.has_decay,
         has_beta=s.has_beta,
         block_k=block_k,
-        block_w=block_v // 4,
+        block_w=block_v // WORD,
         num_warps=max(block_k * block_v // ELEMENTS_PER_WARP, 1),
     )
     return normed_output(mixer, o, projected)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from modeling.layers import MLP, DeltaMixer
@@ -9,11 +10,13 @@ from modeling.model import Model
 from modeling.ops import GatedDeltaRule
 from modeling.runtime.gpu.compiling import compile_ahead
 from modeling.runtime.gpu.delta import add_delta
+from modeling.runtime.gpu.delta_int8 import WORD
 from modeling.runtime.gpu.mlp import add_mlp
 from modeling.runtime.gpu.norms import normed
 from modeling.runtime.gpu.prefill import add_delta_prefill
 from modeling.runtime.interface import UnavailableError
 from modeling.runtime.torch import TorchRuntime
+from modeling.spec import StateTypes
 from modeling.state import LayerState
 
 MIXERS: dict[type, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
@@ -27,7 +30,8 @@ FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLP: add_mlp}
 
 class GpuRuntime(TorchRuntime):
     """`modeling.runtime.Runtime` with the small work between a block's products fused: one kernel each for a mixer's
-    step, a norm and SwiGLU, which would cost more to launch than to do, and the residual sums inside the products.
+    step (three with states in int8), a norm and SwiGLU, which would cost more to launch than to do, and the residual
+    sums inside the products.
 
     Args:
         model: on the GPU.
@@ -48,6 +52,14 @@ class GpuRuntime(TorchRuntime):
                     raise UnavailableError(
                         f"layer {i} has a {type(part).__name__}, for which there are no kernels"
                     )
+
+    def check_states(self, types: StateTypes) -> None:
+        for layer, mixer in self.model.spec.deltas.items():
+            if types.recurrent == torch.int8 and mixer.d_v % WORD:
+                raise UnavailableError(
+                    f"on a GPU states in int8 need a d_v that is a multiple of {WORD}, and that of layer {layer} is "
+                    f"{mixer.d_v}; bfloat16 would do"
+                )
 
     def compile_ahead(self, work: Callable[[], object]) -> None:
         compile_ahead(work)

@@ -344,7 +344,7 @@ class Lowkey(BaseModel):
     state_bytes: int = Field(
         description="Recurrent states, with the scales of those in int8, and convolutions' inputs, of all choices."
     )
-    state_dtype: StateDType = Field(description="Of the recurrent state.")
+    state_dtype: StateDType = Field(description="Dtype of the recurrent state.")
     d_k: int | list[int]
     queue_s: float | None
     ttft_s: float | None = Field(description="From the arrival of the HTTP request to the first token.")

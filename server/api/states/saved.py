@@ -96,7 +96,16 @@ class SavedStates:
         (await self.fingerprint(variant)).check(header.metadata, variant.name)
         info = variant.info
         if (header.tensors, header.data_bytes) != (info.state_layout, info.state_bytes_per_request):
-            raise StateFileError(f"has other tensors than variant {variant.name!r} keeps")
+            odd = sorted(
+                name
+                for name in header.tensors.keys() | info.state_layout.keys()
+                if header.tensors.get(name) != info.state_layout.get(name)
+            )
+            told = ""
+            if odd:
+                theirs, ours = header.tensors.get(odd[0]), info.state_layout.get(odd[0])
+                told = f": {odd[0][:80]} is {_tensor(theirs)} there and {_tensor(ours)} here"
+            raise StateFileError(f"has other tensors than variant {variant.name!r} keeps{told}")
 
     async def save(self, variant: Variant, ids: list[int], path: Path, salt: bytes) -> None:
         """Have the engine write the state after `ids`, whose prefixes are kept under `salt`. Raises EngineError."""
@@ -113,6 +122,11 @@ class SavedStates:
         except StateError as e:  # a full disk; the message names the file, which is nobody's business outside
             logger.error("%s: %s", variant.name, e)
             raise unavailable("the state could not be written; the server's log has the details") from e
+
+
+def _tensor(found: tuple[str, list[int]] | None) -> str:
+    """How a message calls a tensor of a state: its dtype and shape."""
+    return "missing" if found is None else f"{found[0][:8]} {str(found[1])[:40]}"
 
 
 def saved_states(request: Request) -> SavedStates:

@@ -1,7 +1,5 @@
 """Engines whose states are narrower than float32: what they compute, hold, save and fork."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -11,9 +9,12 @@ from engines import Bench, generate, prompt, run, sampling, tokens_of
 from safetensors.torch import load_file, save_file
 
 from modeling.checkpoint import CheckpointError
+from modeling.ops import chunked_gated_delta_rule
+from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import STATE_DTYPES, TOKEN_BLOCK
 from modeling.state import DeltaState
-from server.engine.process import build, check_states
+from server.engine import process
+from server.engine.process import build
 from server.wire.messages import Pause, Resume, SaveState
 
 
@@ -148,7 +149,7 @@ def test_scales_that_are_no_numbers_break_their_own_request_only(bench, tmp_path
 
 
 def bytes_by_hand(state_dtype):
-    """Of one request: two heads of 128 by 128, and three inputs of 768 channels."""
+    """Bytes of one request's state: two heads of 128 by 128, and three inputs of 768 channels."""
     recurrent = {"float32": 4 * 128 * 128, "bfloat16": 2 * 128 * 128, "int8": 128 * 128 + 4 * 128}[
         state_dtype
     ]
@@ -172,15 +173,11 @@ def test_memory_holds_as_many_states_as_they_are_narrow(tmp_path):
     assert 3.6 < slots["int8"] / slots["float32"] < 4
 
 
-def test_a_state_dtype_that_a_gpu_has_no_kernel_for_is_refused(bench):
-    def runtime(name, d_v):
-        mixer = SimpleNamespace(d_v=d_v)
-        return SimpleNamespace(name=name, model=SimpleNamespace(spec=SimpleNamespace(deltas={0: mixer})))
-
-    with pytest.raises(
-        CheckpointError, match="state_dtype='int8' needs .* multiple of 4 .* is 30; use bfloat16"
-    ):
-        check_states("int8", runtime("triton", 30))
-    check_states("int8", runtime("triton", 32))
-    check_states("bfloat16", runtime("triton", 30))
-    check_states("int8", runtime("cpu", 30))
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_a_state_dtype_that_a_gpu_has_no_kernel_for_is_refused_when_it_is_loaded(
+    tmp_path, monkeypatch, batch_invariant
+):
+    path = write_checkpoint(tmp_path / "c", {**GATED, "head_dim": 10, "expand_v": 1.0})
+    monkeypatch.setattr(process, "compile_model", lambda m: GpuRuntime(m, chunked_gated_delta_rule))
+    with pytest.raises(CheckpointError, match="state_dtype='int8': .* multiple of 4, .* layer 0 is 10"):
+        build(engine_config(path, state_dtype="int8", batch_invariant=batch_invariant))
