@@ -81,7 +81,7 @@ def serve(
     state_dtype: Annotated[
         str | None,
         typer.Option(
-            help="The recurrent state: float32, bfloat16 (half of it) or int8 (a quarter). [default: float32]"
+            help="The recurrent state: float32, bfloat16 (half of it) or int8 (about a quarter). [default: float32]"
         ),
     ] = None,
     prefix_cache: Annotated[

@@ -203,7 +203,7 @@ class Settings(BaseSettings):
     state_dtype: StateDType = Field(
         "float32",
         description="The recurrent state: float32, bfloat16 (half of it) or int8 (a quarter, and a scale for each "
-        "value channel); narrower ones are rounded after every token.",
+        "value channel); narrower ones are rounded after every generated token and every piece of a prompt.",
     )
     prefix_cache: bool = Field(
         True, description="Keep states of prompts in free slots, for prompts that begin alike."

@@ -42,12 +42,14 @@ def evaluation_windows(
     context = window - stride
     stream = _stream(encoder, text, context + tokens if tokens else None)
     available = max(len(stream) - 1 - context, 0)
+    asked, advice = f"tokens={tokens}", "ask for fewer"
+    if not tokens:
+        asked, advice = f"{stride} tokens, which one window scores,", "ask for shorter windows"
     count = available // stride
     wanted = tokens // stride or count
     if count < max(wanted, 1):
         raise PruningError(
-            f"tokens={tokens or stride} are more than {text.name} gives, which is {available}; "
-            "ask for fewer, or add text"
+            f"{asked} are more than {text.name} gives, which is {available}; {advice}, or add text"
         )
     return _cut(stream, wanted, window, stride)
 
