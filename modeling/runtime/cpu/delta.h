@@ -47,7 +47,7 @@ struct Delta {
     }
 };
 
-enum Type : int32_t { FLOAT32, BFLOAT16, INT8 };
+enum StateType : int32_t { FLOAT32, BFLOAT16, INT8 };
 
 // The state of one layer; it has a row for each slot of a pool, or for each packed sequence.
 struct DeltaState {

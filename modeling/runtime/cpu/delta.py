@@ -10,7 +10,7 @@ from modeling.state import DeltaState
 
 _GATES = {"none": 0, "silu": 1, "sigmoid": 2}
 _FLOATS = {torch.float32: 0, torch.bfloat16: 1}
-"""Float dtypes as `Type` of delta.h has them."""
+"""Float dtypes as `StateType` of delta.h has them."""
 _TYPES = {**_FLOATS, torch.int8: 2}
 """All dtypes, likewise."""
 

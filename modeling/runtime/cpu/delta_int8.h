@@ -13,8 +13,8 @@ constexpr float LEVELS = 127.0f, SMALLEST = 0x1p-100f;
 // number, ties to even.
 constexpr float ROUNDING = 0x1.8p23f;
 
-// A column's new scale, and the inverse to multiply its entries by, given its largest entry. `delta` is NaN or Inf where
-// the column is, which a maximum does not see.
+// A column's new scale, and the inverse to multiply its entries by, given its largest entry. `delta` is NaN or Inf
+// where the column is, which a maximum does not see.
 static inline float scale_of(float largest, float delta, float *inverse) {
     const bool none = largest < SMALLEST;
     *inverse = none ? 0.0f : LEVELS / largest;
@@ -56,9 +56,9 @@ static inline void update_columns(int8_t *state, float *scales, int d_k, int d_v
         }
 #pragma GCC unroll 8
     for (int j = 0; j < COLUMNS; j++) {
-        const vec zero = {}, of = largest[j];
-        inverse[j] = of < SMALLEST ? zero : LEVELS / of;
-        store(scales + j * LANES, (of < SMALLEST ? zero : of * (1 / LEVELS)) + 0.0f * delta[j]);
+        const vec zero = {}, most = largest[j];
+        inverse[j] = most < SMALLEST ? zero : LEVELS / most;
+        store(scales + j * LANES, (most < SMALLEST ? zero : most * (1 / LEVELS)) + 0.0f * delta[j]);
     }
     for (int i = 0; i < d_k; i++)
 #pragma GCC unroll 8

@@ -57,8 +57,8 @@ static inline void update_columns(S *state, int d_k, int d_v, const float *q, co
     }
 }
 template <class S>
-static void update_head(S *state, float *, int d_k, int d_v, const float *q, const float *k, const float *v, float decay,
-                        float beta, float qk, float *o) {
+static void update_head(S *state, float *, int d_k, int d_v, const float *q, const float *k, const float *v,
+                        float decay, float beta, float qk, float *o) {
     constexpr int MOST = LANES == 16 ? 8 : 4; // sums that registers hold
     int j = 0;
     for (; j + MOST * LANES <= d_v; j += MOST * LANES)

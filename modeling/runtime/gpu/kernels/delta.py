@@ -15,7 +15,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _inputs(projected, history, weight, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+def load_inputs(projected, history, weight, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
     """Loads only: the last `taps - 1` inputs, the new one, and the filter, behind the shape of `channels`."""
     j = tl.arange(0, columns)[None, None, :]
     old = tl.load(history + channels * (taps - 1) + j, mask=mask & (j < taps - 1), other=0.0)
@@ -24,7 +24,7 @@ def _inputs(projected, history, weight, channels, mask, taps: tl.constexpr, colu
 
 
 @triton.jit
-def _convolve(old, new, weight, bias, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+def convolve(old, new, weight, bias, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
     """SiLU of the depthwise convolution, in the shape of `channels` less its last axis, and the window that it read."""
     j = tl.arange(0, columns)[None, None, :]
     window = tl.where(j == taps - 1, new.to(tl.float32), old.to(tl.float32))
@@ -35,7 +35,7 @@ def _convolve(old, new, weight, bias, channels, mask, taps: tl.constexpr, column
 
 
 @triton.jit
-def _move_on(window, history, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
+def move_history_on(window, history, channels, mask, taps: tl.constexpr, columns: tl.constexpr):
     """Drop the oldest input of the history and append the new one. Threads may hold copies of a channel: all must have
     read it, with a barrier behind them, before one of them comes here."""
     j = tl.arange(0, columns)[None, None, :]
@@ -44,7 +44,7 @@ def _move_on(window, history, channels, mask, taps: tl.constexpr, columns: tl.co
 
 
 @triton.jit
-def _log_decay(decay_in, shift, log_rate):
+def log_decay_of(decay_in, shift, log_rate):
     """The logarithm of the decay: minus the rate times softplus."""
     x = decay_in.to(tl.float32) + shift
     softplus = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))  # no exp of it overflows
@@ -103,7 +103,9 @@ def mixer_step(
     part = tl.arange(0, 2)[:, None]  # q and k
     qk_channels = (part * key_dim + head * d_k + k_index[None, :])[:, :, None]
     qk_mask = ((part < 2) & k_mask[None, :])[:, :, None]
-    qk_old, qk_new, qk_weight = _inputs(projected, history, conv_weight, qk_channels, qk_mask, taps, columns)
+    qk_old, qk_new, qk_weight = load_inputs(
+        projected, history, conv_weight, qk_channels, qk_mask, taps, columns
+    )
 
     # o of a head, [blocks, block_v]: a block's row is filled when its columns are done.
     o_index = tl.arange(0, blocks)[:, None] * block_v + tl.arange(0, block_v)[None, :]
@@ -125,7 +127,7 @@ def mixer_step(
             v_index = block * block_v + tl.arange(0, block_v)
             v_mask = (v_index < d_v)[:, None, None]
             v_channels = (2 * key_dim + v_head * d_v + v_index)[:, None, None]
-            v_old, v_new, v_weight = _inputs(
+            v_old, v_new, v_weight = load_inputs(
                 projected, history, conv_weight, v_channels, v_mask, taps, columns
             )
             tile = (slot * num_v_heads + v_head) * d_k * d_v + k_index[:, None] * d_v + v_index[None, :]
@@ -137,22 +139,22 @@ def mixer_step(
                 if has_beta:
                     beta = tl.sigmoid(beta_in.to(tl.float32)) * beta_scale
                 if has_decay:
-                    decay = tl.exp(_log_decay(decay_in, shift, log_rate))
+                    decay = tl.exp(log_decay_of(decay_in, shift, log_rate))
             if group == 0 and block == 0:
-                qk, qk_window = _convolve(
+                qk, qk_window = convolve(
                     qk_old, qk_new, qk_weight, conv_bias, qk_channels, qk_mask, taps, columns
                 )
                 qk *= tl.rsqrt(tl.sum(qk * qk, axis=1) + l2_eps)[:, None]
                 q = tl.sum(tl.where(part == 0, qk, 0.0), axis=0) * scale
                 k = tl.sum(tl.where(part == 1, qk, 0.0), axis=0)
-            v_column, v_window = _convolve(
+            v_column, v_window = convolve(
                 v_old, v_new, v_weight, conv_bias, v_channels, v_mask, taps, columns
             )
             v = tl.sum(v_column, axis=1)
             tl.debug_barrier()
-            _move_on(v_window, history, v_channels, v_mask, taps, columns)
+            move_history_on(v_window, history, v_channels, v_mask, taps, columns)
             if group == 0 and block == 0:
-                _move_on(qk_window, history, qk_channels, qk_mask, taps, columns)
+                move_history_on(qk_window, history, qk_channels, qk_mask, taps, columns)
             if has_decay:
                 state *= decay
             u = beta * (v - tl.sum(state * k[:, None], axis=0))
@@ -283,7 +285,7 @@ def gates(
         decay_in = tl.load(source, mask=mask, other=0.0)
         shift = tl.load(dt_bias + head, mask=heads, other=0.0).to(tl.float32)
         log_rate = tl.load(a_log + head, mask=heads, other=0.0).to(tl.float32)
-        tl.store(g + target, _log_decay(decay_in, shift[None, :], log_rate[None, :]), mask=mask)
+        tl.store(g + target, log_decay_of(decay_in, shift[None, :], log_rate[None, :]), mask=mask)
 
 
 @triton.jit

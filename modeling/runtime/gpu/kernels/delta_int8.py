@@ -12,7 +12,7 @@ between warps. Read as bytes, sixteen columns would go to each thread.
 import triton
 import triton.language as tl
 
-from modeling.runtime.gpu.kernels.delta import _convolve, _inputs, _log_decay, _move_on
+from modeling.runtime.gpu.kernels.delta import convolve, load_inputs, log_decay_of, move_history_on
 from modeling.runtime.gpu.kernels.rounding import rounded, scales_of
 
 
@@ -44,11 +44,13 @@ def convolve_step(
     channel = (tl.where(is_v, v_at, part * d_k) + index)[:, None, None]
     mask = (index < tl.where(is_v, d_v, d_k))[:, None, None]
     history = conv + tl.load(slots + row).to(tl.int64) * channels * (taps - 1)
-    old, new, filters = _inputs(projected + row * row_stride, history, weight, channel, mask, taps, columns)
-    y, window = _convolve(old, new, filters, bias, channel, mask, taps, columns)
+    old, new, filters = load_inputs(
+        projected + row * row_stride, history, weight, channel, mask, taps, columns
+    )
+    y, window = convolve(old, new, filters, bias, channel, mask, taps, columns)
     y = tl.sum(y, axis=1)
     tl.debug_barrier()
-    _move_on(window, history, channel, mask, taps, columns)
+    move_history_on(window, history, channel, mask, taps, columns)
     norm = tl.rsqrt(tl.sum(tl.where(index < d_k, y * y, 0.0), axis=0) + l2_eps)
     y *= tl.where(is_v, 1.0, tl.where(part < num_k_heads, norm * scale, norm))
     target = tl.where(is_v, v_at, part * d_k) + index
@@ -118,7 +120,7 @@ def move_states_on(
         beta = tl.sigmoid(tl.load(gate).to(tl.float32)) * beta_scale
         gate += num_v_heads
     if has_decay:
-        decay = tl.exp(_log_decay(tl.load(gate), tl.load(dt_bias + head), tl.load(a_log + head)))
+        decay = tl.exp(log_decay_of(tl.load(gate), tl.load(dt_bias + head), tl.load(a_log + head)))
         d0, d1, d2, d3 = d0 * decay, d1 * decay, d2 * decay, d3 * decay
     qk = tl.sum(q * k, axis=0)
     q, k = q[:, None], k[:, None]
