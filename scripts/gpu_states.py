@@ -1,10 +1,11 @@
 """States in int8 around the kernels of prompts: the same bits as plain torch makes."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from gpu_common import Run, SkippedError
-from gpu_kernels import make_mixer, random_state, rows_of, rule_shapes, shapes
+from gpu_kernels import large_mixer, make_mixer, random_state, rows_of, rule_shapes, shapes
 from torch import Tensor
 
 from modeling.runtime.gpu.prefill import add_delta_prefill
@@ -100,18 +101,13 @@ def compare_prompt_states(
     lengths = [1, 64, 130, 70] if not run.small else [1, 5]
     offsets = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     dtype = torch.bfloat16 if run.cuda else torch.float32
-    spec = DeltaSpec(
+    spec = replace(
+        large_mixer(run, d_k),
         num_k_heads=heads,
         num_v_heads=heads * groups,
         d_k=d_k,
         d_v=d_v,
-        conv_kernel=4,
-        conv_bias=False,
         has_decay=gated,
-        has_beta=True,
-        beta_scale=1.0,
-        gate="silu",
-        norm_eps=1e-6,
     )
     mixer = make_mixer(spec, run.device, dtype)
     mixer.in_proj.to(dtype)

@@ -12,8 +12,8 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from specs import mixer_spec
 
-from modeling.spec import DeltaSpec
 from modeling.state import DeltaState
 
 ROOT = Path(__file__).parents[1]
@@ -88,19 +88,7 @@ def test_codes_of_a_state_may_be_those_on_either_side_of_a_middle_only(monkeypat
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     from gpu_kernels import random_state, state_errors
 
-    spec = DeltaSpec(
-        num_k_heads=1,
-        num_v_heads=2,
-        d_k=8,
-        d_v=16,
-        conv_kernel=4,
-        conv_bias=False,
-        has_decay=True,
-        has_beta=True,
-        beta_scale=1.0,
-        gate="silu",
-        norm_eps=1e-6,
-    )
+    spec = mixer_spec(num_v_heads=2, d_k=8)
     torch.manual_seed(0)
     state, rows = random_state(spec, 3, torch.bfloat16, "int8", "cpu"), torch.tensor([0, 2])
     exact = torch.randn(2, 2, 8, 16, dtype=torch.float64)

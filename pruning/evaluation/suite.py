@@ -10,7 +10,7 @@ from torch import Tensor
 from lowkey.words import writable
 from modeling.checkpoint import Checkpoint
 from modeling.model import Model
-from modeling.runtime import compile_model
+from modeling.runtime import Runtime, compile_model
 from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation.bits import BLOCK, LONGEST, BitsText, bits
@@ -62,13 +62,13 @@ def evaluate_checkpoints(
                 f"{checkpoint.source} reads the text as other tokens than {baseline.source}; "
                 "models of different tokenizers can't be compared token by token, evaluate them apart"
             )
-    dense = baseline.load(device=settings.device)
+    dense = _load(baseline, settings)
     entries = [_measure(baseline, dense, None, inputs, settings, bar)]
     for checkpoint in others:
-        model = checkpoint.load(device=settings.device)
-        entries.append(_measure(checkpoint, model, dense, inputs, settings, bar))
+        loaded = _load(checkpoint, settings)
+        entries.append(_measure(checkpoint, loaded, dense, inputs, settings, bar))
         if "speed" in settings.parts:
-            first, own = _speeds([dense, model], checkpoint.source, bar)
+            first, own = _speeds([dense, loaded], checkpoint.source, bar)
             entries[-1] = replace(entries[-1], speed=own)
             entries[0] = replace(entries[0], speed=entries[0].speed or first)
     if "speed" in settings.parts and not others:
@@ -84,6 +84,21 @@ def evaluate_checkpoints(
         settings.seed,
         entries,
     )
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A model, and the runtime that would serve it; None where no part needs one."""
+
+    model: Model
+    runtime: Runtime | None
+
+
+def _load(checkpoint: Checkpoint, settings: EvaluationSettings) -> _Loaded:
+    """Compiled once at most: that moves the weights, and a second runtime would hold another copy of them."""
+    model = checkpoint.load(device=settings.device)
+    needed = {"bits", "speed"} & set(settings.parts)
+    return _Loaded(model, compile_model(model) if needed else None)
 
 
 @dataclass(frozen=True)
@@ -115,14 +130,14 @@ def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings, *, prompts: bo
 
 def _measure(
     checkpoint: Checkpoint,
-    model: Model,
-    dense: Model | None,
+    loaded: _Loaded,
+    dense: _Loaded | None,
     inputs: _Inputs,
     settings: EvaluationSettings,
     bar: Bar,
 ) -> EvaluatedCheckpoint:
     """Measure all parts but speed of one checkpoint; `dense` is None for the baseline itself."""
-    parts, name = settings.parts, checkpoint.source
+    parts, name, model = settings.parts, checkpoint.source, loaded.model
     windows, prompts = inputs.windows, inputs.prompts
     entry = EvaluatedCheckpoint(
         name,
@@ -139,7 +154,7 @@ def _measure(
     elif "perplexity" in parts:
         assert dense is not None
         with bar(f"perplexity and KL of {name}", 2 * windows[:, 1:].numel()) as advance:
-            found, divergence = compare(model, dense, windows, stride=settings.stride, advance=advance)
+            found, divergence = compare(model, dense.model, windows, stride=settings.stride, advance=advance)
         entry = replace(entry, perplexity=found, divergence=divergence)
     if "recall" in parts:
         with bar(f"recall of {name}", sum(p.ids.numel() for p in prompts)) as advance:
@@ -153,15 +168,16 @@ def _measure(
             entry = replace(entry, retrieval=retrieval(model, read, seed=settings.seed, advance=advance))
     if inputs.long is not None:
         text = BitsText(windows, settings.stride, inputs.long, prompts)
-        runtime, first = compile_model(model), None if dense is None else compile_model(dense)
+        assert loaded.runtime is not None
+        first = None if dense is None else dense.runtime
         with bar(f"states in fewer bits of {name}", text.tokens(alone=first is None)) as advance:
-            entry = replace(entry, bits=bits(runtime, first, text, advance=advance))
+            entry = replace(entry, bits=bits(loaded.runtime, first, text, advance=advance))
     return entry
 
 
-def _speeds(models: Sequence[Model], name: str, bar: Bar) -> list[list[Speed]]:
+def _speeds(models: Sequence[_Loaded], name: str, bar: Bar) -> list[list[Speed]]:
     """Per model, its speed at each batch size on the runtime that would serve it; the first is the baseline."""
-    runtimes = [compile_model(model) for model in models]
+    runtimes = [loaded.runtime for loaded in models if loaded.runtime is not None]
     with bar(f"speed of {name}", len(BATCHES)) as advance:
         by_batch = []
         for batch in BATCHES:

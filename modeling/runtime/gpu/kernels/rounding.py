@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
-LEVELS = tl.constexpr(127.0)
-SMALLEST = tl.constexpr(2.0**-100)
+from modeling.state import rounding
+
+LEVELS = tl.constexpr(float(rounding.LEVELS))
+SMALLEST = tl.constexpr(rounding.SMALLEST)
 ROUNDING = tl.constexpr(1.5 * 2.0**23)
 """Added to a number of at most 2^22 in size it leaves no bits for fractions: the sum's last bits are the nearest whole
 number, ties to even."""
