@@ -5,6 +5,7 @@ Only safetensors are read, one tensor at a time.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from lowkey.publishing import write_json
 from lowkey.words import counted
-from modeling.families import Family, TensorMap, family_of
+from modeling.families import ConfigError, Family, TensorMap, family_of, key_rows
+from modeling.families.base import token_ids
 from modeling.model import Model
 from modeling.sources import INDEX, SINGLE, checkpoint_sha256, local_directory, read_json, refuse_gguf
 from modeling.sources import CheckpointError as CheckpointError
@@ -24,6 +26,7 @@ from modeling.spec import ModelSpec
 from modeling.weights import difference, weight_files
 
 REDUCTION = "state_reduction.json"
+GENERATION = "generation_config.json"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types of weights that are read, by safetensors' names."""
 HEAD = "lm_head.weight"
@@ -43,7 +46,7 @@ class Checkpoint:
         """What the user called it: a path or a hub id."""
         self.config: dict[str, Any] = read_json(path / "config.json")
         self.family: Family = family_of(self.config)
-        self.spec: ModelSpec = self.family.spec(self.config)
+        self.spec: ModelSpec = with_generation_eos(self.family.spec(self.config), path)
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -99,10 +102,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
 
     def _check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
-        if name not in self._stored_shapes:
+        if name not in self._stored_shapes and self.is_ours(name):
             raise CheckpointError(f"{self.path}: the config does not account for tensor {name!r}")
-        expected = self._stored_shapes[name]
-        if shape not in expected:
+        expected = self._stored_shapes.get(name)
+        if expected is not None and shape not in expected:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} has shape {list(shape)}, the config says {list(expected[0])}"
             )
@@ -115,7 +118,16 @@ class Checkpoint:
     @cached_property
     def maps(self) -> list[TensorMap]:
         """Every tensor of our model, and the tensors of the checkpoint that it is made of."""
-        return self.family.tensors(self.spec)
+        return self.family.tensors(self.spec, self.files)
+
+    @cached_property
+    def key_rows(self) -> dict[str, Tensor]:
+        """Where the key axis is in the checkpoint's tensors (`modeling.families.key_rows`)."""
+        return key_rows(self.spec, self.maps)
+
+    def is_ours(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint is one that the config accounts for, not one that is only copied."""
+        return not name.startswith(self.family.ignored)
 
     @cached_property
     def map_of(self) -> dict[str, TensorMap]:
@@ -163,8 +175,8 @@ class Checkpoint:
             if not m.ours.startswith(prefix):
                 continue
             shape, kind = types[m.ours]
-            joined = m.join([self.tensor(name) for name in m.theirs], shape)
-            parameters[m.ours.removeprefix(prefix)] = joined.to(device=device, dtype=kind)
+            parts = (self.tensor(name) for name in m.theirs)
+            parameters[m.ours.removeprefix(prefix)] = m.join(parts, shape, kind, device)
         return parameters
 
     def parameter_types(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -186,7 +198,7 @@ class Checkpoint:
             CheckpointError: a tensor is missing, unexpected, quantised, or of another shape than the config says, or
                 the config ties the embeddings to a head that is stored with other numbers.
         """
-        unexpected = sorted(set(self.files) - set(self._stored_shapes))
+        unexpected = sorted(filter(self.is_ours, set(self.files) - set(self._stored_shapes)))
         if unexpected:
             found = counted(len(unexpected), "tensor")
             raise CheckpointError(
@@ -216,6 +228,24 @@ class Checkpoint:
         """The checkpoint's name of a tensor that is one of ours and one of theirs as well."""
         ((name,),) = (m.theirs for m in self.maps if m.ours == ours)
         return name
+
+
+def with_generation_eos(spec: ModelSpec, directory: Path) -> ModelSpec:
+    """The spec with the end tokens of the directory's generation_config.json, if it has one, behind its own.
+
+    A chat model's turn ends with a token that its config.json often does not name.
+
+    Raises:
+        CheckpointError, ConfigError: the file is no JSON object, or its eos_token_id is no token ids.
+    """
+    file = directory / GENERATION
+    if not file.exists():
+        return spec
+    try:
+        more = token_ids(read_json(file), "eos_token_id", None)
+    except ConfigError as e:
+        raise ConfigError(str(e).replace("config.json", GENERATION, 1)) from e
+    return replace(spec, eos_token_ids=tuple(dict.fromkeys((*spec.eos_token_ids, *more))))
 
 
 def open_checkpoint(source: str | Path) -> Checkpoint:

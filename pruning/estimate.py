@@ -20,7 +20,7 @@ from lowkey.files import check_writable
 from lowkey.words import counted, duration, in_units
 from modeling.checkpoint import FLOATS, Checkpoint
 from modeling.model import Model
-from modeling.spec import TOKEN_BLOCK, ModelSpec
+from modeling.spec import TOKEN_BLOCK, AttentionSpec, DeltaSpec, MixerSpec, ModelSpec
 from pruning.calibration import BATCH
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
@@ -50,19 +50,27 @@ def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
 
     Counted in tensors of `modeling.layers` and `modeling.ops.chunked` that are alive together, in float32.
     """
-    mixer = []
     hidden = spec.hidden_size
-    ffn = [3 * hidden + 5 * layer.ffn.intermediate_size for layer in spec.layers]
-    for m in spec.deltas.values():
-        chunked = m.num_v_heads * (4 * TOKEN_BLOCK + 5 * (m.d_k + m.d_v))
-        # The last term: float64 rows of the Grams, raw and normalised.
-        mixer.append(3 * hidden + sum(m.in_proj_sizes) + 4 * m.conv_channels + chunked + 4 * 2 * m.key_dim)
+    mixer = [3 * hidden + _mixer_activations(layer.mixer) for layer in spec.layers]
+    ffn = [3 * hidden + 5 * layer.ffn.active_size for layer in spec.layers]
     forward = BATCH * length * max(*mixer, *ffn)
     if not gradients:
         return 4 * forward
     logits = 3 * length * spec.vocab_size
     weights = sum(sum(m.in_proj_sizes) for m in spec.deltas.values()) * hidden
     return 4 * max(forward, length * (sum(mixer) + sum(ffn)) + logits + weights)
+
+
+def _mixer_activations(mixer: MixerSpec) -> int:
+    """Numbers for each token that are alive together in a mixer, beside what goes in and comes out."""
+    if isinstance(mixer, DeltaSpec):
+        chunked = mixer.num_v_heads * (4 * TOKEN_BLOCK + 5 * (mixer.d_k + mixer.d_v))
+        # The last term: float64 rows of the Grams, raw and normalised.
+        return sum(mixer.in_proj_sizes) + 4 * mixer.conv_channels + chunked + 4 * 2 * mixer.key_dim
+    if isinstance(mixer, AttentionSpec):
+        # Keys and values are repeated for the heads of their group.
+        return 2 * sum(mixer.in_proj_sizes) + 4 * mixer.q_dim
+    return 0
 
 
 def calibration_bytes(spec: ModelSpec, names: Collection[StatisticName], length: int) -> tuple[int, int, int]:
@@ -242,7 +250,7 @@ def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     total = stored_bytes(checkpoint)
     spec = checkpoint.spec
     after = dict(zip(spec.linear_layers, widths, strict=True))
-    for name in checkpoint.family.key_rows(spec):
+    for name in checkpoint.key_rows:
         layer = checkpoint.map_of[name].layer
         assert layer is not None
         d_k = spec.deltas[layer].d_k

@@ -95,7 +95,7 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
         PruningError: a tensor holds NaN or Inf.
     """
     cut_of = {cut.layer: cut for cut in cuts}
-    rows = checkpoint.family.key_rows(checkpoint.spec)
+    rows = checkpoint.key_rows
     total = 0
     for file in dict.fromkeys(checkpoint.files.values()):
         shard: dict[str, Tensor] = {}

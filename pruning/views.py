@@ -122,7 +122,7 @@ def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
 def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], dict[int, list[Text]]]:
     """A line for every tensor: those outside the layers, and those of each layer by its index."""
     spec = checkpoint.spec
-    keys = checkpoint.family.key_rows(spec)
+    keys = checkpoint.key_rows
     outside: list[str] = []
     by_layer: dict[int, list[Text]] = {i: [] for i in range(len(spec.layers))}
     for m in checkpoint.maps:

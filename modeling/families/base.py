@@ -1,35 +1,41 @@
 """What a checkpoint family says about itself, and how the two naming schemes are joined."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from modeling.spec import ModelSpec
+from modeling.spec import AttentionSpec, DeltaSpec, ModelSpec, MoESpec
 
 Config = Mapping[str, Any]
 
 MOST = 2**31 - 1
 """No number of any config is larger; a config is from a stranger, and what it says is built."""
+MOST_LAYERS = 1024
+MOST_CONV = 64
+MOST_WEIGHTS = 2**40
+"""Entries of one matrix, at most."""
 
 
 class ConfigError(ValueError):
     """A config.json that we can't run; the message names the key, its value and what would be right."""
 
 
-Role = Literal["embeddings", "in_proj", "filters", "filter_bias", "decay", "out_proj", "ffn", "norm", "head"]
+Role = Literal[
+    "embeddings", "in_proj", "filters", "filter_bias", "decay", "out_proj", "ffn", "router", "norm", "head"
+]
 """What a tensor is for: `in_proj` and `out_proj` are a mixer's projections, `filters` and `filter_bias` its short
-convolution's, `decay` what its decay is made of, `norm` the weight of any norm, `ffn` a matrix of a feed-forward."""
+convolution's, `decay` what its decay is made of, `norm` the weight of any norm, `ffn` a matrix of a feed-forward,
+`router` what chooses among experts."""
 
 
 @dataclass(frozen=True)
 class TensorMap:
-    """How one of our tensors is made of a checkpoint's: they are concatenated along the first axis.
+    """How one of our tensors is made of a checkpoint's: they are concatenated along the first axis, then put in order.
 
-    What else may lie between the two (an order of rows, an offset, a reshape) belongs into these three methods: nothing
-    else knows how the checkpoint's tensors lie.
+    What else may lie between the two belongs into these methods: nothing else knows how the checkpoint's tensors lie.
     """
 
     layer: int | None
@@ -38,51 +44,119 @@ class TensorMap:
     ours: str
     theirs: tuple[str, ...]
     rows: tuple[int, ...]
-    """The rows of our tensor that each of theirs makes up."""
+    """The rows that each of theirs makes up of their concatenation."""
+    order: Tensor | None = field(default=None, compare=False)
+    """Row of the concatenation that each of our rows is, int64; None where ours are in that order."""
+    offset: float = 0.0
+    """What is added to theirs: 1 for norms that are stored as what their weight differs from 1 by."""
+    stacked: bool = False
+    """Whether ours has one axis more in front, of experts, along which theirs are stacked without it."""
 
     def stored_shapes(self, shape: torch.Size) -> dict[str, list[tuple[int, ...]]]:
         """The shapes that each of theirs may have, by name, for our tensor of `shape`."""
+        rest = self._rest(shape)
         shapes: dict[str, list[tuple[int, ...]]] = {}
         for name, n in zip(self.theirs, self.rows, strict=True):
-            shapes[name] = [(n, *shape[1:])]
+            shapes[name] = [(n, *rest)]
             if self.role == "filters":
                 # A depthwise convolution's; some checkpoints have an axis for its one input channel.
-                shapes[name].append((n, 1, *shape[1:]))
+                shapes[name].append((n, 1, *rest))
         return shapes
 
-    def join(self, parts: Sequence[Tensor], shape: torch.Size) -> Tensor:
-        """Makes our tensor, of `shape`, of theirs."""
-        return torch.cat([part.reshape(n, *shape[1:]) for part, n in zip(parts, self.rows, strict=True)])
+    def join(
+        self, parts: Iterable[Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device | str
+    ) -> Tensor:
+        """Makes our tensor, of `shape`, of theirs, which are taken one at a time, so that no two are in memory."""
+        joined = torch.empty(sum(self.rows), *self._rest(shape), dtype=dtype, device=device)
+        for part, rows in zip(parts, joined.split(list(self.rows)), strict=True):
+            rows.copy_(part.reshape(rows.shape))
+        if self.offset:
+            joined += self.offset
+        if self.order is not None:
+            joined = joined[self.order.to(device)]
+        return joined.view(shape)
 
     def split(self, tensor: Tensor) -> list[Tensor]:
         """Makes theirs of our tensor."""
+        if self.stacked:
+            tensor = tensor.flatten(0, 1)
+        if self.order is not None:
+            tensor = tensor[self.order.argsort().to(tensor.device)]
+        if self.offset:
+            tensor = tensor - self.offset
         parts = tensor.split(list(self.rows))
         return [part[:, None, :] if self.role == "filters" else part for part in parts]
 
+    def row_of(self, row: Tensor) -> Tensor:
+        """Row of the concatenation that each of our rows `row` is, int64."""
+        return row if self.order is None else self.order[row]
+
+    def _rest(self, shape: torch.Size) -> tuple[int, ...]:
+        """The axes of each of theirs behind the first."""
+        return tuple(shape[2:] if self.stacked else shape[1:])
+
 
 class Family(Protocol):
-    """One kind of public checkpoint (`model_type` of its config.json)."""
+    """One kind of public checkpoint."""
 
     @property
-    def model_type(self) -> str: ...
+    def model_types(self) -> tuple[str, ...]:
+        """The values of `model_type` in a config.json that name it."""
+        ...
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Beginnings of the names of tensors that are no part of our model. Surgery copies them as they are."""
+        ...
 
     def spec(self, config: Config) -> ModelSpec:
         """Shapes of the checkpoint. Raises ConfigError for an option that we don't run."""
         ...
 
-    def tensors(self, spec: ModelSpec) -> list[TensorMap]:
-        """Every tensor of our model, and the tensors of the checkpoint that it is made of."""
-        ...
+    def tensors(self, spec: ModelSpec, names: Collection[str] = ()) -> list[TensorMap]:
+        """Every tensor of our model, and the tensors of the checkpoint that it is made of.
 
-    def key_rows(self, spec: ModelSpec) -> dict[str, Tensor]:
-        """Where the key axis is: tensor name of the checkpoint -> row index of (set, head, channel),
-        `[sets, num_k_heads, d_k]`. Rows in none of the sets are not keys."""
+        Args:
+            names: What the checkpoint's tensors are called, where a family has several layouts; without any, the layout
+                that its publishers use.
+        """
         ...
 
     def config_with_d_k(self, config: Config, spec: ModelSpec) -> dict[str, Any]:
         """The checkpoint's config for the shapes in `spec`, which differ from it in d_k only. One d_k for the whole
         model gives a config that the stock loaders read; a d_k per layer is written as a list, which they refuse."""
         ...
+
+
+def key_rows(spec: ModelSpec, maps: Iterable[TensorMap]) -> dict[str, Tensor]:
+    """Where the key axis is: tensor name of the checkpoint -> row index of (set, head, channel), int64
+    `[sets, num_k_heads, d_k]`. Rows in none of the sets are not keys.
+
+    Our projections and filters begin with the rows of q and of k, head by head; a tensor that holds both has two sets.
+    """
+    found: dict[str, Tensor] = {}
+    for m in maps:
+        if m.layer not in spec.deltas or m.role not in ("in_proj", "filters", "filter_bias"):
+            continue
+        mixer = spec.deltas[m.layer]
+        rows = m.row_of(torch.arange(2 * mixer.key_dim)).view(2, mixer.num_k_heads, mixer.d_k)
+        start = 0
+        for name, n in zip(m.theirs, m.rows, strict=True):
+            here = [sets - start for sets in rows if start <= int(sets.min()) and int(sets.max()) < start + n]
+            if here:
+                found[name] = torch.stack(here)
+            start += n
+    return found
+
+
+def refuse_quantised(config: Config) -> None:
+    """Raises ConfigError for a checkpoint whose weights are not in floating point."""
+    found = config.get("quantization_config")
+    if found is not None:
+        raise ConfigError(
+            f"config.json: quantization_config={found!r:.200} must be absent: scales of quantised weights span rows "
+            "that reduction would cut. Reduce the bf16 original, then quantise what comes out"
+        )
 
 
 def option(config: Config, key: str, default: Any, supported: tuple[Any, ...]) -> Any:
@@ -139,3 +213,25 @@ def token_ids(config: Config, key: str, default: Any) -> tuple[int, ...]:
             f"config.json: {key}={value!r:.80} must be a token id or a list of token ids of at most {MOST}"
         )
     return tuple(ids)
+
+
+def one_or_list(values: list[Any]) -> Any:
+    """The single value when all layers agree, which is what stock loaders read, else the list."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def check_sizes(spec: ModelSpec) -> ModelSpec:
+    """The spec. Raises ConfigError where one of its matrices would be larger than any real one."""
+    widest = spec.vocab_size
+    for layer in spec.layers:
+        if isinstance(layer.mixer, DeltaSpec | AttentionSpec):
+            widest = max(widest, sum(layer.mixer.in_proj_sizes))
+        ffn = layer.ffn
+        rows = ffn.num_experts * 2 * ffn.expert_size if isinstance(ffn, MoESpec) else ffn.intermediate_size
+        widest = max(widest, rows, ffn.active_size)
+    if widest * spec.hidden_size > MOST_WEIGHTS:
+        raise ConfigError(
+            f"config.json: hidden_size={spec.hidden_size} and its other sizes give a matrix of {widest} rows; "
+            f"at most {MOST_WEIGHTS} weights are allowed"
+        )
+    return spec

@@ -1,12 +1,23 @@
 """`delta_net` checkpoints of flash-linear-attention (arXiv 2406.06484)."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
-from torch import Tensor
-
 from modeling.families import fla
-from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, per_layer
+from modeling.families.base import (
+    MOST_CONV,
+    MOST_LAYERS,
+    Config,
+    ConfigError,
+    TensorMap,
+    flag,
+    integer,
+    number,
+    one_or_list,
+    option,
+    per_layer,
+)
 from modeling.spec import DeltaSpec, ModelSpec
 
 
@@ -24,14 +35,15 @@ def _head_width(key: str, expand: Any, hidden_size: int, num_heads: int) -> int:
 class DeltaNet:
     """No decay; d_k and d_v come from expand_k and expand_v as shares of the hidden size."""
 
-    model_type = "delta_net"
+    model_types = ("delta_net",)
+    ignored = ()
 
     def spec(self, config: Config) -> ModelSpec:
         fla.refuse_unsupported(config)
         option(config, "qk_norm", "l2", ("l2",))
         option(config, "qk_activation", "silu", ("silu",))
         option(config, "use_output_norm", True, (True,))
-        layers = integer(config, "num_hidden_layers", 24, most=fla.MOST_LAYERS)
+        layers = integer(config, "num_hidden_layers", 24, most=MOST_LAYERS)
         num_heads = integer(config, "num_heads", 16)
         hidden_size = integer(config, "hidden_size", 2048)
         d_v = _head_width("expand_v", config.get("expand_v", 1.0), hidden_size, num_heads)
@@ -41,7 +53,7 @@ class DeltaNet:
                 num_v_heads=num_heads,
                 d_k=_head_width("expand_k", expand_k, hidden_size, num_heads),
                 d_v=d_v,
-                conv_kernel=integer(config, "conv_size", 4, most=fla.MOST_CONV),
+                conv_kernel=integer(config, "conv_size", 4, most=MOST_CONV),
                 conv_bias=flag(config, "conv_bias", False),
                 has_decay=False,
                 has_beta=flag(config, "use_beta", True),
@@ -51,14 +63,11 @@ class DeltaNet:
             )
             for expand_k in per_layer(config, "expand_k", layers, 1.0)
         ]
-        return fla.model_spec(self.model_type, config, mixers)
+        return fla.model_spec("delta_net", config, mixers)
 
-    def tensors(self, spec: ModelSpec) -> list[TensorMap]:
+    def tensors(self, spec: ModelSpec, names: Collection[str] = ()) -> list[TensorMap]:
         return fla.tensors(spec)
-
-    def key_rows(self, spec: ModelSpec) -> dict[str, Tensor]:
-        return fla.key_rows(spec)
 
     def config_with_d_k(self, config: Config, spec: ModelSpec) -> dict[str, Any]:
         expand_k = [m.key_dim / spec.hidden_size for m in spec.deltas.values()]
-        return {**config, "expand_k": fla.one_or_list(expand_k)}
+        return {**config, "expand_k": one_or_list(expand_k)}

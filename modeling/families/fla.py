@@ -1,27 +1,18 @@
 """What the flash-linear-attention checkpoints share: tensor names, key rows, MLP sizes (fla 0.6)."""
 
-from typing import Any
-
-import torch
-from torch import Tensor
-
 from modeling.families.base import (
     Config,
-    ConfigError,
     Role,
     TensorMap,
+    check_sizes,
     flag,
     integer,
     number,
     option,
+    refuse_quantised,
     token_ids,
 )
 from modeling.spec import DeltaSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec
-
-MOST_LAYERS = 1024
-MOST_CONV = 64
-MOST_WEIGHTS = 2**40
-"""Entries of one matrix, at most."""
 
 
 def refuse_unsupported(config: Config) -> None:
@@ -30,7 +21,7 @@ def refuse_unsupported(config: Config) -> None:
     option(config, "use_short_conv", True, (True,))
     option(config, "hidden_act", "swish", ("swish", "silu"))
     option(config, "attnres_block_size", None, (None,))
-    option(config, "quantization_config", None, (None,))
+    refuse_quantised(config)
 
 
 def intermediate_size(config: Config, hidden_size: int) -> int:
@@ -47,13 +38,7 @@ def model_spec(family: str, config: Config, mixers: list[DeltaSpec]) -> ModelSpe
     eps = number(config, "norm_eps", 1e-6)
     mlp = MLPSpec(intermediate_size(config, hidden_size))
     norm = NormSpec(eps)
-    widest = max(vocab_size, mlp.intermediate_size, *(sum(m.in_proj_sizes) for m in mixers))
-    if widest * hidden_size > MOST_WEIGHTS:
-        raise ConfigError(
-            f"config.json: hidden_size={hidden_size} and its other sizes give a matrix of {widest} rows; "
-            f"at most {MOST_WEIGHTS} weights are allowed"
-        )
-    return ModelSpec(
+    spec = ModelSpec(
         family=family,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -63,6 +48,7 @@ def model_spec(family: str, config: Config, mixers: list[DeltaSpec]) -> ModelSpe
         context_length=integer(config, "max_position_embeddings", 2048),
         eos_token_ids=token_ids(config, "eos_token_id", 2),
     )
+    return check_sizes(spec)
 
 
 def tensors(spec: ModelSpec) -> list[TensorMap]:
@@ -109,7 +95,7 @@ def tensors(spec: ModelSpec) -> list[TensorMap]:
                 "ffn",
                 f"{ours}ffn.in_proj.weight",
                 (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"),
-                (spec.layers[i].ffn.intermediate_size,) * 2,
+                (spec.layers[i].ffn.active_size,) * 2,
             ),
             same(i, "ffn", f"{ours}ffn.out_proj.weight", f"{theirs}mlp.down_proj.weight", hidden),
         ]
@@ -117,22 +103,3 @@ def tensors(spec: ModelSpec) -> list[TensorMap]:
     if not spec.tie_embeddings:
         maps.append(same(None, "head", "lm_head.weight", "lm_head.weight", spec.vocab_size))
     return maps
-
-
-def key_rows(spec: ModelSpec) -> dict[str, Tensor]:
-    """fla keeps q and k apart, head-major: row of (head h, channel c) is `h * d_k + c`."""
-    rows: dict[str, Tensor] = {}
-    for i, m in spec.deltas.items():
-        grid = torch.arange(m.key_dim).view(1, m.num_k_heads, m.d_k)
-        for name in "qk":
-            prefix = f"model.layers.{i}.attn.{name}_"
-            rows[f"{prefix}proj.weight"] = grid
-            rows[f"{prefix}conv1d.weight"] = grid
-            if m.conv_bias:
-                rows[f"{prefix}conv1d.bias"] = grid
-    return rows
-
-
-def one_or_list(values: list[Any]) -> Any:
-    """The single value when all layers agree, which is what stock loaders read, else the list."""
-    return values[0] if len(set(values)) == 1 else values

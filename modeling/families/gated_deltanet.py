@@ -1,12 +1,23 @@
 """`gated_deltanet` checkpoints of flash-linear-attention (arXiv 2412.06464)."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
-from torch import Tensor
-
 from modeling.families import fla
-from modeling.families.base import Config, ConfigError, TensorMap, flag, integer, number, option, per_layer
+from modeling.families.base import (
+    MOST_CONV,
+    MOST_LAYERS,
+    Config,
+    ConfigError,
+    TensorMap,
+    flag,
+    integer,
+    number,
+    one_or_list,
+    option,
+    per_layer,
+)
 from modeling.spec import DeltaSpec, GateActivation, ModelSpec
 
 _GATES: dict[str, GateActivation] = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}
@@ -24,11 +35,12 @@ def expand_v_for(d_k: int, d_v: int) -> float:
 class GatedDeltaNet:
     """fla sets d_k = head_dim and d_v = int(head_dim * expand_v), so both change with d_k."""
 
-    model_type = "gated_deltanet"
+    model_types = ("gated_deltanet",)
+    ignored = ()
 
     def spec(self, config: Config) -> ModelSpec:
         fla.refuse_unsupported(config)
-        layers = integer(config, "num_hidden_layers", 21, most=fla.MOST_LAYERS)
+        layers = integer(config, "num_hidden_layers", 21, most=MOST_LAYERS)
         num_k_heads = integer(config, "num_heads", 6)
         num_v_heads = num_k_heads if config.get("num_v_heads") is None else integer(config, "num_v_heads")
         if num_v_heads % num_k_heads:
@@ -55,7 +67,7 @@ class GatedDeltaNet:
                     num_v_heads=num_v_heads,
                     d_k=d_k,
                     d_v=int(product),
-                    conv_kernel=integer(config, "conv_size", 4, most=fla.MOST_CONV),
+                    conv_kernel=integer(config, "conv_size", 4, most=MOST_CONV),
                     conv_bias=flag(config, "conv_bias", False),
                     has_decay=True,
                     has_beta=True,
@@ -64,16 +76,13 @@ class GatedDeltaNet:
                     norm_eps=number(config, "norm_eps", 1e-6),
                 )
             )
-        return fla.model_spec(self.model_type, config, mixers)
+        return fla.model_spec("gated_deltanet", config, mixers)
 
-    def tensors(self, spec: ModelSpec) -> list[TensorMap]:
+    def tensors(self, spec: ModelSpec, names: Collection[str] = ()) -> list[TensorMap]:
         return fla.tensors(spec)
-
-    def key_rows(self, spec: ModelSpec) -> dict[str, Tensor]:
-        return fla.key_rows(spec)
 
     def config_with_d_k(self, config: Config, spec: ModelSpec) -> dict[str, Any]:
         mixers = spec.deltas.values()
-        head_dim = fla.one_or_list([m.d_k for m in mixers])
-        expand_v = fla.one_or_list([expand_v_for(m.d_k, m.d_v) for m in mixers])
+        head_dim = one_or_list([m.d_k for m in mixers])
+        expand_v = one_or_list([expand_v_for(m.d_k, m.d_v) for m in mixers])
         return {**config, "head_dim": head_dim, "expand_v": expand_v}

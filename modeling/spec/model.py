@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from modeling.spec.delta import DeltaSpec
 from modeling.spec.mixer import MixerSpec
 from modeling.spec.mlp import MLPSpec
+from modeling.spec.moe import MoESpec
 from modeling.spec.tensors import FLOAT32_STATES, StateTypes
 
 TOKEN_BLOCK = 64
@@ -22,17 +23,19 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One pre-norm block of a mixer and a feed-forward, each of a kind: x + mixer(norm(x)), then x + ffn(norm(x))."""
+    """One block of a mixer and a feed-forward, each of a kind: x + mixer(norm(x)), then x + ffn(norm(x))."""
 
     mixer: MixerSpec
-    ffn: MLPSpec
+    ffn: MLPSpec | MoESpec
     norm: NormSpec
+    norm_after: bool = False
+    """Whether the norms are of what comes out instead: x + norm(mixer(x)), then x + norm(ffn(x))."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """A whole model. `context_length` is what the checkpoint was trained for; linear layers themselves have no
-    limit."""
+    limit. The first of `eos_token_ids` is the one that ends a document."""
 
     family: str
     vocab_size: int
@@ -70,6 +73,11 @@ class ModelSpec:
         for (i, mixer), n in zip(self.deltas.items(), d_k, strict=True):
             layers[i] = replace(layers[i], mixer=mixer.with_d_k(n))
         return replace(self, layers=tuple(layers))
+
+    def kv_bytes_per_token(self, types: StateTypes = FLOAT32_STATES) -> int:
+        """Bytes that a request's state grows by with each token: the keys and values of the softmax attention layers,
+        0 for a model that has none."""
+        return self.state_bytes(1, types) - self.state_bytes(0, types)
 
     def state_bytes(self, tokens: int, types: StateTypes = FLOAT32_STATES) -> int:
         """Bytes of state that one request of `tokens` tokens holds: those of all its mixers."""

@@ -2,6 +2,7 @@
 
 from modeling.state.base import LayerState
 from modeling.state.delta import DeltaState
+from modeling.state.kv import KVState
 from modeling.state.pool import StatePool
 
-__all__ = ["DeltaState", "LayerState", "StatePool"]
+__all__ = ["DeltaState", "KVState", "LayerState", "StatePool"]

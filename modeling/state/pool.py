@@ -5,11 +5,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from modeling.spec import FLOAT32_STATES, DeltaSpec, ModelSpec, StateTypes
+from modeling.spec import FLOAT32_STATES, AttentionSpec, DeltaSpec, ModelSpec, StateTypes
 from modeling.state.base import LayerState
 from modeling.state.delta import DeltaState
+from modeling.state.kv import KVState
 
-MAKERS: dict[type, Callable[..., LayerState]] = {DeltaSpec: DeltaState.zeros}
+MAKERS: dict[type, Callable[..., LayerState]] = {
+    DeltaSpec: DeltaState.zeros,
+    AttentionSpec: KVState.zeros,
+}
 """What makes the states of a kind of mixer, by the class of its spec, from (spec, rows, types, device)."""
 
 

@@ -93,7 +93,7 @@ def test_order_of_kept_channels_means_nothing(case, tmp_path):
     tensors = {name: reduced.tensor(name) for name in reduced.files}
     generator = torch.Generator().manual_seed(2)
     orders = {}
-    for name, rows in reduced.family.key_rows(reduced.spec).items():
+    for name, rows in reduced.key_rows.items():
         layer = name.split(".")[2]
         heads = rows.shape[1]
         order = orders.setdefault(
