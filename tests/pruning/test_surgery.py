@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
-from reducing import difference, random_keep, reduce
+from reducing import difference, masked_dense, random_keep, reduce
 from safetensors.torch import load_file
 from states import recurrent
 
@@ -33,23 +33,6 @@ def case(request, tmp_path):
     return config, tensors, open_checkpoint(write_checkpoint(tmp_path / "dense", config, tensors))
 
 
-def masked_dense(checkpoint, keep, ids, *, eps_factor=True):
-    """Hidden states of the dense model with q and k zeroed in every dropped channel.
-
-    The sliced model scales q by n^-1/2 instead of d_k^-1/2, so its o is sqrt(d_k / n) times this one's. The output
-    norm cancels that up to its eps, which this makes exact.
-    """
-    model = checkpoint.load(dtype=torch.float64)
-    masks = []
-    for k, layer in zip(keep, model.layers, strict=True):
-        m = layer.mixer.spec
-        masks.append(torch.zeros(m.num_k_heads, m.d_k, dtype=torch.float64).scatter(1, k, 1.0))
-        if eps_factor:
-            layer.mixer.o_norm.eps *= k.shape[1] / m.d_k
-    with torch.no_grad():
-        return model(ids, [0, 70, 100], tap=lambda layer, x, q, k: (q * masks[layer], k * masks[layer]))
-
-
 @torch.no_grad()
 def test_sliced_is_masked_dense(case, tmp_path):
     _, _, checkpoint = case
@@ -60,7 +43,7 @@ def test_sliced_is_masked_dense(case, tmp_path):
     assert model.spec.d_k == widths
     ids = torch.randint(0, 257, (100,), generator=torch.Generator().manual_seed(1))
     hidden, state = model(ids, [0, 70, 100])
-    expected, dense_state = masked_dense(checkpoint, keep, ids)
+    expected, dense_state = masked_dense(checkpoint, keep, ids, [0, 70, 100])
     assert difference(hidden, expected) < 1e-10
     # The state's kept rows are the same and the dropped ones stay zero; only o is scaled.
     for sliced, dense, k in zip(recurrent(state), recurrent(dense_state), keep, strict=True):
@@ -69,7 +52,7 @@ def test_sliced_is_masked_dense(case, tmp_path):
         assert difference(sliced, dense.gather(2, rows)) < 1e-10
         assert float(dense.scatter(2, rows, 0.0).abs().max()) == 0
     # Without the eps factor the two differ: the test would see a wrong scale.
-    assert difference(masked_dense(checkpoint, keep, ids, eps_factor=False)[0], expected) > 1e-5
+    assert difference(masked_dense(checkpoint, keep, ids, [0, 70, 100], eps_factor=False)[0], expected) > 1e-5
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Reducing a checkpoint to channels drawn at random."""
+"""Reducing a checkpoint to channels drawn at random, and what the reduced model has to be."""
 
 import torch
 
@@ -26,6 +26,23 @@ def reduce(checkpoint, keep, out, *, overwrite=False, evaluate=None):
     cuts = tuple(Cut(i, k) for i, k in enumerate(keep))
     selection, made_by = Selection(cuts, report), Provenance("test", 0)
     return reduce_checkpoint(checkpoint, selection, made_by, out, replaces=replaces, evaluate=evaluate)
+
+
+@torch.no_grad()
+def masked_dense(checkpoint, keep, ids, offsets, *, eps_factor=True):
+    """Hidden states and states of the dense model in float64, with q and k zeroed in every dropped channel.
+
+    The sliced model scales q by n^-1/2 instead of d_k^-1/2, so its o is sqrt(d_k / n) times this one's. The output
+    norm cancels that up to its eps, which this makes exact.
+    """
+    model = checkpoint.load(dtype=torch.float64)
+    masks = {}
+    for k, (layer, mixer) in zip(keep, model.deltas.items(), strict=True):
+        m = mixer.spec
+        masks[layer] = torch.zeros(m.num_k_heads, m.d_k, dtype=torch.float64).scatter(1, k, 1.0)
+        if eps_factor:
+            mixer.o_norm.eps *= k.shape[1] / m.d_k
+    return model(ids, offsets, tap=lambda layer, x, q, k: (q * masks[layer], k * masks[layer]))
 
 
 def difference(a, b):
