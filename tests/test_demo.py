@@ -43,7 +43,9 @@ def test_trained_weights_are_written_though_a_config_appeared_meanwhile(checkpoi
     train = runpy.run_path(str(MODEL.parent / "train.py"), run_name="train")
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(OutputTakenError, match=r"config\.json has appeared or changed"):
-        train["save"](checkpoint.load(), train["FLA"], tmp_path, {"config.json": None, "model.safetensors": None})
+        train["save"](
+            checkpoint.load(), train["FLA"], tmp_path, {"config.json": None, "model.safetensors": None}
+        )
     assert (tmp_path / "config.json").read_text() == "mine"
     written, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path, MODEL))
     assert written.keys() == shipped.keys()
