@@ -49,7 +49,7 @@ LOADTEST := .cache/loadtest
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 	@echo "make test-all  as test, with the slow tests"
-	@echo "make compat    tests with other people's clients: openai (Python, and JavaScript in a browser), lm-eval, guidellm, schemathesis"
+	@echo "make compat    tests with other people's clients: openai (Python, and JavaScript in a browser), lm-eval, guidellm, schemathesis, mlx-lm"
 	@echo "make deploy-check  the Dockerfiles, compose.yaml and the Helm chart against linters and schemas"
 	@echo "make loadtest  the same load on each variant of a running \`make demo\` (or URL=...), in turns"
 	@echo "make loadtest-docs  make loadtest, and its tables and pictures into docs/loadtest.md"

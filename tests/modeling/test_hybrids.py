@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from hybrids import CASES, write_hybrid
+from hybrid_cases import CASES, CHAT_END
+from hybrids import write_hybrid
 from reducing import difference
 from safetensors.torch import load_file, save_file
 from stock_logits import stock_logits
@@ -92,3 +93,11 @@ def test_greedy_text_is_that_of_stock_generate(paths, stock, name, compiled):
     while len(ids) < NEW_TOKENS:
         ids.append(runtime.logits(runtime.decode(ids[-1], pool, slots)).argmax(-1))
     assert torch.stack(ids, 1).tolist() == stock.greedy[name]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_texts_end_where_either_file_says(paths, name):
+    """config.json names the end of a text, generation_config.json that of a chat's turn."""
+    assert set(open_checkpoint(paths[name]).spec.eos_token_ids) == (
+        {0, CHAT_END} if CASES[name].vision else {0}
+    )

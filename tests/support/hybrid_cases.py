@@ -39,6 +39,9 @@ class Case:
     tied: bool = False
     fused: bool = False
     """The experts of a layer are two tensors, and not three for each expert."""
+    resaved: bool = False
+    """The language model of a vision-language checkpoint as `save_pretrained` of transformers writes it: by itself, but
+    with the names that its tensors had inside."""
     layer_types: tuple[str, ...] = PATTERN
     hidden: int = 48
     intermediate: int = 64
@@ -67,7 +70,7 @@ class Case:
     @property
     def prefix(self) -> str:
         """What precedes the names of the text model's tensors."""
-        return "model.language_model." if self.vision else "model."
+        return "model.language_model." if self.vision or self.resaved else "model."
 
     @property
     def linear_layers(self) -> list[int]:
@@ -89,6 +92,7 @@ CASES: dict[str, Case] = {
     "vl-moe-each": Case("qwen3_5_moe", 2, 2, 12, 24),
     "text-moe-fused": Case("qwen3_5_moe_text", 2, 2, 8, 16, fused=True),
     "text-moe-each-tied": Case("qwen3_5_moe_text", 2, 6, 16, 16, tied=True),
+    "resaved-moe-each": Case("qwen3_5_moe_text", 2, 4, 8, 16, resaved=True),
     "next": Case("qwen3_next", 2, 4, 16, 16),
     "next-some-dense": Case("qwen3_next", 2, 6, 8, 16, mlp_only_layers=(0, 3), sparse_step=2),
     "next-odd-tied": Case("qwen3_next", 3, 3, 7, 16, tied=True, layer_types=IRREGULAR),

@@ -23,7 +23,7 @@ def random_keep(spec, widths, seed=0):
 def reduce(checkpoint, keep, out, *, overwrite=False, evaluate=None):
     replaces = check_output([checkpoint], out, overwrite=overwrite)
     report = [[{} for _ in layer] for layer in keep]
-    cuts = tuple(Cut(i, k) for i, k in enumerate(keep))
+    cuts = tuple(Cut(i, k) for i, k in zip(checkpoint.spec.linear_layers, keep, strict=False))
     selection, made_by = Selection(cuts, report), Provenance("test", 0)
     return reduce_checkpoint(checkpoint, selection, made_by, out, replaces=replaces, evaluate=evaluate)
 
