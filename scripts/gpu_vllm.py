@@ -111,7 +111,7 @@ def run_vllm(checkpoint: Path, prompts: list[list[int]], new: int, *, graphs: bo
     start_s = time.monotonic() - began
     print(f"vLLM {checkpoint.name}: started in {start_s:.0f} s", flush=True)
     params = SamplingParams(
-        temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, logprobs=TOP, prompt_logprobs=0
+        temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False, prompt_logprobs=1
     )
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
     return {
