@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowkey.publishing import write_json
-from lowkey.words import counted
+from lowkey.words import counted, writable
 from modeling.families import ConfigError, Family, TensorMap, family_of, key_rows
 from modeling.families.base import token_ids
 from modeling.model import Model
@@ -58,6 +58,15 @@ class Checkpoint:
         """What `lowkey-prune` wrote about a reduced checkpoint, or None for any other."""
         file = self.path / REDUCTION
         return read_json(file) if file.exists() else None
+
+    @property
+    def method(self) -> str | None:
+        """How a reduced checkpoint was made, as text that can be shown: its method, and whether the channels that it
+        names are masked only. None for any other checkpoint."""
+        if self.reduction is None:
+            return None
+        masked = " (masked)" if self.reduction.get("export") == "masked" else ""
+        return f"{writable(self.reduction.get('method'))}{masked}"
 
     @cached_property
     def sha256(self) -> str:
