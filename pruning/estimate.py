@@ -22,6 +22,7 @@ from modeling.checkpoint import FLOATS, Checkpoint
 from modeling.model import Model
 from modeling.spec import TOKEN_BLOCK, AttentionSpec, DeltaSpec, MixerSpec, ModelSpec
 from pruning.calibration import BATCH
+from pruning.capacity import parameter_count
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
 from pruning.gradients import add_gradients, need_gradients
@@ -30,12 +31,6 @@ from pruning.views import change, width
 
 PROCESS_BYTES = 400 * 10**6
 """Bytes that a process holds without any model: Python, torch and the libraries that it loads."""
-
-
-def parameter_count(spec: ModelSpec) -> int:
-    """Parameters of the model, tied ones once."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Model(spec).parameters())
 
 
 def statistics_bytes(spec: ModelSpec, names: Collection[StatisticName]) -> int:

@@ -13,6 +13,7 @@ from reducing import random_keep, reduce
 from lowkey.words import duration, in_units
 from modeling.checkpoint import open_checkpoint
 from pruning.calibration import Origin, tokens_sha256
+from pruning.capacity import parameter_count
 from pruning.collection import collect
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
@@ -20,7 +21,6 @@ from pruning.estimate import (
     calibration_lines,
     calibration_seconds,
     disk_line,
-    parameter_count,
     reduced_bytes,
     statistics_bytes,
     time_line,
