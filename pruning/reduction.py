@@ -1,7 +1,7 @@
 """Checkpoint in, reduced checkpoint out: surgery, provenance, and the check that the result loads."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -15,9 +15,10 @@ from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
 from pruning.errors import PruningError
+from pruning.export import check_written
 from pruning.selection import Selection
 from pruning.statistics import Statistics
-from pruning.surgery import check_runs, write_reduced
+from pruning.surgery import Export, check_runs, write_reduced
 from pruning.versions import versions
 
 FORMAT = 1
@@ -78,6 +79,8 @@ class _Record(TypedDict):
     source: _Source
     method: str
     seed: int
+    export: NotRequired[Export]
+    d_k: NotRequired[list[int]]
     calibration: _Calibration | None
     evaluation: _Evaluation | None
     recovery: NotRequired[_Recovery]
@@ -95,13 +98,28 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if record.get("format") != FORMAT:
         raise PruningError(f"{file} has format {record.get('format')!r}; this version reads {FORMAT}")
     try:
-        d_k = msgspec.convert(record, _Record)["source"]["d_k"]
+        read = msgspec.convert(record, _Record)
     except msgspec.ValidationError as e:
         raise PruningError(f"{file} is not what lowkey-prune writes: {e}") from e
     layers = len(checkpoint.spec.linear_layers)
-    if len(d_k) != layers or min(d_k) < 1:
-        raise PruningError(f"{file}: source.d_k={d_k} must be {layers} positive numbers, one a layer")
+    for name, d_k in (("source.d_k", read["source"]["d_k"]), ("d_k", read.get("d_k"))):
+        if d_k is not None and (len(d_k) != layers or min(d_k) < 1):
+            raise PruningError(f"{file}: {name}={d_k} must be {layers} positive numbers, one a layer")
+    if is_masked(record):
+        if "d_k" not in read:
+            raise PruningError(f"{file} has no d_k, which says how many channels of a head are not masked")
+        if read["source"]["d_k"] != list(checkpoint.spec.d_k):
+            raise PruningError(
+                f"{file}: source.d_k={read['source']['d_k']} must be the d_k of the config, "
+                f"{list(checkpoint.spec.d_k)}, where export='masked'"
+            )
     return record
+
+
+def is_masked(record: Mapping[str, Any]) -> bool:
+    """Whether `state_reduction.json` is of a checkpoint whose removed channels are zeros that still take their room.
+    Records from before there were two forms do not say, and are of sliced ones."""
+    return record.get("export") == "masked"
 
 
 @dataclass(frozen=True)
@@ -145,6 +163,7 @@ def reduce_checkpoint(
     provenance: Provenance,
     out: Path,
     *,
+    export: Export = "sliced",
     replaces: Found | None = None,
     evaluate: Callable[[Model], dict[str, object]] | None = None,
 ) -> ModelSpec:
@@ -155,7 +174,7 @@ def reduce_checkpoint(
         evaluate: measures the reduced model, loaded whole; what it returns goes into `state_reduction.json`.
 
     Returns:
-        The reduced model's spec.
+        The spec of the model that was written: for the masked form that of the source.
 
     Raises:
         PruningError, CheckpointError: the result does not load and run.
@@ -163,9 +182,10 @@ def reduce_checkpoint(
         OutputError: the output can't be written.
     """
     with new_directory(out, replaces=replaces) as directory:
-        spec = write_reduced(checkpoint, selection.cuts, directory)
+        spec = write_reduced(checkpoint, selection.cuts, directory, export)
+        check_written(checkpoint, directory, selection.cuts if export == "sliced" else ())
         check_runs(directory, spec, checkpoint.source)
-        record = reduction_json(checkpoint, selection, provenance, spec)
+        record = reduction_json(checkpoint, selection, provenance, spec, export)
         if evaluate is not None:
             record["evaluation"] = evaluate(open_checkpoint(directory).load())
         write_json(directory / REDUCTION, record)
@@ -173,9 +193,13 @@ def reduce_checkpoint(
 
 
 def reduction_json(
-    checkpoint: Checkpoint, selection: Selection, provenance: Provenance, spec: ModelSpec
+    checkpoint: Checkpoint, selection: Selection, provenance: Provenance, spec: ModelSpec, export: Export
 ) -> dict[str, Any]:
-    """The content of `state_reduction.json`; docs/pruning.md lists the keys."""
+    """The content of `state_reduction.json`; docs/pruning.md lists the keys.
+
+    `d_k` says how many channels of a head are kept, in both forms of export; `state_bytes` is the state of the model
+    that was written, of `spec`.
+    """
     calibration = None
     if provenance.statistics is not None:
         statistics = provenance.statistics
@@ -194,7 +218,8 @@ def reduction_json(
         "method": provenance.method,
         "seed": provenance.seed,
         "layers": list(spec.linear_layers),
-        "d_k": list(spec.d_k),
+        "export": export,
+        "d_k": list(selection.d_k),
         "state_bytes": spec.state_bytes(0),
         "stock_loaders": len(set(spec.d_k)) == 1,
         "budget": None if provenance.budget is None else provenance.budget.as_json(),
