@@ -21,6 +21,6 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     compiled = dict(line.split() for line in result.stdout.splitlines())
     assert set(compiled) == {
         *("convolve_packed", "convolve_step", "gated_norm", "gates", "mixer_step", "move_states_on"),
-        *("narrow_rows", "rms_norm", "swiglu", "widen_rows"),
+        *("narrow_rows", "prepare", "rms_norm", "swiglu", "widen_rows"),
     }
     assert all(int(size) > 1000 for size in compiled.values())

@@ -15,6 +15,7 @@ from specs import mixer_spec
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from modeling import vllm_plugin
 from modeling.model import Model
 from modeling.ops import chunked_gated_delta_rule
 from modeling.runtime.gpu import delta, delta_int8, mlp, norms, prefill, rounding
@@ -29,6 +30,8 @@ TYPES = {
     torch.int32: "i32",
     torch.int8: "i8",
 }
+PLUGIN_WIDTHS = ((64, 128), (32, 128), (96, 192), (48, 192), (16, 128), (80, 128), (128, 128), (24, 128))
+"""d_k and d_v of the models that vLLM runs with our plugin, and odd ones."""
 H100 = GPUTarget("cuda", 90, 32)
 
 
@@ -75,6 +78,7 @@ def main() -> None:
         (rounding, ["narrow_rows", "widen_rows"]),
         (norms, ["rms_norm"]),
         (mlp, ["swiglu"]),
+        (vllm_plugin, ["prepare"]),
     ):
         for name in names:
             setattr(module, name, Caught(getattr(module, name)))
@@ -99,6 +103,13 @@ def main() -> None:
             runtime = GpuRuntime(model, chunked_gated_delta_rule)
             runtime.prefill(torch.zeros(70, dtype=torch.long), [0, 3, 70], pool, torch.arange(2))
             runtime.decode(torch.arange(2), pool, torch.arange(2))
+    for d_k, d_v in PLUGIN_WIDTHS:
+        for tokens, k_heads, v_heads in ((1, 2, 2), (64, 16, 48)):
+            bfloat16 = torch.bfloat16
+            conv_output = torch.zeros(tokens, 2 * k_heads * d_k + v_heads * d_v, dtype=bfloat16)
+            gates = torch.zeros(tokens, 2 * v_heads, dtype=bfloat16).chunk(2, 1)
+            rates = torch.zeros(v_heads), torch.zeros(v_heads, dtype=bfloat16)
+            vllm_plugin.prepare_prefill(conv_output, *gates, *rates, k_heads, d_k, d_v)
 
 
 if __name__ == "__main__":
