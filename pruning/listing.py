@@ -9,7 +9,7 @@ from rich.tree import Tree
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
 from modeling.spec import FLOAT32_STATES, ModelSpec
-from pruning.reduction import record_of
+from pruning.record import record_of
 from pruning.views import arrow
 
 _RUNS = 4

@@ -1,12 +1,10 @@
 """Checkpoint in, reduced checkpoint out: surgery, provenance, and the check that the result loads."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
-
-import msgspec
+from typing import Any
 
 from lowkey.files import Found, check_new_directory, refuse_link
 from lowkey.publishing import new_directory, write_json
@@ -14,112 +12,14 @@ from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
+from pruning.card import write_card
 from pruning.errors import PruningError
 from pruning.export import check_written
+from pruning.record import FORMAT
 from pruning.selection import Selection
 from pruning.statistics import Statistics
 from pruning.surgery import Export, check_runs, write_reduced
 from pruning.versions import versions
-
-FORMAT = 1
-"""Version of the form of `state_reduction.json`."""
-
-
-class _Source(TypedDict):
-    name: str
-    sha256: str
-    d_k: list[int]
-    state_bytes: int
-
-
-class _Origin(TypedDict):
-    text: str
-    text_sha256: str
-    windows: int
-    window_length: int
-    seed: int
-
-
-class _Calibration(TypedDict):
-    tokens: int
-    origins: list[_Origin]
-
-
-class _Measured(TypedDict):
-    perplexity: float
-    tokens: NotRequired[int]
-
-
-class _Evaluation(TypedDict):
-    text: str
-    dense: _Measured
-    reduced: _Measured
-
-
-class _Around(TypedDict):
-    text: str
-    tokens: int
-    before: _Measured
-    after: _Measured
-
-
-class _Settings(TypedDict):
-    train: str
-
-
-class _Recovery(TypedDict):
-    tokens: int
-    settings: _Settings
-    evaluation: _Around
-
-
-class _Record(TypedDict):
-    """What this package reads of `state_reduction.json`."""
-
-    source: _Source
-    method: str
-    seed: int
-    export: NotRequired[Export]
-    d_k: NotRequired[list[int]]
-    calibration: _Calibration | None
-    evaluation: _Evaluation | None
-    recovery: NotRequired[_Recovery]
-
-
-def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The checkpoint's `state_reduction.json`, or None for a dense one.
-
-    Raises:
-        PruningError: it is of another format, or not what `lowkey-prune` writes.
-    """
-    record, file = checkpoint.reduction, checkpoint.path / REDUCTION
-    if record is None:
-        return None
-    if record.get("format") != FORMAT:
-        raise PruningError(f"{file} has format {record.get('format')!r}; this version reads {FORMAT}")
-    try:
-        read = msgspec.convert(record, _Record)
-    except msgspec.ValidationError as e:
-        raise PruningError(f"{file} is not what lowkey-prune writes: {e}") from e
-    layers = len(checkpoint.spec.linear_layers)
-    for name, d_k in (("source.d_k", read["source"]["d_k"]), ("d_k", read.get("d_k"))):
-        if d_k is not None and (len(d_k) != layers or min(d_k) < 1):
-            raise PruningError(f"{file}: {name}={d_k} must be {layers} positive numbers, one a layer")
-    if is_masked(record):
-        if "d_k" not in read:
-            raise PruningError(f"{file} has no d_k, which says how many channels of a head are not masked")
-        if read["source"]["d_k"] != list(checkpoint.spec.d_k):
-            raise PruningError(
-                f"{file}: source.d_k={read['source']['d_k']} must be the d_k of the config, "
-                f"{list(checkpoint.spec.d_k)}, where export='masked'"
-            )
-    return record
-
-
-def is_masked(record: Mapping[str, Any]) -> bool:
-    """Whether `state_reduction.json` is of a checkpoint whose removed channels are zeros that still take their room.
-    Records from before there were two forms do not say, and are of sliced ones."""
-    return record.get("export") == "masked"
 
 
 @dataclass(frozen=True)
@@ -189,6 +89,7 @@ def reduce_checkpoint(
         if evaluate is not None:
             record["evaluation"] = evaluate(open_checkpoint(directory).load())
         write_json(directory / REDUCTION, record)
+        write_card(directory, record)
     return spec
 
 
@@ -211,6 +112,7 @@ def reduction_json(
         "format": FORMAT,
         "source": {
             "name": checkpoint.source,
+            "hub_id": checkpoint.hub_id,
             "sha256": checkpoint.sha256,
             "d_k": list(checkpoint.spec.d_k),
             "state_bytes": checkpoint.spec.state_bytes(0),

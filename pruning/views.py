@@ -19,12 +19,17 @@ from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.export import config_changes
 from pruning.pareto import BITS_LEGEND, PARETO_LEGEND, bits_cells, pareto_table
-from pruning.reduction import is_masked, record_of
+from pruning.record import is_masked, record_of
 
 
 def width(d_k: Sequence[int]) -> str:
     """One number for a model of one d_k, all of them otherwise."""
     return str(d_k[0]) if len(set(d_k)) == 1 else " ".join(str(n) for n in d_k)
+
+
+def span(d_k: Sequence[int]) -> str:
+    """One number for a model of one d_k, else the narrowest and the widest."""
+    return width(d_k) if len(set(d_k)) == 1 else f"{min(d_k)} to {max(d_k)}"
 
 
 def change(before: float, after: float) -> str:
@@ -105,7 +110,7 @@ def add_capacity(root: Tree, spec: ModelSpec, record: Mapping[str, Any] | None =
         branch.add(line)
     if models[0].kv_bytes_per_token():
         branch.add(CAPACITY_LEGEND)
-    header, rows = capacity_table([(width(model.d_k), model) for model in models])
+    header, rows = capacity_table([(span(model.d_k), model) for model in models])
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left")

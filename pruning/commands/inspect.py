@@ -13,7 +13,7 @@ from pruning.commands.console import out_console
 from pruning.errors import PruningError
 from pruning.listing import add_layers
 from pruning.options import checkpoint_named
-from pruning.reduction import record_of
+from pruning.record import record_of
 
 
 def inspect(
