@@ -1,7 +1,8 @@
 """Train the demo model from the text that ships with CPython.
 
     python demo/train.py tokenizer OUT            # byte-level BPE from the training side of the split
-    python demo/train.py model OUT           # needs OUT/tokenizer.json; writes the fla-format checkpoint
+    python demo/train.py model OUT           # needs OUT/tokenizer.json; writes the checkpoint
+    python demo/train.py model OUT --layout qwen3_5    # a hybrid in Qwen3.5's layout instead of fla's
 
 One process, on the CPU (an hour and a half on two cores) or on a GPU. The recipe and the curve of the shipped
 checkpoint are in demo/README.md.
@@ -17,7 +18,7 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +37,7 @@ from pruning.corpus import corpus, sha256
 
 EOS = "<|endoftext|>"
 WINDOW = 512
-CONFIG = {
+FLA = {
     "architectures": ["GatedDeltaNetForCausalLM"],
     "model_type": "gated_deltanet",
     "vocab_size": 4096,
@@ -60,6 +61,48 @@ CONFIG = {
     "attn": None,
     "dtype": "bfloat16",
 }
+HYBRID = {
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "model_type": "qwen3_5",
+    "dtype": "bfloat16",
+    "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "qwen3_5_text",
+        "dtype": "bfloat16",
+        "vocab_size": 4096,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 8,
+        "full_attention_interval": 4,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "attn_output_gate": True,
+        "attention_bias": False,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "mamba_ssm_dtype": "float32",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.25,
+            "mrope_section": [3, 3, 2],
+            "mrope_interleaved": True,
+        },
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+    },
+}
+LAYOUTS = {"gated_deltanet": FLA, "qwen3_5": HYBRID}
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -73,7 +116,7 @@ def tokenizer(out: Path) -> None:
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"],
+        vocab_size=FLA["vocab_size"],
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -83,7 +126,7 @@ def tokenizer(out: Path) -> None:
         "bos_token": EOS,
         "eos_token": EOS,
         "pad_token": EOS,
-        "model_max_length": CONFIG["max_position_embeddings"],
+        "model_max_length": FLA["max_position_embeddings"],
         "clean_up_tokenization_spaces": False,
     }
 
@@ -155,15 +198,15 @@ def heldout_loss(model: Model, stream: Tensor, batches: int | None = None) -> fl
     return total / count
 
 
-def save(net: Model, out: Path, found: dict[str, Found | None]) -> None:
-    """Write the checkpoint in fla's names, weights in bf16, in place of what was `found`. Raises OutputError."""
+def save(net: Model, config: dict[str, Any], out: Path, found: dict[str, Found | None]) -> None:
+    """Write the checkpoint in its layout's names, weights in bf16, in place of what was `found`. Raises OutputError."""
 
     def weights() -> None:
-        tensors = {name: t.to("cpu", torch.bfloat16) for name, t in export_tensors(net, family_of(CONFIG))}
+        tensors = {name: t.to("cpu", torch.bfloat16) for name, t in export_tensors(net, family_of(config))}
         with new_file(out / "model.safetensors", replaces=found["model.safetensors"]) as temporary:
             save_shard(temporary, {name: t.contiguous() for name, t in tensors.items()})
 
-    write_all(weights, lambda: new_json(out / "config.json", CONFIG, replaces=found["config.json"]))
+    write_all(weights, lambda: new_json(out / "config.json", config, replaces=found["config.json"]))
 
 
 @app.command()
@@ -176,8 +219,14 @@ def model(
     seed: int = 0,
     threads: int = 2,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
+    layout: Annotated[
+        str, typer.Option(help=f"The checkpoint's family: {' or '.join(LAYOUTS)}.")
+    ] = "gated_deltanet",
 ) -> None:
     """Train the model and write the checkpoint to OUT (bf16 weights, curve.json beside them)."""
+    if layout not in LAYOUTS:
+        raise typer.BadParameter(f"layout={layout!r} must be {' or '.join(LAYOUTS)}")
+    config = LAYOUTS[layout]
     found = _found(out, "config.json", "model.safetensors", "curve.json")
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
@@ -188,7 +237,7 @@ def model(
     train, heldout = encode(tok, train_texts), encode(tok, heldout_texts)
     bytes_per_token = sum(len(t.encode()) for t in heldout_texts) / len(heldout)
     train, heldout = train.to(device), heldout.to(device)
-    net = Model(family_of(CONFIG).spec(CONFIG))
+    net = Model(family_of(config).spec(config))
     initialise(net)
     net.to(device)
     matrices = [p for n, p in net.layers.named_parameters() if n.endswith("proj.weight")]
@@ -239,7 +288,7 @@ def model(
             try:
                 if any(found_at(out / name) != before for name, before in found.items()):
                     raise OutputError(f"{out} has changed since it was last looked at")
-                save(net, out, found)
+                save(net, config, out, found)
                 found = {name: found_at(out / name) for name in found}
             except OutputError as e:  # the end is what counts, and there may be room again by then
                 print(f"going on unsaved: {e}", flush=True)
@@ -265,7 +314,7 @@ def model(
 
     def finish(folder: Path) -> None:
         write_all(
-            lambda: save(net, folder, found),
+            lambda: save(net, config, folder, found),
             lambda: new_json(folder / "curve.json", summary, replaces=found["curve.json"]),
         )
 

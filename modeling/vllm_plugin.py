@@ -12,7 +12,8 @@ processes. Two things then change, and only for Gated DeltaNet layers whose widt
 OLMo-Hybrid (d_k 96, d_v 192) needs neither: vLLM computes its gates in a kernel without widths, normalises q and k
 inside the rule, and always uses Triton.
 
-This was read against the versions in `KNOWN`. With any other version the plugin says so and changes nothing.
+This was read against the versions in `KNOWN`, all of whose kernels are the same. With any other version the plugin says
+so and changes nothing.
 """
 
 import importlib.machinery
@@ -31,8 +32,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-KNOWN = ("0.26.0", "0.33.0")
-"""Versions of vLLM in which the two functions that are replaced were read."""
+KNOWN = ("0.26.0", "0.27.0", "0.27.1", "0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
+"""Versions of vLLM in which the two functions that are replaced, and those that call them, were read."""
 FLASHINFER_D_K = 128
 """The only key width of FlashInfer's prefill."""
 BLOCK_TOKENS = 16
@@ -270,7 +271,7 @@ class ReplaceOnImport(MetaPathFinder):
 
 
 def known() -> str:
-    return " and ".join(KNOWN)
+    return f"{KNOWN[0]} to {KNOWN[-1]}"
 
 
 def register() -> None:

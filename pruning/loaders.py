@@ -53,7 +53,7 @@ def _transformers(model_type: str, d_k: int, d_v: int) -> tuple[bool, str]:
 def _vllm(model_type: str, d_k: int, d_v: int) -> tuple[bool, str]:
     if model_type in FLA:
         return False, "it has no such model"
-    since = "from 0.33 on" if model_type.endswith("_text") else ""
+    since = "from 0.27 on" if model_type.endswith("_text") else ""
     if model_type == OLMO or d_k == d_v == 128:
         return True, since
     if _block(d_k) != _block(d_v):
@@ -61,15 +61,15 @@ def _vllm(model_type: str, d_k: int, d_v: int) -> tuple[bool, str]:
             False,
             f"its prefill kernel does not compile for d_k {d_k} and d_v {d_v}; Lowkey's plugin brings one",
         )
-    flag = "on Hopper with --gdn-prefill-backend triton"
-    return True, f"{since}, {flag}" if since else flag
+    flag = "on Hopper it needs --gdn-prefill-backend triton"
+    return True, f"{since}; {flag}" if since else flag
 
 
 def _vllm_with_plugin(model_type: str, d_k: int, d_v: int) -> tuple[bool, str]:
     runs, how = _vllm(model_type, d_k, d_v)
     if model_type in FLA:
         return runs, how
-    return True, "from 0.33 on" if model_type.endswith("_text") else ""
+    return True, "from 0.27 on" if model_type.endswith("_text") else ""
 
 
 def _sglang(model_type: str, d_k: int, d_v: int) -> tuple[bool, str]:
@@ -105,7 +105,7 @@ def _lowkey(model_type: str, d_k: int, d_v: int) -> tuple[bool, str]:
     return False, "lowkey-prune evaluates and recovers it, and lowkey-serve has no softmax attention yet"
 
 
-VLLM_VERSIONS = "0.26.0 and 0.33.0"
+VLLM_VERSIONS = "0.26.0 to 0.33.0"
 LOADERS = (
     Loader("transformers", "5.24", "on a CPU, flash-linear-attention's models on a GPU", _transformers),
     Loader("vLLM", VLLM_VERSIONS, "0.26.0 on an H200 with d_k 128 and 64", _vllm),
@@ -151,5 +151,5 @@ def warnings(model_type: str, d_k: Sequence[int], d_v: int) -> Iterator[str]:
     for verdict in loaders(model_type, d_k, d_v):
         name = verdict.loader.name
         if before[name].runs and (verdict.runs, verdict.how) != (True, before[name].how):
-            does = "runs it" if verdict.runs else "does not run it:"
-            yield f"note: {label}: {name} {verdict.loader.version} {does} {verdict.how} (docs/hybrids.md)"
+            does = "runs it" if verdict.runs else "does not run it"
+            yield f"note: {label}: {name} {verdict.loader.version} {does}: {verdict.how} (docs/hybrids.md)"

@@ -43,13 +43,15 @@ def test_trained_weights_are_written_though_a_config_appeared_meanwhile(checkpoi
     train = runpy.run_path(str(MODEL.parent / "train.py"), run_name="train")
     (tmp_path / "config.json").write_text("mine")
     with pytest.raises(OutputTakenError, match=r"config\.json has appeared or changed"):
-        train["save"](checkpoint.load(), tmp_path, {"config.json": None, "model.safetensors": None})
+        train["save"](
+            checkpoint.load(), train["FLA"], tmp_path, {"config.json": None, "model.safetensors": None}
+        )
     assert (tmp_path / "config.json").read_text() == "mine"
     written, shipped = (load_file(folder / "model.safetensors") for folder in (tmp_path, MODEL))
     assert written.keys() == shipped.keys()
     assert all(torch.equal(written[name], shipped[name]) for name in shipped)
     (kept,) = tmp_path.glob("config.*.json")
-    assert json.loads(kept.read_text()) == train["CONFIG"]
+    assert json.loads(kept.read_text()) == train["FLA"]
 
 
 @pytest.mark.slow

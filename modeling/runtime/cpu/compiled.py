@@ -40,8 +40,8 @@ class _Model(Structure):
 
 
 def knows(block: Block) -> bool:
-    """Whether a layer's mixer and feed-forward are of kinds that are written in C++."""
-    return isinstance(block.mixer, DeltaMixer) and isinstance(block.ffn, MLP)
+    """Whether a layer's mixer and feed-forward are of kinds that are written in C++, with their norms in front."""
+    return isinstance(block.mixer, DeltaMixer) and isinstance(block.ffn, MLP) and not block.norm_after
 
 
 class CompiledModel:

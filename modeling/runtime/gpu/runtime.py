@@ -47,6 +47,8 @@ class GpuRuntime(TorchRuntime):
         super().__init__(model)
         self._rule = rule
         for i, block in enumerate(self._blocks):
+            if block.norm_after:
+                raise UnavailableError(f"layer {i} has its norms behind, for which there are no kernels")
             for part in (block.mixer, block.ffn):
                 if type(part) not in (*MIXERS, *FEED_FORWARDS):
                     raise UnavailableError(
