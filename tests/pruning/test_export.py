@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
-from hybrids import CASES, write_hybrid
+from hybrids import CASES, FULL, LINEAR, write_hybrid
 from reducing import difference, random_keep, reduce
 from safetensors.torch import load_file, save_file
 
@@ -270,3 +270,26 @@ def test_a_record_that_says_something_else_is_refused(run, dense, tmp_path, chan
     file.write_text(json.dumps(record))
     refused = run("inspect", "masked", code=2)
     assert REDUCTION in refused and re.search(message, refused)
+
+
+@pytest.mark.parametrize("case", ["vl-moe-fused", "text-moe-each-tied"])
+def test_a_recovered_hybrid_has_all_tensors_in_the_layout_of_its_source(run, tmp_path, case):
+    """Experts together or one by one, what is no part of the language model, and channels that are masked."""
+    short = replace(CASES[case], layer_types=(LINEAR, FULL))
+    write_hybrid(tmp_path / "dense", short)
+    (tmp_path / "t").write_text(" ".join(f"{i * i}" for i in range(2000)))
+    texts = ("--text", "t", "--heldout", "t", "--heldout-tokens", 512)
+    steps = ("--window-length", 64, "--tokens", 512, "--batch", 2, "--lr", 0.01)
+    run("prune", "dense", "masked", "--method", "l1", "--keep", 4, "--export", "masked")
+    run("recover", "dense", "masked", "recovered", *texts, *steps)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("masked", "recovered"))
+    assert before.keys() == after.keys()
+    checkpoint = open_checkpoint("masked")
+    for name, tensor in before.items():
+        if not checkpoint.is_ours(name):
+            assert torch.equal(after[name], tensor), name
+        elif name in checkpoint.key_rows:
+            rows = checkpoint.key_rows[name].flatten()
+            zero = tensor[rows].flatten(1).abs().sum(1) == 0
+            assert zero.any() and after[name][rows][zero].abs().sum() == 0, "what is masked learns nothing"
+            assert not torch.equal(after[name], tensor)
