@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from modeling.checkpoint import FLOATS, Checkpoint
+from modeling.checkpoint import FLOATS, HEAD, Checkpoint
 from modeling.sources import INDEX, SINGLE, read_json
 from pruning.errors import PruningError
 from pruning.surgery import Cut
@@ -58,6 +58,11 @@ def check_written(source: Checkpoint, directory: Path, cuts: Sequence[Cut] = ())
     ):
         if names:
             raise PruningError(f"{where} {what} {', '.join(names[:_NAMED])} ({len(names)} in all)")
+    if source.spec.tie_embeddings and HEAD in found:
+        # Training stores a copy of the embeddings as one, in their dtype.
+        dtypes = {expected[HEAD][0], expected[source.name_of("embeddings.weight")][0]}
+        if found[HEAD].dtype in dtypes:
+            expected[HEAD] = (found[HEAD].dtype, expected[HEAD][1])
     for name, (dtype, shape) in expected.items():
         if (found[name].dtype, found[name].shape) != (dtype, shape):
             raise PruningError(

@@ -318,7 +318,7 @@ def test_an_auto_map_that_is_none_is_no_traceback(tmp_path, prune, odd):
 
 def test_a_config_that_is_no_json_is_copied_as_it_is(tmp_path, prune):
     path = whole(tmp_path / "local")
-    (path / "generation_config.json").write_text("{no json")
+    (path / "processor_config.json").write_text("{no json")
     came, _ = prune(path)
-    assert "generation_config.json" in came
-    assert (tmp_path / "out/generation_config.json").read_text() == "{no json"
+    assert "processor_config.json" in came
+    assert (tmp_path / "out/processor_config.json").read_text() == "{no json"
