@@ -158,6 +158,13 @@ def test_the_sources_card_is_kept_and_its_licence_passed_on(run, tmp_path, card)
     assert "# `out`, d_k 8 => 4" in card("again")
 
 
+def test_a_card_of_ours_is_not_passed_on(run, dense, tmp_path, card):
+    run("prune", dense, "out", *L1)
+    said = run("prune", "out", "again", "--method", "l1", "--keep", 4)
+    assert not (tmp_path / "again/README.source.md").exists() and "README" not in said
+    assert "it came without a card" in card("again")
+
+
 def test_a_card_that_was_written_over_ours_is_left_out_and_named(run, tmp_path, card):
     dense = write_checkpoint(tmp_path / "dense", GATED)
     (dense / "README.md").write_text(SOURCE)
