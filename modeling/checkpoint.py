@@ -3,7 +3,7 @@
 Only safetensors are read, one tensor at a time.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowkey.publishing import write_json
-from lowkey.words import counted
+from lowkey.words import counted, writable
 from modeling.families import ConfigError, Family, TensorMap, family_of, key_rows
 from modeling.families.base import token_ids
 from modeling.model import Model
@@ -40,10 +40,12 @@ HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model", *_TERMS]
 class Checkpoint:
     """A readable checkpoint directory."""
 
-    def __init__(self, path: Path, source: str | None = None) -> None:
+    def __init__(self, path: Path, source: str | None = None, *, hub_id: str | None = None) -> None:
         self.path = path
         self.source = source or str(path)
         """What the user called it: a path or a hub id."""
+        self.hub_id = hub_id
+        """`org/name` of a checkpoint that came from the hub; None for a directory."""
         self.config: dict[str, Any] = read_json(path / "config.json")
         self.family: Family = family_of(self.config)
         self.spec: ModelSpec = with_generation_eos(self.family.spec(self.config), path)
@@ -58,6 +60,15 @@ class Checkpoint:
         """What `lowkey-prune` wrote about a reduced checkpoint, or None for any other."""
         file = self.path / REDUCTION
         return read_json(file) if file.exists() else None
+
+    @property
+    def method(self) -> str | None:
+        """How a reduced checkpoint was made, as text that can be shown: its method, and whether the channels that it
+        names are masked only. None for any other checkpoint."""
+        if self.reduction is None:
+            return None
+        masked = " (masked)" if self.reduction.get("export") == "masked" else ""
+        return f"{writable(self.reduction.get('method'))}{masked}"
 
     @cached_property
     def sha256(self) -> str:
@@ -265,13 +276,13 @@ def open_checkpoint(source: str | Path) -> Checkpoint:
         local = snapshot_download(name, revision=revision or None, allow_patterns=HUB_FILES)
     except Exception as e:  # the client lets errors of several HTTP libraries through
         raise CheckpointError(f"{source}: no such directory, and the download failed: {e}") from e
-    return Checkpoint(Path(local), str(source))
+    return Checkpoint(Path(local), str(source), hub_id=name)
 
 
-def export_tensors(model: Model, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters under the family's own names and shapes."""
+def export_tensors(model: Model, family: Family, names: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters under the family's own names and shapes; `names` as in `Family.tensors`."""
     state = model.state_dict()
-    for m in family.tensors(model.spec):
+    for m in family.tensors(model.spec, names):
         yield from zip(m.theirs, m.split(state[m.ours]), strict=True)
 
 

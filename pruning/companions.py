@@ -14,6 +14,14 @@ from modeling.sources import TOKENIZER, CheckpointError, read_json
 
 RECOVERY = "recovery.json"
 """What `lowkey-prune recover` writes about a run, beside the weights that it trained."""
+CARD = "README.md"
+"""The model card, which the hub shows."""
+SOURCE_CARD = "README.source.md"
+"""The card of the source, in a checkpoint that is made of it: what it says it does not say of that one."""
+CARD_MARK = "<!-- written by lowkey-prune -->"
+"""By which a card of ours is known."""
+CARD_BYTES = 2**20
+"""Bytes of a card that are read, at most."""
 _WEIGHTS = {
     ".safetensors",
     ".bin",
@@ -53,8 +61,24 @@ class Companions:
 
     @cached_property
     def names(self) -> list[Path]:
-        """Paths of what comes along, relative to the checkpoint."""
-        return [name for name, follow in self._found.items() if follow]
+        """Paths of what comes along, relative to the checkpoint.
+
+        Its card comes along under another name (`SOURCE_CARD`). A card of ours does not: it is written anew.
+        """
+        return [
+            name
+            for name, follow in self._found.items()
+            if follow and not (name == Path(CARD) and (self._has_source_card or self._card_is_ours))
+        ]
+
+    @property
+    def _has_source_card(self) -> bool:
+        return bool(self._found.get(Path(SOURCE_CARD)))
+
+    @cached_property
+    def _card_is_ours(self) -> bool:
+        with _open(self.checkpoint.path / CARD) as card:
+            return CARD_MARK.encode() in card.read(CARD_BYTES)
 
     @property
     def left_out(self) -> list[Path]:
@@ -72,7 +96,8 @@ class Companions:
             if name in self._without_code:
                 write_json(directory / name, self.without_missing_code(self._without_code[name]))
             else:
-                _copy(self.checkpoint.path / name, directory / name)
+                target = SOURCE_CARD if name == Path(CARD) else name
+                _copy(self.checkpoint.path / name, directory / target)
 
     def without_missing_code(self, config: dict[str, Any]) -> dict[str, Any]:
         """The config without the names of classes whose code does not come along: nothing could load it."""
@@ -94,6 +119,8 @@ class Companions:
         if self.left_out:
             names = ", ".join(map(str, self.left_out))
             yield f"note: left out, because they are links to folders, to other places or to nothing: {names}"
+        if self._found.get(Path(CARD)) and self._has_source_card and not self._card_is_ours:
+            yield f"note: left out: {CARD}, because {SOURCE_CARD} comes along as the card of the source"
         if Path(TOKENIZER) not in self.names:
             source = self.checkpoint.source
             elsewhere = f"{TOKENIZER} of {source} is a link out of the checkpoint"

@@ -22,20 +22,16 @@ from modeling.checkpoint import FLOATS, Checkpoint
 from modeling.model import Model
 from modeling.spec import TOKEN_BLOCK, AttentionSpec, DeltaSpec, MixerSpec, ModelSpec
 from pruning.calibration import BATCH
+from pruning.capacity import parameter_count
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
 from pruning.gradients import add_gradients, need_gradients
+from pruning.loaders import MODEL_TYPES, warnings
 from pruning.statistics import StatisticName, shapes
 from pruning.views import change, width
 
 PROCESS_BYTES = 400 * 10**6
 """Bytes that a process holds without any model: Python, torch and the libraries that it loads."""
-
-
-def parameter_count(spec: ModelSpec) -> int:
-    """Parameters of the model, tied ones once."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in Model(spec).parameters())
 
 
 def statistics_bytes(spec: ModelSpec, names: Collection[StatisticName]) -> int:
@@ -201,13 +197,15 @@ def shape_lines(spec: ModelSpec) -> Iterator[str]:
 
 
 def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
-    """Lines with the widths and the state before and after, and what kernels lose by the new widths."""
+    """Lines with the widths and the state before and after, and who no longer runs the new widths as the old ones."""
     before, after = spec.state_bytes(0), spec.with_d_k(tuple(widths)).state_bytes(0)
     yield (
         f"d_k {width(spec.d_k)} => {width(widths)}, "
         f"state per request {before:,} => {after:,} bytes ({change(before, after)})"
     )
     yield from width_notes(spec.d_k, widths)
+    if spec.family in MODEL_TYPES:
+        yield from warnings(spec.family, widths, next(iter(spec.deltas.values())).d_v)
 
 
 def budget_line(passes: int, limit: int, windows: Tensor) -> str:
@@ -219,7 +217,8 @@ def budget_line(passes: int, limit: int, windows: Tensor) -> str:
 
 
 def width_notes(before: Sequence[int], after: Sequence[int]) -> Iterator[str]:
-    """Which kernels the new widths lose, from what third-party kernels are made for (docs/pruning.md, Widths)."""
+    """What kernels make of the new widths (docs/pruning.md, Widths). Which loaders run them is said by
+    `pruning.loaders.warnings`."""
     new = sorted(set(after) - set(before))
     odd = [n for n in new if n % 16]
     padded = [n for n in new if n % 16 == 0 and n & (n - 1)]
@@ -229,10 +228,6 @@ def width_notes(before: Sequence[int], after: Sequence[int]) -> Iterator[str]:
         yield (
             f"note: {_listed(padded)}: decode kernels pad to the next power of two; the state shrinks, "
             "its arithmetic less so"
-        )
-    if 128 in before and new:
-        yield (
-            f"note: {_listed(new)}: fused kernels that are made for d_k 128 alone (FlashInfer's) no longer apply"
         )
 
 

@@ -23,12 +23,15 @@ from modeling.checkpoint import (
 from modeling.model import Model
 from pruning.batches import Batches, token_stream
 from pruning.calibration import Encoder, Text
+from pruning.card import write_card
 from pruning.companions import RECOVERY, Companions
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
+from pruning.export import check_written
 from pruning.finite import check_finite, finite
 from pruning.interrupts import going_on_from
-from pruning.reduction import check_output, record_of
+from pruning.record import record_of
+from pruning.reduction import check_output
 from pruning.surgery import check_runs
 from pruning.training import OnStep, Result, TrainingSettings, check_saved, heldout_loss, no_report, train
 from pruning.versions import versions
@@ -181,29 +184,36 @@ def _write(run: Run, model: Model, result: Result, out: Path, device: torch.devi
         companions.copy(directory)
         write_json(directory / "config.json", companions.without_missing_code(run.student.config))
         write_safetensors(directory, _as_stored(model, run.student))
+        check_written(run.student, directory)
         check_runs(directory, run.student.spec, run.student.source)
         after = heldout_loss(open_checkpoint(directory).load(device=device), run.heldout)
         record = _record(run, result.trained_parameters, result.curve[0].heldout_loss, after)
         if run.student.reduction is not None:
-            write_json(directory / REDUCTION, {**run.student.reduction, "recovery": record})
+            reduction = {**run.student.reduction, "recovery": record}
+            write_json(directory / REDUCTION, reduction)
+            write_card(directory, reduction)
         record = {**record, "curve": [asdict(point) for point in result.curve]}
         write_json(directory / RECOVERY, record)
     return record
 
 
 def _as_stored(model: Model, source: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The model's parameters in the dtypes and shapes of the checkpoint that they came from.
+    """The model's parameters in the dtypes and shapes of the checkpoint that they came from, and what of it is no part
+    of our model, as it is.
 
     Raises:
         PruningError: one is NaN or Inf, or is not finite in the checkpoint's dtype.
     """
     trained = f"{source.source}: after training, in the checkpoint's own dtype"
-    for name, tensor in export_tensors(model, source.family):
+    for name, tensor in export_tensors(model, source.family, source.files):
         dtype, shape = source.dtype_and_shape(name)
         stored = finite(tensor.detach().to("cpu", FLOATS[dtype]).view(shape), name, trained)
         yield name, stored
         if name == source.name_of("embeddings.weight") and model.spec.tie_embeddings and HEAD in source.files:
             yield HEAD, stored.clone()  # what is stored as a copy stays one, in the same dtype
+    for name in source.files:
+        if not source.is_ours(name):
+            yield name, source.tensor(name)
 
 
 def _record(run: Run, trained_parameters: int, before: float, after: float) -> dict[str, Any]:

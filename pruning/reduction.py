@@ -4,9 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
-
-import msgspec
+from typing import Any
 
 from lowkey.files import Found, check_new_directory, refuse_link
 from lowkey.publishing import new_directory, write_json
@@ -14,94 +12,14 @@ from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint
 from modeling.model import Model
 from modeling.spec import ModelSpec
 from pruning.budget import Budget
+from pruning.card import write_card
 from pruning.errors import PruningError
+from pruning.export import check_written
+from pruning.record import FORMAT
 from pruning.selection import Selection
 from pruning.statistics import Statistics
-from pruning.surgery import check_runs, write_reduced
+from pruning.surgery import Export, check_runs, write_reduced
 from pruning.versions import versions
-
-FORMAT = 1
-"""Version of the form of `state_reduction.json`."""
-
-
-class _Source(TypedDict):
-    name: str
-    sha256: str
-    d_k: list[int]
-    state_bytes: int
-
-
-class _Origin(TypedDict):
-    text: str
-    text_sha256: str
-    windows: int
-    window_length: int
-    seed: int
-
-
-class _Calibration(TypedDict):
-    tokens: int
-    origins: list[_Origin]
-
-
-class _Measured(TypedDict):
-    perplexity: float
-    tokens: NotRequired[int]
-
-
-class _Evaluation(TypedDict):
-    text: str
-    dense: _Measured
-    reduced: _Measured
-
-
-class _Around(TypedDict):
-    text: str
-    tokens: int
-    before: _Measured
-    after: _Measured
-
-
-class _Settings(TypedDict):
-    train: str
-
-
-class _Recovery(TypedDict):
-    tokens: int
-    settings: _Settings
-    evaluation: _Around
-
-
-class _Record(TypedDict):
-    """What this package reads of `state_reduction.json`."""
-
-    source: _Source
-    method: str
-    seed: int
-    calibration: _Calibration | None
-    evaluation: _Evaluation | None
-    recovery: NotRequired[_Recovery]
-
-
-def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The checkpoint's `state_reduction.json`, or None for a dense one.
-
-    Raises:
-        PruningError: it is of another format, or not what `lowkey-prune` writes.
-    """
-    record, file = checkpoint.reduction, checkpoint.path / REDUCTION
-    if record is None:
-        return None
-    if record.get("format") != FORMAT:
-        raise PruningError(f"{file} has format {record.get('format')!r}; this version reads {FORMAT}")
-    try:
-        d_k = msgspec.convert(record, _Record)["source"]["d_k"]
-    except msgspec.ValidationError as e:
-        raise PruningError(f"{file} is not what lowkey-prune writes: {e}") from e
-    layers = len(checkpoint.spec.linear_layers)
-    if len(d_k) != layers or min(d_k) < 1:
-        raise PruningError(f"{file}: source.d_k={d_k} must be {layers} positive numbers, one a layer")
-    return record
 
 
 @dataclass(frozen=True)
@@ -145,6 +63,7 @@ def reduce_checkpoint(
     provenance: Provenance,
     out: Path,
     *,
+    export: Export = "sliced",
     replaces: Found | None = None,
     evaluate: Callable[[Model], dict[str, object]] | None = None,
 ) -> ModelSpec:
@@ -155,7 +74,7 @@ def reduce_checkpoint(
         evaluate: measures the reduced model, loaded whole; what it returns goes into `state_reduction.json`.
 
     Returns:
-        The reduced model's spec.
+        The spec of the model that was written: for the masked form that of the source.
 
     Raises:
         PruningError, CheckpointError: the result does not load and run.
@@ -163,19 +82,25 @@ def reduce_checkpoint(
         OutputError: the output can't be written.
     """
     with new_directory(out, replaces=replaces) as directory:
-        spec = write_reduced(checkpoint, selection.cuts, directory)
+        spec = write_reduced(checkpoint, selection.cuts, directory, export)
+        check_written(checkpoint, directory, selection.cuts if export == "sliced" else ())
         check_runs(directory, spec, checkpoint.source)
-        record = reduction_json(checkpoint, selection, provenance, spec)
+        record = reduction_json(checkpoint, selection, provenance, spec, export)
         if evaluate is not None:
             record["evaluation"] = evaluate(open_checkpoint(directory).load())
         write_json(directory / REDUCTION, record)
+        write_card(directory, record)
     return spec
 
 
 def reduction_json(
-    checkpoint: Checkpoint, selection: Selection, provenance: Provenance, spec: ModelSpec
+    checkpoint: Checkpoint, selection: Selection, provenance: Provenance, spec: ModelSpec, export: Export
 ) -> dict[str, Any]:
-    """The content of `state_reduction.json`; docs/pruning.md lists the keys."""
+    """The content of `state_reduction.json`; docs/pruning.md lists the keys.
+
+    `d_k` says how many channels of a head are kept, in both forms of export; `state_bytes` is the state of the model
+    that was written, of `spec`.
+    """
     calibration = None
     if provenance.statistics is not None:
         statistics = provenance.statistics
@@ -187,6 +112,7 @@ def reduction_json(
         "format": FORMAT,
         "source": {
             "name": checkpoint.source,
+            "hub_id": checkpoint.hub_id,
             "sha256": checkpoint.sha256,
             "d_k": list(checkpoint.spec.d_k),
             "state_bytes": checkpoint.spec.state_bytes(0),
@@ -194,7 +120,8 @@ def reduction_json(
         "method": provenance.method,
         "seed": provenance.seed,
         "layers": list(spec.linear_layers),
-        "d_k": list(spec.d_k),
+        "export": export,
+        "d_k": list(selection.d_k),
         "state_bytes": spec.state_bytes(0),
         "stock_loaders": len(set(spec.d_k)) == 1,
         "budget": None if provenance.budget is None else provenance.budget.as_json(),

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from pruning.companions import Companions
 from pruning.errors import PruningError
 from pruning.finite import finite
 
+Export = Literal["sliced", "masked"]
+"""What becomes of the channels that are not kept: their rows are removed, or they are zero and all shapes stay."""
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -39,7 +43,9 @@ class Cut:
     checkpoint's own. None where they are its own."""
 
 
-def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -> ModelSpec:
+def write_reduced(
+    checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path, export: Export = "sliced"
+) -> ModelSpec:
     """Write the reduced checkpoint's config, weights and the source's other files into `directory`.
 
     Weights go shard by shard into files of the source's names, so no more than one shard is in memory.
@@ -49,7 +55,7 @@ def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) 
         directory: exists and is empty.
 
     Returns:
-        The reduced model's spec.
+        The spec of the model that was written: for the masked form that of the source.
 
     Raises:
         PruningError: `cuts` do not fit the checkpoint, or a tensor holds NaN or Inf.
@@ -57,12 +63,14 @@ def write_reduced(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) 
     """
     check_cuts(checkpoint.spec, cuts)
     checkpoint.check_tensors()
-    spec = checkpoint.spec.with_d_k(tuple(cut.keep.shape[1] for cut in cuts))
-    config = checkpoint.family.config_with_d_k(checkpoint.config, spec)
+    spec, config = checkpoint.spec, checkpoint.config
+    if export == "sliced":
+        spec = spec.with_d_k(tuple(cut.keep.shape[1] for cut in cuts))
+        config = checkpoint.family.config_with_d_k(config, spec)
     companions = Companions(checkpoint)
     companions.copy(directory)
     write_json(directory / "config.json", companions.without_missing_code(config))
-    write_shards(checkpoint, cuts, directory)
+    write_shards(checkpoint, cuts, directory, export)
     return spec
 
 
@@ -87,8 +95,10 @@ def check_cuts(spec: ModelSpec, cuts: Sequence[Cut]) -> None:
             )
 
 
-def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -> None:
-    """Every tensor in its stored dtype, in the source's shards and order, cut where it has a key axis.
+def write_shards(
+    checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path, export: Export = "sliced"
+) -> None:
+    """Every tensor in its stored dtype, in the source's shards and order, cut or masked where it has a key axis.
 
     Raises:
         CheckpointError: a tensor can't be read, or is not what the config says.
@@ -108,7 +118,8 @@ def write_shards(checkpoint: Checkpoint, cuts: Sequence[Cut], directory: Path) -
                 if cut.rotation is not None:
                     filters = part.role == "filters"
                     tensor = rotate_rows(tensor, rows[name], cut.rotation, filters=filters)
-                tensor = keep_rows(tensor, rows[name], cut.keep)
+                reduce = keep_rows if export == "sliced" else mask_rows
+                tensor = reduce(tensor, rows[name], cut.keep)
             shard[name] = finite(tensor.contiguous(), name, checkpoint.source)
             total += tensor.nbytes
         save_shard(directory / file.name, shard)
@@ -143,11 +154,28 @@ def keep_rows(tensor: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
         rows: row of (set, head, channel), `[sets, num_k_heads, d_k]`.
         keep: `[num_k_heads, n]`.
     """
+    return tensor[_stays(tensor, rows, keep)]
+
+
+def mask_rows(tensor: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+    """Make zeros of the key rows that are not kept; arguments as for `keep_rows`.
+
+    Queries and keys are normalised over all channels of a head, and the state and what is read from it are sums over
+    them, so channels that are zero add nothing: what is left computes what the sliced model does, up to the epsilon of
+    the output norm, which a sliced model's larger reads (by the root of d_k / n) meet with less weight.
+    """
+    masked = tensor.clone()
+    masked[~_stays(tensor, rows, keep)] = 0
+    return masked
+
+
+def _stays(tensor: Tensor, rows: Tensor, keep: Tensor) -> Tensor:
+    """Whether each row of a tensor is kept or no key row at all, bool `[rows]`."""
     kept = rows.gather(2, keep.expand(rows.shape[0], -1, -1))
-    mask = torch.ones(tensor.shape[0], dtype=torch.bool)
-    mask[rows.flatten()] = False
-    mask[kept.flatten()] = True
-    return tensor[mask]
+    stays = torch.ones(tensor.shape[0], dtype=torch.bool)
+    stays[rows.flatten()] = False
+    stays[kept.flatten()] = True
+    return stays
 
 
 @torch.no_grad()

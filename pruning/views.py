@@ -1,7 +1,6 @@
 """What the terminal shows: the before => after tree and the evaluation table."""
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -11,18 +10,26 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from lowkey.words import counted
+from lowkey.words import counted, writable
 from modeling.checkpoint import Checkpoint
-from modeling.spec import FLOAT32_STATES, STATE_DTYPES, ModelSpec, StateDType, StateTypes
+from modeling.spec import STATE_DTYPES, ModelSpec, StateDType, StateTypes
+from pruning.capacity import LEGEND as CAPACITY_LEGEND
+from pruning.capacity import capacity_lines, capacity_table, narrower
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
+from pruning.export import config_changes
 from pruning.pareto import BITS_LEGEND, PARETO_LEGEND, bits_cells, pareto_table
-from pruning.reduction import record_of
+from pruning.record import is_masked, record_of
 
 
 def width(d_k: Sequence[int]) -> str:
     """One number for a model of one d_k, all of them otherwise."""
     return str(d_k[0]) if len(set(d_k)) == 1 else " ".join(str(n) for n in d_k)
+
+
+def span(d_k: Sequence[int]) -> str:
+    """One number for a model of one d_k, else the narrowest and the widest."""
+    return width(d_k) if len(set(d_k)) == 1 else f"{min(d_k)} to {max(d_k)}"
 
 
 def change(before: float, after: float) -> str:
@@ -36,21 +43,23 @@ def tree(checkpoint: Checkpoint) -> Tree:
     Raises:
         PruningError: `state_reduction.json` is of another format or broken.
     """
-    spec = checkpoint.spec
-    shape = f"  {spec.family}, {counted(len(spec.layers), 'layer')}"
-    root = Tree(Text.assemble((checkpoint.source, "bold"), shape), highlight=False)
     record = record_of(checkpoint)
     if record is None:
-        root.add(f"d_k {width(spec.d_k)}")
-        state = root.add(f"state per request {spec.state_bytes(0):,} bytes")
-        _add_narrower(state, spec, spec)
-        root.add(_heads(spec))
-        return root
+        return shapes(checkpoint.source, checkpoint.spec)
+    spec = checkpoint.spec
+    root = _root(checkpoint.source, spec)
     source = record["source"]
-    root.add(Text.assemble("d_k ", *_arrow(width(source["d_k"]), width(spec.d_k))))
-    before, after = source["state_bytes"], spec.state_bytes(0)
-    arrow = _arrow(f"{before:,}", f"{after:,}")
-    state = root.add(Text.assemble("state per request ", *arrow, f" bytes ({change(before, after)})"))
+    if is_masked(record):
+        masked = Text.assemble(
+            f"d_k {width(spec.d_k)}, kept channels {width(record['d_k'])}: ", ("masked", "bold")
+        )
+        root.add(masked.append(", the others are zero and take their room: no memory is saved"))
+        state = root.add(f"state per request {spec.state_bytes(0):,} bytes, as before")
+    else:
+        root.add(Text.assemble("d_k ", *arrow(width(source["d_k"]), width(spec.d_k))))
+        before, after = source["state_bytes"], spec.state_bytes(0)
+        changed = arrow(f"{before:,}", f"{after:,}")
+        state = root.add(Text.assemble("state per request ", *changed, f" bytes ({change(before, after)})"))
     _add_narrower(state, spec.with_d_k(tuple(source["d_k"])), spec)
     root.add(_heads(spec))
     if len(set(spec.d_k)) > 1:
@@ -68,14 +77,65 @@ def tree(checkpoint: Checkpoint) -> Tree:
     return root
 
 
+def shapes(name: str, spec: ModelSpec) -> Tree:
+    """What a config alone says of a model that is not reduced. `name` is what the user called it."""
+    root = _root(name, spec)
+    root.add(f"d_k {width(spec.d_k)}")
+    state = root.add(f"state per request {spec.state_bytes(0):,} bytes")
+    _add_narrower(state, spec, spec)
+    root.add(_heads(spec))
+    return root
+
+
+def _root(name: str, spec: ModelSpec) -> Tree:
+    shape = f"  {spec.family}, {counted(len(spec.layers), 'layer')}"
+    return Tree(Text.assemble((name, "bold"), shape), highlight=False)
+
+
+def add_capacity(root: Tree, spec: ModelSpec, record: Mapping[str, Any] | None = None) -> None:
+    """Add to a model's `tree` what its requests take on a server, before and after for a reduced one; for one that is
+    not, also what narrower keys would give.
+
+    Args:
+        record: `state_reduction.json` of a reduced checkpoint (`record_of`).
+    """
+    if record is None:
+        models = [spec, *narrower(spec)]
+    elif is_masked(record):
+        models = [spec]
+    else:
+        models = [spec.with_d_k(tuple(record["source"]["d_k"])), spec]
+    branch = root.add("on a server, which keeps weights, convolution inputs and KV cache in bfloat16")
+    for line in capacity_lines(models[0]):
+        branch.add(line)
+    if models[0].kv_bytes_per_token():
+        branch.add(CAPACITY_LEGEND)
+    header, rows = capacity_table([(span(model.d_k), model) for model in models])
+    table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
+    for i, name in enumerate(header):
+        table.add_column(name, justify="right" if i else "left")
+    for row in rows:
+        table.add_row(*row)
+    branch.add(table)
+
+
+def add_written(root: Tree, source: Checkpoint, written: Checkpoint) -> None:
+    """Add to the `tree` of a checkpoint that was just written what was compared with its source, and what its config
+    says otherwise."""
+    root.add(f"{counted(len(written.files), 'tensor')} compared with the source's: names, shapes, dtypes")
+    config = root.add("config.json")
+    for line in config_changes(source.config, written.config) or ["unchanged"]:
+        config.add(writable(line))
+
+
 def _add_narrower(state: Tree, before: ModelSpec, after: ModelSpec) -> None:
     """Add to the line of the float32 state what it takes in each narrower dtype, and the change from what it was."""
     for dtype in STATE_DTYPES[1:]:
         bytes_before, bytes_after = (_narrow_bytes(spec, dtype) for spec in (before, after))
-        arrow = _arrow(f"{bytes_before:,}", f"{bytes_after:,}")
+        changed = arrow(f"{bytes_before:,}", f"{bytes_after:,}")
         from_float32 = change(before.state_bytes(0), bytes_after)
         state.add(
-            Text.assemble(f"in {dtype} ", *arrow, f" bytes ({from_float32} from {before.state_bytes(0):,})")
+            Text.assemble(f"in {dtype} ", *changed, f" bytes ({from_float32} from {before.state_bytes(0):,})")
         )
 
 
@@ -84,78 +144,9 @@ def _narrow_bytes(spec: ModelSpec, dtype: StateDType) -> int:
     return spec.state_bytes(0, StateTypes.named(dtype, torch.bfloat16))
 
 
-def add_layers(root: Tree, checkpoint: Checkpoint) -> None:
-    """Add to a checkpoint's `tree` the state of each linear-attention layer and every tensor; before => after where it
-    is reduced.
-
-    Neighbouring layers that are alike share a line.
-
-    Raises:
-        PruningError: as `tree`.
-        CheckpointError: the weights can't be read.
-    """
-    after = checkpoint.spec
-    record = record_of(checkpoint)
-    before = after if record is None else after.with_d_k(tuple(record["source"]["d_k"]))
-    states = root.add("state per request and layer")
-    lines = {
-        layer: [
-            Text.assemble(
-                *("d_k ", *_arrow(str(before.deltas[layer].d_k), str(m.d_k)), ", "),
-                *(*_arrow(f"{_state_bytes(before, layer):,}", f"{_state_bytes(after, layer):,}"), " bytes"),
-            )
-        ]
-        for layer, m in after.deltas.items()
-    }
-    for label, (line,) in _alike(lines):
-        states.add(Text.assemble(f"{label}: ", line))
-    tensors = root.add("tensors")
-    outside, by_layer = _tensor_lines(checkpoint, before)
-    for name in outside:
-        tensors.add(name)
-    for label, of_layer in _alike(by_layer):
-        branch = tensors.add(label)
-        for line in of_layer:
-            branch.add(line)
-
-
-def _tensor_lines(checkpoint: Checkpoint, before: ModelSpec) -> tuple[list[str], dict[int, list[Text]]]:
-    """A line for every tensor: those outside the layers, and those of each layer by its index."""
-    spec = checkpoint.spec
-    keys = checkpoint.key_rows
-    outside: list[str] = []
-    by_layer: dict[int, list[Text]] = {i: [] for i in range(len(spec.layers))}
-    for m in checkpoint.maps:
-        for name in m.theirs:
-            dtype, shape = checkpoint.dtype_and_shape(name)
-            if m.layer is None:
-                outside.append(f"{name} {dtype} {shape}")
-                continue
-            was = list(shape)
-            if name in keys:
-                sets, heads, d_k = keys[name].shape
-                was[0] += sets * heads * (before.deltas[m.layer].d_k - d_k)
-            # Layers that are alike have names that differ in the layer's index alone.
-            inside = name.partition(f".{m.layer}.")[2] or name
-            by_layer[m.layer].append(Text.assemble(f"{inside} {dtype} ", *_arrow(str(was), str(shape))))
-    return outside, by_layer
-
-
-def _alike(lines: Mapping[int, list[Text]]) -> Iterator[tuple[str, list[Text]]]:
-    """(which layers, their common lines) for each run of neighbouring layers with the same lines."""
-    places = enumerate(lines.items())  # in a run, the index of a layer grows as fast as its place
-    for (_, common), run in itertools.groupby(places, key=lambda at: (at[1][0] - at[0], at[1][1])):
-        first, *others = [layer for _, (layer, _) in run]
-        yield f"layers {first} to {others[-1]}, each" if others else f"layer {first}", common
-
-
-def _arrow(before: str, after: str) -> tuple[str | tuple[str, str], ...]:
+def arrow(before: str, after: str) -> tuple[str | tuple[str, str], ...]:
     """Parts of a `Text`: before => after, or one of them if they are the same."""
     return (after,) if before == after else (f"{before} => ", (after, "bold"))
-
-
-def _state_bytes(spec: ModelSpec, layer: int) -> int:
-    return spec.layers[layer].mixer.state_bytes(0, FLOAT32_STATES)
 
 
 def _heads(spec: ModelSpec) -> str:

@@ -32,5 +32,6 @@ class MoE(nn.Module):
             token, choice = (experts == e).nonzero(as_tuple=True)
             gate, up = F.linear(x[token], self.in_proj[e]).chunk(2, dim=-1)
             of_expert = F.linear(F.silu(gate) * up, self.out_proj[e])
-            y = y.index_add(0, token, of_expert * weights[token, choice, None])
+            weighted = of_expert * weights[token, choice, None]
+            y = y.index_add(0, token, weighted.to(y.dtype))  # in autocast products are narrower than weights
         return y

@@ -64,6 +64,7 @@ from pruning.progress import Busy, tokens_bar
 from pruning.reduction import Provenance, check_output, reduce_checkpoint
 from pruning.selection import Selection, check_statistics, select
 from pruning.statistics import load_statistics, names_for
+from pruning.surgery import Export
 
 
 def prune(
@@ -91,6 +92,14 @@ def prune(
     tokens: Tokens = None,
     window_length: WindowLength = None,
     seed: Seed = 0,
+    export: Annotated[
+        Export,
+        typer.Option(
+            help="sliced: the channels are removed, and the state shrinks. masked: their rows are zero, and shapes and "
+            "config stay as they are; that saves no memory, and is for loaders that want d_k = d_v (llama.cpp, GGUF) "
+            "and for measuring quality in any server."
+        ),
+    ] = "sliced",
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Record held-out perplexity before and after.")
     ] = False,
@@ -99,6 +108,8 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Write a reduced checkpoint. Stock loaders read it, unless --per-layer gave its layers different widths.
+
+    Every tensor of it is compared with the source's, and it is run once, before it appears.
 
     With --per-layer, --keep, --ratio or --state-bytes only say how much state there is to spend.
 
@@ -158,6 +169,7 @@ def prune(
         windows=None if drawn is None else drawn[0],
         calibrating=calibrating,
         evaluating=evaluate,
+        export=export,
         device=where,
     )
     tell(plan, dry_run=dry_run)
@@ -208,10 +220,20 @@ def prune(
         write_or_keep(
             out,
             partial(
-                _write, checkpoint, selection, made_by, replaces=replaces, held_out=held_out, device=where
+                _write,
+                checkpoint,
+                selection,
+                made_by,
+                export=export,
+                replaces=replaces,
+                held_out=held_out,
+                device=where,
             ),
         )
-    out_console.print(views.tree(open_checkpoint(out)))
+    reduced = open_checkpoint(out)
+    root = views.tree(reduced)
+    views.add_written(root, checkpoint, reduced)
+    out_console.print(root)
 
 
 def _check_new_statistics(stats: Path, out: Path, *, overwrite: bool) -> Found | None:
@@ -233,6 +255,7 @@ def _write(
     made_by: Provenance,
     out: Path,
     *,
+    export: Export,
     replaces: Found | None,
     held_out: tuple[Text, Tensor] | None,
     device: torch.device,
@@ -251,6 +274,7 @@ def _write(
             selection,
             made_by,
             out,
+            export=export,
             replaces=replaces,
             evaluate=None if held_out is None else partial(measure, *held_out),
         )
@@ -274,12 +298,13 @@ def _plan(
     windows: Tensor | None,
     calibrating: bool,
     evaluating: bool,
+    export: Export,
     device: torch.device,
 ) -> Iterator[str]:
     """What `prune` is going to do, line by line."""
     spec = checkpoint.spec
     yield from shape_lines(spec)
-    written = [("the checkpoint", reduced_bytes(checkpoint, widths))]
+    written = [("the checkpoint", reduced_bytes(checkpoint, widths if export == "sliced" else spec.d_k))]
     times = []
     if calibrating and windows is not None:
         names = names_for(criterion.statistics)
@@ -289,11 +314,17 @@ def _plan(
     if passes and windows is not None:
         yield budget_line(passes, limit, windows)
         times.append(("widths", passes * evaluation_seconds(spec, windows.numel(), windows.shape[1], device)))
-    else:
+    elif export == "sliced":
         yield from reduction_lines(spec, widths)
+    if export == "masked":
+        kept = "the chosen widths" if passes else f"{views.width(widths)} of {views.width(spec.d_k)} channels"
+        yield (
+            f"export masked: {kept} of each head are kept and the others are zero; shapes, config and the state of "
+            f"{spec.state_bytes(0):,} bytes per request stay: no memory is saved"
+        )
     if evaluating:
         yield f"evaluation: {counted(DEFAULT_TOKENS, 'held-out token')}, before and after"
-        reduced = spec.with_d_k(tuple(widths))
+        reduced = spec.with_d_k(tuple(widths)) if export == "sliced" else spec
         seconds = [evaluation_seconds(s, DEFAULT_TOKENS, WINDOW, device) for s in (spec, reduced)]
         times.append(("evaluation", sum(seconds)))
     if times:

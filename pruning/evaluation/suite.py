@@ -7,7 +7,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lowkey.words import writable
 from modeling.checkpoint import Checkpoint
 from modeling.model import Model
 from modeling.runtime import Runtime, compile_model
@@ -144,7 +143,7 @@ def _measure(
         checkpoint.sha256,
         list(checkpoint.spec.d_k),
         checkpoint.spec.state_bytes(0),
-        None if checkpoint.reduction is None else writable(checkpoint.reduction.get("method")),
+        checkpoint.method,
         list(checkpoint.spec.linear_layers),
     )
     if "perplexity" in parts and dense is None:

@@ -13,7 +13,7 @@ from pruning.companions import RECOVERY
 from pruning.errors import PruningError
 from pruning.evaluation.record import KIND as EVALUATION
 from pruning.evaluation.record import Evaluation, read_evaluation
-from pruning.reduction import FORMAT as REDUCTION_FORMAT
+from pruning.record import FORMAT as REDUCTION_FORMAT
 from pruning.statistics import Statistics, load_statistics
 from pruning.table import FORMAT as TABLE_FORMAT
 from pruning.table import KIND as TABLE

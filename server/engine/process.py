@@ -14,12 +14,12 @@ import msgspec
 import torch
 import zmq
 
-from lowkey.words import writable
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.runtime import Runtime, UnavailableError, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
-from modeling.spec import StateTypes
+from modeling.spec import AttentionSpec, MoESpec, StateTypes
 from modeling.state import StatePool
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
@@ -88,6 +88,23 @@ def pick_prefill_tokens(config: EngineConfig, device: str) -> int:
     return config.prefill_tokens or (128 if device == "cpu" else 4096)
 
 
+def check_served(checkpoint: Checkpoint) -> None:
+    """Refuse a model with layers whose state grows with the request, which slots of a fixed size can't hold, or whose
+    feed-forwards no kernel here computes. Raises CheckpointError."""
+    layers = dict(enumerate(checkpoint.spec.layers))
+    for what, found in (
+        ("softmax attention", [i for i, layer in layers.items() if isinstance(layer.mixer, AttentionSpec)]),
+        ("experts", [i for i, layer in layers.items() if isinstance(layer.ffn, MoESpec)]),
+    ):
+        if found:
+            some = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
+            raise CheckpointError(
+                f"{checkpoint.source} ({checkpoint.spec.family}) has {what} in {counted(len(found), 'layer')} of "
+                f"{len(layers)} ({some}), and lowkey-serve runs models of linear attention and dense feed-forwards "
+                "only; docs/hybrids.md says how transformers, vLLM, SGLang and mlx-lm serve it"
+            )
+
+
 def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, Ready]:
     """Load the checkpoint and make an engine of it.
 
@@ -101,6 +118,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     began = time.monotonic()
     logger.info("%s: loading %s", config.variant, config.source)
     checkpoint: Checkpoint = open_checkpoint(config.source)
+    check_served(checkpoint)
     TokenizerFile(checkpoint.path).open()  # the API process will tokenise with it
     device = device or open_device(config)
     dtype = pick_dtype(config, device.name)
@@ -122,7 +140,6 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         Runner(runtime, pool, batch_invariant=config.batch_invariant, device=device, graphs=graphs),
         depth=device.depth,
     )
-    reduction = checkpoint.reduction
     spec = checkpoint.spec
     ready = Ready(
         family=spec.family,
@@ -132,7 +149,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         context_length=spec.context_length,
         eos_token_ids=list(spec.eos_token_ids),
         checkpoint_path=str(checkpoint.path.resolve()),
-        method=None if reduction is None else writable(reduction.get("method")),
+        method=checkpoint.method,
         state_bytes_per_request=pool.bytes_per_slot,
         state_layout=layout(pool),
         state_dtype=config.state_dtype,

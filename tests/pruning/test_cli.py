@@ -39,12 +39,13 @@ def test_prune_writes_a_checkpoint_that_loads_and_says_where_it_came_from(run, d
     source = open_checkpoint(dense)
     assert record["source"] == {
         "name": str(dense),
+        "hub_id": None,
         "sha256": source.sha256,
         "d_k": [32, 32, 32],
         "state_bytes": source.spec.state_bytes(0),
     }
     assert (record["format"], record["method"], record["seed"]) == (1, method, 3)
-    assert record["d_k"] == [8, 8, 8]
+    assert (record["export"], record["d_k"]) == ("sliced", [8, 8, 8])
     assert record["state_bytes"] == reduced.spec.state_bytes(0)
     assert record["stock_loaders"] is True
     assert record["budget"] is None

@@ -25,16 +25,17 @@ TOKENIZER = ["tokenizer.json", "tokenizer_config.json"]
 
 @pytest.fixture
 def prune(tmp_path, monkeypatch):
-    """Prunes; returns the files that came along and the notes."""
+    """Prunes; returns the files that came along, by their names in the source, and the notes."""
     monkeypatch.setenv("COLUMNS", "200")
 
     def prune(source, out="out"):
         result = CliRunner().invoke(app, ["prune", str(source), str(tmp_path / out), *PRUNE])
         assert result.exit_code == 0, result.output + repr(result.exception)
-        written = {"config.json", "model.safetensors", "state_reduction.json"}
+        written = {"README.md", "config.json", "model.safetensors", "state_reduction.json"}
         files = {str(p.relative_to(tmp_path / out)) for p in (tmp_path / out).rglob("*") if not p.is_dir()}
         assert not any(p.is_symlink() for p in (tmp_path / out).rglob("*"))
-        return sorted(files - written), [x for x in result.stderr.splitlines() if x.startswith("note: ")]
+        came = {"README.md" if file == "README.source.md" else file for file in files - written}
+        return sorted(came), [x for x in result.stderr.splitlines() if x.startswith("note: ")]
 
     return prune
 
@@ -259,10 +260,11 @@ def from_hub(tmp_path_factory):
 def test_licence_and_card_come_from_a_hub_and_code_does_not(from_hub):
     out, _, home = from_hub
     files = {p.name for p in out.iterdir()}
-    expected = {*OTHERS, *TOKENIZER, "NOTICE.txt", "USE_POLICY.md"}
+    expected = {*OTHERS, *TOKENIZER, "NOTICE.txt", "USE_POLICY.md", "README.source.md"}
     assert files == {"config.json", "model.safetensors", "state_reduction.json", *expected}
-    for name in ("LICENSE", "README.md"):
-        assert (out / name).read_text() == name
+    for name, source in (("LICENSE", "LICENSE"), ("README.source.md", "README.md")):
+        assert (out / name).read_text() == source
+    assert 'base_model: "org/' in (out / "README.md").read_text()
     assert not [*home.rglob("*.py")], "code was downloaded"
     check_source(str(out))
 
@@ -316,7 +318,7 @@ def test_an_auto_map_that_is_none_is_no_traceback(tmp_path, prune, odd):
 
 def test_a_config_that_is_no_json_is_copied_as_it_is(tmp_path, prune):
     path = whole(tmp_path / "local")
-    (path / "generation_config.json").write_text("{no json")
+    (path / "processor_config.json").write_text("{no json")
     came, _ = prune(path)
-    assert "generation_config.json" in came
-    assert (tmp_path / "out/generation_config.json").read_text() == "{no json"
+    assert "processor_config.json" in came
+    assert (tmp_path / "out/processor_config.json").read_text() == "{no json"

@@ -41,11 +41,11 @@ class Averaged(GatedDeltaNet):
         layers[AVERAGE] = replace(layers[AVERAGE], mixer=AverageSpec(48))
         return replace(spec, family=self.model_type, layers=tuple(layers))
 
-    def tensors(self, spec):
+    def tensors(self, spec, names=()):
         ours, theirs = f"layers.{AVERAGE}.", f"model.layers.{AVERAGE}."
         hidden, size = spec.hidden_size, spec.layers[AVERAGE].ffn.intermediate_size
         gate_up = (f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight")
-        return super().tensors(spec) + [
+        return super().tensors(spec, names) + [
             TensorMap(AVERAGE, role, f"{ours}{name}.weight", parts, rows)
             for role, name, parts, rows in (
                 ("norm", "mixer_norm", (f"{theirs}attn_norm.weight",), (hidden,)),
@@ -137,7 +137,7 @@ def test_other_layers_are_copied(made):
 
 def test_it_is_shown_by_index(made, tmp_path):
     shown = run("inspect", made / "uniform")
-    assert "layer 0: d_k 32 => 8" in shown and "layers 2 to 3, each: d_k 32 => 8" in shown
+    assert "layers 0, 2 to 3, each: d_k 32 => 8" in shown
     assert "average_1_in.weight F32 [48, 64]" in shown
     run(
         *("evaluate", made / "dense", made / "uniform", "--text", made / "text", *EVALUATE),

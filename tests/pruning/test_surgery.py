@@ -162,6 +162,7 @@ def test_other_files_come_along_and_weights_and_foreign_links_do_not(tmp_path):
         "config.json",
         "model.safetensors",
         REDUCTION,
+        "README.md",
         "tokenizer.json",
         "tokenizer_config.json",
         "generation_config.json",

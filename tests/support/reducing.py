@@ -20,12 +20,14 @@ def random_keep(spec, widths, seed=0):
     )
 
 
-def reduce(checkpoint, keep, out, *, overwrite=False, evaluate=None):
+def reduce(checkpoint, keep, out, *, export="sliced", overwrite=False, evaluate=None):
     replaces = check_output([checkpoint], out, overwrite=overwrite)
     report = [[{} for _ in layer] for layer in keep]
     cuts = tuple(Cut(i, k) for i, k in zip(checkpoint.spec.linear_layers, keep, strict=False))
     selection, made_by = Selection(cuts, report), Provenance("test", 0)
-    return reduce_checkpoint(checkpoint, selection, made_by, out, replaces=replaces, evaluate=evaluate)
+    return reduce_checkpoint(
+        checkpoint, selection, made_by, out, export=export, replaces=replaces, evaluate=evaluate
+    )
 
 
 @torch.no_grad()
