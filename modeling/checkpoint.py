@@ -55,6 +55,11 @@ class Checkpoint:
         """Tensor name -> the safetensors file that holds it (`weight_files`)."""
         return weight_files(self.path)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights beside the config, which is all that some questions need."""
+        return any((self.path / file).exists() for file in (SINGLE, INDEX))
+
     @cached_property
     def reduction(self) -> dict[str, Any] | None:
         """What `lowkey-prune` wrote about a reduced checkpoint, or None for any other."""
@@ -120,7 +125,7 @@ class Checkpoint:
     @cached_property
     def maps(self) -> list[TensorMap]:
         """Every tensor of our model, and the tensors of the checkpoint that it is made of."""
-        return self.family.tensors(self.spec, self.files)
+        return self.family.tensors(self.spec, self.files if self.has_weights else ())
 
     @cached_property
     def key_rows(self) -> dict[str, Tensor]:
