@@ -57,9 +57,10 @@ def collect_streaming(
         advance(done["layer"] * windows.numel() + done["forward"] * windows.shape[1])
     else:
         running = Statistics(checkpoint.sha256, (origin,), zeros(spec, FORWARD))
-        # Only the rows that are needed are read from the file.
-        rows = checkpoint.tensor(checkpoint.name_of("embeddings.weight"))[windows.flatten()]
-        hidden = rows.float()
+        # Of a mapped file only the rows that are needed are read.
+        embeddings = checkpoint.tensor(checkpoint.name_of("embeddings.weight"))
+        hidden = embeddings[windows.flatten()].float()
+        del embeddings
 
     def save(path: Path) -> None:
         save_statistics(running, path, unfinished=done, hidden=hidden)

@@ -255,6 +255,8 @@ def run_calibration(
     if overwrite:
         unfinished.unlink(missing_ok=True)
     with going_on_from(unfinished):
+        with Busy(err_console, "hashing the weights"):
+            source_sha256 = checkpoint.sha256
         if model is None:
             tokens = windows.numel() * layers_to_run(checkpoint.spec)
             with tokens_bar(err_console, "calibrating layer by layer", tokens) as advance:
@@ -267,7 +269,7 @@ def run_calibration(
                     model,
                     windows,
                     origin,
-                    checkpoint.sha256,
+                    source_sha256,
                     needed=needed,
                     advance=advance,
                     partial=unfinished,
