@@ -3,6 +3,7 @@
 Only safetensors are read, one tensor at a time.
 """
 
+import functools
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,7 @@ from lowkey.publishing import write_json
 from lowkey.words import counted, writable
 from modeling.families import ConfigError, Family, TensorMap, family_of, key_rows
 from modeling.families.base import token_ids
+from modeling.layers import Block
 from modeling.model import Model
 from modeling.sources import INDEX, SINGLE, checkpoint_sha256, local_directory, read_json, refuse_gguf
 from modeling.sources import CheckpointError as CheckpointError
@@ -54,6 +56,11 @@ class Checkpoint:
     def files(self) -> dict[str, Path]:
         """Tensor name -> the safetensors file that holds it (`weight_files`)."""
         return weight_files(self.path)
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there are weights beside the config, which is all that some questions need."""
+        return any((self.path / file).exists() for file in (SINGLE, INDEX))
 
     @cached_property
     def reduction(self) -> dict[str, Any] | None:
@@ -129,7 +136,7 @@ class Checkpoint:
     @cached_property
     def maps(self) -> list[TensorMap]:
         """Every tensor of our model, and the tensors of the checkpoint that it is made of."""
-        return self.family.tensors(self.spec, self.files)
+        return self.family.tensors(self.spec, self.files if self.has_weights else ())
 
     @cached_property
     def key_rows(self) -> dict[str, Tensor]:
@@ -172,10 +179,34 @@ class Checkpoint:
             model.lm_head.weight = model.embeddings.weight  # `assign` has made two parameters of one tensor
         return model.eval().requires_grad_(False)
 
+    def block(self, layer: int, *, device: torch.device | str = "cpu") -> Block:
+        """One layer of the model for a forward in float32, without the others. It computes what `load` gives.
+
+        Experts stay in their stored dtype, and on the CPU in the mapped file where they lie there as they are used: in
+        float32 those of one layer can be larger than all memory.
+
+        Raises:
+            CheckpointError: a tensor is missing or of another shape than the config says.
+        """
+        with torch.device("meta"):
+            block = Block(self.spec.layers[layer], self.spec.hidden_size, layer)
+        prefix = f"layers.{layer}."
+        state = self.parameters(prefix, device=device, stored_experts=True)
+        block.load_state_dict(state, assign=True)
+        return block.eval().requires_grad_(False)
+
     def parameters(
-        self, prefix: str = "", *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+        self,
+        prefix: str = "",
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        stored_experts: bool = False,
     ) -> dict[str, Tensor]:
         """The parameters of the part of our model called `prefix`, by their names within it (of the whole: "").
+
+        Args:
+            stored_experts: leave experts in the dtype that they are stored in, and not to be written to.
 
         Raises:
             CheckpointError: a tensor is missing or of another shape than the config says.
@@ -186,8 +217,15 @@ class Checkpoint:
             if not m.ours.startswith(prefix):
                 continue
             shape, kind = types[m.ours]
+            ours = m.ours.removeprefix(prefix)
+            if stored_experts and m.role == "experts":
+                if m.is_one:
+                    parameters[ours] = self.tensor(m.theirs[0]).to(device)  # on the CPU not even a copy
+                    continue
+                stored = (FLOATS[self.dtype_and_shape(name)[0]] for name in m.theirs)
+                kind = functools.reduce(torch.promote_types, stored)
             parts = (self.tensor(name) for name in m.theirs)
-            parameters[m.ours.removeprefix(prefix)] = m.join(parts, shape, kind, device)
+            parameters[ours] = m.join(parts, shape, kind, device)
         return parameters
 
     def parameter_types(self, dtype: torch.dtype) -> dict[str, tuple[torch.Size, torch.dtype]]:

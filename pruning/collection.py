@@ -158,14 +158,17 @@ def resumed(
     origin: Origin,
     expected: Shapes,
     batch: int = BATCH,
+    *,
+    streamed: bool = False,
 ) -> tuple[Statistics, dict[str, int]]:
     """What an interrupted calibration left, and how many windows it had done.
 
     Args:
         expected: Shapes of what is going to be collected.
+        streamed: whether it is going to be collected one layer at a time (`pruning.streaming`).
 
     Raises:
-        PruningError: the file is of another checkpoint, text or set of statistics.
+        PruningError: the file is of another checkpoint, text or set of statistics, or of the other way to collect it.
     """
     found, done = load_unfinished(partial)
     differs = [
@@ -175,6 +178,7 @@ def resumed(
             ("the text or how it is drawn", found.origins, (origin,)),
             ("what is collected", found.shapes, expected),
             ("the batch", done["batch"], batch),
+            ("whether one layer is in memory at a time", "layer" in done, streamed),
         )
         if a != b
     ]

@@ -19,72 +19,34 @@ from torch import Tensor
 from lowkey.files import check_writable
 from lowkey.words import counted, duration, in_units
 from modeling.checkpoint import FLOATS, Checkpoint
+from modeling.layers import MoE
 from modeling.model import Model
-from modeling.spec import TOKEN_BLOCK, AttentionSpec, DeltaSpec, MixerSpec, ModelSpec
+from modeling.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
 from pruning.calibration import BATCH
 from pruning.capacity import parameter_count
 from pruning.collection import Collector, zeros
 from pruning.errors import PruningError
 from pruning.gradients import add_gradients, need_gradients
 from pruning.loaders import MODEL_TYPES, warnings
-from pruning.statistics import StatisticName, shapes
+from pruning.memory import Memory, config_dtype
+from pruning.statistics import StatisticName
 from pruning.views import change, width
 
-PROCESS_BYTES = 400 * 10**6
-"""Bytes that a process holds without any model: Python, torch and the libraries that it loads."""
 
-
-def statistics_bytes(spec: ModelSpec, names: Collection[StatisticName]) -> int:
-    """Bytes of the statistics, in memory and as a file."""
-    return 8 * sum(
-        torch.Size(shape).numel() for layer in shapes(spec, names).values() for shape in layer.values()
-    )
-
-
-def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
-    """Upper bound of what one step holds beside weights and statistics: a batch forward, or one window with autograd.
-
-    Counted in tensors of `modeling.layers` and `modeling.ops.chunked` that are alive together, in float32.
-    """
-    hidden = spec.hidden_size
-    mixer = [3 * hidden + _mixer_activations(layer.mixer) for layer in spec.layers]
-    ffn = [3 * hidden + 5 * layer.ffn.active_size for layer in spec.layers]
-    forward = BATCH * length * max(*mixer, *ffn)
-    if not gradients:
-        return 4 * forward
-    logits = 3 * length * spec.vocab_size
-    weights = sum(sum(m.in_proj_sizes) for m in spec.deltas.values()) * hidden
-    return 4 * max(forward, length * (sum(mixer) + sum(ffn)) + logits + weights)
-
-
-def _mixer_activations(mixer: MixerSpec) -> int:
-    """Numbers for each token that are alive together in a mixer, beside what goes in and comes out."""
-    if isinstance(mixer, DeltaSpec):
-        chunked = mixer.num_v_heads * (4 * TOKEN_BLOCK + 5 * (mixer.d_k + mixer.d_v))
-        # The last term: float64 rows of the Grams, raw and normalised.
-        return sum(mixer.in_proj_sizes) + 4 * mixer.conv_channels + chunked + 4 * 2 * mixer.key_dim
-    if isinstance(mixer, AttentionSpec):
-        # Keys and values are repeated for the heads of their group.
-        return 2 * sum(mixer.in_proj_sizes) + 4 * mixer.q_dim
-    return 0
-
-
-def calibration_bytes(spec: ModelSpec, names: Collection[StatisticName], length: int) -> tuple[int, int, int]:
-    """What calibration holds beside `PROCESS_BYTES`: weights in float32, activations, statistics."""
-    active = activation_bytes(spec, length, gradients=need_gradients(names))
-    return 4 * parameter_count(spec), active, statistics_bytes(spec, names)
-
-
-def calibration_lines(spec: ModelSpec, names: Collection[StatisticName], windows: Tensor) -> Iterator[str]:
+def calibration_lines(names: Collection[StatisticName], windows: Tensor, memory: Memory) -> Iterator[str]:
     """Passes and memory of collecting `names` on `windows` `[count, length]`."""
     count, length = windows.shape
     passes = "forward, then forward and backward" if need_gradients(names) else "forward"
+    if memory.hidden:
+        passes += ", one layer at a time"
     tokens = counted(windows.numel(), "token")
     yield f"calibration: {tokens}, {counted(count, 'window')} of {length}; {passes}"
-    weights, active, held = calibration_bytes(spec, names, length)
+    weights = f"weights in float32 {in_units(memory.weights)}"
+    if memory.hidden:
+        weights = f"the largest layer {in_units(memory.weights)}, hidden states {in_units(memory.hidden)}"
     yield (
-        f"memory: about {in_units(PROCESS_BYTES + weights + held + active)} (weights in float32 "
-        f"{in_units(weights)}, activations {in_units(active)}, statistics {in_units(held)})"
+        f"memory: about {in_units(memory.total)} ({weights}, activations {in_units(memory.activations)}, "
+        f"statistics {in_units(memory.statistics)})"
     )
 
 
@@ -97,15 +59,25 @@ def time_line(parts: Sequence[tuple[str, float]], device: torch.device) -> str:
 
 
 def calibration_seconds(
-    spec: ModelSpec, names: Collection[StatisticName], windows: Tensor, device: torch.device
+    spec: ModelSpec,
+    names: Collection[StatisticName],
+    windows: Tensor,
+    device: torch.device,
+    experts: torch.dtype = torch.float32,
 ) -> float:
-    """Seconds that collecting `names` on `windows` `[count, length]` takes."""
-    return len(windows) * window_seconds(spec, names, windows.shape[1], device)
+    """Seconds that collecting `names` on `windows` `[count, length]` takes, with experts held in such a dtype."""
+    count, length = windows.shape
+    one = _layers_seconds(
+        spec, length, device, partial(_run, names), together=min(count, BATCH), experts=experts
+    )
+    if need_gradients(names):
+        one += _seconds(partial(_head, spec, length, device), device)
+    return count * one
 
 
 def evaluation_seconds(spec: ModelSpec, tokens: int, window: int, device: torch.device) -> float:
     """Seconds that the perplexity of `tokens` takes, in windows of `window`."""
-    one = window_seconds(spec, (), window, device) + _seconds(
+    one = _layers_seconds(spec, window, device, partial(_run, ())) + _seconds(
         partial(_head, spec, window, device, gradients=False), device
     )
     return tokens / window * one
@@ -123,31 +95,56 @@ def training_seconds(
     return windows * one
 
 
-def window_seconds(
-    spec: ModelSpec, names: Collection[StatisticName], length: int, device: torch.device
-) -> float:
-    """Seconds that collecting `names` on one window takes; without any, a forward without its head."""
-    total = _layers_seconds(spec, length, device, partial(_run, names))
-    if need_gradients(names):
-        total += _seconds(partial(_head, spec, length, device), device)
-    return total
-
-
 def _layers_seconds(
-    spec: ModelSpec, length: int, device: torch.device, run: Callable[[Model, Tensor], None]
+    spec: ModelSpec,
+    length: int,
+    device: torch.device,
+    run: Callable[[Model, Tensor], None],
+    *,
+    together: int = 1,
+    experts: torch.dtype = torch.float32,
 ) -> float:
-    """Seconds that `run` takes in all layers, from one of each kind, with made-up weights and a window."""
+    """Seconds that `run` takes in all layers, from one of each kind, with made-up weights and a window.
+
+    Args:
+        together: Windows that really run together, so that experts get more tokens at a time.
+        experts: The dtype that experts are held in.
+    """
+
+    def seconds(layer: LayerSpec) -> float:
+        model = _made_up(spec, layer, length, experts).to(device)
+        return _seconds(partial(run, model, torch.arange(length, device=device)[None]), device)
+
     total = 0.0
     for layer, count in Counter(spec.layers).items():
-        one = replace(spec, layers=(layer,), vocab_size=8, eos_token_ids=())
-        with device:
-            model = Model(one)
-            windows = torch.zeros(1, length, dtype=torch.long)
-        model.eval().requires_grad_(False)
-        for p in model.parameters():
-            p.fill_(0.01)
-        total += count * _seconds(partial(run, model, windows), device)
+        ffn = layer.ffn
+        if isinstance(ffn, MoESpec):
+            # All experts of a layer can be more than fits in memory. Of so many fewer that each gets as many tokens
+            # as it really does, a window takes one for each of its tokens, and its work is that of one of `top_k`.
+            few = MoESpec(
+                max(1, ffn.num_experts // (ffn.top_k * together)), 1, ffn.expert_size, ffn.shared_size
+            )
+            without = seconds(replace(layer, ffn=MLPSpec(ffn.shared_size)))
+            routed = max(0.0, seconds(replace(layer, ffn=few)) - without)
+            total += count * (without + ffn.top_k * routed)
+        else:
+            total += count * seconds(layer)
     return total
+
+
+def _made_up(spec: ModelSpec, layer: LayerSpec, length: int, experts: torch.dtype) -> Model:
+    """A model of one layer and a vocabulary of `length` tokens, that goes to all experts alike."""
+    model = Model(replace(spec, layers=(layer,), vocab_size=length, eos_token_ids=()))
+    generator = torch.Generator().manual_seed(0)
+    for name, p in model.eval().requires_grad_(False).named_parameters():
+        if name in ("embeddings.weight", "layers.0.ffn.router.weight"):
+            p.normal_(generator=generator)
+        else:
+            p.fill_(0.01)
+    ffn = model.blocks[0].ffn
+    if isinstance(ffn, MoE):
+        ffn.in_proj.data, ffn.out_proj.data = ffn.in_proj.to(experts), ffn.out_proj.to(experts)
+    return model
 
 
 def _train(model: Model, windows: Tensor) -> None:
@@ -242,8 +239,10 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
 
 def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     """Bytes of the reduced checkpoint's weight files."""
-    total = stored_bytes(checkpoint)
     spec = checkpoint.spec
+    if not checkpoint.has_weights:
+        return config_dtype(checkpoint.config).itemsize * parameter_count(spec.with_d_k(tuple(widths)))
+    total = stored_bytes(checkpoint)
     after = dict(zip(spec.linear_layers, widths, strict=True))
     for name in checkpoint.key_rows:
         layer = checkpoint.map_of[name].layer

@@ -105,6 +105,13 @@ HeldoutTokens = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the calibration draw and of the random method.", min=0)]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")]
+StreamLayers = Annotated[
+    bool,
+    typer.Option(
+        "--stream-layers",
+        help="Calibrate with one layer in memory at a time, as is done anyway where the whole model does not fit.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result.")]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done and what it takes, and write nothing.")

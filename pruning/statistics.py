@@ -42,6 +42,8 @@ SUMS: tuple[SumName, ...] = get_args(SumName)
 FORWARD: tuple[StatisticName, ...] = (*GRAMS, *SUMS, "x_squares")
 """What every calibration collects."""
 _FORMAT = 3
+_HIDDEN = "hidden"
+"""The tensor of an unfinished calibration's file that holds hidden states, beside those of statistics."""
 
 
 def names_for(needed: Collection[StatisticName]) -> tuple[StatisticName, ...]:
@@ -186,6 +188,7 @@ def save_statistics(
     *,
     replaces: Found | None = None,
     unfinished: Mapping[str, int] | None = None,
+    hidden: Tensor | None = None,
 ) -> None:
     """Write one safetensors file, through a temporary name.
 
@@ -193,6 +196,7 @@ def save_statistics(
         replaces: what the file may replace, as `check_new_file` found it.
         unfinished: how far a calibration that is still running has come; only `load_unfinished` reads such a file, and
             it replaces whatever is there.
+        hidden: the hidden states that one which runs layer by layer goes on from; `load_hidden` reads them.
 
     Raises:
         OutputTakenError: something else is there; the statistics are beside it.
@@ -210,6 +214,8 @@ def save_statistics(
         for i, layer in statistics.layers.items()
         for name, values in layer.items()
     }
+    if hidden is not None:
+        tensors[_HIDDEN] = hidden
     written = new_file(path, replaces=replaces) if unfinished is None else replacing(path)
     with written as temporary:
         save_file(tensors, temporary, metadata={"lowkey_statistics": json.dumps(record)})
@@ -234,6 +240,16 @@ def load_unfinished(path: Path) -> tuple[Statistics, dict[str, int]]:
     return statistics, unfinished
 
 
+def load_hidden(path: Path) -> Tensor:
+    """The hidden states in a file that `load_unfinished` has read. Raises PruningError if it holds none."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            hidden: Tensor = f.get_tensor(_HIDDEN)
+            return hidden
+    except (OSError, SafetensorError) as e:
+        raise PruningError(f"{path} holds no hidden states to go on from: {e}") from e
+
+
 def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
     if os.path.isdir(path):  # safetensors would say that there is no such device
         raise PruningError(f"{path} is a directory, not a statistics file of lowkey-prune")
@@ -247,7 +263,9 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
             names: list[StatisticName] = record["names"]
             if not names or not {*names} <= {*FORWARD, *GRADIENTS}:
                 raise PruningError(f"{path} holds statistics called {names}; known: {[*FORWARD, *GRADIENTS]}")
-            indices = sorted({int(tensor.split(".")[1]) for tensor in f.keys()})  # noqa: SIM118
+            indices = sorted(
+                {int(tensor.split(".")[1]) for tensor in f.keys() if tensor != _HIDDEN}  # noqa: SIM118
+            )
             layers = {i: {name: f.get_tensor(f"layers.{i}.{name}") for name in names} for i in indices}
             _check_layers(layers)
             origins = tuple(

@@ -18,7 +18,7 @@ from torch import Tensor
 from lowkey.publishing import write_json
 from modeling.checkpoint import HEAD, Checkpoint, CheckpointError, open_checkpoint, save_shard
 from modeling.families import ConfigError
-from modeling.layers import Block, RMSNorm
+from modeling.layers import RMSNorm
 from modeling.sources import INDEX, SINGLE
 from modeling.spec import ModelSpec
 from modeling.state import DeltaState
@@ -214,14 +214,8 @@ def _run(directory: Path, expected: ModelSpec) -> None:
     x = checkpoint.tensor(checkpoint.name_of("embeddings.weight"))[
         torch.arange(sum(lengths)) % expected.vocab_size
     ].float()
-    block = None
-    for layer, spec in enumerate(expected.layers):
-        if block is None or spec != expected.layers[layer - 1]:
-            with torch.device("meta"):
-                block = Block(spec, expected.hidden_size, layer)
-            block.to_empty(device="cpu")
-        block.load_state_dict(checkpoint.parameters(f"layers.{layer}."))
-        x, state = block(x, offsets)
+    for layer in range(len(expected.layers)):
+        x, state = checkpoint.block(layer)(x, offsets)
         if isinstance(state, DeltaState):
             m = expected.deltas[layer]
             shape = (len(lengths), m.num_v_heads, m.d_k, m.d_v)

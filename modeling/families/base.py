@@ -24,11 +24,21 @@ class ConfigError(ValueError):
 
 
 Role = Literal[
-    "embeddings", "in_proj", "filters", "filter_bias", "decay", "out_proj", "ffn", "router", "norm", "head"
+    "embeddings",
+    "in_proj",
+    "filters",
+    "filter_bias",
+    "decay",
+    "out_proj",
+    "ffn",
+    "router",
+    "experts",
+    "norm",
+    "head",
 ]
 """What a tensor is for: `in_proj` and `out_proj` are a mixer's projections, `filters` and `filter_bias` its short
-convolution's, `decay` what its decay is made of, `norm` the weight of any norm, `ffn` a matrix of a feed-forward,
-`router` what chooses among experts."""
+convolution's, `decay` what its decay is made of, `norm` the weight of any norm, `ffn` a matrix of a feed-forward
+that all tokens take, `router` what chooses among experts, `experts` one matrix of each of them."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,11 @@ class TensorMap:
     """What is added to theirs: 1 for norms that are stored as what their weight differs from 1 by."""
     stacked: bool = False
     """Whether ours has one axis more in front, of experts, along which theirs are stacked without it."""
+
+    @property
+    def is_one(self) -> bool:
+        """Whether ours is one of theirs as it is stored."""
+        return len(self.theirs) == 1 and self.order is None and not self.offset
 
     def stored_shapes(self, shape: torch.Size) -> dict[str, list[tuple[int, ...]]]:
         """The shapes that each of theirs may have, by name, for our tensor of `shape`."""

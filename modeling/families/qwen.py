@@ -254,16 +254,16 @@ def _moe_tensors(
     fused = f"{theirs}experts.gate_up_proj" in names if names else spec.family != _NEXT
     if fused:
         experts = [
-            _one(i, "ffn", f"{ours}in_proj", f"{theirs}experts.gate_up_proj", m.num_experts),
-            _one(i, "ffn", f"{ours}out_proj", f"{theirs}experts.down_proj", m.num_experts),
+            _one(i, "experts", f"{ours}in_proj", f"{theirs}experts.gate_up_proj", m.num_experts),
+            _one(i, "experts", f"{ours}out_proj", f"{theirs}experts.down_proj", m.num_experts),
         ]
     else:
         each = [f"{theirs}experts.{e}." for e in range(m.num_experts)]
         gate_up = tuple(f"{e}{name}_proj.weight" for e in each for name in ("gate", "up"))
         down = tuple(f"{e}down_proj.weight" for e in each)
         experts = [
-            TensorMap(i, "ffn", f"{ours}in_proj", gate_up, (size,) * len(gate_up), stacked=True),
-            TensorMap(i, "ffn", f"{ours}out_proj", down, (hidden,) * len(down), stacked=True),
+            TensorMap(i, "experts", f"{ours}in_proj", gate_up, (size,) * len(gate_up), stacked=True),
+            TensorMap(i, "experts", f"{ours}out_proj", down, (hidden,) * len(down), stacked=True),
         ]
     return [
         _one(i, "router", f"{ours}router.weight", f"{theirs}gate.weight", m.num_experts),

@@ -10,7 +10,10 @@ from modeling.spec import MLPSpec, MoESpec
 
 
 class MoE(nn.Module):
-    """Routed SwiGLU experts and one that all tokens take, in plain torch: from expert to expert, those that are hit."""
+    """Routed SwiGLU experts and one that all tokens take, in plain torch: from expert to expert, those that are hit.
+
+    The experts' matrices may be in a narrower dtype than the rest: each is widened when it is used.
+    """
 
     def __init__(self, spec: MoESpec, hidden_size: int) -> None:
         super().__init__()
@@ -30,8 +33,8 @@ class MoE(nn.Module):
         y: Tensor = self.shared(x) * self.shared_gate(x).sigmoid()
         for e in experts.unique().tolist():
             token, choice = (experts == e).nonzero(as_tuple=True)
-            gate, up = F.linear(x[token], self.in_proj[e]).chunk(2, dim=-1)
-            of_expert = F.linear(F.silu(gate) * up, self.out_proj[e])
+            gate, up = F.linear(x[token], self.in_proj[e].to(x.dtype)).chunk(2, dim=-1)
+            of_expert = F.linear(F.silu(gate) * up, self.out_proj[e].to(x.dtype))
             weighted = of_expert * weights[token, choice, None]
             y = y.index_add(0, token, weighted.to(y.dtype))  # in autocast products are narrower than weights
         return y

@@ -19,21 +19,21 @@ from modeling.sources import local_directory
 from pruning.calibration import BATCH, Encoder, Origin, take_shard
 from pruning.collection import collect, resumed, tokens_to_run
 from pruning.commands.console import err_console, out_console
+from pruning.commands.planning import (
+    Calibration,
+    check_gradients,
+    check_tensors,
+    load,
+    notes,
+    one_layer_at_a_time,
+    read_weights,
+)
 from pruning.criteria import criterion_named
 from pruning.errors import PruningError
-from pruning.estimate import (
-    PROCESS_BYTES,
-    calibration_bytes,
-    calibration_lines,
-    calibration_seconds,
-    disk_line,
-    shape_lines,
-    statistics_bytes,
-    time_line,
-)
-from pruning.finite import check_finite
+from pruning.estimate import disk_line, shape_lines, time_line
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import going_on_from, left_behind
+from pruning.memory import whole_memory
 from pruning.on_ray import Job, check_installed, collect_on_ray, connected, room
 from pruning.options import (
     CalibrationText,
@@ -46,6 +46,7 @@ from pruning.options import (
     Overwrite,
     Seed,
     Source,
+    StreamLayers,
     TextFiles,
     Tokens,
     WindowLength,
@@ -56,6 +57,7 @@ from pruning.options import (
 )
 from pruning.progress import Busy, tokens_bar
 from pruning.statistics import StatisticName, Statistics, load_unfinished, names_for, save_statistics, shapes
+from pruning.streaming import collect_streaming, layers_to_run
 
 
 def calibrate(
@@ -85,6 +87,7 @@ def calibrate(
         typer.Option(help="Shards for --ray (default: as many as the cluster runs at once).", min=1),
     ] = None,
     device: Device = "cpu",
+    stream_layers: StreamLayers = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -92,6 +95,9 @@ def calibrate(
 
     Gradients cost a second pass, forward and backward; only a --method that reads them has them collected. The
     text is CPython's own sources (training side of the bundled split) unless --text or --dataset is given.
+
+    A model that does not fit in memory runs layer by layer: all tokens through one, then through the next. Gradients
+    take the whole model.
 
     Work is saved to OUT.partial every two minutes and when Ctrl-C is pressed. Interrupted, even killed, the same
     command goes on from there. On a Ray cluster nothing is saved before the end; a shard whose process or machine goes
@@ -111,6 +117,8 @@ def calibrate(
         raise PruningError(
             f"device={device!r}: with --ray a shard runs on the GPU that Ray gives it; give cuda"
         )
+    if ray is not None and stream_layers:
+        raise PruningError("stream_layers is for one machine: a shard of --ray holds the whole model")
     if ray is not None:
         check_installed()
     needed = {name for method in methods or () for name in criterion_named(method).statistics}
@@ -121,21 +129,27 @@ def calibrate(
     where = device_named(device)
     checkpoint = checkpoint_named(src)
     refuse_input(out, "out", [checkpoint.path, *named_files(text)])
-    checkpoint.check_tensors()
+    check_tensors(checkpoint, dry_run=dry_run)
     names = names_for(needed)
     encoder = Encoder(checkpoint)
     if need_gradients(names):
         check_predicts(source.length)
-    with Busy(err_console, "reading the weights"):
-        check_finite(checkpoint)
+        if ray is None:
+            check_gradients(checkpoint, names, source.length, where, stream_layers=stream_layers)
+    reading = read_weights(checkpoint)
     windows, origin = draw(encoder, source, numbers)
+    streamed = ray is None and one_layer_at_a_time(
+        checkpoint, names, windows, where, unfinished_of(out), forced=stream_layers, overwrite=overwrite
+    )
     if ray is None:
-        check_unfinished(out, checkpoint, origin, names, overwrite=overwrite)
+        check_unfinished(out, checkpoint, origin, names, streamed=streamed, overwrite=overwrite)
+    planned = Calibration(checkpoint, names, windows, where, streamed, reading)
     plan = [
         *shape_lines(checkpoint.spec),
-        *calibration_lines(checkpoint.spec, names, windows),
-        time_line([("calibration", calibration_seconds(checkpoint.spec, names, windows, where))], where),
-        disk_line([("the statistics", statistics_bytes(checkpoint.spec, names))], out),
+        *planned.lines(),
+        time_line(planned.times(), where),
+        disk_line(planned.sizes(), out),
+        *notes(checkpoint),
     ]
     tell(plan, dry_run=dry_run)
     if dry_run:
@@ -146,10 +160,9 @@ def calibrate(
         write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     else:
         with sole_user(unfinished_of(out)):
-            with Busy(err_console, "loading the checkpoint"):
-                model = checkpoint.load(device=where)
+            model = None if streamed else load(checkpoint, where)
             statistics = run_calibration(
-                checkpoint, model, windows, origin, needed, out, replaces=replaces, overwrite=overwrite
+                checkpoint, model, windows, origin, needed, out, where, replaces=replaces, overwrite=overwrite
             )
     out_console.print(f"{out}: {counted(statistics.tokens, 'token')}", soft_wrap=True)
 
@@ -165,7 +178,7 @@ def calibrate_on_ray(
 ) -> Statistics:
     """Collect statistics in shards on the Ray cluster at `address`."""
     batches = -(-len(windows) // BATCH)
-    memory = PROCESS_BYTES + sum(calibration_bytes(checkpoint.spec, needed, windows.shape[1]))
+    memory = whole_memory(checkpoint.spec, needed, windows.shape[1]).total
     directory = local_directory(checkpoint.source)
     source = checkpoint.source if directory is None else str(directory.absolute())
     job = Job(source, str(device), needed, shards or 1, torch.get_num_threads(), memory)
@@ -199,7 +212,13 @@ def unfinished_of(out: Path) -> Path:
 
 
 def check_unfinished(
-    out: Path, checkpoint: Checkpoint, origin: Origin, names: Collection[StatisticName], *, overwrite: bool
+    out: Path,
+    checkpoint: Checkpoint,
+    origin: Origin,
+    names: Collection[StatisticName],
+    *,
+    streamed: bool,
+    overwrite: bool,
 ) -> None:
     """Look at what an interrupted calibration into `out` left: this one goes on from it, or replaces it.
 
@@ -209,30 +228,51 @@ def check_unfinished(
     unfinished = unfinished_of(out)
     if overwrite and unfinished.exists():
         load_unfinished(unfinished)
-    elif unfinished.exists():
-        resumed(unfinished, checkpoint.sha256, origin, shapes(checkpoint.spec, names))
+    elif unfinished.exists() and checkpoint.has_weights:
+        expected = shapes(checkpoint.spec, names)
+        resumed(unfinished, checkpoint.sha256, origin, expected, streamed=streamed)
 
 
 def run_calibration(
     checkpoint: Checkpoint,
-    model: Model,
+    model: Model | None,
     windows: Tensor,
     origin: Origin,
     needed: Collection[StatisticName],
     out: Path,
+    device: torch.device,
     *,
     replaces: Found | None,
     overwrite: bool,
 ) -> Statistics:
     """Collect and save statistics, going on from what an interrupted run left unless `overwrite` is given. The caller
-    is the `sole_user` of that file."""
+    is the `sole_user` of that file.
+
+    Args:
+        model: the whole model; None to hold one layer at a time.
+    """
     unfinished = unfinished_of(out)
     if overwrite:
         unfinished.unlink(missing_ok=True)
     with going_on_from(unfinished):
-        with tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance:
-            statistics = collect(
-                model, windows, origin, checkpoint.sha256, needed=needed, advance=advance, partial=unfinished
-            )
+        with Busy(err_console, "hashing the weights"):
+            source_sha256 = checkpoint.sha256
+        if model is None:
+            tokens = windows.numel() * layers_to_run(checkpoint.spec)
+            with tokens_bar(err_console, "calibrating layer by layer", tokens) as advance:
+                statistics = collect_streaming(
+                    checkpoint, windows, origin, device=device, advance=advance, partial=unfinished
+                )
+        else:
+            with tokens_bar(err_console, "calibrating", tokens_to_run(windows, needed)) as advance:
+                statistics = collect(
+                    model,
+                    windows,
+                    origin,
+                    source_sha256,
+                    needed=needed,
+                    advance=advance,
+                    partial=unfinished,
+                )
         write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     return statistics

@@ -21,25 +21,31 @@ from pruning.calibration import WINDOW, Encoder, Text, bundled_text
 from pruning.commands.calibrate import check_unfinished, draw, run_calibration, tell, unfinished_of
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
+from pruning.commands.planning import (
+    Calibration,
+    check_gradients,
+    check_tensors,
+    load,
+    notes,
+    one_layer_at_a_time,
+    read_weights,
+)
 from pruning.companions import Companions
 from pruning.criteria import CRITERIA, Criterion, criterion_named
 from pruning.errors import PruningError
 from pruning.estimate import (
     budget_line,
-    calibration_lines,
-    calibration_seconds,
     disk_line,
     evaluation_seconds,
     reduced_bytes,
     reduction_lines,
     shape_lines,
-    statistics_bytes,
     time_line,
 )
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_json, evaluation_windows
-from pruning.finite import check_finite
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind
+from pruning.memory import check_fits, evaluation_memory, whole_memory
 from pruning.options import (
     Align,
     CalibrationText,
@@ -53,6 +59,7 @@ from pruning.options import (
     Seed,
     Source,
     StateBytes,
+    StreamLayers,
     TextFiles,
     Tokens,
     WindowLength,
@@ -104,6 +111,7 @@ def prune(
         bool, typer.Option("--evaluate", help="Record held-out perplexity before and after.")
     ] = False,
     device: Device = "cpu",
+    stream_layers: StreamLayers = False,
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -112,6 +120,9 @@ def prune(
     Every tensor of it is compared with the source's, and it is run once, before it appears.
 
     With --per-layer, --keep, --ratio or --state-bytes only say how much state there is to spend.
+
+    A model that does not fit in memory is calibrated layer by layer. --per-layer, --evaluate and methods that read
+    gradients take the whole model.
 
     \b
     lowkey-prune prune  demo/model reduced --method bilinear --keep 64
@@ -123,7 +134,7 @@ def prune(
     align = DEFAULT_ALIGN if align is None else align
     criterion = criterion_named(method)
     checkpoint = checkpoint_named(src)
-    checkpoint.check_tensors()
+    check_tensors(checkpoint, dry_run=dry_run)
     widths, limit = uniform_widths(checkpoint.spec, keep, ratio, state_bytes, align)
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
     if not criterion.statistics and (stats or (source.given and not per_layer)):
@@ -149,15 +160,36 @@ def prune(
         check_statistics(criterion, statistics, checkpoint)
     if per_layer:
         check_spendable(checkpoint.spec, criterion, limit, align, source.length)
-    if calibrating and need_gradients(criterion.statistics):
+    if stream_layers and per_layer:
+        raise PruningError("stream_layers: --per-layer measures the whole model; drop one of the two")
+    names = names_for(criterion.statistics)
+    if calibrating and need_gradients(names):
         check_predicts(source.length)
+        check_gradients(checkpoint, names, source.length, where, stream_layers=stream_layers)
+    if per_layer:
+        forward = whole_memory(checkpoint.spec, names_for(()), source.length)
+        check_fits(forward, where, "--per-layer, which measures the whole model,", "one width for all layers")
+    if evaluate:
+        after = checkpoint.spec.with_d_k(tuple(widths))
+        what = "--evaluate, which holds the model before and after,"
+        check_fits(evaluation_memory(checkpoint.spec, after, WINDOW), where, what, "leave --evaluate out")
     drawing = calibrating or per_layer
     encoder = Encoder(checkpoint) if drawing or evaluate else None
-    with Busy(err_console, "reading the weights"):
-        check_finite(checkpoint)
+    reading = read_weights(checkpoint)
     drawn = draw(encoder, source) if encoder is not None and drawing else None
+    planned = None
     if calibrating and drawn is not None:
-        check_unfinished(stats, checkpoint, drawn[1], names_for(criterion.statistics), overwrite=overwrite)
+        streamed = not per_layer and one_layer_at_a_time(
+            checkpoint,
+            names,
+            drawn[0],
+            where,
+            unfinished_of(stats),
+            forced=stream_layers,
+            overwrite=overwrite,
+        )
+        check_unfinished(stats, checkpoint, drawn[1], names, streamed=streamed, overwrite=overwrite)
+        planned = Calibration(checkpoint, names, drawn[0], where, streamed, reading)
     held_out = _held_out(encoder) if encoder is not None and evaluate else None
     plan = _plan(
         checkpoint,
@@ -167,7 +199,7 @@ def prune(
         passes=curve_passes(checkpoint.spec, align) if per_layer else 0,
         limit=limit,
         windows=None if drawn is None else drawn[0],
-        calibrating=calibrating,
+        calibration=planned,
         evaluating=evaluate,
         export=export,
         device=where,
@@ -178,9 +210,8 @@ def prune(
 
     budget = None
     with sole_user(unfinished_of(stats)) if calibrating else nullcontext():
-        if drawn is not None:
-            with Busy(err_console, "loading the checkpoint"):
-                model = checkpoint.load(device=where)
+        whole = per_layer or (planned is not None and not planned.streamed)
+        model = load(checkpoint, where) if whole else None
         if calibrating:
             assert drawn is not None
             try:
@@ -190,6 +221,7 @@ def prune(
                     *drawn,
                     criterion.statistics,
                     stats,
+                    where,
                     replaces=stats_replaces,
                     overwrite=overwrite,
                 )
@@ -199,6 +231,7 @@ def prune(
     with left_behind(left if calibrating else "nothing was written"):
         if per_layer:
             assert drawn is not None
+            assert model is not None
             measured = curve_passes(checkpoint.spec, align) * drawn[0][:, 1:].numel()
             with tokens_bar(err_console, "measuring each layer", measured) as advance:
                 widths, budget = spend(
@@ -212,8 +245,7 @@ def prune(
                     seed=seed,
                     advance=advance,
                 )
-        if drawn is not None:
-            del model  # surgery needs little memory; the model is what would stay
+        del model  # surgery needs little memory; the model is what would stay
         with Busy(err_console, f"selecting channels ({method})"):
             selection = select(checkpoint, criterion, widths, statistics=statistics, seed=seed)
         made_by = Provenance(method, seed, statistics, budget)
@@ -296,7 +328,7 @@ def _plan(
     passes: int,
     limit: int,
     windows: Tensor | None,
-    calibrating: bool,
+    calibration: Calibration | None,
     evaluating: bool,
     export: Export,
     device: torch.device,
@@ -305,12 +337,11 @@ def _plan(
     spec = checkpoint.spec
     yield from shape_lines(spec)
     written = [("the checkpoint", reduced_bytes(checkpoint, widths if export == "sliced" else spec.d_k))]
-    times = []
-    if calibrating and windows is not None:
-        names = names_for(criterion.statistics)
-        yield from calibration_lines(spec, names, windows)
-        times.append(("calibration", calibration_seconds(spec, names, windows, device)))
-        written.append(("its statistics", statistics_bytes(spec, names)))
+    times: list[tuple[str, float]] = []
+    if calibration is not None:
+        yield from calibration.lines()
+        times += calibration.times()
+        written += calibration.sizes()
     if passes and windows is not None:
         yield budget_line(passes, limit, windows)
         times.append(("widths", passes * evaluation_seconds(spec, windows.numel(), windows.shape[1], device)))
@@ -329,5 +360,6 @@ def _plan(
         times.append(("evaluation", sum(seconds)))
     if times:
         yield time_line(times, device)
+    yield from notes(checkpoint)
     yield disk_line(written, out)
     yield from Companions(checkpoint).notes()

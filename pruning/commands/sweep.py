@@ -37,6 +37,7 @@ from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.finite import check_finite
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import going_on_from
+from pruning.memory import whole_memory
 from pruning.options import (
     CalibrationText,
     Dataset,
@@ -220,7 +221,7 @@ def _plan(planned: Sweep, table: Table | None) -> Iterator[str]:
     seconds = dict.fromkeys(("calibration", "widths", "evaluation", "recovery"), 0.0)
     if planned.needed:
         names = names_for(planned.needed)
-        yield from calibration_lines(spec, names, windows)
+        yield from calibration_lines(names, windows, whole_memory(spec, names, windows.shape[1]))
         seconds["calibration"] = len(seeds) * calibration_seconds(spec, names, windows, device)
     curves = {(method, seed) for row, method, _, seed in missing if row != method}
     if table is not None:

@@ -5,15 +5,13 @@ A seam: tests put a device with a clock of its own here, and see what is launche
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lowkey.memory import host_memory
 from modeling.runtime.gpu.graphs import CudaRecorder, Recorder
-
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 class Download(Protocol):
@@ -66,38 +64,6 @@ class Device(Protocol):
     def release_memory(self) -> None:
         """Give back what is held but not in use."""
         ...
-
-
-def host_memory() -> int:
-    """Bytes that can still be allocated on the CPU, as the system and the container allow. What files left in memory
-    counts as free: it goes when something else needs the room."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-            break
-    else:
-        raise RuntimeError("/proc/meminfo has no MemAvailable")
-    limit = _cgroup_number("memory.max")
-    used = _cgroup_number("memory.current")
-    return available if limit is None or used is None else min(available, max(limit - used + _cached(), 0))
-
-
-def _cached() -> int:
-    """Bytes of files that this process's memory group has in memory."""
-    try:
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("inactive_file ", "active_file ")))
-
-
-def _cgroup_number(name: str) -> int | None:
-    """A control file of this process's memory group (version 2); None where there is none or it says "max"."""
-    try:
-        text = (_CGROUP / name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 class _Here:

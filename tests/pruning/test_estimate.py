@@ -22,10 +22,10 @@ from pruning.estimate import (
     calibration_seconds,
     disk_line,
     reduced_bytes,
-    statistics_bytes,
     time_line,
     width_notes,
 )
+from pruning.memory import statistics_bytes, whole_memory
 from pruning.statistics import names_for, save_statistics
 
 WINDOWS = torch.randint(1, 257, (4, 32), generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,8 @@ def test_lines_of_a_calibration_say_passes_memory_and_time(checkpoint):
     def lines(needed):
         names = names_for(needed)
         seconds = calibration_seconds(spec, names, WINDOWS, device)
-        return [*calibration_lines(spec, names, WINDOWS), time_line([("calibration", seconds)], device)]
+        memory = whole_memory(spec, names, WINDOWS.shape[1])
+        return [*calibration_lines(names, WINDOWS, memory), time_line([("calibration", seconds)], device)]
 
     plain, both = lines(()), lines(("gate_fisher",))
     assert plain[0] == "calibration: 128 tokens, 4 windows of 32; forward"

@@ -21,7 +21,7 @@ from modeling.spec import StateTypes
 from modeling.state import StatePool
 from server.api.http.errors import from_engine
 from server.engine import process
-from server.engine.device import HOST, host_memory
+from server.engine.device import HOST
 from server.engine.memory import (
     GRAPH_BYTES,
     RESERVED,
@@ -168,19 +168,6 @@ def test_each_refusal_advises_what_helps(monkeypatch):
         with pytest.raises(DoesNotFitError) as error:
             check_weights(engine_config("x", device_memory=0.5), device, 500_001)
         assert mention in str(error.value)
-
-
-def test_what_a_container_has_free_is_its_limit_less_what_it_can_not_give_up(monkeypatch, tmp_path):
-    monkeypatch.setattr("server.engine.device._CGROUP", tmp_path)
-    everything = host_memory()
-    assert everything > 2**20
-    (tmp_path / "memory.max").write_text("1000000\n")
-    (tmp_path / "memory.current").write_text("700000\n")
-    assert host_memory() == 300_000
-    (tmp_path / "memory.stat").write_text("anon 1\nfile 500000\ninactive_file 300000\nactive_file 100000\n")
-    assert host_memory() == 700_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert host_memory() > 2**20
 
 
 def test_variants_that_load_together_share_the_cpu():
