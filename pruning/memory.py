@@ -1,6 +1,6 @@
 """Memory that work on a model takes, computed from its shapes, and whether it is there."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,10 +95,12 @@ def streaming_memory(checkpoint: Checkpoint, count: int, length: int) -> Memory:
     )
 
 
-def evaluation_memory(spec: ModelSpec, reduced: ModelSpec, length: int) -> Memory:
-    """What the perplexity of a model and of its reduced one takes, both in memory, in windows of `length` tokens."""
-    weights = 4 * (parameter_count(spec) + parameter_count(reduced))
-    return Memory(weights, activation_bytes(spec, length, gradients=False), 0)
+def evaluation_memory(specs: Sequence[ModelSpec], length: int) -> Memory:
+    """What comparing models with the first of them takes, in windows of `length` tokens: the first stays in memory,
+    the others are there one at a time."""
+    first, *others = map(parameter_count, specs)
+    active = max(activation_bytes(spec, length, gradients=False) for spec in specs)
+    return Memory(4 * (first + max(others, default=0)), active, 0)
 
 
 def expert_dtype(checkpoint: Checkpoint) -> torch.dtype:

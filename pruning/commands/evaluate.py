@@ -18,6 +18,7 @@ from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
 from pruning.evaluation.suite import PARTS, EvaluationSettings, Part, evaluate_checkpoints
 from pruning.finite import check_finite
+from pruning.memory import check_fits, evaluation_memory
 from pruning.options import Device, Overwrite, TextFiles, checkpoint_named, device_named, named_files, text_of
 from pruning.progress import Busy, tokens_bar
 
@@ -69,6 +70,8 @@ def evaluate(
     opened = [checkpoint_named(c) for c in checkpoints]
     if json is not None:
         refuse_input(json, "json", [*(c.path for c in opened), *named_files(text)])
+    memory = evaluation_memory([checkpoint.spec for checkpoint in opened], window)
+    check_fits(memory, settings.device, "evaluation, which holds whole models in float32,", "smaller models")
     with Busy(err_console, "reading the weights"):
         for checkpoint in opened:
             checkpoint.check_tensors()

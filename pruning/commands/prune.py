@@ -172,7 +172,7 @@ def prune(
     if evaluate:
         after = checkpoint.spec.with_d_k(tuple(widths))
         what = "--evaluate, which holds the model before and after,"
-        check_fits(evaluation_memory(checkpoint.spec, after, WINDOW), where, what, "leave --evaluate out")
+        check_fits(evaluation_memory([checkpoint.spec, after], WINDOW), where, what, "leave --evaluate out")
     drawing = calibrating or per_layer
     encoder = Encoder(checkpoint) if drawing or evaluate else None
     reading = read_weights(checkpoint)

@@ -391,3 +391,15 @@ def test_a_dry_run_takes_little_memory_whatever_the_model(tmp_path, text):
     base, peak, done = peak_of("calibrate", path, tmp_path / "out", *text, "--stream-layers", "--dry-run")
     print(done.stdout)
     assert peak - base < 2 * 10**9
+
+
+def test_evaluation_says_what_two_whole_models_take(checkpoint, tmp_path, monkeypatch):
+    specs = [checkpoint.spec, checkpoint.spec.with_d_k((4,) * len(checkpoint.spec.d_k))]
+    alone, both = (pruning.memory.evaluation_memory(specs[:n], 32) for n in (1, 2))
+    assert both.weights == alone.weights + 4 * pruning.memory.parameter_count(specs[1])
+    with_memory(monkeypatch, alone.total)
+    monkeypatch.setattr("pruning.commands.evaluate.check_finite", lambda checkpoint: pytest.fail("work"))
+    result = invoke("evaluate", checkpoint.path, checkpoint.path, "--window", 32)
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.split())
+    assert "evaluation, which holds whole models in float32, takes about" in said and "smaller models" in said
