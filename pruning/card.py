@@ -233,7 +233,7 @@ def _commands(spec: ModelSpec, how: Mapping[str, str]) -> Iterator[tuple[str, li
             "sh",
             [
                 f"# vLLM with Lowkey's plugin, which has a kernel for d_k {span(spec.d_k)}",
-                "pip install -e CHECKOUT_OF_LOWKEY",
+                "pip install -e CHECKOUT_OF_LOWKEY --no-deps",
                 "VLLM_PLUGINS=lowkey vllm serve DIR",
             ],
         )

@@ -54,6 +54,20 @@ def test_trained_weights_are_written_though_a_config_appeared_meanwhile(checkpoi
     assert json.loads(kept.read_text()) == train["FLA"]
 
 
+def test_the_hybrid_is_one_of_qwens_layout_and_ships_small():
+    hybrid = open_checkpoint(MODEL.parent / "hybrid")
+    spec = hybrid.spec
+    assert (spec.family, spec.linear_layers, spec.d_k) == ("qwen3_5", (0, 1, 2, 4, 5, 6), (128,) * 6)
+    assert spec.state_bytes(0) == 1_646_592 and spec.kv_bytes_per_token() == 2_048
+    assert (hybrid.path / "model.safetensors").stat().st_size < 16e6
+    train = runpy.run_path(str(MODEL.parent / "train.py"), run_name="train")
+    assert hybrid.config == train["HYBRID"]
+    assert (hybrid.path / "tokenizer.json").read_bytes() == (MODEL / "tokenizer.json").read_bytes()
+    windows = evaluation_windows(Encoder(hybrid), bundled_text("heldout"), tokens=4096)
+    # As its README says for the first tokens; CPython's sources differ a little from version to version.
+    assert 9 < perplexity(hybrid.load(), windows).perplexity < 13
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_runs_in_stock_fla(checkpoint, tmp_path):
