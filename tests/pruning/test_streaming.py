@@ -189,6 +189,14 @@ def test_it_is_chosen_where_the_model_does_not_fit_and_gives_the_same_file(
     assert not (tmp_path / "none").exists()
 
 
+def test_a_gpu_holds_weights_and_activations_alone(monkeypatch):
+    memory = pruning.memory.Memory(weights=70, activations=20, statistics=10**15, hidden=10**15)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90, 100))
+    assert pruning.memory.fits(memory, torch.device("cuda"))
+    assert not pruning.memory.fits(replace(memory, weights=71), torch.device("cuda"))
+    assert not pruning.memory.fits(memory, torch.device("cpu"))
+
+
 def test_prune_calibrates_so_too(checkpoint, text, tmp_path, monkeypatch):
     given = ("--method", "drrqr", "--keep", 8, *text)
     assert invoke("prune", checkpoint.path, tmp_path / "whole", *given).exit_code == 0
