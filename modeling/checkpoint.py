@@ -51,6 +51,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(path / "config.json")
         self.family: Family = family_of(self.config)
         self.spec: ModelSpec = with_generation_eos(self.family.spec(self.config), path)
+        self._headers: dict[Path, dict[str, tuple[str, list[int]]]] = {}
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -102,22 +103,31 @@ class Checkpoint:
         Raises:
             CheckpointError: as `tensor`.
         """
-        with self._opened(name) as f:
-            part = f.get_slice(name)
-            return str(part.get_dtype()), list(part.get_shape())
+        file = self._file_of(name)
+        if file not in self._headers:
+            # Read once: the header of a file with thousands of experts takes milliseconds each time.
+            with _readable(file, name), safe_open(file, framework="pt") as f:
+                parts = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
+                self._headers[file] = {k: (str(p.get_dtype()), list(p.get_shape())) for k, p in parts.items()}
+        if name not in self._headers[file]:
+            raise CheckpointError(f"{file}: tensor {name!r} can't be read: the file does not contain it")
+        dtype, shape = self._headers[file][name]
+        self._check_tensor(name, dtype, tuple(shape))
+        return dtype, shape
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:
         """The file that holds a tensor, whose dtype and shape have been checked. All tensors are read through here."""
+        file = self._file_of(name)
+        with _readable(file, name), safe_open(file, framework="pt") as f:
+            part = f.get_slice(name)
+            self._check_tensor(name, str(part.get_dtype()), tuple(part.get_shape()))
+            yield f
+
+    def _file_of(self, name: str) -> Path:
         if name not in self.files:
             raise CheckpointError(f"{self.path}: tensor {name!r} is missing")
-        try:
-            with safe_open(self.files[name], framework="pt") as f:
-                part = f.get_slice(name)
-                self._check_tensor(name, str(part.get_dtype()), tuple(part.get_shape()))
-                yield f
-        except (SafetensorError, OSError) as e:
-            raise CheckpointError(f"{self.files[name]}: tensor {name!r} can't be read: {e}") from e
+        return self.files[name]
 
     def _check_tensor(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         if name not in self._stored_shapes and self.is_ours(name):
@@ -277,6 +287,15 @@ class Checkpoint:
         """The checkpoint's name of a tensor that is one of ours and one of theirs as well."""
         ((name,),) = (m.theirs for m in self.maps if m.ours == ours)
         return name
+
+
+@contextmanager
+def _readable(file: Path, name: str) -> Iterator[None]:
+    """Raises CheckpointError, with the names, where a tensor's file can't be read inside the block."""
+    try:
+        yield
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{file}: tensor {name!r} can't be read: {e}") from e
 
 
 def with_generation_eos(spec: ModelSpec, directory: Path) -> ModelSpec:

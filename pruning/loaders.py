@@ -109,9 +109,7 @@ VLLM_VERSIONS = "0.26.0 to 0.33.0"
 LOADERS = (
     Loader("transformers", "5.24", "on a CPU, flash-linear-attention's models on a GPU", _transformers),
     Loader("vLLM", VLLM_VERSIONS, "0.26.0 on an H200 with d_k 128; with 64 it fails as said", _vllm),
-    Loader(
-        "vLLM with Lowkey's plugin", VLLM_VERSIONS, "0.26.0 on an H200 with d_k 64", _vllm_with_plugin
-    ),
+    Loader("vLLM with Lowkey's plugin", VLLM_VERSIONS, "0.26.0 on an H200 with d_k 64", _vllm_with_plugin),
     Loader("SGLang", "0.5.23", "nothing", _sglang),
     Loader("mlx-lm", "0.32.2", "on a CPU", _mlx),
     Loader("llama.cpp", "0c1e57098 of October 2026", "nothing", _llama_cpp),

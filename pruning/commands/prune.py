@@ -170,7 +170,7 @@ def prune(
         forward = whole_memory(checkpoint.spec, names_for(()), source.length)
         check_fits(forward, where, "--per-layer, which measures the whole model,", "one width for all layers")
     if evaluate:
-        after = checkpoint.spec.with_d_k(tuple(widths))
+        after = checkpoint.spec.with_d_k(tuple(widths)) if export == "sliced" else checkpoint.spec
         what = "--evaluate, which holds the model before and after,"
         check_fits(evaluation_memory([checkpoint.spec, after], WINDOW), where, what, "leave --evaluate out")
     drawing = calibrating or per_layer
