@@ -4,7 +4,7 @@ Only safetensors are read, one tensor at a time.
 """
 
 import functools
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -51,7 +51,7 @@ class Checkpoint:
         self.config: dict[str, Any] = read_json(path / "config.json")
         self.family: Family = family_of(self.config)
         self.spec: ModelSpec = with_generation_eos(self.family.spec(self.config), path)
-        self._headers: dict[Path, dict[str, tuple[str, list[int]]]] = {}
+        self._headers: dict[Path, dict[str, tuple[str, tuple[int, ...]]]] = {}
 
     @cached_property
     def files(self) -> dict[str, Path]:
@@ -108,12 +108,27 @@ class Checkpoint:
             # Read once: the header of a file with thousands of experts takes milliseconds each time.
             with _readable(file, name), safe_open(file, framework="pt") as f:
                 parts = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
-                self._headers[file] = {k: (str(p.get_dtype()), list(p.get_shape())) for k, p in parts.items()}
+                self._headers[file] = {
+                    k: (str(p.get_dtype()), tuple(p.get_shape())) for k, p in parts.items()
+                }
         if name not in self._headers[file]:
             raise CheckpointError(f"{file}: tensor {name!r} can't be read: the file does not contain it")
         dtype, shape = self._headers[file][name]
-        self._check_tensor(name, dtype, tuple(shape))
-        return dtype, shape
+        self._check_tensor(name, dtype, shape)
+        return dtype, list(shape)
+
+    def shape_with_d_k(self, name: str, d_k: Mapping[int, int]) -> list[int]:
+        """The shape that a tensor has where the linear layers have so many key channels per head, by layer.
+
+        Raises:
+            CheckpointError: as `tensor`.
+        """
+        _, shape = self.dtype_and_shape(name)
+        layer = self.map_of[name].layer if name in self.key_rows else None
+        if layer is not None and layer in d_k:
+            sets, heads, now = self.key_rows[name].shape
+            shape[0] += sets * heads * (d_k[layer] - now)
+        return shape
 
     @contextmanager
     def _opened(self, name: str) -> Iterator[Any]:

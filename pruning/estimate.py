@@ -245,11 +245,9 @@ def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     total = stored_bytes(checkpoint)
     after = dict(zip(spec.linear_layers, widths, strict=True))
     for name in checkpoint.key_rows:
-        layer = checkpoint.map_of[name].layer
-        assert layer is not None
-        d_k = spec.deltas[layer].d_k
         dtype, shape = checkpoint.dtype_and_shape(name)
-        total -= math.prod(shape) * FLOATS[dtype].itemsize * (d_k - after[layer]) // d_k
+        removed = math.prod(shape) - math.prod(checkpoint.shape_with_d_k(name, after))
+        total -= removed * FLOATS[dtype].itemsize
     return total
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from modeling.spec import AttentionSpec, DeltaSpec, ModelSpec, MoESpec
+from modeling.spec import AttentionSpec, DeltaSpec, MLPSpec, ModelSpec, MoESpec
 
 Config = Mapping[str, Any]
 
@@ -17,6 +17,10 @@ MOST_LAYERS = 1024
 MOST_CONV = 64
 MOST_WEIGHTS = 2**40
 """Entries of one matrix, at most."""
+MOST_ROWS = 2**24
+"""Rows of the input projections of all layers, at most: some families have an order of them in memory."""
+MOST_EXPERTS = 2**17
+"""Experts of all layers, at most: each may have tensors, and names, of its own."""
 
 
 class ConfigError(ValueError):
@@ -207,13 +211,16 @@ def flag(config: Config, key: str, default: bool) -> bool:
     return value
 
 
-def per_layer(config: Config, key: str, layers: int, default: Any) -> list[Any]:
-    """`config[key]` for each layer: one value for all, or a list with one entry a layer."""
+def per_layer(
+    config: Config, key: str, layers: int, default: Any, *, of: str = "num_hidden_layers"
+) -> list[Any]:
+    """`config[key]` for each layer: one value for all, or a list with one entry a layer. `of` says in errors what there
+    are so many of."""
     value = config.get(key, default)
     if not isinstance(value, list):
         return [value] * layers
     if len(value) != layers:
-        raise ConfigError(f"config.json: {key} has {len(value)} entries for num_hidden_layers={layers}")
+        raise ConfigError(f"config.json: {key} has {len(value)} entries for {of}={layers}")
     return value
 
 
@@ -236,17 +243,28 @@ def one_or_list(values: list[Any]) -> Any:
 
 
 def check_sizes(spec: ModelSpec) -> ModelSpec:
-    """The spec. Raises ConfigError where one of its matrices would be larger than any real one."""
-    widest = spec.vocab_size
-    for layer in spec.layers:
-        if isinstance(layer.mixer, DeltaSpec | AttentionSpec):
-            widest = max(widest, sum(layer.mixer.in_proj_sizes))
-        ffn = layer.ffn
-        rows = ffn.num_experts * 2 * ffn.expert_size if isinstance(ffn, MoESpec) else ffn.intermediate_size
-        widest = max(widest, rows, ffn.active_size)
+    """The spec. Raises ConfigError where it is larger than any real one: a config is from a stranger."""
+    ffns = [layer.ffn for layer in spec.layers]
+    mixers = [layer.mixer for layer in spec.layers if isinstance(layer.mixer, DeltaSpec | AttentionSpec)]
+    for what, found, most in (
+        ("rows of input projections", sum(sum(m.in_proj_sizes) for m in mixers), MOST_ROWS),
+        ("experts", sum(f.num_experts for f in ffns if isinstance(f, MoESpec)), MOST_EXPERTS),
+    ):
+        if found > most:
+            raise ConfigError(
+                f"config.json: {len(spec.layers)} layers with {found} {what} in all; at most {most} are allowed"
+            )
+    widest = max(spec.vocab_size, *(sum(m.in_proj_sizes) for m in mixers), *map(_rows, ffns))
     if widest * spec.hidden_size > MOST_WEIGHTS:
         raise ConfigError(
             f"config.json: hidden_size={spec.hidden_size} and its other sizes give a matrix of {widest} rows; "
             f"at most {MOST_WEIGHTS} weights are allowed"
         )
     return spec
+
+
+def _rows(ffn: MLPSpec | MoESpec) -> int:
+    """Rows of the largest matrix of a feed-forward, all experts together."""
+    if isinstance(ffn, MoESpec):
+        return max(ffn.num_experts * 2 * ffn.expert_size, 2 * ffn.shared_size)
+    return 2 * ffn.intermediate_size

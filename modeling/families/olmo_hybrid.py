@@ -110,10 +110,9 @@ def _deltas(config: Config, hidden_size: int, heads: int, layers: int) -> list[D
             f"config.json: linear_num_value_heads={num_v_heads} must be a multiple of "
             f"linear_num_key_heads={num_k_heads}"
         )
-    widths = [
-        integer({"linear_key_head_dim": d_k}, "linear_key_head_dim")
-        for d_k in per_layer(known, "linear_key_head_dim", layers, int(0.75 * hidden_size / num_k_heads))
-    ]
+    default = int(0.75 * hidden_size / num_k_heads)
+    said = per_layer(known, "linear_key_head_dim", layers, default, of="linear_attention layers")
+    widths = [integer({"linear_key_head_dim": d_k}, "linear_key_head_dim") for d_k in said]
     return [
         DeltaSpec(
             num_k_heads=num_k_heads,

@@ -118,6 +118,7 @@ def _text(config: Config) -> Config:
             f"config.json: text_config={text!r:.80} must be an object, the language model's config, where "
             f"model_type={config['model_type']!r}"
         )
+    option(text, "model_type", None, (None, f"{config['model_type']}_text"))
     return text
 
 
@@ -144,7 +145,7 @@ def _deltas(config: Config, layers: int, eps: float) -> list[DeltaSpec]:
             gate="silu",
             norm_eps=eps,
         )
-        for d_k in per_layer(config, "linear_key_head_dim", layers, 128)
+        for d_k in per_layer(config, "linear_key_head_dim", layers, 128, of="linear_attention layers")
     ]
 
 

@@ -80,8 +80,10 @@ def attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     past = len(keys) - len(q)
     # Without a past the mask is the one that torch knows by itself, and fused kernels then need no tensor for it.
     mask = None if past == 0 else q.new_ones(len(q), len(keys), dtype=torch.bool).tril(past)
-    o = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=mask, is_causal=past == 0)
-    return o.transpose(0, 1)
+    # Fused kernels, which hold no matrix of scores, take batches only.
+    q, k, v = q.transpose(0, 1)[None], k[None], v[None]
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0)
+    return o[0].transpose(0, 1)
 
 
 def rotate(rope: RopeSpec, positions: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:

@@ -8,7 +8,7 @@ import torch
 from specs import mixer_spec
 
 from modeling.layers import Block
-from modeling.layers.attention import AttentionMixer, rotate
+from modeling.layers.attention import AttentionMixer, attend, rotate
 from modeling.layers.moe import MoE
 from modeling.model import Model
 from modeling.runtime import TorchRuntime, UnavailableError
@@ -211,3 +211,14 @@ def test_runtimes_refuse_kinds_that_they_have_no_kernels_for():
 def test_shapes_that_can_not_be_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_long_sequences_take_a_kernel_that_holds_no_scores():
+    q, keys, values = (torch.randn(300, heads, 16) for heads in (4, 2, 2))
+    # Refuses what only the kernel that builds all scores could take.
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        fused = attend(q, keys, values)
+    scores = torch.einsum("qhd,khd->hqk", q, keys.repeat_interleave(2, 1)) / 4
+    scores.masked_fill_(torch.ones(300, 300, dtype=torch.bool).triu(1), -torch.inf)
+    expected = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values.repeat_interleave(2, 1))
+    torch.testing.assert_close(fused, expected, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
+from hybrid_cases import CASES
+from hybrids import write_hybrid
 from reducing import random_keep, reduce
 
 from lowkey.words import duration, in_units
@@ -22,6 +24,7 @@ from pruning.estimate import (
     calibration_seconds,
     disk_line,
     reduced_bytes,
+    stored_bytes,
     time_line,
     width_notes,
 )
@@ -139,3 +142,13 @@ def test_memory_said_is_about_memory_taken(tmp_path, method):
     said = float(said) * {"M": 1e6, "G": 1e9}[unit]
     print(json.dumps({"method": method, "said": said, "taken": taken}))
     assert 0.6 < taken / said < 1.25
+
+
+@pytest.mark.parametrize("name", ["vl-dense-tied", "vl-moe-fused", "next", "olmo"])
+def test_the_bytes_of_a_reduced_hybrid_are_known_before(tmp_path, name):
+    checkpoint = open_checkpoint(write_hybrid(tmp_path / "dense", CASES[name]))
+    widths = (3,) * len(checkpoint.spec.d_k)
+    reduce(checkpoint, random_keep(checkpoint.spec, widths), tmp_path / "out")
+    reduced = open_checkpoint(tmp_path / "out")
+    before, after = (sum(c.tensor(name).nbytes for name in c.files) for c in (checkpoint, reduced))
+    assert stored_bytes(checkpoint) - reduced_bytes(checkpoint, widths) == before - after
