@@ -108,7 +108,7 @@ def test_an_interrupted_one_goes_on_to_the_same_bits(checkpoint, tmp_path, calls
     _, done = load_unfinished(partial)
     layer, batches = divmod(calls - 1, 3)
     assert done == {"layer": layer, "forward": min(4 * (batches + 1), 10), "batch": 4}
-    assert load_hidden(partial).shape == (WINDOWS.numel(), 64)
+    assert load_hidden(partial, (WINDOWS.numel(), 64)).isfinite().all()
     steps = []
     resumed = collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial, advance=steps.append)
     assert steps[0] == 400 * layer + 40 * done["forward"], "what was done is not done again"
@@ -136,8 +136,42 @@ def test_what_is_left_of_the_other_way_is_refused(checkpoint, tmp_path):
     with pytest.raises(PruningError, match=refused):
         collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial)
     running, done = load_unfinished(partial)
-    save_statistics(running, partial, unfinished={**done, "layer": 0})
+    save_statistics(
+        running, partial, unfinished={"layer": 0, "forward": done["forward"], "batch": done["batch"]}
+    )
     with pytest.raises(PruningError, match="holds no hidden states to go on from"):
+        collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer": -1}, "layer=-1 must be a whole number from 0 to 3"),
+        ({"layer": 4}, "layer=4 must be a whole number from 0 to 3"),
+        ({"layer": 1.0}, "layer=1.0 must be a whole number"),
+        ({"layer": True}, "layer=True must be a whole number"),
+        ({"forward": 12}, "forward=12 must be a whole number from 0 to 10"),
+        ({"forward": 3}, "forward=3 is not whole batches of 4"),
+        ({"batch": 0}, "batch=0 must be a whole number from 1"),
+        ({"more": 1}, "unfinished has the keys"),
+        ({"forward": None}, "forward=None must be a whole number"),
+        ({"hidden": torch.zeros(400, 63)}, r"float32 \[400, 63\], not torch.float32 \[400, 64\]"),
+        ({"hidden": torch.zeros(360, 64)}, r"float32 \[360, 64\], not torch.float32 \[400, 64\]"),
+        ({"hidden": torch.zeros(400, 64).half()}, r"float16 \[400, 64\]"),
+    ],
+    ids=str,
+)
+def test_what_is_damaged_is_refused(checkpoint, tmp_path, change, said):
+    partial = tmp_path / "s.partial"
+    with pytest.raises(InterruptedHereError):
+        collect_streaming(
+            checkpoint, WINDOWS, ORIGIN, partial=partial, save_every=0.0, advance=interrupt_after(2)
+        )
+    running, done = load_unfinished(partial)
+    hidden = change.get("hidden", torch.zeros(400, 64))
+    changed = {key: value for key, value in change.items() if key != "hidden"}
+    save_statistics(running, partial, unfinished={**done, **changed}, hidden=hidden)
+    with pytest.raises(PruningError, match=f"{partial.name} .*{said}"):
         collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial)
 
 
