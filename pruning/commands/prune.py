@@ -45,7 +45,7 @@ from pruning.estimate import (
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_json, evaluation_windows
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind
-from pruning.memory import check_fits, evaluation_memory, whole_memory
+from pruning.memory import before_and_after_memory, check_fits, whole_memory
 from pruning.options import (
     Align,
     CalibrationText,
@@ -172,7 +172,8 @@ def prune(
     if evaluate:
         after = checkpoint.spec.with_d_k(tuple(widths)) if export == "sliced" else checkpoint.spec
         what = "--evaluate, which holds the model before and after,"
-        check_fits(evaluation_memory([checkpoint.spec, after], WINDOW), where, what, "leave --evaluate out")
+        both = before_and_after_memory(checkpoint.spec, after, WINDOW, where)
+        check_fits(both, where, what, "leave --evaluate out")
     drawing = calibrating or per_layer
     encoder = Encoder(checkpoint) if drawing or evaluate else None
     reading = read_weights(checkpoint)

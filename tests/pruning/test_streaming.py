@@ -223,12 +223,26 @@ def test_it_is_chosen_where_the_model_does_not_fit_and_gives_the_same_file(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_gpu_holds_weights_and_activations_alone(monkeypatch):
-    memory = pruning.memory.Memory(weights=70, activations=20, statistics=10**15, hidden=10**15)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90, 100))
-    assert pruning.memory.fits(memory, torch.device("cuda"))
-    assert not pruning.memory.fits(replace(memory, weights=71), torch.device("cuda"))
-    assert not pruning.memory.fits(memory, torch.device("cpu"))
+def test_a_gpu_holds_what_computes_and_the_cpu_the_rest_and_both_are_checked(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    memory = pruning.memory.Memory(
+        weights=70, activations=20, statistics=4000, hidden=300, training=5, waiting=20
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (95, 100))
+    with_memory(monkeypatch, pruning.memory.PROCESS_BYTES + 4320)
+    assert pruning.memory.fits(memory, gpu)
+    assert not pruning.memory.fits(memory, cpu)
+    assert not pruning.memory.fits(replace(memory, weights=71), gpu)
+    with pytest.raises(
+        PruningError, match="it takes about 96 bytes of memory on cuda, and 95 bytes are free"
+    ):
+        pruning.memory.check_fits(replace(memory, weights=71), gpu, "it", "leave it")
+    for more in ({"statistics": 4001}, {"hidden": 301}, {"waiting": 21}):
+        assert not pruning.memory.fits(replace(memory, **more), gpu)
+        with pytest.raises(PruningError, match="of memory on cpu"):
+            pruning.memory.check_fits(replace(memory, **more), gpu, "it", "leave it")
+    with_memory(monkeypatch, memory.total)
+    assert pruning.memory.fits(memory, cpu)
 
 
 def test_prune_calibrates_so_too(checkpoint, text, tmp_path, monkeypatch):
@@ -437,11 +451,54 @@ def test_a_dry_run_takes_little_memory_whatever_the_model(tmp_path, text):
 
 def test_evaluation_says_what_two_whole_models_take(checkpoint, tmp_path, monkeypatch):
     specs = [checkpoint.spec, checkpoint.spec.with_d_k((4,) * len(checkpoint.spec.d_k))]
-    alone, both = (pruning.memory.evaluation_memory(specs[:n], 32) for n in (1, 2))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    alone, both = (pruning.memory.evaluation_memory(specs[:n], 32, cpu) for n in (1, 2))
     assert both.weights == alone.weights + 4 * pruning.memory.parameter_count(specs[1])
+    assert pruning.memory.evaluation_memory([*specs, specs[0]], 32, cpu).weights == 2 * alone.weights
+    # On a GPU more windows run together, though no more of them are predicted at once.
+    on_gpu = pruning.memory.evaluation_memory(specs, 32, gpu).activations
+    assert on_gpu - both.activations == 28 * 32 * (both.activations - 4 * 6 * 32 * 257) // (4 * 32)
+    turns = pruning.memory.before_and_after_memory(*specs, 32, gpu)
+    first, second = (4 * pruning.memory.parameter_count(spec) for spec in specs)
+    assert turns.on(gpu) == {gpu: first + on_gpu, cpu: pruning.memory.PROCESS_BYTES + second}
+    assert pruning.memory.before_and_after_memory(*specs, 32, cpu).total == both.total
     with_memory(monkeypatch, alone.total)
     monkeypatch.setattr("pruning.commands.evaluate.check_finite", lambda checkpoint: pytest.fail("work"))
     result = invoke("evaluate", checkpoint.path, checkpoint.path, "--window", 32)
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())
     assert "evaluation, which holds whole models in float32, takes about" in said and "smaller models" in said
+
+
+COMPARED = """
+import re, sys
+from pathlib import Path
+import torch
+from modeling.checkpoint import open_checkpoint
+from pruning.evaluation import compare
+from pruning.memory import PROCESS_BYTES, evaluation_memory
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+models = [checkpoint.load(), checkpoint.load()]
+windows = torch.randint(0, 248_320, (4, 513), generator=torch.Generator().manual_seed(0))
+compare(models[0], models[1], windows[:, :9])
+base = peak()
+compare(*models, windows)
+print(base, peak(), evaluation_memory([checkpoint.spec] * 2, 512, torch.device("cpu")).activations)
+"""
+
+
+@pytest.mark.slow
+def test_predictions_over_a_large_vocabulary_take_what_is_said(tmp_path):
+    """Six tensors like the logits are alive together, and those of a whole window would be of 0.5 GB each."""
+    path = write_checkpoint(tmp_path / "c", {**GATED, "vocab_size": 248_320})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARED, str(path)], capture_output=True, text=True, timeout=800, check=True
+    )
+    base, peak, said = map(int, done.stdout.split())
+    print(json.dumps({"base": base, "taken": peak - base, "said": said}))
+    assert 0.5 < (peak - base) / said < 1.1
+    assert said < 0.6 * 10**9
