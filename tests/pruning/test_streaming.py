@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,9 @@ import pruning.memory
 from modeling.checkpoint import open_checkpoint, write_safetensors
 from pruning.calibration import Origin, tokens_sha256
 from pruning.collection import Collector, collect
+from pruning.commands.planning import Calibration
 from pruning.errors import PruningError
-from pruning.statistics import load_hidden, load_unfinished, save_statistics
+from pruning.statistics import FORWARD, Statistics, load_hidden, load_unfinished, save_statistics
 from pruning.streaming import collect_streaming, layers_to_run
 
 WINDOWS = torch.randint(0, 257, (10, 40), generator=torch.Generator().manual_seed(0))
@@ -301,18 +303,93 @@ def test_an_interrupted_command_goes_on_layer_by_layer_also_where_the_model_fits
         ("prune", ("--method", "l1", "--keep", 8, "--evaluate"), "or leave --evaluate out"),
     ],
 )
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["", "dry run"])
-def test_what_takes_the_whole_model_is_refused_before_any_work(
-    checkpoint, text, tmp_path, monkeypatch, command, more, said, dry
+def test_what_takes_the_whole_model_is_refused_before_any_work_and_a_dry_run_tells_it(
+    checkpoint, text, tmp_path, monkeypatch, command, more, said
 ):
     given = text if "l1" not in more or "--per-layer" in more else ()
     with_memory(monkeypatch, 100_000_000)
+    planned = invoke(command, checkpoint.path, tmp_path / "out", *given, *more, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    (note,) = (line for line in planned.stdout.splitlines() if line.startswith("note: ") and "memory" in line)
+    assert said in note and "of memory on cpu, and 100.0 MB are free" in note
+    assert "\ndisk: " in planned.stdout
     monkeypatch.setattr("pruning.commands.planning.check_finite", lambda checkpoint: pytest.fail("work"))
-    result = invoke(command, checkpoint.path, tmp_path / "out", *given, *more, *dry)
+    result = invoke(command, checkpoint.path, tmp_path / "out", *given, *more)
     assert result.exit_code == 2
-    said_in_full = " ".join(result.stderr.split())
-    assert said in said_in_full and "of memory on cpu, and 100.0 MB are free" in said_in_full
+    assert note.removeprefix("note: ") in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_it_takes_also_where_not_even_one_layer_fits(
+    checkpoint, text, tmp_path, monkeypatch
+):
+    fits = invoke("calibrate", checkpoint.path, tmp_path / "s", *text, "--stream-layers", "--dry-run")
+    with_memory(monkeypatch, 1_000_000)
+    monkeypatch.setattr("pruning.estimate.check_writable", lambda path: 1000)
+    result = invoke("calibrate", checkpoint.path, tmp_path / "s", *text, "--dry-run")
+    assert result.exit_code == 0, result.output
+    plan = result.stdout.splitlines()
+    assert [line for line in plan if line.startswith("memory: ")] == [
+        line for line in fits.stdout.splitlines() if line.startswith("memory: ")
+    ]
+    notes = [line for line in plan if line.startswith("note: ")]
+    assert len(notes) == 2 and plan[-1] == notes[-1]
+    assert notes[0].startswith(f"note: out='{tmp_path / 's'}' needs")
+    assert notes[1].startswith("note: calibration with one layer in memory at a time takes about")
+    refused = invoke("calibrate", checkpoint.path, tmp_path / "s", *text)
+    assert refused.exit_code == 2 and refused.stdout == ""
+
+
+def test_progress_is_on_the_disk_twice_while_it_is_replaced(checkpoint):
+    planned = Calibration(checkpoint, FORWARD, WINDOWS, torch.device("cpu"), True, None)
+    statistics = pruning.memory.statistics_bytes(checkpoint.spec, FORWARD)
+    assert [size for _, size in planned.sizes()] == [statistics, 2 * (statistics + 4 * 400 * 64)]
+    planned = replace(planned, streamed=False)
+    assert [size for _, size in planned.sizes()] == [statistics, 2 * statistics]
+
+
+def test_a_whole_models_calibration_goes_on_so_where_less_memory_is_free_now(
+    checkpoint, text, tmp_path, monkeypatch
+):
+    out, partial = tmp_path / "s", tmp_path / "s.partial"
+    assert invoke("calibrate", checkpoint.path, tmp_path / "whole", *text).exit_code == 0
+
+    def interrupted(*args, **given):
+        running = Statistics(
+            checkpoint.sha256, (args[2],), pruning.collection.zeros(checkpoint.spec, FORWARD)
+        )
+        done = {"forward": 0, "backward": 0, "batch": 4}
+        save_statistics(running, given["partial"], unfinished=done)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pruning.commands.calibrate.collect", interrupted)
+        assert invoke("calibrate", checkpoint.path, out, *text).exit_code == 130
+    left = partial.read_bytes()
+    takes = pruning.memory.whole_memory(checkpoint.spec, FORWARD, 64).total
+    with_memory(monkeypatch, takes - 1)
+    result = invoke("calibrate", checkpoint.path, out, *text)
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and partial.read_bytes() == left
+    assert f"calibration with the whole model in memory, which {partial} is of, takes about" in said
+    assert "or start anew with --overwrite, one layer at a time" in said
+    anew = invoke("calibrate", checkpoint.path, out, *text, "--overwrite")
+    assert anew.exit_code == 0 and "one layer at a time" in anew.stderr
+    out.unlink()
+    partial.write_bytes(left)
+    with_memory(monkeypatch, takes)
+    hashed, loads = [], []
+    load = pruning.statistics.load_unfinished
+    monkeypatch.setattr(
+        "pruning.commands.planning.Busy", lambda _, what: hashed.append(what) or nullcontext()
+    )
+    for place in ("commands.planning", "collection"):
+        monkeypatch.setattr(f"pruning.{place}.load_unfinished", lambda file: loads.append(file) or load(file))
+    result = invoke("calibrate", checkpoint.path, out, *text)
+    assert result.exit_code == 0 and "one layer at a time" not in result.stderr
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert hashed == ["reading the weights", "hashing the weights", "loading the checkpoint"]
+    assert loads == [partial] * 2, "once before the plan, and once to go on from by its sole user"
 
 
 def test_the_criteria_that_are_named_instead_take_no_gradients(checkpoint, text, tmp_path):
