@@ -161,7 +161,25 @@ def resumed(
     *,
     streamed: bool = False,
 ) -> tuple[Statistics, dict[str, int]]:
-    """What an interrupted calibration left, and how many windows it had done.
+    """What an interrupted calibration left in the file `partial`, and how many windows it had done, once
+    `check_goes_on` has passed it."""
+    found, done = load_unfinished(partial)
+    check_goes_on(partial, found, done, source_sha256, origin, expected, batch, streamed=streamed)
+    return found, done
+
+
+def check_goes_on(
+    partial: Path,
+    found: Statistics,
+    done: Mapping[str, int],
+    source_sha256: str,
+    origin: Origin,
+    expected: Shapes,
+    batch: int = BATCH,
+    *,
+    streamed: bool,
+) -> None:
+    """Check that a calibration can go on from what `load_unfinished` has found in the file `partial`.
 
     Args:
         expected: Shapes of what is going to be collected.
@@ -170,7 +188,6 @@ def resumed(
     Raises:
         PruningError: the file is of another checkpoint, text or set of statistics, or of the other way to collect it.
     """
-    found, done = load_unfinished(partial)
     differs = [
         what
         for what, a, b in (
@@ -187,4 +204,3 @@ def resumed(
             f"{partial} is of an interrupted calibration that differs in {' and '.join(differs)}; repeat its "
             "options to go on with it, or start anew with --overwrite"
         )
-    return found, done

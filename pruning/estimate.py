@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from modeling.spec import LayerSpec, MLPSpec, ModelSpec, MoESpec
 from pruning.calibration import BATCH
 from pruning.capacity import parameter_count
 from pruning.collection import Collector, zeros
-from pruning.errors import PruningError
+from pruning.errors import DoesNotFitError
 from pruning.gradients import add_gradients, need_gradients
 from pruning.loaders import MODEL_TYPES, warnings
 from pruning.memory import Memory, config_dtype
@@ -47,6 +48,14 @@ def calibration_lines(names: Collection[StatisticName], windows: Tensor, memory:
     yield (
         f"memory: about {in_units(memory.total)} ({weights}, activations {in_units(memory.activations)}, "
         f"statistics {in_units(memory.statistics)})"
+    )
+
+
+def training_line(memory: Memory) -> str:
+    """The memory of a recovery."""
+    return (
+        f"memory: about {in_units(memory.total)} (weights in float32 {in_units(memory.weights)}, gradients and moments "
+        f"{in_units(memory.training)}, activations {in_units(memory.activations)})"
     )
 
 
@@ -251,20 +260,38 @@ def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     return total
 
 
-def disk_line(needed: Sequence[tuple[str, int]], out: Path, place: str | None = None) -> str:
-    """What will be written, and what is free where it goes.
+def disk_lines(
+    needed: Sequence[tuple[str, int]], out: Path, place: str | None = None, *, dry_run: bool = False
+) -> Iterator[str]:
+    """A line with what will be written, and what is free where it goes.
 
     Args:
         place: How a message names `out`; None for the argument of that name.
+        dry_run: say in another line that there is less.
 
     Raises:
-        PruningError: there is less.
+        DoesNotFitError: there is less, and it is no dry run.
         OutputError: nothing can be written there.
     """
     free = check_writable(out)
-    size = sum(size for _, size in needed)
-    if size > free:
-        place = place or f"out={str(out)!r}"
-        raise PruningError(f"{place} needs {in_units(size)}, but there is {in_units(free)} free")
     parts = " and ".join(f"{in_units(size)} for {what}" for what, size in needed)
-    return f"disk: {parts}; {in_units(free)} free"
+    yield f"disk: {parts}; {in_units(free)} free"
+    size = sum(size for _, size in needed)
+    place = place or f"out={str(out)!r}"
+    misfits: list[str] = []
+    with noted(misfits, dry_run=dry_run):
+        if size > free:
+            raise DoesNotFitError(f"{place} needs {in_units(size)}, but there is {in_units(free)} free")
+    yield from misfits
+
+
+@contextmanager
+def noted(misfits: list[str], *, dry_run: bool) -> Iterator[None]:
+    """In a dry run makes a line of `misfits` out of the block's DoesNotFitError: what the work takes is to be said also
+    where it can't be done."""
+    try:
+        yield
+    except DoesNotFitError as e:
+        if not dry_run:
+            raise
+        misfits.append(f"note: {e}")

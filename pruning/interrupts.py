@@ -14,6 +14,8 @@ from lowkey.signals import handled_by, interrupt, written
 
 logger = logging.getLogger(__name__)
 
+SHARE = 0.1
+"""How much of the time may go into saves, which can be of gigabytes."""
 NOTICE = b"\nstopping once what is done is saved; once more to stop at once\n"
 
 
@@ -44,28 +46,32 @@ def saving(file: Path | None, save: Callable[[Path], Any], every: float) -> Iter
     Args:
         file: where to save to; None saves nothing.
         save: writes what is done to the path that it gets. Raises OutputError if it can't.
-        every: seconds between two saves. One that fails is a warning.
+        every: seconds between two saves; more where saves take so long that above `SHARE` of the time would go into
+            them. 0 saves after each step. A save that fails is a warning.
 
     Raises:
         KeyboardInterrupt: a signal came; `lowkey.signals` has the kinds.
         OutputError: then what is done could not be saved; the message says where it is instead.
     """
-    saved_at = time.monotonic()
+    saved_at, pause = time.monotonic(), every
 
     def step_done(*, last: bool = False) -> None:
         """After the `last` step it saves in any case."""
-        nonlocal saved_at
+        nonlocal saved_at, pause
         number = stopped()
         if number is not None:
             if file is not None:
                 write_or_keep(file, save)
             interrupt(number)
-        if file is not None and (last or time.monotonic() - saved_at >= every):
+        began = time.monotonic()
+        if file is not None and (last or began - saved_at >= pause):
             try:
                 save(file)
             except OutputError as e:  # the end is what counts, and there may be room again by then
                 logger.warning("going on unsaved: %s", e)
             saved_at = time.monotonic()
+            if every:
+                pause = max(every, (saved_at - began) * (1 - SHARE) / SHARE)
 
     with put_off() as stopped:
         yield step_done

@@ -1,7 +1,7 @@
 """Memory that work on a model takes, computed from its shapes, and whether it is there."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,12 +13,19 @@ from modeling.layers import Block
 from modeling.spec import TOKEN_BLOCK, AttentionSpec, DeltaSpec, LayerSpec, MixerSpec, ModelSpec, MoESpec
 from pruning.calibration import BATCH
 from pruning.capacity import parameter_count
-from pruning.errors import PruningError
+from pruning.errors import DoesNotFitError
+from pruning.evaluation.likelihood import CPU_BATCH, GPU_BATCH, predicted_together
 from pruning.gradients import need_gradients
 from pruning.statistics import FORWARD, StatisticName, shapes
+from pruning.trainable import trained_count
+from pruning.training import LOGITS, TrainingSettings
 
 PROCESS_BYTES = 400 * 10**6
 """Bytes that a process holds without any model: Python, torch and the libraries that it loads."""
+_LOGITS_ALIVE = 6
+"""Tensors as large as the logits that are alive together where two models' predictions are compared: both, their
+logarithms, what is made of these, and a sum's copy in float64, which is of two."""
+_CPU = torch.device("cpu")
 
 
 def statistics_bytes(spec: ModelSpec, names: Collection[StatisticName]) -> int:
@@ -29,19 +36,31 @@ def statistics_bytes(spec: ModelSpec, names: Collection[StatisticName]) -> int:
 
 
 def activation_bytes(spec: ModelSpec, length: int, *, gradients: bool) -> int:
-    """Upper bound of what one step holds beside weights and statistics: a batch forward, or one window with autograd.
+    """Upper bound of what one step of a calibration holds beside weights and statistics: a batch forward, or one window
+    with autograd.
 
     Counted in tensors of `modeling.layers` and `modeling.ops.chunked` that are alive together, in float32.
     """
-    hidden = spec.hidden_size
-    mixer = [3 * hidden + _mixer_activations(layer.mixer) for layer in spec.layers]
-    ffn = [3 * hidden + 5 * layer.ffn.active_size for layer in spec.layers]
-    forward = BATCH * length * max(*mixer, *ffn)
+    forward = _forward_bytes(spec, BATCH * length)
     if not gradients:
-        return 4 * forward
+        return forward
     logits = 3 * length * spec.vocab_size
-    weights = sum(sum(m.in_proj_sizes) for m in spec.deltas.values()) * hidden
-    return 4 * max(forward, length * (sum(mixer) + sum(ffn)) + logits + weights)
+    weights = sum(sum(m.in_proj_sizes) for m in spec.deltas.values()) * spec.hidden_size
+    return max(forward, 4 * (length * sum(_layer_activations(spec)) + logits + weights))
+
+
+def _forward_bytes(spec: ModelSpec, tokens: int) -> int:
+    """Bytes of activations where so many tokens run together, in the layer that has the most."""
+    return 4 * tokens * max(_layer_activations(spec))
+
+
+def _layer_activations(spec: ModelSpec) -> list[int]:
+    """Numbers for each token that are alive together, in each mixer and in each feed-forward part."""
+    around = 3 * spec.hidden_size
+    return [
+        *(around + _mixer_activations(layer.mixer) for layer in spec.layers),
+        *(around + 5 * layer.ffn.active_size for layer in spec.layers),
+    ]
 
 
 def _mixer_activations(mixer: MixerSpec) -> int:
@@ -58,23 +77,35 @@ def _mixer_activations(mixer: MixerSpec) -> int:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that calibration holds, beside `PROCESS_BYTES`."""
+    """Bytes that work on models holds, beside `PROCESS_BYTES`."""
 
     weights: int
-    """In float32: all of them, or, one layer at a time, those of the largest layer, its experts as they are stored."""
+    """Weights in float32: all of them, or, one layer at a time, those of the largest layer, its experts as they are
+    stored."""
     activations: int
-    statistics: int
+    statistics: int = 0
     hidden: int = 0
-    """Of all tokens, on their way from layer to layer."""
+    """Hidden states of all tokens, on their way from layer to layer."""
+    training: int = 0
+    """Gradients, and the moments that the optimiser keeps."""
+    waiting: int = 0
+    """What is on the CPU, whatever device computes: weights that wait for their turn, or copies that are written."""
 
     @property
     def total(self) -> int:
         """Bytes of all, and of the process."""
-        return PROCESS_BYTES + self.weights + self.activations + self.statistics + self.hidden
+        return PROCESS_BYTES + self._computing + self.statistics + self.hidden + self.waiting
 
-    def on(self, device: torch.device) -> int:
-        """Bytes on the device that the model runs on: a GPU holds weights and activations only."""
-        return self.weights + self.activations if device.type == "cuda" else self.total
+    @property
+    def _computing(self) -> int:
+        return self.weights + self.activations + self.training
+
+    def on(self, device: torch.device) -> dict[torch.device, int]:
+        """Bytes on each device that holds some where models run on `device`: a GPU has the models, and the CPU the
+        process, statistics and hidden states."""
+        if device.type == "cpu":
+            return {device: self.total}
+        return {device: self._computing, _CPU: self.total - self._computing}
 
 
 def whole_memory(spec: ModelSpec, names: Collection[StatisticName], length: int) -> Memory:
@@ -95,12 +126,49 @@ def streaming_memory(checkpoint: Checkpoint, count: int, length: int) -> Memory:
     )
 
 
-def evaluation_memory(specs: Sequence[ModelSpec], length: int) -> Memory:
+def evaluation_memory(specs: Sequence[ModelSpec], length: int, device: torch.device) -> Memory:
     """What comparing models with the first of them takes, in windows of `length` tokens: the first stays in memory,
     the others are there one at a time."""
     first, *others = map(parameter_count, specs)
-    active = max(activation_bytes(spec, length, gradients=False) for spec in specs)
-    return Memory(4 * (first + max(others, default=0)), active, 0)
+    active = max(_evaluated(spec, length, device) for spec in specs)
+    return Memory(4 * (first + max(others, default=0)), active)
+
+
+def before_and_after_memory(before: ModelSpec, after: ModelSpec, length: int, device: torch.device) -> Memory:
+    """What `prune --evaluate` takes: one model runs after the other, and the second waits on the CPU meanwhile."""
+    whole = evaluation_memory([before, after], length, device)
+    weights, waiting = (4 * parameter_count(spec) for spec in (before, after))
+    return replace(whole, weights=weights, waiting=waiting)
+
+
+def _evaluated(spec: ModelSpec, length: int, device: torch.device) -> int:
+    """Bytes of activations and predictions where windows of `length` tokens are scored."""
+    batch = GPU_BATCH if device.type == "cuda" else CPU_BATCH
+    logits = min(length, predicted_together(spec.vocab_size)) * spec.vocab_size
+    return _forward_bytes(spec, batch * length) + 4 * _LOGITS_ALIVE * logits
+
+
+def training_memory(
+    student: ModelSpec,
+    teacher: ModelSpec | None,
+    settings: TrainingSettings,
+    length: int,
+    device: torch.device,
+) -> Memory:
+    """What a recovery takes whose held-out windows have `length` tokens: training, and then, where that is more, the
+    result and the same as it is read again, which is measured."""
+    weights = 4 * parameter_count(student)
+    trained = 4 * trained_count(student, settings.train, settings.rank)
+    tokens = settings.batch * settings.window
+    logits = _LOGITS_ALIVE * min(max(LOGITS, student.vocab_size), tokens * student.vocab_size)
+    # Autocast has a copy of the weights in bfloat16.
+    active = 4 * (tokens * sum(_layer_activations(student)) + logits) + weights // 2
+    taught = 0 if teacher is None else 4 * parameter_count(teacher)
+    # A file of progress is written from the CPU; the result is run there once, beside what trains.
+    waiting = max(3 * trained, weights) if device.type == "cuda" else 0
+    training = Memory(weights + taught, active, training=3 * trained, waiting=waiting)
+    measuring = Memory(2 * weights, _evaluated(student, length, device), waiting=waiting)
+    return max(training, measuring, key=lambda memory: memory.total)
 
 
 def expert_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -137,14 +205,16 @@ def free_memory(device: torch.device) -> int:
 
 
 def fits(memory: Memory, device: torch.device) -> bool:
-    """Whether there is so much."""
-    return memory.on(device) <= free_memory(device)
+    """Whether there is so much, on the device and on the CPU."""
+    return all(size <= free_memory(place) for place, size in memory.on(device).items())
 
 
 def check_fits(memory: Memory, device: torch.device, what: str, instead: str) -> None:
-    """Raises PruningError unless there is so much; it says what takes it, and what to do instead."""
-    if not fits(memory, device):
-        raise PruningError(
-            f"{what} takes about {in_units(memory.on(device))} of memory on {device}, and "
-            f"{in_units(free_memory(device))} are free: use a machine with more, or {instead}"
-        )
+    """Raises DoesNotFitError unless there is so much; it says what takes it, and what to do instead."""
+    for place, size in memory.on(device).items():
+        free = free_memory(place)
+        if size > free:
+            raise DoesNotFitError(
+                f"{what} takes about {in_units(size)} of memory on {place}, and {in_units(free)} are free: use a "
+                f"machine with more, or {instead}"
+            )

@@ -7,6 +7,7 @@ one from a stranger is safe. `pruning.collection` collects them.
 """
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -240,14 +241,23 @@ def load_unfinished(path: Path) -> tuple[Statistics, dict[str, int]]:
     return statistics, unfinished
 
 
-def load_hidden(path: Path) -> Tensor:
-    """The hidden states in a file that `load_unfinished` has read. Raises PruningError if it holds none."""
+def load_hidden(path: Path, shape: tuple[int, int]) -> Tensor:
+    """The hidden states in a file that `load_unfinished` has read: float32 of `shape`, `(tokens, hidden)`.
+
+    Raises:
+        PruningError: it holds none, or others.
+    """
     try:
         with safe_open(path, framework="pt") as f:
             hidden: Tensor = f.get_tensor(_HIDDEN)
-            return hidden
     except (OSError, SafetensorError) as e:
         raise PruningError(f"{path} holds no hidden states to go on from: {e}") from e
+    if hidden.shape != shape or hidden.dtype != torch.float32:
+        raise PruningError(
+            f"{path} holds hidden states of {hidden.dtype} {list(hidden.shape)}, not torch.float32 {list(shape)}: "
+            "it is damaged; remove it to start anew"
+        )
+    return hidden
 
 
 def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
@@ -272,7 +282,10 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
                 Origin(**{key: value for key, value in origin.items() if key != "tokens"})
                 for origin in record["origins"]
             )
-            return Statistics(record["source_sha256"], origins, layers), record["unfinished"]
+            statistics = Statistics(record["source_sha256"], origins, layers)
+            if record["unfinished"] is not None:
+                _check_done(record["unfinished"], statistics)
+            return statistics, record["unfinished"]
     except (
         OSError,
         SafetensorError,
@@ -287,6 +300,23 @@ def _load(path: Path) -> tuple[Statistics, dict[str, int] | None]:
         raise PruningError(
             f"{path} is not a statistics file of lowkey-prune ({type(e).__name__}: {e})"
         ) from e
+
+
+def _check_done(done: Any, statistics: Statistics) -> None:
+    """Raises ValueError unless `done` says how far a calibration of these statistics can have come."""
+    windows = sum(origin.windows for origin in statistics.origins)
+    highest = {"forward": windows, "backward": windows, "batch": math.inf}
+    if "layer" in done:
+        highest = {"forward": windows, "layer": max(statistics.layers) + 1, "batch": math.inf}
+    if done.keys() != highest.keys():
+        raise ValueError(f"unfinished has the keys {sorted(done)}, not {sorted(highest)}")
+    for key, most in highest.items():
+        least = 1 if key == "batch" else 0
+        if type(done[key]) is not int or not least <= done[key] <= most:
+            raise ValueError(f"unfinished: {key}={done[key]!r} must be a whole number from {least} to {most}")
+    # Whole batches are done, of which the last one may be smaller.
+    if done["forward"] % done["batch"] and done["forward"] != windows:
+        raise ValueError(f"unfinished: forward={done['forward']} is not whole batches of {done['batch']}")
 
 
 def _check_layers(layers: Mapping[int, Mapping[StatisticName, Tensor]]) -> None:

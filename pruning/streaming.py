@@ -53,7 +53,7 @@ def collect_streaming(
     if partial is not None and partial.exists():
         expected = shapes(spec, FORWARD)
         running, done = resumed(partial, checkpoint.sha256, origin, expected, batch, streamed=True)
-        hidden = load_hidden(partial)
+        hidden = load_hidden(partial, (windows.numel(), spec.hidden_size))
         advance(done["layer"] * windows.numel() + done["forward"] * windows.shape[1])
     else:
         running = Statistics(checkpoint.sha256, (origin,), zeros(spec, FORWARD))

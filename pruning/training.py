@@ -29,7 +29,7 @@ BETAS = (0.9, 0.95)
 CLIP = 1.0
 """Largest norm of a step's gradient."""
 SAVE_SECONDS = 180.0
-_LOGITS = 2**26
+LOGITS = 2**26
 """Logits held at once; those of a whole batch would be the largest tensors by far."""
 
 OnStep = Callable[[int, float], None]
@@ -258,7 +258,7 @@ def backward(model: Model, teacher: Model | None, rows: Tensor, settings: Traini
                 taught, _ = teacher(inputs, cu_seqlens)
     # Logits and their gradients exist for some rows at a time; the blocks' backward runs once, from their sum.
     leaf = hidden.detach().requires_grad_()
-    part = max(1, _LOGITS // model.spec.vocab_size)
+    part = max(1, LOGITS // model.spec.vocab_size)
     sums = torch.zeros(2, device=device)
     for h, t, y in zip(leaf.split(part), taught.split(part), targets.split(part), strict=True):
         with autocast:

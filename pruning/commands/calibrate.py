@@ -17,7 +17,7 @@ from modeling.checkpoint import Checkpoint
 from modeling.model import Model
 from modeling.sources import local_directory
 from pruning.calibration import BATCH, Encoder, Origin, take_shard
-from pruning.collection import collect, resumed, tokens_to_run
+from pruning.collection import collect, tokens_to_run
 from pruning.commands.console import err_console, out_console
 from pruning.commands.planning import (
     Calibration,
@@ -25,12 +25,13 @@ from pruning.commands.planning import (
     check_tensors,
     load,
     notes,
-    one_layer_at_a_time,
+    plan_calibration,
     read_weights,
+    unfinished_of,
 )
 from pruning.criteria import criterion_named
 from pruning.errors import PruningError
-from pruning.estimate import disk_line, shape_lines, time_line
+from pruning.estimate import disk_lines, noted, shape_lines, time_line
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import going_on_from, left_behind
 from pruning.memory import whole_memory
@@ -56,7 +57,7 @@ from pruning.options import (
     shard_numbers,
 )
 from pruning.progress import Busy, tokens_bar
-from pruning.statistics import StatisticName, Statistics, load_unfinished, names_for, save_statistics, shapes
+from pruning.statistics import StatisticName, Statistics, names_for, save_statistics
 from pruning.streaming import collect_streaming, layers_to_run
 
 
@@ -131,25 +132,39 @@ def calibrate(
     refuse_input(out, "out", [checkpoint.path, *named_files(text)])
     check_tensors(checkpoint, dry_run=dry_run)
     names = names_for(needed)
+    misfits: list[str] = []
     encoder = Encoder(checkpoint)
     if need_gradients(names):
         check_predicts(source.length)
         if ray is None:
-            check_gradients(checkpoint, names, source.length, where, stream_layers=stream_layers)
+            with noted(misfits, dry_run=dry_run):
+                check_gradients(checkpoint, names, source.length, where, stream_layers=stream_layers)
     reading = read_weights(checkpoint)
     windows, origin = draw(encoder, source, numbers)
-    streamed = ray is None and one_layer_at_a_time(
-        checkpoint, names, windows, where, unfinished_of(out), forced=stream_layers, overwrite=overwrite
-    )
     if ray is None:
-        check_unfinished(out, checkpoint, origin, names, streamed=streamed, overwrite=overwrite)
-    planned = Calibration(checkpoint, names, windows, where, streamed, reading)
+        planned = plan_calibration(
+            checkpoint,
+            names,
+            windows,
+            origin,
+            where,
+            out,
+            reading,
+            stream_layers=stream_layers,
+            overwrite=overwrite,
+        )
+        with noted(misfits, dry_run=dry_run):
+            planned.check_fits()
+    else:
+        planned = Calibration(checkpoint, names, windows, where, False, reading)
     plan = [
         *shape_lines(checkpoint.spec),
         *planned.lines(),
         time_line(planned.times(), where),
-        disk_line(planned.sizes(), out),
+        # On a cluster no progress is saved.
+        *disk_lines(planned.sizes()[: 1 if ray else None], out, dry_run=dry_run),
         *notes(checkpoint),
+        *misfits,
     ]
     tell(plan, dry_run=dry_run)
     if dry_run:
@@ -160,7 +175,7 @@ def calibrate(
         write_or_keep(out, partial(save_statistics, statistics, replaces=replaces))
     else:
         with sole_user(unfinished_of(out)):
-            model = None if streamed else load(checkpoint, where)
+            model = None if planned.streamed else load(checkpoint, where)
             statistics = run_calibration(
                 checkpoint, model, windows, origin, needed, out, where, replaces=replaces, overwrite=overwrite
             )
@@ -204,33 +219,6 @@ def draw(encoder: Encoder, source: CalibrationText, shard: tuple[int, int] = (1,
     with Busy(err_console, "reading text"):
         windows, origin = source.draw(encoder)
     return (windows, origin) if shard == (1, 1) else take_shard(windows, origin, *shard)
-
-
-def unfinished_of(out: Path) -> Path:
-    """The file in which a calibration or a sweep into `out` keeps its progress."""
-    return out.with_name(f"{out.name}.partial")
-
-
-def check_unfinished(
-    out: Path,
-    checkpoint: Checkpoint,
-    origin: Origin,
-    names: Collection[StatisticName],
-    *,
-    streamed: bool,
-    overwrite: bool,
-) -> None:
-    """Look at what an interrupted calibration into `out` left: this one goes on from it, or replaces it.
-
-    Raises:
-        PruningError: it was another calibration, and `overwrite` is off; or it is no calibration's at all.
-    """
-    unfinished = unfinished_of(out)
-    if overwrite and unfinished.exists():
-        load_unfinished(unfinished)
-    elif unfinished.exists() and checkpoint.has_weights:
-        expected = shapes(checkpoint.spec, names)
-        resumed(unfinished, checkpoint.sha256, origin, expected, streamed=streamed)
 
 
 def run_calibration(

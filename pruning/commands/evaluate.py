@@ -70,7 +70,7 @@ def evaluate(
     opened = [checkpoint_named(c) for c in checkpoints]
     if json is not None:
         refuse_input(json, "json", [*(c.path for c in opened), *named_files(text)])
-    memory = evaluation_memory([checkpoint.spec for checkpoint in opened], window)
+    memory = evaluation_memory([checkpoint.spec for checkpoint in opened], window, settings.device)
     check_fits(memory, settings.device, "evaluation, which holds whole models in float32,", "smaller models")
     with Busy(err_console, "reading the weights"):
         for checkpoint in opened:

@@ -1,4 +1,5 @@
-"""What a calibration of `calibrate` or `prune` takes, and whether the whole model is in memory for it."""
+"""What a calibration of `calibrate` or `prune` takes, whether the whole model is in memory for it, and what it goes on
+from."""
 
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from modeling.checkpoint import Checkpoint
 from modeling.model import Model
+from pruning.calibration import Origin
+from pruning.collection import check_goes_on
 from pruning.commands.console import err_console
 from pruning.criteria import CRITERIA
 from pruning.errors import PruningError
@@ -26,7 +29,7 @@ from pruning.memory import (
     whole_memory,
 )
 from pruning.progress import Busy
-from pruning.statistics import StatisticName, load_unfinished
+from pruning.statistics import StatisticName, load_unfinished, shapes
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Calibration:
     """Whether one layer is in memory at a time."""
     reading: float | None
     """Seconds that reading all weights has taken; None where there are none."""
+    begun: Path | None = None
+    """The file that it goes on from, if there is one."""
 
     @property
     def memory(self) -> Memory:
@@ -64,9 +69,18 @@ class Calibration:
     def sizes(self) -> list[tuple[str, int]]:
         """Bytes that it writes, with what they are."""
         size = statistics_bytes(self.checkpoint.spec, self.names)
-        if not self.streamed:
-            return [("the statistics", size)]
-        return [("the statistics", size), ("its progress until then", size + self.memory.hidden)]
+        # The progress before is there until the new one is whole.
+        return [("the statistics", size), ("its progress until then", 2 * (size + self.memory.hidden))]
+
+    def check_fits(self) -> None:
+        """Raises DoesNotFitError unless there is memory for it; for gradients `check_gradients` has looked."""
+        if self.streamed:
+            what = "calibration with one layer in memory at a time"
+            instead = "fewer tokens, or shares of them (calibrate --shard i/n, then merge)"
+            check_fits(self.memory, self.device, what, instead)
+        elif self.begun is not None and not need_gradients(self.names):
+            what = f"calibration with the whole model in memory, which {self.begun} is of,"
+            check_fits(self.memory, self.device, what, "start anew with --overwrite, one layer at a time")
 
 
 def check_tensors(checkpoint: Checkpoint, *, dry_run: bool) -> None:
@@ -120,32 +134,47 @@ def check_gradients(
     check_fits(whole_memory(checkpoint.spec, names, length), device, what, instead)
 
 
-def one_layer_at_a_time(
+def plan_calibration(
     checkpoint: Checkpoint,
     names: tuple[StatisticName, ...],
     windows: Tensor,
+    origin: Origin,
     device: torch.device,
-    unfinished: Path,
+    out: Path,
+    reading: float | None,
     *,
-    forced: bool,
+    whole: bool = False,
+    stream_layers: bool,
     overwrite: bool,
-) -> bool:
-    """Whether to hold one layer at a time: on demand, where the whole model does not fit, and where a calibration that
-    goes on from the file `unfinished` has begun so.
+) -> Calibration:
+    """A calibration into `out` on this machine: with the whole model in memory where that fits, or as an interrupted
+    one has begun.
+
+    Args:
+        whole: whether the whole model is in memory anyhow.
 
     Raises:
-        PruningError: not even that fits, or the file `unfinished` is no calibration's.
+        PruningError: what an interrupted one left is of another calibration, and `overwrite` is off; or of none.
     """
-    if need_gradients(names):
-        return False
-    begun = not overwrite and unfinished.exists() and "layer" in load_unfinished(unfinished)[1]
-    if not forced and not begun and fits(whole_memory(checkpoint.spec, names, windows.shape[1]), device):
-        return False
-    what = "calibration with one layer in memory at a time"
-    check_fits(
-        streaming_memory(checkpoint, *windows.shape),
-        device,
-        what,
-        "fewer tokens, or shares of them (calibrate --shard i/n, then merge)",
-    )
-    return True
+    file = unfinished_of(out)
+    left = load_unfinished(file) if file.exists() else None
+    if overwrite:
+        left = None
+    if stream_layers:
+        streamed = True
+    elif whole or need_gradients(names):
+        streamed = False
+    elif left is not None:
+        streamed = "layer" in left[1]
+    else:
+        streamed = not fits(whole_memory(checkpoint.spec, names, windows.shape[1]), device)
+    if left is not None and checkpoint.has_weights:
+        with Busy(err_console, "hashing the weights"):
+            sha256 = checkpoint.sha256
+        check_goes_on(file, *left, sha256, origin, shapes(checkpoint.spec, names), streamed=streamed)
+    return Calibration(checkpoint, names, windows, device, streamed, reading, None if left is None else file)
+
+
+def unfinished_of(out: Path) -> Path:
+    """The file in which a calibration or a sweep into `out` keeps its progress."""
+    return out.with_name(f"{out.name}.partial")

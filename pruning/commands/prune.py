@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from modeling.model import Model
 from pruning import views
 from pruning.budget import DEFAULT_ALIGN, check_spendable, curve_passes, spend
 from pruning.calibration import WINDOW, Encoder, Text, bundled_text
-from pruning.commands.calibrate import check_unfinished, draw, run_calibration, tell, unfinished_of
+from pruning.commands.calibrate import draw, run_calibration, tell
 from pruning.commands.console import err_console, out_console
 from pruning.commands.evaluate import perplexity_of
 from pruning.commands.planning import (
@@ -27,16 +28,18 @@ from pruning.commands.planning import (
     check_tensors,
     load,
     notes,
-    one_layer_at_a_time,
+    plan_calibration,
     read_weights,
+    unfinished_of,
 )
 from pruning.companions import Companions
 from pruning.criteria import CRITERIA, Criterion, criterion_named
 from pruning.errors import PruningError
 from pruning.estimate import (
     budget_line,
-    disk_line,
+    disk_lines,
     evaluation_seconds,
+    noted,
     reduced_bytes,
     reduction_lines,
     shape_lines,
@@ -45,7 +48,7 @@ from pruning.estimate import (
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_json, evaluation_windows
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind
-from pruning.memory import check_fits, evaluation_memory, whole_memory
+from pruning.memory import before_and_after_memory, check_fits, whole_memory
 from pruning.options import (
     Align,
     CalibrationText,
@@ -163,33 +166,42 @@ def prune(
     if stream_layers and per_layer:
         raise PruningError("stream_layers: --per-layer measures the whole model; drop one of the two")
     names = names_for(criterion.statistics)
+    misfits: list[str] = []
     if calibrating and need_gradients(names):
         check_predicts(source.length)
-        check_gradients(checkpoint, names, source.length, where, stream_layers=stream_layers)
+        with noted(misfits, dry_run=dry_run):
+            check_gradients(checkpoint, names, source.length, where, stream_layers=stream_layers)
     if per_layer:
         forward = whole_memory(checkpoint.spec, names_for(()), source.length)
-        check_fits(forward, where, "--per-layer, which measures the whole model,", "one width for all layers")
+        what = "--per-layer, which measures the whole model,"
+        with noted(misfits, dry_run=dry_run):
+            check_fits(forward, where, what, "one width for all layers")
     if evaluate:
         after = checkpoint.spec.with_d_k(tuple(widths)) if export == "sliced" else checkpoint.spec
         what = "--evaluate, which holds the model before and after,"
-        check_fits(evaluation_memory([checkpoint.spec, after], WINDOW), where, what, "leave --evaluate out")
+        both = before_and_after_memory(checkpoint.spec, after, WINDOW, where)
+        with noted(misfits, dry_run=dry_run):
+            check_fits(both, where, what, "leave --evaluate out")
     drawing = calibrating or per_layer
     encoder = Encoder(checkpoint) if drawing or evaluate else None
     reading = read_weights(checkpoint)
     drawn = draw(encoder, source) if encoder is not None and drawing else None
     planned = None
     if calibrating and drawn is not None:
-        streamed = not per_layer and one_layer_at_a_time(
+        planned = plan_calibration(
             checkpoint,
             names,
-            drawn[0],
+            *drawn,
             where,
-            unfinished_of(stats),
-            forced=stream_layers,
+            stats,
+            reading,
+            whole=per_layer,
+            stream_layers=stream_layers,
             overwrite=overwrite,
         )
-        check_unfinished(stats, checkpoint, drawn[1], names, streamed=streamed, overwrite=overwrite)
-        planned = Calibration(checkpoint, names, drawn[0], where, streamed, reading)
+        if not per_layer:
+            with noted(misfits, dry_run=dry_run):
+                planned.check_fits()
     held_out = _held_out(encoder) if encoder is not None and evaluate else None
     plan = _plan(
         checkpoint,
@@ -203,8 +215,9 @@ def prune(
         evaluating=evaluate,
         export=export,
         device=where,
+        dry_run=dry_run,
     )
-    tell(plan, dry_run=dry_run)
+    tell(chain(plan, misfits), dry_run=dry_run)
     if dry_run:
         return
 
@@ -332,6 +345,7 @@ def _plan(
     evaluating: bool,
     export: Export,
     device: torch.device,
+    dry_run: bool,
 ) -> Iterator[str]:
     """What `prune` is going to do, line by line."""
     spec = checkpoint.spec
@@ -361,5 +375,5 @@ def _plan(
     if times:
         yield time_line(times, device)
     yield from notes(checkpoint)
-    yield disk_line(written, out)
+    yield from disk_lines(written, out, dry_run=dry_run)
     yield from Companions(checkpoint).notes()

@@ -14,14 +14,16 @@ from pruning.commands.calibrate import tell
 from pruning.commands.console import err_console, out_console
 from pruning.companions import Companions
 from pruning.estimate import (
-    disk_line,
+    disk_lines,
     evaluation_seconds,
     shape_lines,
     stored_bytes,
     time_line,
+    training_line,
     training_seconds,
 )
 from pruning.evaluation import DEFAULT_TOKENS
+from pruning.memory import Memory, check_fits, training_memory
 from pruning.options import (
     Device,
     Heldout,
@@ -123,7 +125,11 @@ def recover(
             overwrite=overwrite,
         )
     done = run.steps_done
-    tell(_plan(run, done, target), dry_run=False)
+    teacher = None if run.teacher is None else run.teacher.spec
+    memory = training_memory(run.student.spec, teacher, settings, run.heldout.shape[1] - 1, target)
+    what = f"training with train={settings.train!r}, which holds whole models,"
+    check_fits(memory, target, what, "fewer trained parameters (--train small), or a smaller --batch")
+    tell(_plan(run, done, memory, target), dry_run=False)
     description = "training the control" if control else "recovering"
     per_step = settings.tokens_per_step
     with (
@@ -141,7 +147,7 @@ def recover(
     )
 
 
-def _plan(run: Run, done: int, device: torch.device) -> Iterator[str]:
+def _plan(run: Run, done: int, memory: Memory, device: torch.device) -> Iterator[str]:
     """What `recover` is going to do, line by line; `done` steps lie behind."""
     settings, spec = run.settings, run.student.spec
     yield from shape_lines(spec)
@@ -152,6 +158,7 @@ def _plan(run: Run, done: int, device: torch.device) -> Iterator[str]:
         f"{settings.tokens_per_step:,}; {settings.train}, {counted(trained, 'parameter')}; "
         f"{'no teacher' if run.teacher is None else f'teacher {run.teacher.source}'}"
     )
+    yield training_line(memory)
     if done:
         yield f"going on after step {done} of {settings.steps}"
     windows = (settings.steps - done) * settings.batch * settings.accumulate
@@ -167,5 +174,5 @@ def _plan(run: Run, done: int, device: torch.device) -> Iterator[str]:
     yield time_line(times, device)
     # Value and two moments in float32, and the file before while a new one is written.
     needed = [("the checkpoint", stored_bytes(run.student)), ("its progress", 2 * 12 * trained)]
-    yield disk_line(needed, run.out)
+    yield from disk_lines(needed, run.out)
     yield from Companions(run.student).notes()

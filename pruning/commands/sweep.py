@@ -18,15 +18,18 @@ from lowkey.words import counted
 from modeling.spec import ModelSpec
 from pruning.budget import check_spendable, curve_passes
 from pruning.calibration import WINDOW, Encoder
-from pruning.commands.calibrate import draw, tell, unfinished_of
+from pruning.capacity import parameter_count
+from pruning.commands.calibrate import draw, tell
 from pruning.commands.console import err_console, out_console
+from pruning.commands.planning import unfinished_of
 from pruning.criteria import CRITERIA, criterion_named
 from pruning.errors import PruningError
 from pruning.estimate import (
     calibration_lines,
     calibration_seconds,
-    disk_line,
+    disk_lines,
     evaluation_seconds,
+    noted,
     reduced_bytes,
     shape_lines,
     stored_bytes,
@@ -37,7 +40,7 @@ from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.finite import check_finite
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import going_on_from
-from pruning.memory import whole_memory
+from pruning.memory import check_fits, evaluation_memory, training_memory, whole_memory
 from pruning.options import (
     CalibrationText,
     Dataset,
@@ -177,7 +180,11 @@ def sweep(
         recovery,
         where,
     )
-    tell(_plan(planned, _unfinished(unfinished, planned, overwrite=overwrite)), dry_run=dry_run)
+    misfits: list[str] = []
+    with noted(misfits, dry_run=dry_run):
+        _check_fits(planned)
+    found = _unfinished(unfinished, planned, overwrite=overwrite)
+    tell([*_plan(planned, found, dry_run=dry_run), *misfits], dry_run=dry_run)
     if dry_run:
         return
     with sole_user(unfinished):
@@ -208,7 +215,7 @@ def _default_widths(spec: ModelSpec, least: int) -> list[int]:
     return widths
 
 
-def _plan(planned: Sweep, table: Table | None) -> Iterator[str]:
+def _plan(planned: Sweep, table: Table | None, *, dry_run: bool) -> Iterator[str]:
     """What `sweep` is going to do, line by line; `table` has what is done."""
     source, spec, device = planned.source, planned.source.spec, planned.device
     done = 0 if table is None else len(table.reduced)
@@ -254,7 +261,28 @@ def _plan(planned: Sweep, table: Table | None) -> Iterator[str]:
         needed.append(("its recovery", stored_bytes(source) + 2 * 12 * trained))
     yield time_line([(what, value) for what, value in seconds.items() if value], device)
     scratch = tempfile.gettempdir()
-    yield disk_line(needed, Path(scratch, "reduced"), f"TMPDIR={scratch!r}")
+    yield from disk_lines(needed, Path(scratch, "reduced"), f"TMPDIR={scratch!r}", dry_run=dry_run)
+
+
+def _check_fits(planned: Sweep) -> None:
+    """Raises DoesNotFitError unless there is memory for each part; the dense model is there all the time."""
+    spec, device = planned.source.spec, planned.device
+    dense = 4 * parameter_count(spec)
+    widest = spec.with_d_k(widths_to_keep(spec, max(planned.widths)))
+    window = planned.heldout.shape[1] - 1
+    windows, _ = next(iter(planned.drawn.values()))
+    parts = [("evaluation", evaluation_memory([spec, widest], window, device), "a smaller model")]
+    if planned.needed or planned.per_layer:
+        memory = whole_memory(spec, names_for(planned.needed), windows.shape[1])
+        parts.append(("calibration", memory, "methods without gradients"))
+    if planned.recovery is not None:
+        settings = planned.recovery.settings
+        for student, teacher in ((widest, spec), (spec, None)):
+            memory = training_memory(student, teacher, settings, window, device)
+            memory = replace(memory, weights=dense + memory.weights)
+            parts.append(("recovery", memory, "leave --recover out"))
+    for what, memory, instead in parts:
+        check_fits(memory, device, f"the {what} of a sweep, which holds whole models,", instead)
 
 
 def _unfinished(file: Path, planned: Sweep, *, overwrite: bool) -> Table | None:

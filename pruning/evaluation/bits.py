@@ -163,8 +163,12 @@ class _Reader:
         except UnavailableError as e:
             raise PruningError(f"{e}; on a CPU all dtypes can be measured (--device cpu)") from e
         self.state_bytes = model.spec.state_bytes(0, self._types)
-        # The prediction, its logarithm, and what is made of both.
-        self.bytes_per_row = self.state_bytes + 4 * model.spec.vocab_size * torch.float32.itemsize
+
+    def bytes_per_row(self, length: int) -> int:
+        """Bytes that a row of `length` tokens takes at its end: its state, whose KV cache grows with them, and its
+        prediction, the logarithm of that, and what is made of both."""
+        spec = self._runtime.model.spec
+        return spec.state_bytes(length, self._types) + 4 * spec.vocab_size * torch.float32.itemsize
 
     def begin(self, rows: int) -> None:
         """Forget everything; `rows` rows are read from now on."""
@@ -202,8 +206,9 @@ def _steps(
 
 
 def _batches(readers: Sequence[_Reader], rows: Tensor) -> Iterator[Tensor]:
-    """`rows`, as many at once as `MEMORY` holds."""
-    return iter(rows.split(max(1, MEMORY // sum(reader.bytes_per_row for reader in readers))))
+    """`rows` int64 `[n, length]`, as many at once as `MEMORY` holds."""
+    row = sum(reader.bytes_per_row(rows.shape[1]) for reader in readers)
+    return iter(rows.split(max(1, MEMORY // row)))
 
 
 @dataclass(frozen=True)

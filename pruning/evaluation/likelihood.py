@@ -17,6 +17,8 @@ from pruning.progress import Advance, no_progress
 
 CPU_BATCH, GPU_BATCH = 4, 32
 """Windows in one forward."""
+LOGITS = 2**24
+"""Logits that are held at once: those of a window are gigabytes where the vocabulary is large."""
 
 
 @dataclass(frozen=True)
@@ -129,17 +131,28 @@ def _batch(model: Model) -> int:
 def _predictions(
     model: Model, rows: Tensor, stride: int | None, tap: Tap | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Float32 logits `[stride, vocab]` and targets `[stride]` of each of `rows` `[batch, window + 1]`.
+    """Float32 logits `[n, vocab]` and targets `[n]` for the last `stride` targets of each of `rows`.
 
-    One window at a time: the logits of a whole batch are the largest tensor by far.
+    They come in parts, each of one window and of at most `predicted_together` tokens: the logits of a whole batch are
+    the largest tensor by far.
+
+    Args:
+        rows: int64 `[batch, window + 1]`.
     """
     window = rows.shape[1] - 1
     scored = window if stride is None else stride
     rows = rows.to(model.embeddings.weight.device)
     inputs = rows[:, :-1].flatten()
     hidden, _ = model(inputs, range(0, len(inputs) + 1, window), tap=tap)
+    part = predicted_together(model.spec.vocab_size)
     for h, row in zip(hidden.split(window), rows, strict=True):
-        yield wide(model.logits(h[-scored:])), row[-scored:]
+        for some, targets in zip(h[-scored:].split(part), row[-scored:].split(part), strict=True):
+            yield wide(model.logits(some)), targets
+
+
+def predicted_together(vocab_size: int) -> int:
+    """Tokens whose logits are held at once."""
+    return max(1, LOGITS // vocab_size)
 
 
 def mean_perplexity(losses: Sequence[Tensor], windows: Tensor, stride: int | None) -> Perplexity:

@@ -70,6 +70,7 @@ def evaluate_checkpoints(
             first, own = _speeds([dense, loaded], checkpoint.source, bar)
             entries[-1] = replace(entries[-1], speed=own)
             entries[0] = replace(entries[0], speed=entries[0].speed or first)
+        del loaded  # before the next one is
     if "speed" in settings.parts and not others:
         (alone,) = _speeds([dense], baseline.source, bar)
         entries[0] = replace(entries[0], speed=alone)

@@ -22,7 +22,7 @@ from pruning.errors import PruningError
 from pruning.estimate import (
     calibration_lines,
     calibration_seconds,
-    disk_line,
+    disk_lines,
     reduced_bytes,
     stored_bytes,
     time_line,
@@ -100,10 +100,13 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path):
     out = tmp_path / "not/yet/there"
     assert re.fullmatch(
         r"disk: 1\.0 KB for a and 3\.0 MB for b; \S+ [MG]B free",
-        disk_line([("a", 1000), ("b", 3_000_000)], out),
+        *disk_lines([("a", 1000), ("b", 3_000_000)], out),
     )
     with pytest.raises(PruningError, match=r"out='.*there' needs 1000000\.0 GB, but there is .* free"):
-        disk_line([("much", 10**15)], out)
+        [*disk_lines([("much", 10**15)], out)]
+    said, note = disk_lines([("much", 10**15)], out, dry_run=True)
+    assert said.startswith("disk: 1000000.0 GB for much; ")
+    assert re.fullmatch(r"note: out='.*there' needs 1000000\.0 GB, but there is .* free", note)
 
 
 def test_figures_for_people():

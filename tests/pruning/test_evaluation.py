@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import weakref
 from contextlib import nullcontext
 from functools import partial
 
@@ -13,7 +14,7 @@ from checkpoints import GATED, random_tensors, write_checkpoint
 from oracle import fla_logits
 from recaller import write_recaller
 
-from modeling.checkpoint import open_checkpoint
+from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from modeling.ops import RuleInputs, chunked_gated_delta_rule, reference_gated_delta_rule
 from modeling.runtime import TorchRuntime
@@ -51,6 +52,37 @@ def other(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoder(checkpoint):
     return Encoder(checkpoint)
+
+
+def test_predictions_in_parts_are_those_of_whole_windows(model, other, encoder, monkeypatch):
+    windows = evaluation_windows(encoder, TEXT, tokens=96, window=40, stride=12)
+    whole = perplexity(model, windows, stride=12), *compare(model, other, windows, stride=12)
+    seen = []
+    logits = Model.logits
+    monkeypatch.setattr(Model, "logits", lambda self, h: (seen.append(len(h)), logits(self, h))[1])
+    monkeypatch.setattr("pruning.evaluation.likelihood.LOGITS", 5 * 257 + 1)
+    parts = perplexity(model, windows, stride=12), *compare(model, other, windows, stride=12)
+    assert {*seen} == {5, 2}
+    for a, b in zip(whole, parts, strict=True):
+        assert a.as_json() == pytest.approx(b.as_json(), rel=1e-5)
+
+
+def test_at_most_two_models_are_in_memory(tmp_path, checkpoint, monkeypatch):
+    others = [open_checkpoint(write_checkpoint(tmp_path / str(n), GATED, seed=n)) for n in range(3)]
+    loaded = []
+
+    def load(self, **given):
+        model = original(self, **given)
+        loaded.append(weakref.ref(model))
+        assert sum(ref() is not None for ref in loaded) <= 2
+        return model
+
+    original = Checkpoint.load
+    monkeypatch.setattr(Checkpoint, "load", load)
+    settings = EvaluationSettings(TEXT, ("perplexity", "speed"), tokens=40, window=40)
+    monkeypatch.setattr(suite, "decode_speed", partial(decode_speed, rounds=2, round_seconds=0.0))
+    evaluation = evaluate_checkpoints([checkpoint, *others], settings, lambda *_: nullcontext(no_progress))
+    assert len(evaluation.checkpoints) == len(loaded) == 4
 
 
 def test_sliding_windows_score_each_token_once_with_the_promised_context(encoder):

@@ -1,6 +1,7 @@
 """What long work says of itself where there is no terminal, and what it leaves when it is stopped."""
 
 import io
+import itertools
 import json
 import signal
 
@@ -216,6 +217,31 @@ def test_work_never_ends_with_a_step_that_is_not_saved(tmp_path):
     assert saved == [(file, 1), (file, 2), (file, 3)] and len(done) == 3
     work(every=10**6)
     assert saved[3:] == [(file, 9)]
+
+
+def test_a_tenth_of_the_time_goes_into_saves_that_take_long(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("pruning.interrupts.time.monotonic", lambda: now)
+
+    def saves(takes, seconds):
+        nonlocal now
+        at, end = [], now + seconds
+
+        def save(path):
+            nonlocal now
+            at.append(now)
+            now += takes
+
+        with saving(tmp_path / "partial", save, 120.0) as step_done:
+            while now < end:
+                now += 1.0
+                step_done()
+        return at
+
+    assert len(saves(takes=1.0, seconds=12_100)) == 100
+    assert len(saves(takes=60.0, seconds=12_000)) == 20
+    between = [b - a for a, b in itertools.pairwise(saves(takes=60.0, seconds=12_000))]
+    assert {*between} == {600.0}
 
 
 def test_what_cannot_go_on_says_what_is_left(made, tmp_path, monkeypatch):

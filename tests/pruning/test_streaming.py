@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,8 +17,9 @@ import pruning.memory
 from modeling.checkpoint import open_checkpoint, write_safetensors
 from pruning.calibration import Origin, tokens_sha256
 from pruning.collection import Collector, collect
+from pruning.commands.planning import Calibration
 from pruning.errors import PruningError
-from pruning.statistics import load_hidden, load_unfinished, save_statistics
+from pruning.statistics import FORWARD, Statistics, load_hidden, load_unfinished, save_statistics
 from pruning.streaming import collect_streaming, layers_to_run
 
 WINDOWS = torch.randint(0, 257, (10, 40), generator=torch.Generator().manual_seed(0))
@@ -108,7 +110,7 @@ def test_an_interrupted_one_goes_on_to_the_same_bits(checkpoint, tmp_path, calls
     _, done = load_unfinished(partial)
     layer, batches = divmod(calls - 1, 3)
     assert done == {"layer": layer, "forward": min(4 * (batches + 1), 10), "batch": 4}
-    assert load_hidden(partial).shape == (WINDOWS.numel(), 64)
+    assert load_hidden(partial, (WINDOWS.numel(), 64)).isfinite().all()
     steps = []
     resumed = collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial, advance=steps.append)
     assert steps[0] == 400 * layer + 40 * done["forward"], "what was done is not done again"
@@ -136,8 +138,42 @@ def test_what_is_left_of_the_other_way_is_refused(checkpoint, tmp_path):
     with pytest.raises(PruningError, match=refused):
         collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial)
     running, done = load_unfinished(partial)
-    save_statistics(running, partial, unfinished={**done, "layer": 0})
+    save_statistics(
+        running, partial, unfinished={"layer": 0, "forward": done["forward"], "batch": done["batch"]}
+    )
     with pytest.raises(PruningError, match="holds no hidden states to go on from"):
+        collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layer": -1}, "layer=-1 must be a whole number from 0 to 3"),
+        ({"layer": 4}, "layer=4 must be a whole number from 0 to 3"),
+        ({"layer": 1.0}, "layer=1.0 must be a whole number"),
+        ({"layer": True}, "layer=True must be a whole number"),
+        ({"forward": 12}, "forward=12 must be a whole number from 0 to 10"),
+        ({"forward": 3}, "forward=3 is not whole batches of 4"),
+        ({"batch": 0}, "batch=0 must be a whole number from 1"),
+        ({"more": 1}, "unfinished has the keys"),
+        ({"forward": None}, "forward=None must be a whole number"),
+        ({"hidden": torch.zeros(400, 63)}, r"float32 \[400, 63\], not torch.float32 \[400, 64\]"),
+        ({"hidden": torch.zeros(360, 64)}, r"float32 \[360, 64\], not torch.float32 \[400, 64\]"),
+        ({"hidden": torch.zeros(400, 64).half()}, r"float16 \[400, 64\]"),
+    ],
+    ids=str,
+)
+def test_what_is_damaged_is_refused(checkpoint, tmp_path, change, said):
+    partial = tmp_path / "s.partial"
+    with pytest.raises(InterruptedHereError):
+        collect_streaming(
+            checkpoint, WINDOWS, ORIGIN, partial=partial, save_every=0.0, advance=interrupt_after(2)
+        )
+    running, done = load_unfinished(partial)
+    hidden = change.get("hidden", torch.zeros(400, 64))
+    changed = {key: value for key, value in change.items() if key != "hidden"}
+    save_statistics(running, partial, unfinished={**done, **changed}, hidden=hidden)
+    with pytest.raises(PruningError, match=f"{partial.name} .*{said}"):
         collect_streaming(checkpoint, WINDOWS, ORIGIN, partial=partial)
 
 
@@ -189,12 +225,26 @@ def test_it_is_chosen_where_the_model_does_not_fit_and_gives_the_same_file(
     assert not (tmp_path / "none").exists()
 
 
-def test_a_gpu_holds_weights_and_activations_alone(monkeypatch):
-    memory = pruning.memory.Memory(weights=70, activations=20, statistics=10**15, hidden=10**15)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (90, 100))
-    assert pruning.memory.fits(memory, torch.device("cuda"))
-    assert not pruning.memory.fits(replace(memory, weights=71), torch.device("cuda"))
-    assert not pruning.memory.fits(memory, torch.device("cpu"))
+def test_a_gpu_holds_what_computes_and_the_cpu_the_rest_and_both_are_checked(monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    memory = pruning.memory.Memory(
+        weights=70, activations=20, statistics=4000, hidden=300, training=5, waiting=20
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (95, 100))
+    with_memory(monkeypatch, pruning.memory.PROCESS_BYTES + 4320)
+    assert pruning.memory.fits(memory, gpu)
+    assert not pruning.memory.fits(memory, cpu)
+    assert not pruning.memory.fits(replace(memory, weights=71), gpu)
+    with pytest.raises(
+        PruningError, match="it takes about 96 bytes of memory on cuda, and 95 bytes are free"
+    ):
+        pruning.memory.check_fits(replace(memory, weights=71), gpu, "it", "leave it")
+    for more in ({"statistics": 4001}, {"hidden": 301}, {"waiting": 21}):
+        assert not pruning.memory.fits(replace(memory, **more), gpu)
+        with pytest.raises(PruningError, match="of memory on cpu"):
+            pruning.memory.check_fits(replace(memory, **more), gpu, "it", "leave it")
+    with_memory(monkeypatch, memory.total)
+    assert pruning.memory.fits(memory, cpu)
 
 
 def test_prune_calibrates_so_too(checkpoint, text, tmp_path, monkeypatch):
@@ -253,18 +303,93 @@ def test_an_interrupted_command_goes_on_layer_by_layer_also_where_the_model_fits
         ("prune", ("--method", "l1", "--keep", 8, "--evaluate"), "or leave --evaluate out"),
     ],
 )
-@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["", "dry run"])
-def test_what_takes_the_whole_model_is_refused_before_any_work(
-    checkpoint, text, tmp_path, monkeypatch, command, more, said, dry
+def test_what_takes_the_whole_model_is_refused_before_any_work_and_a_dry_run_tells_it(
+    checkpoint, text, tmp_path, monkeypatch, command, more, said
 ):
     given = text if "l1" not in more or "--per-layer" in more else ()
     with_memory(monkeypatch, 100_000_000)
+    planned = invoke(command, checkpoint.path, tmp_path / "out", *given, *more, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    (note,) = (line for line in planned.stdout.splitlines() if line.startswith("note: ") and "memory" in line)
+    assert said in note and "of memory on cpu, and 100.0 MB are free" in note
+    assert "\ndisk: " in planned.stdout
     monkeypatch.setattr("pruning.commands.planning.check_finite", lambda checkpoint: pytest.fail("work"))
-    result = invoke(command, checkpoint.path, tmp_path / "out", *given, *more, *dry)
+    result = invoke(command, checkpoint.path, tmp_path / "out", *given, *more)
     assert result.exit_code == 2
-    said_in_full = " ".join(result.stderr.split())
-    assert said in said_in_full and "of memory on cpu, and 100.0 MB are free" in said_in_full
+    assert note.removeprefix("note: ") in " ".join(result.stderr.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_a_dry_run_says_what_it_takes_also_where_not_even_one_layer_fits(
+    checkpoint, text, tmp_path, monkeypatch
+):
+    fits = invoke("calibrate", checkpoint.path, tmp_path / "s", *text, "--stream-layers", "--dry-run")
+    with_memory(monkeypatch, 1_000_000)
+    monkeypatch.setattr("pruning.estimate.check_writable", lambda path: 1000)
+    result = invoke("calibrate", checkpoint.path, tmp_path / "s", *text, "--dry-run")
+    assert result.exit_code == 0, result.output
+    plan = result.stdout.splitlines()
+    assert [line for line in plan if line.startswith("memory: ")] == [
+        line for line in fits.stdout.splitlines() if line.startswith("memory: ")
+    ]
+    notes = [line for line in plan if line.startswith("note: ")]
+    assert len(notes) == 2 and plan[-1] == notes[-1]
+    assert notes[0].startswith(f"note: out='{tmp_path / 's'}' needs")
+    assert notes[1].startswith("note: calibration with one layer in memory at a time takes about")
+    refused = invoke("calibrate", checkpoint.path, tmp_path / "s", *text)
+    assert refused.exit_code == 2 and refused.stdout == ""
+
+
+def test_progress_is_on_the_disk_twice_while_it_is_replaced(checkpoint):
+    planned = Calibration(checkpoint, FORWARD, WINDOWS, torch.device("cpu"), True, None)
+    statistics = pruning.memory.statistics_bytes(checkpoint.spec, FORWARD)
+    assert [size for _, size in planned.sizes()] == [statistics, 2 * (statistics + 4 * 400 * 64)]
+    planned = replace(planned, streamed=False)
+    assert [size for _, size in planned.sizes()] == [statistics, 2 * statistics]
+
+
+def test_a_whole_models_calibration_goes_on_so_where_less_memory_is_free_now(
+    checkpoint, text, tmp_path, monkeypatch
+):
+    out, partial = tmp_path / "s", tmp_path / "s.partial"
+    assert invoke("calibrate", checkpoint.path, tmp_path / "whole", *text).exit_code == 0
+
+    def interrupted(*args, **given):
+        running = Statistics(
+            checkpoint.sha256, (args[2],), pruning.collection.zeros(checkpoint.spec, FORWARD)
+        )
+        done = {"forward": 0, "backward": 0, "batch": 4}
+        save_statistics(running, given["partial"], unfinished=done)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pruning.commands.calibrate.collect", interrupted)
+        assert invoke("calibrate", checkpoint.path, out, *text).exit_code == 130
+    left = partial.read_bytes()
+    takes = pruning.memory.whole_memory(checkpoint.spec, FORWARD, 64).total
+    with_memory(monkeypatch, takes - 1)
+    result = invoke("calibrate", checkpoint.path, out, *text)
+    said = " ".join(result.stderr.split())
+    assert result.exit_code == 2 and partial.read_bytes() == left
+    assert f"calibration with the whole model in memory, which {partial} is of, takes about" in said
+    assert "or start anew with --overwrite, one layer at a time" in said
+    anew = invoke("calibrate", checkpoint.path, out, *text, "--overwrite")
+    assert anew.exit_code == 0 and "one layer at a time" in anew.stderr
+    out.unlink()
+    partial.write_bytes(left)
+    with_memory(monkeypatch, takes)
+    hashed, loads = [], []
+    load = pruning.statistics.load_unfinished
+    monkeypatch.setattr(
+        "pruning.commands.planning.Busy", lambda _, what: hashed.append(what) or nullcontext()
+    )
+    for place in ("commands.planning", "collection"):
+        monkeypatch.setattr(f"pruning.{place}.load_unfinished", lambda file: loads.append(file) or load(file))
+    result = invoke("calibrate", checkpoint.path, out, *text)
+    assert result.exit_code == 0 and "one layer at a time" not in result.stderr
+    assert out.read_bytes() == (tmp_path / "whole").read_bytes()
+    assert hashed == ["reading the weights", "hashing the weights", "loading the checkpoint"]
+    assert loads == [partial] * 2, "once before the plan, and once to go on from by its sole user"
 
 
 def test_the_criteria_that_are_named_instead_take_no_gradients(checkpoint, text, tmp_path):
@@ -403,11 +528,54 @@ def test_a_dry_run_takes_little_memory_whatever_the_model(tmp_path, text):
 
 def test_evaluation_says_what_two_whole_models_take(checkpoint, tmp_path, monkeypatch):
     specs = [checkpoint.spec, checkpoint.spec.with_d_k((4,) * len(checkpoint.spec.d_k))]
-    alone, both = (pruning.memory.evaluation_memory(specs[:n], 32) for n in (1, 2))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    alone, both = (pruning.memory.evaluation_memory(specs[:n], 32, cpu) for n in (1, 2))
     assert both.weights == alone.weights + 4 * pruning.memory.parameter_count(specs[1])
+    assert pruning.memory.evaluation_memory([*specs, specs[0]], 32, cpu).weights == 2 * alone.weights
+    # On a GPU more windows run together, though no more of them are predicted at once.
+    on_gpu = pruning.memory.evaluation_memory(specs, 32, gpu).activations
+    assert on_gpu - both.activations == 28 * 32 * (both.activations - 4 * 6 * 32 * 257) // (4 * 32)
+    turns = pruning.memory.before_and_after_memory(*specs, 32, gpu)
+    first, second = (4 * pruning.memory.parameter_count(spec) for spec in specs)
+    assert turns.on(gpu) == {gpu: first + on_gpu, cpu: pruning.memory.PROCESS_BYTES + second}
+    assert pruning.memory.before_and_after_memory(*specs, 32, cpu).total == both.total
     with_memory(monkeypatch, alone.total)
     monkeypatch.setattr("pruning.commands.evaluate.check_finite", lambda checkpoint: pytest.fail("work"))
     result = invoke("evaluate", checkpoint.path, checkpoint.path, "--window", 32)
     assert result.exit_code == 2
     said = " ".join(result.stderr.split())
     assert "evaluation, which holds whole models in float32, takes about" in said and "smaller models" in said
+
+
+COMPARED = """
+import re, sys
+from pathlib import Path
+import torch
+from modeling.checkpoint import open_checkpoint
+from pruning.evaluation import compare
+from pruning.memory import PROCESS_BYTES, evaluation_memory
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+checkpoint = open_checkpoint(Path(sys.argv[1]))
+models = [checkpoint.load(), checkpoint.load()]
+windows = torch.randint(0, 248_320, (4, 513), generator=torch.Generator().manual_seed(0))
+compare(models[0], models[1], windows[:, :9])
+base = peak()
+compare(*models, windows)
+print(base, peak(), evaluation_memory([checkpoint.spec] * 2, 512, torch.device("cpu")).activations)
+"""
+
+
+@pytest.mark.slow
+def test_predictions_over_a_large_vocabulary_take_what_is_said(tmp_path):
+    """Six tensors like the logits are alive together, and those of a whole window would be of 0.5 GB each."""
+    path = write_checkpoint(tmp_path / "c", {**GATED, "vocab_size": 248_320})
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARED, str(path)], capture_output=True, text=True, timeout=800, check=True
+    )
+    base, peak, said = map(int, done.stdout.split())
+    print(json.dumps({"base": base, "taken": peak - base, "said": said}))
+    assert 0.5 < (peak - base) / said < 1.1
+    assert said < 0.6 * 10**9
