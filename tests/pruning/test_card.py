@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import yaml
 from checkpoints import GATED, write_checkpoint
-from hybrids import CASES, FULL, LINEAR, write_hybrid
+from hybrid_cases import CASES, FULL, LINEAR
+from hybrids import write_hybrid
 
 from modeling.checkpoint import REDUCTION, open_checkpoint
 from pruning.card import name, source_licence, write_card

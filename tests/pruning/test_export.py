@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
-from hybrids import CASES, FULL, LINEAR, write_hybrid
+from hybrid_cases import CASES, FULL, LINEAR
+from hybrids import write_hybrid
 from reducing import difference, random_keep, reduce
 from safetensors.torch import load_file, save_file
 
