@@ -36,14 +36,11 @@ class Stored:
         return entries * FLOATS[self.dtype].itemsize
 
 
-def check_written(source: Checkpoint, directory: Path, cuts: Sequence[Cut] = ()) -> int:
+def check_written(source: Checkpoint, directory: Path, cuts: Sequence[Cut] = ()) -> None:
     """Compare the headers of all weights in `directory` with the source's.
 
     Args:
         cuts: what was cut out; without any, nothing may differ.
-
-    Returns:
-        How many tensors were compared.
 
     Raises:
         PruningError: a tensor is missing, is one too many, or has another dtype or shape than the source's without the
@@ -69,7 +66,6 @@ def check_written(source: Checkpoint, directory: Path, cuts: Sequence[Cut] = ())
                 f"{where} has {name} as {found[name].dtype} {list(found[name].shape)}; it must be {dtype} {list(shape)}"
             )
     _check_index(directory, found, where)
-    return len(found)
 
 
 def _expected(source: Checkpoint, cuts: Sequence[Cut]) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
