@@ -22,7 +22,15 @@ from modeling.families import ConfigError, Family, TensorMap, family_of, key_row
 from modeling.families.base import token_ids
 from modeling.layers import Block
 from modeling.model import Model
-from modeling.sources import INDEX, SINGLE, checkpoint_sha256, local_directory, read_json, refuse_gguf
+from modeling.sources import (
+    INDEX,
+    SINGLE,
+    checkpoint_sha256,
+    has_weights,
+    local_directory,
+    read_json,
+    refuse_gguf,
+)
 from modeling.sources import CheckpointError as CheckpointError
 from modeling.spec import ModelSpec
 from modeling.weights import difference, weight_files
@@ -61,7 +69,7 @@ class Checkpoint:
     @property
     def has_weights(self) -> bool:
         """Whether there are weights beside the config, which is all that some questions need."""
-        return any((self.path / file).exists() for file in (SINGLE, INDEX))
+        return has_weights(self.path)
 
     @cached_property
     def reduction(self) -> dict[str, Any] | None:

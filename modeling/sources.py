@@ -71,6 +71,11 @@ def refuse_gguf(directory: Path) -> None:
         raise CheckpointError(_no_gguf(gguf[0]))
 
 
+def has_weights(directory: Path) -> bool:
+    """Whether a directory holds weights that can be read, beside its config."""
+    return any((directory / file).exists() for file in (SINGLE, INDEX))
+
+
 def check_source(source: str) -> None:
     """What can be seen of a checkpoint to be served without reading it: the files of a local one are there. Hub ids are
     not looked up. Raises CheckpointError."""
@@ -78,9 +83,14 @@ def check_source(source: str) -> None:
     if directory is None:
         return
     refuse_gguf(directory)
-    for needed in (("config.json",), (SINGLE, INDEX), (TOKENIZER,)):
-        if not any((directory / file).exists() for file in needed):
-            raise CheckpointError(f"{source} has no {' or '.join(needed)}")
+    there = {
+        "config.json": (directory / "config.json").exists(),
+        f"{SINGLE} or {INDEX}": has_weights(directory),
+        TOKENIZER: (directory / TOKENIZER).exists(),
+    }
+    for needed, found in there.items():
+        if not found:
+            raise CheckpointError(f"{source} has no {needed}")
 
 
 def read_json(path: Path) -> dict[str, Any]:

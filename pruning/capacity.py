@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from lowkey.words import counted, in_units
+from modeling.families import FAMILIES
 from modeling.model import Model
 from modeling.spec import STATE_DTYPES, AttentionSpec, ModelSpec, StateDType, StateTypes
 
-CARD = "80 GB card"
-CARD_BYTES = int(0.9 * 78 * 2**30)
+GPU = "80 GB card"
+GPU_BYTES = int(0.9 * 78 * 2**30)
 """Bytes that a server uses of such a card: 78 GiB are there, and vLLM takes 0.9 of them unless it is told otherwise."""
 LENGTHS = (0, 1024, 4096, 16384)
 """Lengths of requests that are counted, in tokens."""
@@ -80,15 +81,17 @@ def capacity_lines(spec: ModelSpec) -> Iterator[str]:
             f"the state is as much as that of {counted(round(state / kv), 'token')}"
         )
     weights = weights_bytes(spec)
+    others = [f"{prefix}*" for prefix in FAMILIES[spec.family].ignored]
+    without = f" (without {' and '.join(others)}, where there are any)" if others else ""
     yield (
-        f"weights: {_rounded(parameter_count(spec))} parameters, {_gib(weights)} in bfloat16; {_left(weights)}"
+        f"weights: {_rounded(parameter_count(spec))} parameters, {_gib(weights)} in bfloat16{without}; {_left(weights)}"
     )
 
 
 def _left(weights: int) -> str:
-    of = f"the {_gib(CARD_BYTES)} that a server uses of an {CARD}"
-    if weights < CARD_BYTES:
-        return f"they leave {_gib(CARD_BYTES - weights)} of {of} to requests"
+    of = f"the {_gib(GPU_BYTES)} that a server uses of an {GPU}"
+    if weights < GPU_BYTES:
+        return f"they leave {_gib(GPU_BYTES - weights)} of {of} to requests"
     return f"more than {of}: how many requests fit is given as a multiple only, for any memory that is left"
 
 
@@ -98,19 +101,24 @@ LEGEND = (
 )
 
 
-def capacity_table(models: Sequence[tuple[str, ModelSpec]]) -> tuple[list[str], list[list[str]]]:
+def capacity_table(
+    models: Sequence[tuple[str, ModelSpec]], *, on_server: bool = True
+) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a column for each of the models, which have names and differ in d_k, beside one of labels.
 
     The first model is what the others are compared with. Requests hold their state in float32 and their KV cache, on a
-    card of `CARD_BYTES` without the first model's weights; where those do not fit, only multiples are given.
+    card of `GPU_BYTES` without the first model's weights; where those do not fit, only multiples are given.
+
+    Args:
+        on_server: whether a server runs them all; without one there are states, and no requests to count.
     """
     first = models[0][1]
-    left = CARD_BYTES - weights_bytes(first)
+    left = GPU_BYTES - weights_bytes(first)
     rows = [
         [f"state in {dtype}", *(in_units(spec.state_bytes(0, served(dtype))) for _, spec in models)]
         for dtype in STATE_DTYPES
     ]
-    if first.kv_bytes_per_token(served()):
+    if on_server and first.kv_bytes_per_token(served()):
         rows.append(["vLLM's block", *(f"{block_size(spec):,} tokens" for _, spec in models)])
         rows += [
             [
@@ -119,7 +127,7 @@ def capacity_table(models: Sequence[tuple[str, ModelSpec]]) -> tuple[list[str], 
             ]
             for tokens in LENGTHS
         ]
-    else:
+    elif on_server:
         rows.append(["requests", *(_fits(first, spec, 0, left) for _, spec in models)])
     return ["", *(f"d_k {name}" for name, _ in models)], rows
 
@@ -128,8 +136,8 @@ def _fits(first: ModelSpec, spec: ModelSpec, tokens: int, left: int) -> str:
     multiple = f"{gain(first, spec, tokens):.2f}x"
     if left <= 0:
         return multiple
-    count = f"{requests_that_fit(spec, tokens, left):,}"
-    return count if spec is first else f"{count} ({multiple})"
+    count = requests_that_fit(spec, tokens, left)
+    return f"{count:,}" if spec is first or not count else f"{count:,} ({multiple})"
 
 
 def _thousands(tokens: int) -> str:

@@ -13,13 +13,12 @@ from typing import Any
 from lowkey.words import counted, writable
 from modeling.checkpoint import REDUCTION, Checkpoint, open_checkpoint
 from modeling.spec import AttentionSpec, ModelSpec, MoESpec
-from pruning.capacity import CARD, LEGEND, capacity_lines, capacity_table
-from pruning.companions import CARD as FILE
-from pruning.companions import CARD_BYTES, CARD_MARK, SOURCE_CARD
+from pruning.capacity import GPU, LEGEND, capacity_lines, capacity_table
+from pruning.companions import CARD, CARD_BYTES, CARD_MARK, SOURCE_CARD
 from pruning.criteria import CRITERIA
-from pruning.loaders import MODEL_TYPES, loaders
+from pruning.loaders import MODEL_TYPES, loaders, uneven
 from pruning.record import is_masked
-from pruning.views import span
+from pruning.views import apart_from_dense, change, has_server, span
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _LICENCE = re.compile(
@@ -38,7 +37,7 @@ def write_card(directory: Path, record: Mapping[str, Any]) -> None:
     Args:
         record: what `state_reduction.json` says.
     """
-    (directory / FILE).write_text(card(open_checkpoint(directory), record), encoding="utf-8")
+    (directory / CARD).write_text(card(open_checkpoint(directory), record), encoding="utf-8")
 
 
 def card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
@@ -62,7 +61,7 @@ def card(checkpoint: Checkpoint, record: Mapping[str, Any]) -> str:
         "",
         "## What runs it",
         "",
-        *_runs(checkpoint.spec),
+        *_runs(checkpoint),
         "",
         "## Source and licence",
         "",
@@ -164,7 +163,10 @@ def _quality(record: Mapping[str, Any]) -> Iterator[str]:
         before, after = (evaluation[which]["perplexity"] for which in ("dense", "reduced"))
         tokens = evaluation["reduced"].get("tokens")
         on = "" if tokens is None else f"{counted(tokens, 'token')} of "
-        yield f"Perplexity {_change(before, after)} on {on}{name(evaluation['text'])}, which no channel was chosen by."
+        divergence = evaluation.get("divergence")
+        apart = "" if divergence is None else f"; {apart_from_dense(divergence)}"
+        text = name(evaluation["text"])
+        yield f"Perplexity {_change(before, after)} on {on}{text}, which no channel was chosen by{apart}."
     if recovery is not None:
         measured = recovery["evaluation"]
         before, after = (measured[when]["perplexity"] for when in ("before", "after"))
@@ -185,25 +187,33 @@ def _quality(record: Mapping[str, Any]) -> Iterator[str]:
 def _capacity(spec: ModelSpec, record: Mapping[str, Any]) -> Iterator[str]:
     before = spec.with_d_k(tuple(record["source"]["d_k"]))
     models = [before] if is_masked(record) else [before, spec]
-    header, rows = capacity_table([(span(model.d_k), model) for model in models])
+    on_server = has_server(spec)
+    header, rows = capacity_table([(span(model.d_k), model) for model in models], on_server=on_server)
     yield from _table(header, rows)
     yield ""
-    yield f"Computed from the shapes, for a server on an {CARD}. {LEGEND}"
+    if not on_server:
+        yield "Computed from the shapes. No server runs this checkpoint yet, so no requests are counted."
+        return
+    yield f"Computed from the shapes, for a server on an {GPU}. {LEGEND}"
     yield ""
     for line in capacity_lines(before):
         yield f"- {line}"
 
 
-def _runs(spec: ModelSpec) -> Iterator[str]:
+def _runs(checkpoint: Checkpoint) -> Iterator[str]:
+    spec = checkpoint.spec
     if spec.family not in MODEL_TYPES:
         yield "Lowkey."
         return
-    d_v = next(iter(spec.deltas.values())).d_v
-    verdicts = loaders(spec.family, spec.d_k, d_v)
+    verdicts = loaders(checkpoint.config, spec)
     yield from _table(
         ["", "runs it", "how, or why not", "read in", "what was run"],
-        [[v.loader.name, "yes" if v.runs else "no", v.how, v.loader.version, v.loader.ran] for v in verdicts],
+        [[v.loader.name, "yes" if v.runs else "no", v.how, v.loader.version, v.ran] for v in verdicts],
     )
+    if not has_server(spec):
+        yield ""
+        yield f"Its {uneven(spec)}."
+        return
     yield ""
     yield "DIR is this directory."
     how = {v.loader.name: v.how for v in verdicts if v.runs}
@@ -273,8 +283,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str
 
 
 def _change(before: float, after: float) -> str:
-    relative = f" ({100 * (after / before - 1):+.1f} %)" if before > 0 else ""
-    return f"{before:.3f} => {after:.3f}{relative}"
+    return f"{before:.3f} => {after:.3f} ({change(before, after)})"
 
 
 def _hash(sha256: str) -> str:

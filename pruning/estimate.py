@@ -28,7 +28,6 @@ from pruning.capacity import parameter_count
 from pruning.collection import Collector, zeros
 from pruning.errors import DoesNotFitError
 from pruning.gradients import add_gradients, need_gradients
-from pruning.loaders import MODEL_TYPES, warnings
 from pruning.memory import Memory, config_dtype
 from pruning.statistics import StatisticName
 from pruning.views import change, width
@@ -203,15 +202,13 @@ def shape_lines(spec: ModelSpec) -> Iterator[str]:
 
 
 def reduction_lines(spec: ModelSpec, widths: Sequence[int]) -> Iterator[str]:
-    """Lines with the widths and the state before and after, and who no longer runs the new widths as the old ones."""
+    """Lines with the widths and the state before and after, and what kernels make of the new widths."""
     before, after = spec.state_bytes(0), spec.with_d_k(tuple(widths)).state_bytes(0)
     yield (
         f"d_k {width(spec.d_k)} => {width(widths)}, "
         f"state per request {before:,} => {after:,} bytes ({change(before, after)})"
     )
     yield from width_notes(spec.d_k, widths)
-    if spec.family in MODEL_TYPES:
-        yield from warnings(spec.family, widths, next(iter(spec.deltas.values())).d_v)
 
 
 def budget_line(passes: int, limit: int, windows: Tensor) -> str:

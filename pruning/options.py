@@ -93,7 +93,7 @@ PerLayer = Annotated[
     bool,
     typer.Option(
         "--per-layer",
-        help="Spend the same total state where it hurts least. Lowkey runs the result; stock loaders refuse it.",
+        help="Spend the same total state where it hurts least; stock loaders refuse the result.",
     ),
 ]
 Heldout = Annotated[

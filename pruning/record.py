@@ -1,16 +1,20 @@
 """`state_reduction.json`, which says how a reduced checkpoint was made, as it is read."""
 
 from collections.abc import Mapping
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
 from modeling.checkpoint import REDUCTION, Checkpoint
+from modeling.families import ConfigError
+from modeling.families.base import MOST, check_sizes
 from pruning.errors import PruningError
 from pruning.surgery import Export
 
 FORMAT = 1
 """Version of the form of `state_reduction.json`."""
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""A number that is computed with: no file that was written here says a larger one."""
 
 
 class _Source(TypedDict):
@@ -18,36 +22,42 @@ class _Source(TypedDict):
     hub_id: NotRequired[str | None]
     sha256: str
     d_k: list[int]
-    state_bytes: int
+    state_bytes: _Count
 
 
 class _Origin(TypedDict):
     text: str
     text_sha256: str
-    windows: int
-    window_length: int
+    windows: _Count
+    window_length: _Count
     seed: int
 
 
 class _Calibration(TypedDict):
-    tokens: int
+    tokens: _Count
     origins: list[_Origin]
 
 
 class _Measured(TypedDict):
     perplexity: float
-    tokens: NotRequired[int]
+    tokens: NotRequired[_Count]
+
+
+class _Divergence(TypedDict):
+    kl: float
+    top1_agreement: float
 
 
 class _Evaluation(TypedDict):
     text: str
     dense: _Measured
     reduced: _Measured
+    divergence: NotRequired[_Divergence]
 
 
 class _Around(TypedDict):
     text: str
-    tokens: int
+    tokens: _Count
     before: _Measured
     after: _Measured
 
@@ -57,7 +67,7 @@ class _Settings(TypedDict):
 
 
 class _Recovery(TypedDict):
-    tokens: int
+    tokens: _Count
     settings: _Settings
     evaluation: _Around
 
@@ -92,8 +102,14 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
         raise PruningError(f"{file} is not what lowkey-prune writes: {e}") from e
     layers = len(checkpoint.spec.linear_layers)
     for name, d_k in (("source.d_k", read["source"]["d_k"]), ("d_k", read.get("d_k"))):
-        if d_k is not None and (len(d_k) != layers or min(d_k) < 1):
-            raise PruningError(f"{file}: {name}={d_k} must be {layers} positive numbers, one a layer")
+        if d_k is not None and (len(d_k) != layers or not 1 <= min(d_k) <= max(d_k) <= MOST):
+            raise PruningError(
+                f"{file}: {name}={d_k!r:.200} must be {layers} positive numbers of at most {MOST}, one a layer"
+            )
+    try:
+        check_sizes(checkpoint.spec.with_d_k(tuple(read["source"]["d_k"])))
+    except ConfigError as e:
+        raise PruningError(f"{file}: source.d_k={read['source']['d_k']!r:.200} is too wide: {e}") from e
     if is_masked(record):
         if "d_k" not in read:
             raise PruningError(f"{file} has no d_k, which says how many channels of a head are not masked")

@@ -18,6 +18,7 @@ from pruning.capacity import capacity_lines, capacity_table, narrower
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.export import config_changes
+from pruning.loaders import runs_uneven, uneven
 from pruning.pareto import BITS_LEGEND, PARETO_LEGEND, bits_cells, pareto_table
 from pruning.record import is_masked, record_of
 
@@ -33,8 +34,8 @@ def span(d_k: Sequence[int]) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """A relative change in percent, with its sign."""
-    return f"{100 * (after / before - 1):+.1f} %"
+    """A relative change in percent, with its sign. A stranger's file may say that something was 0, which has none."""
+    return f"{100 * (after / before - 1):+.1f} %" if before > 0 else "no change from 0 in percent"
 
 
 def tree(checkpoint: Checkpoint) -> Tree:
@@ -63,7 +64,7 @@ def tree(checkpoint: Checkpoint) -> Tree:
     _add_narrower(state, spec.with_d_k(tuple(source["d_k"])), spec)
     root.add(_heads(spec))
     if len(set(spec.d_k)) > 1:
-        root.add("layers differ in d_k: Lowkey runs this, stock loaders refuse it")
+        root.add(uneven(spec))
     made = root.add(f"made by {record['method']}, seed {record['seed']}")
     made.add(f"from {source['name']}, sha256 {source['sha256'][:12]}...")
     if record["calibration"] is not None:
@@ -105,18 +106,29 @@ def add_capacity(root: Tree, spec: ModelSpec, record: Mapping[str, Any] | None =
         models = [spec]
     else:
         models = [spec.with_d_k(tuple(record["source"]["d_k"])), spec]
-    branch = root.add("on a server, which keeps weights, convolution inputs and KV cache in bfloat16")
-    for line in capacity_lines(models[0]):
-        branch.add(line)
-    if models[0].kv_bytes_per_token():
-        branch.add(CAPACITY_LEGEND)
-    header, rows = capacity_table([(span(model.d_k), model) for model in models])
+    on_server = has_server(spec)
+    if on_server:
+        branch = root.add("on a server, which keeps weights, convolution inputs and KV cache in bfloat16")
+        for line in capacity_lines(models[0]):
+            branch.add(line)
+        if models[0].kv_bytes_per_token():
+            branch.add(CAPACITY_LEGEND)
+    else:
+        branch = root.add(
+            "with convolution inputs in bfloat16; no server runs this yet, so requests are not counted"
+        )
+    header, rows = capacity_table([(span(model.d_k), model) for model in models], on_server=on_server)
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
     branch.add(table)
+
+
+def has_server(spec: ModelSpec) -> bool:
+    """Whether any server runs a checkpoint of these shapes; only layers of different d_k may lack one."""
+    return len(set(spec.d_k)) == 1 or runs_uneven(spec)
 
 
 def add_written(root: Tree, source: Checkpoint, written: Checkpoint) -> None:
@@ -164,10 +176,17 @@ def _origin(origin: dict[str, Any]) -> str:
 
 def _measured(evaluation: dict[str, Any]) -> str:
     before, after = evaluation["dense"]["perplexity"], evaluation["reduced"]["perplexity"]
+    divergence, tokens = evaluation.get("divergence"), evaluation["reduced"].get("tokens")
+    on = "" if tokens is None else f"{counted(tokens, 'token')} of "
     return (
-        f"perplexity {before:.3f} => {after:.3f} ({change(before, after)}) "
-        f"on {counted(evaluation['reduced']['tokens'], 'token')} of {evaluation['text']}"
+        f"perplexity {before:.3f} => {after:.3f} ({change(before, after)})"
+        f"{'' if divergence is None else f', {apart_from_dense(divergence)},'} on {on}{evaluation['text']}"
     )
+
+
+def apart_from_dense(divergence: Mapping[str, float]) -> str:
+    """How far a reduced model's predictions are from the dense one's, as `state_reduction.json` records it."""
+    return f"KL {divergence['kl']:.4f} nats a token, top-1 agreement {divergence['top1_agreement']:.1%}"
 
 
 def _recovered(recovery: dict[str, Any]) -> str:

@@ -6,16 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from torch import Tensor
 
 from lowkey.files import check_new_file, refuse_input, write_or_keep
 from lowkey.publishing import new_json
-from modeling.model import Model
 from pruning import views
 from pruning.calibration import WINDOW
 from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
-from pruning.evaluation import DEFAULT_TOKENS, Perplexity, perplexity
+from pruning.evaluation import DEFAULT_TOKENS
 from pruning.evaluation.suite import PARTS, EvaluationSettings, Part, evaluate_checkpoints
 from pruning.finite import check_finite
 from pruning.memory import check_fits, evaluation_memory
@@ -91,9 +89,3 @@ def _parts(names: list[str]) -> tuple[Part, ...]:
     if unknown:
         raise PruningError(f"part={unknown[0]!r} is unknown; known parts: {', '.join(PARTS)}, {ALL}")
     return tuple(part for part in PARTS if part in names or ALL in names)
-
-
-def perplexity_of(model: Model, windows: Tensor, description: str) -> Perplexity:
-    """Perplexity on `evaluation_windows`, with a bar."""
-    with tokens_bar(err_console, f"evaluating {description}", windows[:, 1:].numel()) as advance:
-        return perplexity(model, windows, advance=advance)

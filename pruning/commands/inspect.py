@@ -7,7 +7,7 @@ import typer
 from rich.tree import Tree
 
 from modeling.families import family_of
-from modeling.sources import INDEX, SINGLE, as_path, read_json
+from modeling.sources import as_path, has_weights, read_json
 from pruning import views
 from pruning.commands.console import out_console
 from pruning.errors import PruningError
@@ -42,7 +42,7 @@ def _config_alone(path: Path) -> Path | None:
     if path.suffix == ".json" and path.is_file():
         return path
     config = path / "config.json"
-    weights = any((path / name).exists() for name in (SINGLE, INDEX)) or any(path.glob("*.gguf"))
+    weights = has_weights(path) or any(path.glob("*.gguf"))
     return config if config.is_file() and not weights else None
 
 

@@ -21,7 +21,6 @@ from pruning.budget import DEFAULT_ALIGN, check_spendable, curve_passes, spend
 from pruning.calibration import WINDOW, Encoder, Text, bundled_text
 from pruning.commands.calibrate import draw, run_calibration, tell
 from pruning.commands.console import err_console, out_console
-from pruning.commands.evaluate import perplexity_of
 from pruning.commands.planning import (
     Calibration,
     check_gradients,
@@ -45,10 +44,11 @@ from pruning.estimate import (
     shape_lines,
     time_line,
 )
-from pruning.evaluation import DEFAULT_TOKENS, evaluation_json, evaluation_windows
+from pruning.evaluation import DEFAULT_TOKENS, compare, evaluation_json, evaluation_windows, perplexity
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind
-from pruning.memory import before_and_after_memory, check_fits, whole_memory
+from pruning.loaders import uneven, warnings
+from pruning.memory import check_fits, evaluation_memory, whole_memory
 from pruning.options import (
     Align,
     CalibrationText,
@@ -111,7 +111,11 @@ def prune(
         ),
     ] = "sliced",
     evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Record held-out perplexity before and after.")
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Record held-out perplexity before and after, KL divergence and top-1 agreement.",
+        ),
     ] = False,
     device: Device = "cpu",
     stream_layers: StreamLayers = False,
@@ -179,7 +183,7 @@ def prune(
     if evaluate:
         after = checkpoint.spec.with_d_k(tuple(widths)) if export == "sliced" else checkpoint.spec
         what = "--evaluate, which holds the model before and after,"
-        both = before_and_after_memory(checkpoint.spec, after, WINDOW, where)
+        both = evaluation_memory([checkpoint.spec, after], WINDOW, where)
         with noted(misfits, dry_run=dry_run):
             check_fits(both, where, what, "leave --evaluate out")
     drawing = calibrating or per_layer
@@ -309,9 +313,12 @@ def _write(
 
     def measure(text: Text, windows: Tensor, reduced: Model) -> dict[str, object]:
         writing.stop()
-        dense = perplexity_of(checkpoint.load(device=device), windows, "dense")
-        after = perplexity_of(reduced.to(device), windows, "reduced")
-        return evaluation_json(text, [("dense", dense), ("reduced", after)])
+        dense, scored = checkpoint.load(device=device), windows[:, 1:].numel()
+        with tokens_bar(err_console, "evaluating dense", scored) as advance:
+            before = perplexity(dense, windows, advance=advance)
+        with tokens_bar(err_console, "evaluating reduced", 2 * scored) as advance:
+            after, divergence = compare(reduced.to(device), dense, windows, advance=advance)
+        return evaluation_json(text, before, after, divergence)
 
     with writing:
         reduce_checkpoint(
@@ -359,8 +366,11 @@ def _plan(
     if passes and windows is not None:
         yield budget_line(passes, limit, windows)
         times.append(("widths", passes * evaluation_seconds(spec, windows.numel(), windows.shape[1], device)))
+        if export == "sliced":
+            yield f"note: where {uneven(spec)} (docs/hybrids.md)"
     elif export == "sliced":
         yield from reduction_lines(spec, widths)
+        yield from warnings(checkpoint.config, spec, spec.with_d_k(tuple(widths)))
     if export == "masked":
         kept = "the chosen widths" if passes else f"{views.width(widths)} of {views.width(spec.d_k)} channels"
         yield (
@@ -370,7 +380,9 @@ def _plan(
     if evaluating:
         yield f"evaluation: {counted(DEFAULT_TOKENS, 'held-out token')}, before and after"
         reduced = spec.with_d_k(tuple(widths)) if export == "sliced" else spec
-        seconds = [evaluation_seconds(s, DEFAULT_TOKENS, WINDOW, device) for s in (spec, reduced)]
+        # The source runs twice: for its perplexity, and beside the model that is compared with it.
+        models = (spec, reduced, spec)
+        seconds = [evaluation_seconds(s, DEFAULT_TOKENS, WINDOW, device) for s in models]
         times.append(("evaluation", sum(seconds)))
     if times:
         yield time_line(times, device)

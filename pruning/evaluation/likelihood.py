@@ -169,10 +169,14 @@ def mean_perplexity(losses: Sequence[Tensor], windows: Tensor, stride: int | Non
     return Perplexity(loss, math.exp(loss), count * stride, window, stride)
 
 
-def evaluation_json(text: Text, results: Sequence[tuple[str, Perplexity]]) -> dict[str, object]:
-    """What `state_reduction.json` says about measured perplexities."""
+def evaluation_json(
+    text: Text, dense: Perplexity, reduced: Perplexity, divergence: Divergence
+) -> dict[str, object]:
+    """What `state_reduction.json` says about a reduced model beside the dense one."""
     return {
         "text": text.name,
         "text_sha256": text.sha256,
-        **{name: result.as_json() for name, result in results},
+        "dense": dense.as_json(),
+        "reduced": reduced.as_json(),
+        "divergence": divergence.as_json(),
     }

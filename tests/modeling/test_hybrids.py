@@ -19,7 +19,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 SEQUENCES = [torch.randint(1, 257, (n,), generator=GENERATOR).tolist() for n in (9, 70, 130)]
 PACKED = torch.tensor([token for ids in SEQUENCES for token in ids])
 OFFSETS = [0, *itertools.accumulate(map(len, SEQUENCES))]
-NEW_TOKENS = 8
+NEW_TOKENS = 5
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,13 @@
 """The plugin of vLLM: its kernel, run by Triton's interpreter, against plain torch in float64, and what it replaces,
 against a stand-in for vLLM that has the same modules and functions."""
 
-import os
-import subprocess
-import sys
 import tomllib
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 import torch
+from forked import forks
 
 from modeling import vllm_plugin
 from modeling.vllm_plugin import NORM_EPS, prepare_prefill
@@ -141,17 +139,16 @@ def write_vllm(folder: Path, version: str, *, ops: str = OPS, layer: str = LAYER
     (folder / "vllm/model_executor/layers/mamba/gdn/qwen_gdn_linear_attn.py").write_text(layer)
 
 
-def run(folder: Path, code: str) -> str:
-    """What the code logs, in a process of its own that finds the folder's vllm."""
-    result = subprocess.run(
-        [sys.executable, "-c", USE + code],
-        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stderr
+@pytest.fixture(scope="module")
+def processes():
+    with forks() as found:
+        yield found
+
+
+@pytest.fixture
+def run(processes, tmp_path):
+    """Returns what code logs, in a process of its own that finds the vllm of `tmp_path`."""
+    return lambda code: processes.run(USE + code, tmp_path, ROOT)
 
 
 SHAPES = "[(3, 1, 64), (3, 1, 64), (3, 2, 128), (3, 2), (3, 2)]"
@@ -160,30 +157,30 @@ STOCK = """assert prepared(64) == "vLLM's own"; assert chosen(64) == ('auto', 'f
 
 
 @pytest.mark.parametrize("version", ["0.26.0", "0.33.0+cu129", "0.26.0.post1"])
-def test_both_functions_are_replaced_when_vllm_imports_them(tmp_path, version):
+def test_both_functions_are_replaced_when_vllm_imports_them(run, tmp_path, version):
     write_vllm(tmp_path, version)
     lazily = (
         "import sys; register(); register(); assert not [m for m in sys.modules if m.startswith('vllm.')]\n"
     )
-    logged = run(tmp_path, lazily + WORKS + WORKS)
+    logged = run(lazily + WORKS + WORKS)
     kernel, backend = logged.splitlines()
     assert kernel == "INFO vllm.plugins.lowkey Lowkey: d_k 64 with d_v 128: Lowkey's kernel prepares prefill"
     assert backend.startswith("INFO") and backend.endswith("this model has 64: the Triton prefill is used")
 
 
-def test_what_was_imported_before_is_replaced_too(tmp_path):
+def test_what_was_imported_before_is_replaced_too(run, tmp_path):
     write_vllm(tmp_path, "0.26.0")
-    run(tmp_path, STOCK + "register()\n" + WORKS)
+    run(STOCK + "register()\n" + WORKS)
 
 
-def test_widths_that_vllm_can_do_are_left_to_it(tmp_path):
+def test_widths_that_vllm_can_do_are_left_to_it(run, tmp_path):
     write_vllm(tmp_path, "0.26.0")
     theirs = """{prepared(128), prepared(96), prepared(65)} == {"vLLM's own"}"""
-    logged = run(tmp_path, f"register(); assert {theirs}; assert len(prepared(96, 192)) == 5")
+    logged = run(f"register(); assert {theirs}; assert len(prepared(96, 192)) == 5")
     assert len(logged.splitlines()) == 1 and "d_k 96 with d_v 192" in logged
 
 
-def test_only_flashinfer_that_nobody_asked_for_is_left_out(tmp_path):
+def test_only_flashinfer_that_nobody_asked_for_is_left_out(run, tmp_path):
     write_vllm(tmp_path, "0.26.0")
     code = """
 register()
@@ -191,33 +188,31 @@ assert chosen(128) == ("auto", "flashinfer") and chosen(None) == ("auto", "flash
 for requested, active in (("auto", "triton"), ("cutedsl", "cutedsl"), ("triton", "triton")):
     assert chosen(64, requested, active) == (requested, active)
 """
-    assert run(tmp_path, code) == ""
-    logged = run(tmp_path, "register(); assert chosen(96, 'flashinfer') == ('flashinfer', 'flashinfer')")
+    assert run(code) == ""
+    logged = run("register(); assert chosen(96, 'flashinfer') == ('flashinfer', 'flashinfer')")
     assert "WARNING" in logged and "this model has 96: leave --gdn-prefill-backend out, or set it" in logged
 
 
 @pytest.mark.parametrize("version", ["0.25.0", "0.33.1.dev3+g0123"])
-def test_a_version_that_was_not_read_stays_as_it_is(tmp_path, version):
+def test_a_version_that_was_not_read_stays_as_it_is(run, tmp_path, version):
     write_vllm(tmp_path, version)
-    (line,) = run(tmp_path, "register(); register()\n" + STOCK).splitlines()
+    (line,) = run("register(); register()\n" + STOCK).splitlines()
     assert line.startswith("WARNING") and f"read against vLLM 0.26.0 to 0.33.0, this is {version}" in line
     assert "may not start" in line
 
 
-def test_a_function_with_other_parameters_stays_as_it_is(tmp_path):
+def test_a_function_with_other_parameters_stays_as_it_is(run, tmp_path):
     write_vllm(tmp_path, "0.26.0", ops=OPS.replace("output_g_exp=False", "output_g_exp=False, layout=None"))
-    logged = run(
-        tmp_path, "register(); assert prepared(64) == \"vLLM's own\"; assert chosen(64)[1] == 'triton'"
-    )
+    logged = run("register(); assert prepared(64) == \"vLLM's own\"; assert chosen(64)[1] == 'triton'")
     assert "fused_gdn_prefill_post_conv.fused_post_conv_prep is not what it was in 0.26.0 to 0.33.0" in logged
     write_vllm(tmp_path, "0.26.0", layer=LAYER.replace("_resolve_gdn", "resolve_gdn"))
-    logged = run(tmp_path, 'register()\nassert prepared(64) != "vLLM\'s own"')
+    logged = run('register()\nassert prepared(64) != "vLLM\'s own"')
     assert "_resolve_gdn_prefill_backend is not what it was" in logged
 
 
-def test_nothing_happens_without_vllm(tmp_path):
+def test_nothing_happens_without_vllm(run):
     code = "register(); assert sys.meta_path == before and 'vllm' not in sys.modules"
-    assert run(tmp_path, "import sys; before = [*sys.meta_path]; " + code) == ""
+    assert run("import sys; before = [*sys.meta_path]; " + code) == ""
 
 
 def test_vllm_finds_it_by_its_entry_point():
@@ -226,16 +221,8 @@ def test_vllm_finds_it_by_its_entry_point():
     assert name == "lowkey" and EntryPoint(name, value, "vllm.general_plugins").load() is vllm_plugin.register
 
 
-def test_the_file_stands_alone(tmp_path):
+def test_the_file_stands_alone(processes, tmp_path):
     """It is meant to be read, and may be copied, without the rest."""
     write_vllm(tmp_path, "0.26.0")
     (tmp_path / "copied.py").write_text(Path(vllm_plugin.__file__).read_text())
-    result = subprocess.run(
-        [sys.executable, "-c", "import copied, sys; copied.register(); assert 'modeling' not in sys.modules"],
-        cwd=tmp_path,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+    processes.run("import copied, sys; copied.register(); assert 'modeling' not in sys.modules", tmp_path)

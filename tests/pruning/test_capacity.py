@@ -6,7 +6,7 @@ from checkpoints import GATED
 
 from modeling.families import family_of
 from pruning.capacity import (
-    CARD_BYTES,
+    GPU_BYTES,
     block_size,
     capacity_lines,
     capacity_table,
@@ -177,7 +177,7 @@ def test_gains_with_the_kv_cache_counted(names):
 )
 def test_requests_that_fit_on_a_card(name, counts):
     spec = spec_of(name)
-    left = CARD_BYTES - weights_bytes(spec)
+    left = GPU_BYTES - weights_bytes(spec)
     for tokens, expected in counts.items():
         found = tuple(requests_that_fit(s, tokens, left) for s in (spec, with_share(spec, 1 / 2)))
         assert found == pytest.approx(expected, abs=1), "they were computed from weights of 64.6 GiB, rounded"
@@ -196,6 +196,21 @@ def test_the_table_of_a_model_that_fits():
     lines = list(capacity_lines(spec))
     assert "65,536 bytes a token" in lines[0] and "2,349 tokens" in lines[0]
     assert "26.90 billion parameters, 50.1 GiB" in lines[1] and "leave 20.1 GiB" in lines[1]
+    assert "(without mtp.* and model.visual.*, where there are any)" in lines[1]
+
+
+def test_no_requests_have_no_multiple(monkeypatch):
+    spec = spec_of("27B")
+    half = with_share(spec, 1 / 2)
+    monkeypatch.setattr("pruning.capacity.GPU_BYTES", weights_bytes(spec) + half.state_bytes(0, served()))
+    _, rows = capacity_table([("128", spec), ("64", half)])
+    assert [row[1:] for row in rows[-4:]] == [["0", "1 (1.98x)"], *[["0", "0"]] * 3]
+
+
+def test_what_no_server_runs_has_states_and_no_requests():
+    spec = spec_of("27B")
+    _, rows = capacity_table([("128", spec), ("64", with_share(spec, 1 / 2))], on_server=False)
+    assert [row[0] for row in rows] == [f"state in {dtype}" for dtype in ("float32", "bfloat16", "int8")]
 
 
 def test_the_table_of_a_model_whose_weights_do_not_fit():

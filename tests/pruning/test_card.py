@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import yaml
 from checkpoints import GATED, write_checkpoint
-from hybrids import CASES, FULL, LINEAR, write_hybrid
+from hybrid_cases import CASES, FULL, LINEAR
+from hybrids import write_hybrid
 
 from modeling.checkpoint import REDUCTION, open_checkpoint
 from pruning.card import name, source_licence, write_card
@@ -64,6 +65,8 @@ def test_a_card_says_what_was_removed_and_how(run, tmp_path, card):
     before, after = (measured[k]["perplexity"] for k in ("dense", "reduced"))
     assert f"Perplexity {before:.3f} => {after:.3f} (" in section(body, "Quality")
     assert f"on {measured['reduced']['tokens']:,} tokens of" in section(body, "Quality")
+    apart = measured["divergence"]
+    assert f"KL {apart['kl']:.4f} nats a token, top-1 agreement {apart['top1_agreement']:.1%}." in body
     capacity = section(body, "What a request takes")
     assert "|  | d_k 16 | d_k 8 |" in capacity and "| vLLM's block | 48 tokens | 32 tokens |" in capacity
     assert [len(row.split("|")) for row in re.findall(r"^\|.*\|$", capacity, re.MULTILINE)] == [5] * 10
@@ -136,6 +139,27 @@ def test_widths_per_layer_are_not_announced_as_transformers(run, dense, tmp_path
     assert "library_name" not in matter and "as many as it needed" in body
     assert "| transformers | no | it has one d_k for all layers |" in body
     assert not any("vllm" in line or "import" in line for line in commands(body))
+
+
+def test_no_server_is_claimed_for_a_hybrid_of_different_widths(run, tmp_path, card):
+    write_hybrid(tmp_path / "dense", replace(CASES["vl-dense-tied"], layer_types=(LINEAR, LINEAR, FULL)))
+    (tmp_path / "t").write_text(" ".join(f"{i * i}" for i in range(2000)))
+    options = ("--method", "random", "--keep", 8, "--per-layer", "--align", 4, "--text", "t", "--tokens", 256)
+    said = run("prune", "dense", "out", *options, "--window-length", 64)
+    assert len(set(open_checkpoint("out").spec.d_k)) > 1, "the test's premise"
+    no_server = (
+        "lowkey-prune evaluates and recovers this; no server runs it yet; --export masked keeps such widths"
+    )
+    plan = next(line for line in said.splitlines() if "note: where layers differ in d_k" in line)
+    assert no_server in plan
+    body = card("out")
+    assert no_server in body and not commands(body) and "| yes |" not in body
+    for shown in (said, run("inspect", "out")):
+        assert no_server in " ".join(shown.split()) and "Lowkey runs this" not in shown
+    for text in (body, run("inspect", "out")):
+        assert "vLLM's block" not in text and "requests at" not in text and "state in bfloat16" in text
+    masked = run("prune", "dense", "masked", *options, "--window-length", 64, "--export", "masked")
+    assert "no server" not in masked and "| vLLM's block |" in card("masked")
 
 
 def test_the_sources_card_is_kept_and_its_licence_passed_on(run, tmp_path, card):

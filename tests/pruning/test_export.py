@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
-from hybrids import CASES, FULL, LINEAR, write_hybrid
+from hybrid_cases import CASES, FULL, LINEAR
+from hybrids import write_hybrid
 from reducing import difference, random_keep, reduce
 from safetensors.torch import load_file, save_file
 
@@ -102,7 +103,7 @@ def written(tmp_path, config=GATED, keep=8):
     cuts = [Cut(i, k) for i, k in enumerate(random_keep(checkpoint.spec, (keep,) * 3))]
     (tmp_path / "out").mkdir()
     write_reduced(checkpoint, cuts, tmp_path / "out")
-    assert check_written(checkpoint, tmp_path / "out", cuts) == len(checkpoint.files)
+    check_written(checkpoint, tmp_path / "out", cuts)
     return checkpoint, cuts, tmp_path / "out"
 
 
@@ -165,7 +166,7 @@ def test_an_index_has_to_say_where_the_tensors_are(tmp_path):
     cuts = [Cut(i, k) for i, k in enumerate(random_keep(checkpoint.spec, (8,) * 3))]
     file = tmp_path / "out/model.safetensors.index.json"
     good = json.loads(file.read_text())
-    assert check_written(checkpoint, tmp_path / "out", cuts) == len(checkpoint.files)
+    check_written(checkpoint, tmp_path / "out", cuts)
     wrong = {**good["weight_map"], NAME: "model-00003-of-00002.safetensors"}
     for index, message in (
         ({**good, "weight_map": wrong}, "does not say where its tensors are"),

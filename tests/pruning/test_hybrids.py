@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from stock_logits import stock_logits
 
 from modeling.checkpoint import REDUCTION, open_checkpoint
+from pruning.companions import CARD
 from pruning.criteria import CRITERIA
 from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select, widths_to_keep
@@ -99,7 +100,7 @@ def test_only_key_rows_and_their_number_have_changed(dense, reduced, name):
 @pytest.mark.parametrize("name", REDUCED)
 def test_other_files_are_copied(dense, reduced, name):
     files = {file.name for file in dense[name].iterdir()}
-    assert {file.name for file in reduced[name].iterdir()} == files | {REDUCTION}
+    assert {file.name for file in reduced[name].iterdir()} == files | {REDUCTION, CARD}
     same, *_ = filecmp.cmpfiles(dense[name], reduced[name], files, shallow=False)
     assert set(same) == files - {"config.json", "model.safetensors"}
 

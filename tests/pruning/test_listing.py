@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 from checkpoints import GATED, write_checkpoint
-from hybrids import CASES, FULL, LINEAR, PATTERN, config_of, write_hybrid
+from hybrid_cases import CASES, FULL, LINEAR, PATTERN
+from hybrids import config_of, write_hybrid
 from safetensors.torch import load_file, save_file
 
 

@@ -51,7 +51,7 @@ PHASES = {
     "loading": ("evaluate", "modeling.checkpoint", "Checkpoint.load", "before"),
     "writing a shard": ("prune", "pruning.surgery", "save_shard", "after"),
     "running the result": ("prune", "pruning.reduction", "check_runs", "before"),
-    "evaluating": ("prune", "pruning.commands.prune", "perplexity_of", "before"),
+    "evaluating": ("prune", "pruning.commands.prune", "perplexity", "before"),
     "just before the name": ("prune", "pruning.reduction", "write_json", "after"),
     "writing statistics": ("merge", "pruning.statistics", "save_file", "after"),
     "writing the recovered": ("recover", "pruning.recovery", "check_runs", "before"),

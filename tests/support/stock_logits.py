@@ -90,17 +90,24 @@ def _run(path: Path, sequences: list[list[int]], new_tokens: int) -> dict[str, T
         ids = torch.tensor([sequence])
         with torch.no_grad():
             logits = model(ids, use_cache=False).logits[0].contiguous()
-            generated = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max(new_tokens, 1),
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=0,
-            )[0, len(sequence) :]
-            if whole is not None and not torch.equal(whole(ids, use_cache=False).logits[0], logits):
+            generated = ids[0]
+            if new_tokens:
+                generated = model.generate(
+                    ids,
+                    attention_mask=torch.ones_like(ids),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    use_cache=True,
+                    pad_token_id=0,
+                )[0]
+            # Of one sequence: it tells apart weights that were loaded and weights that were not.
+            if (
+                whole is not None
+                and i == 0
+                and not torch.equal(whole(ids, use_cache=False).logits[0], logits)
+            ):
                 raise ValueError(f"{architecture} and its language model alone differ")
-        result |= {f"{i}.logits": logits, f"{i}.greedy": generated[:new_tokens].contiguous()}
+        result |= {f"{i}.logits": logits, f"{i}.greedy": generated[len(sequence) :].contiguous()}
     return result
 
 

@@ -14,7 +14,8 @@ import httpx
 import psutil
 import pytest
 from checkpoints import GATED, random_tensors, write_checkpoint
-from hybrids import CASES, LINEAR, write_hybrid
+from hybrid_cases import CASES, LINEAR
+from hybrids import write_hybrid
 from live_server import DEADLINE_S, ENDLESS, LiveServer, poll, suspended, withheld
 
 from server.hub.engines import RuntimeDir
