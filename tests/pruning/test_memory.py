@@ -13,8 +13,12 @@ from pruning_runs import RECOVER, TEXT, invoke, make_inputs
 
 import pruning.memory
 from modeling.checkpoint import open_checkpoint, write_safetensors
+from modeling.runtime import compile_model
+from modeling.spec import STATE_DTYPES, StateTypes
 from pruning.commands.planning import Calibration
 from pruning.errors import PruningError
+from pruning.evaluation import bits as module
+from pruning.evaluation.bits import BitsText, bits
 from pruning.statistics import FORWARD
 from pruning.training import TrainingSettings
 
@@ -297,3 +301,30 @@ def test_sweep_and_recover_are_refused_before_any_work(text, tmp_path, monkeypat
         planned = invoke(*given, "--dry-run")
         assert planned.exit_code == 0, planned.output
         assert planned.stdout.splitlines()[-1].startswith(said.replace("error", "note"))
+
+
+def test_the_kv_cache_of_a_hybrid_counts_where_rows_are_read_together(tmp_path, monkeypatch):
+    hybrid = compile_model(open_checkpoint(write_hybrid(tmp_path / "c", CASES["next"])).load())
+    held, rows = {}, set()
+    step = module._Reader.step
+
+    def watched(reader, ids):
+        hidden = step(reader, ids)
+        own = (layer.tensors(row) for layer in reader._pool.layers for row in range(len(ids)))
+        size = sum(tensor.nbytes for tensors in own for tensor in tensors.values())
+        held[reader.dtype] = max(size, held.get(reader.dtype, 0))
+        rows.add(len(ids))
+        return hidden
+
+    monkeypatch.setattr(module._Reader, "step", watched)
+    length = 100
+    spec = hybrid.model.spec
+    of_one = [spec.state_bytes(length, StateTypes.named(dtype, torch.float32)) for dtype in STATE_DTYPES]
+    assert sum(of_one) > 1.5 * sum(
+        spec.state_bytes(0, StateTypes.named(d, torch.float32)) for d in STATE_DTYPES
+    )
+    predictions = len(STATE_DTYPES) * 4 * 4 * spec.vocab_size
+    monkeypatch.setattr(module, "MEMORY", int(2.5 * (sum(of_one) + predictions)))
+    windows = torch.randint(1, spec.vocab_size, (3, length + 1), generator=torch.Generator().manual_seed(0))
+    bits(hybrid, None, BitsText(windows, 4, windows[:, :9], []))
+    assert 2 in rows and sum(held.values()) + 2 * predictions <= module.MEMORY
