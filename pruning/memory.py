@@ -155,8 +155,8 @@ def training_memory(
     length: int,
     device: torch.device,
 ) -> Memory:
-    """What a recovery takes whose held-out windows have `length` tokens: training, and then, where that is more, the
-    result and the same as it is read again, which is measured."""
+    """What a recovery takes whose held-out windows have `length` tokens: training, and then the result beside the
+    same as it is read again, which is measured."""
     weights = 4 * parameter_count(student)
     trained = 4 * trained_count(student, settings.train, settings.rank)
     tokens = settings.batch * settings.window
@@ -166,9 +166,10 @@ def training_memory(
     taught = 0 if teacher is None else 4 * parameter_count(teacher)
     # A file of progress is written from the CPU; the result is run there once, beside what trains.
     waiting = max(3 * trained, weights) if device.type == "cuda" else 0
-    training = Memory(weights + taught, active, training=3 * trained, waiting=waiting)
-    measuring = Memory(2 * weights, _evaluated(student, length, device), waiting=waiting)
-    return max(training, measuring, key=lambda memory: memory.total)
+    # The result, when it is read again, is where the teacher, gradients and moments were.
+    second = max(taught, weights - 3 * trained)
+    active = max(active, _evaluated(student, length, device))
+    return Memory(weights + second, active, training=3 * trained, waiting=waiting)
 
 
 def expert_dtype(checkpoint: Checkpoint) -> torch.dtype:

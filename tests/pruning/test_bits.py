@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checkpoints import GATED, random_tensors, write_checkpoint
-from hybrids import CASES, write_hybrid
 from recaller import write_recaller
 from rich.console import Console
 
@@ -225,33 +224,6 @@ def test_what_memory_does_not_hold_together_is_read_in_parts(exact, other, promp
     alone = []
     bits(exact, None, text, advance=alone.append)
     assert sum(alone) == text.tokens(alone=True)
-
-
-def test_the_kv_cache_of_a_hybrid_counts_where_rows_are_read_together(tmp_path, monkeypatch):
-    hybrid = compile_model(open_checkpoint(write_hybrid(tmp_path / "c", CASES["next"])).load())
-    held, rows = {}, set()
-    step = module._Reader.step
-
-    def watched(reader, ids):
-        hidden = step(reader, ids)
-        own = (layer.tensors(row) for layer in reader._pool.layers for row in range(len(ids)))
-        size = sum(tensor.nbytes for tensors in own for tensor in tensors.values())
-        held[reader.dtype] = max(size, held.get(reader.dtype, 0))
-        rows.add(len(ids))
-        return hidden
-
-    monkeypatch.setattr(module._Reader, "step", watched)
-    length = 100
-    spec = hybrid.model.spec
-    of_one = [spec.state_bytes(length, StateTypes.named(dtype, torch.float32)) for dtype in STATE_DTYPES]
-    assert sum(of_one) > 1.5 * sum(
-        spec.state_bytes(0, StateTypes.named(d, torch.float32)) for d in STATE_DTYPES
-    )
-    predictions = len(STATE_DTYPES) * 4 * 4 * spec.vocab_size
-    monkeypatch.setattr(module, "MEMORY", int(2.5 * (sum(of_one) + predictions)))
-    windows = windows_of(3, length) % spec.vocab_size
-    bits(hybrid, None, BitsText(windows, 4, windows[:, :9], []))
-    assert 2 in rows and sum(held.values()) + 2 * predictions <= module.MEMORY
 
 
 def test_one_window_has_no_standard_error(runtime, prompts):
