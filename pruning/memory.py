@@ -1,7 +1,7 @@
 """Memory that work on a model takes, computed from its shapes, and whether it is there."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -132,13 +132,6 @@ def evaluation_memory(specs: Sequence[ModelSpec], length: int, device: torch.dev
     first, *others = map(parameter_count, specs)
     active = max(_evaluated(spec, length, device) for spec in specs)
     return Memory(4 * (first + max(others, default=0)), active)
-
-
-def before_and_after_memory(before: ModelSpec, after: ModelSpec, length: int, device: torch.device) -> Memory:
-    """What `prune --evaluate` takes: one model runs after the other, and the second waits on the CPU meanwhile."""
-    whole = evaluation_memory([before, after], length, device)
-    weights, waiting = (4 * parameter_count(spec) for spec in (before, after))
-    return replace(whole, weights=weights, waiting=waiting)
 
 
 def _evaluated(spec: ModelSpec, length: int, device: torch.device) -> int:

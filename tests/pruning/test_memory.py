@@ -213,10 +213,8 @@ def test_evaluation_says_what_two_whole_models_take(checkpoint, tmp_path, monkey
     # On a GPU more windows run together, though no more of them are predicted at once.
     on_gpu = pruning.memory.evaluation_memory(specs, 32, gpu).activations
     assert on_gpu - both.activations == 28 * 32 * (both.activations - 4 * 6 * 32 * 257) // (4 * 32)
-    turns = pruning.memory.before_and_after_memory(*specs, 32, gpu)
-    first, second = (4 * pruning.memory.parameter_count(spec) for spec in specs)
-    assert turns.on(gpu) == {gpu: first + on_gpu, cpu: pruning.memory.PROCESS_BYTES + second}
-    assert pruning.memory.before_and_after_memory(*specs, 32, cpu).total == both.total
+    compared = pruning.memory.evaluation_memory(specs, 32, gpu)
+    assert compared.on(gpu) == {gpu: both.weights + on_gpu, cpu: pruning.memory.PROCESS_BYTES}
     with_memory(monkeypatch, alone.total)
     monkeypatch.setattr("pruning.commands.evaluate.check_finite", lambda checkpoint: pytest.fail("work"))
     result = invoke("evaluate", checkpoint.path, checkpoint.path, "--window", 32)
