@@ -72,13 +72,8 @@ def _expected(source: Checkpoint, cuts: Sequence[Cut]) -> Iterator[tuple[str, tu
     """Name, dtype and shape of every tensor that has to be there."""
     kept = {cut.layer: cut.keep.shape[1] for cut in cuts}
     for name in source.files:
-        dtype, stored = source.dtype_and_shape(name)
-        shape = list(stored)  # theirs is the checkpoint's own
-        layer = source.map_of[name].layer if name in source.key_rows else None
-        if layer in kept:
-            sets, heads, d_k = source.key_rows[name].shape
-            shape[0] -= sets * heads * (d_k - kept[layer])
-        yield name, (dtype, tuple(shape))
+        dtype, _ = source.dtype_and_shape(name)
+        yield name, (dtype, tuple(source.shape_with_d_k(name, kept)))
 
 
 def _stored(source: Checkpoint, directory: Path) -> dict[str, Stored]:

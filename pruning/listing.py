@@ -62,7 +62,7 @@ def _state_bytes(spec: ModelSpec, layer: int) -> int:
 
 def _layer_lines(checkpoint: Checkpoint, before: ModelSpec) -> dict[int, list[Text]]:
     """The lines of each layer's tensors, by its index."""
-    keys = checkpoint.key_rows
+    widths = {layer: mixer.d_k for layer, mixer in before.deltas.items()}
     # The experts, if any, of tensors that are alike: their name within the layer, dtype, and shape before and after.
     by_layer: dict[int, dict[tuple[str, str, str, str], list[int]]] = {
         i: {} for i in range(len(checkpoint.spec.layers))
@@ -72,10 +72,7 @@ def _layer_lines(checkpoint: Checkpoint, before: ModelSpec) -> dict[int, list[Te
             continue
         for name in m.theirs:
             dtype, shape = checkpoint.dtype_and_shape(name)
-            was = list(shape)
-            if name in keys:
-                sets, heads, d_k = keys[name].shape
-                was[0] += sets * heads * (before.deltas[m.layer].d_k - d_k)
+            was = checkpoint.shape_with_d_k(name, widths)
             # Layers that are alike have names that differ in the layer's index alone.
             inside = name.partition(f".{m.layer}.")[2] or name
             expert = _EXPERT.search(inside)
