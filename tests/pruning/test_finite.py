@@ -200,7 +200,7 @@ def test_what_another_calibration_left_is_found_before_the_model_is_loaded(
     monkeypatch.setattr(Checkpoint, "load", lambda *a, **k: pytest.fail("work began"))
     left = load_statistics(made / "dense.safetensors")
     out = tmp_path / "out.stats.safetensors"
-    done = {"forward": 1, "backward": 0, "batch": 4}
+    done = {"forward": 4, "backward": 0, "batch": 4}
     save_statistics(left, out.with_name(f"{out.name}.partial"), unfinished=done)
     prune = ("prune", made / "dense", tmp_path / "out", "--method", "drrqr", "--keep", 8)
     arguments = {"calibrate": ("calibrate", made / "dense", out), "prune": prune}[command]

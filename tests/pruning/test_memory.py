@@ -301,6 +301,7 @@ def test_sweep_and_recover_are_refused_before_any_work(text, tmp_path, monkeypat
         assert planned.stdout.splitlines()[-1].startswith(said.replace("error", "note"))
 
 
+@pytest.mark.slow
 def test_the_kv_cache_of_a_hybrid_counts_where_rows_are_read_together(tmp_path, monkeypatch):
     hybrid = compile_model(open_checkpoint(write_hybrid(tmp_path / "c", CASES["next"])).load())
     held, rows = {}, set()

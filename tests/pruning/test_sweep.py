@@ -187,7 +187,7 @@ def test_help_shows_examples():
 def test_widths_are_shares_of_the_models_own(made, tmp_path, monkeypatch, more, widths):
     """The model has 32 channels. Where widths are chosen per layer, none is below the alignment, 16 by default here."""
     planned = []
-    monkeypatch.setattr("pruning.commands.sweep._plan", lambda sweep, table: planned.append(sweep) or [])
+    monkeypatch.setattr("pruning.commands.sweep._plan", lambda sweep, table, **_: planned.append(sweep) or [])
     text = ("--text", made / "text", "--heldout", made / "text")
     run("sweep", made / "dense", tmp_path / "t.json", *text, *SMALL[2:], "--dry-run", *more)
     assert " ".join(map(str, planned[0].widths)) == widths

@@ -53,7 +53,7 @@ def test_the_gradient_is_that_of_the_loss_as_it_is_written(load, config, precisi
     model, teacher = load(config), load(config, seed=1)
     s = settings(ce_weight=0.7, kl_weight=0.4, temperature=3.0, accumulate=2)
     rows = TOKENS[:132].view(4, 33)
-    monkeypatch.setattr(training, "_LOGITS", 257 * 50)  # several parts, the last one shorter
+    monkeypatch.setattr(training, "LOGITS", 257 * 50)  # several parts, the last one shorter
 
     with trainable(model, "full") as parameters:
         reported = backward(model, teacher, rows, s)
