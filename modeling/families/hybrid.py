@@ -39,6 +39,18 @@ def linear_layers(config: Config) -> list[bool]:
     return linear
 
 
+def linear_heads(config: Config, key_heads: int, value_heads: int) -> tuple[int, int]:
+    """Key and value heads of the linear layers; as many as given where the config says nothing."""
+    num_k_heads = integer(config, "linear_num_key_heads", key_heads)
+    num_v_heads = integer(config, "linear_num_value_heads", value_heads)
+    if num_v_heads % num_k_heads:
+        raise ConfigError(
+            f"config.json: linear_num_value_heads={num_v_heads} must be a multiple of "
+            f"linear_num_key_heads={num_k_heads}"
+        )
+    return num_k_heads, num_v_heads
+
+
 def rope(config: Config, head_dim: int, share: float | None) -> RopeSpec | None:
     """The rotary embeddings; None where `rope_theta` is null in `rope_parameters`, which means that there are none.
 

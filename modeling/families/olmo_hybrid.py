@@ -7,7 +7,6 @@ from modeling.families import hybrid
 from modeling.families.base import (
     MOST_CONV,
     Config,
-    ConfigError,
     Role,
     TensorMap,
     check_sizes,
@@ -103,13 +102,7 @@ class OlmoHybrid:
 def _deltas(config: Config, hidden_size: int, heads: int, layers: int) -> list[DeltaSpec]:
     """The mixers of the linear layers; what the config leaves out follows from the rest, as in transformers."""
     known = {key: value for key, value in config.items() if value is not None}
-    num_k_heads = integer(known, "linear_num_key_heads", heads)
-    num_v_heads = integer(known, "linear_num_value_heads", heads)
-    if num_v_heads % num_k_heads:
-        raise ConfigError(
-            f"config.json: linear_num_value_heads={num_v_heads} must be a multiple of "
-            f"linear_num_key_heads={num_k_heads}"
-        )
+    num_k_heads, num_v_heads = hybrid.linear_heads(known, heads, heads)
     default = int(0.75 * hidden_size / num_k_heads)
     said = per_layer(known, "linear_key_head_dim", layers, default, of="linear_attention layers")
     widths = [integer({"linear_key_head_dim": d_k}, "linear_key_head_dim") for d_k in said]

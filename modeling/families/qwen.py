@@ -124,13 +124,7 @@ def _text(config: Config) -> Config:
 
 def _deltas(config: Config, layers: int, eps: float) -> list[DeltaSpec]:
     """The mixers of the linear layers."""
-    num_k_heads = integer(config, "linear_num_key_heads", 16)
-    num_v_heads = integer(config, "linear_num_value_heads", 32)
-    if num_v_heads % num_k_heads:
-        raise ConfigError(
-            f"config.json: linear_num_value_heads={num_v_heads} must be a multiple of "
-            f"linear_num_key_heads={num_k_heads}"
-        )
+    num_k_heads, num_v_heads = hybrid.linear_heads(config, 16, 32)
     return [
         DeltaSpec(
             num_k_heads=num_k_heads,

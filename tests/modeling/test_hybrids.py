@@ -70,8 +70,8 @@ def test_the_oracle_refuses_what_is_missing_unexpected_or_of_another_shape(stock
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_logits_are_those_of_stock_transformers(paths, stock, name):
-    """Of packed sequences, so that each has to keep to itself. Both compute in float32, whose rounding is 1e-7; eight
-    layers make about 1e-6 of it."""
+    """Sequences are packed, so that each has to keep to itself. Both sides compute in float32, whose rounding is 1e-7;
+    eight layers make about 1e-6 of it."""
     model = open_checkpoint(paths[name]).load()
     hidden, _ = model(PACKED, OFFSETS)
     for i, logits in enumerate(model.logits(hidden).split([len(ids) for ids in SEQUENCES])):

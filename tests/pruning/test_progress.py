@@ -267,7 +267,8 @@ def test_what_cannot_go_on_says_what_is_left(made, tmp_path, monkeypatch):
 
 
 def test_time_said_includes_the_evaluation(made, tmp_path, monkeypatch):
-    """With a second for each layer, and for each head, that is run: 3 layers, 48 windows, before once, and both side by side."""
+    """With a second for each layer, and for each head, that is run: 3 layers, 48 windows; the model before runs alone,
+    then both side by side."""
     monkeypatch.setattr(estimate, "_seconds", lambda run, device: 1.0)
     prune = ("prune", made / "dense", tmp_path / "o", "--keep", 8, "--dry-run")
     text = ("--text", made / "text", "--tokens", 256, "--window-length", 64)

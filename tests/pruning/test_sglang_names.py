@@ -87,7 +87,7 @@ def linear_attention(text):
 
 
 def full_attention(text):
-    """Of the module itself: the loader leaves `.self_attn` out of names."""
+    """Parameters of the module itself: the loader leaves `.self_attn` out of names."""
     hidden, width = text["hidden_size"], text["head_dim"]
     heads, kv = text["num_attention_heads"], text["num_key_value_heads"] * width
     return {

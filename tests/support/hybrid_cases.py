@@ -51,11 +51,11 @@ class Case:
     mlp_only_layers: tuple[int, ...] = ()
     """Layers without experts, of Qwen3-Next."""
     sparse_step: int = 1
-    """Of Qwen3-Next: 2 for experts in every second layer only."""
+    """For Qwen3-Next: 2 for experts in every second layer only."""
     neg_eigval: bool = True
-    """Of OLMo: beta goes up to 2."""
+    """For OLMo: beta goes up to 2."""
     old_norm_names: bool = False
-    """Of OLMo: the norms of linear layers are named as transformers writes them."""
+    """For OLMo: the norms of linear layers are named as transformers writes them."""
     dtype: torch.dtype = torch.float32
 
     @property

@@ -174,7 +174,7 @@ class _Tensors:
         self._qwen_layer("mtp.layers.0.", FULL, experts=self.case.moe)
 
     def _vision_tower(self) -> None:
-        """Of the shapes in `vision_config`."""
+        """Tensors of the shapes in `vision_config`."""
         p, b = "model.visual.", "model.visual.blocks.0."
         self._add(f"{p}patch_embed.proj.weight", 16, 3, 2, 4, 4, std=0.1)
         self._add(f"{p}patch_embed.proj.bias", 16, std=0.1)

@@ -131,7 +131,7 @@ def _interval(case: Case) -> dict[str, Any]:
 
 
 def _qwen_config(case: Case) -> dict[str, Any]:
-    """Of Qwen3.5's text model."""
+    """The config of Qwen3.5's text model."""
     rotary_pairs = int(HEAD_DIM * case.partial_rotary) // 2
     sections = [(rotary_pairs + 2 - i) // 3 for i in range(3)]
     return {
