@@ -26,6 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from modeling.families import family_of
 from pruning.loaders import loaders
 
 TEXT = Path(__file__).resolve().parents[1] / "modeling" / "vllm_plugin.py"
@@ -44,11 +45,13 @@ Rows = dict[str, Any]
 `[token, log-probability]` of the most likely ones before each of its tokens."""
 
 
-def widths(checkpoint: Path) -> tuple[str, int, int]:
-    """Model type, d_k and d_v."""
+def described(checkpoint: Path) -> tuple[int, int, bool]:
+    """d_k, d_v, and whether vLLM runs it without the plugin."""
     config = json.loads((checkpoint / "config.json").read_text())
-    text = config.get("text_config", config)
-    return config["model_type"], text["linear_key_head_dim"], text["linear_value_head_dim"]
+    spec = family_of(config).spec(config)
+    alone = next(v for v in loaders(config, spec) if v.loader.name == "vLLM")
+    mixer = next(iter(spec.deltas.values()))
+    return mixer.d_k, mixer.d_v, alone.runs
 
 
 def run_transformers(checkpoint: Path, prompts: list[list[int]], new: int, device: str) -> dict[str, Rows]:
@@ -233,8 +236,7 @@ def check(options: argparse.Namespace) -> int:
     with ThreadPoolExecutor(16) as pool:
         runs = []
         for number, checkpoint in enumerate(options.checkpoints):
-            model_type, d_k, d_v = widths(checkpoint)
-            alone = next(v for v in loaders(model_type, [d_k], d_v) if v.loader.name == "vLLM")
+            d_k, d_v, runs_alone = described(checkpoint)
             served = ["vllm", str(checkpoint), *shared, *graphs]
             # Without the plugin, and at 128, where the plugin changes nothing, vLLM would choose FlashInfer on Hopper.
             triton = ["--gdn", "triton"]
@@ -247,7 +249,7 @@ def check(options: argparse.Namespace) -> int:
                     steps.run, f"{number}-vllm", *served, *(triton if d_k == d_v == 128 else [])
                 ),
             }
-            if not alone.runs:
+            if not runs_alone:
                 jobs["alone"] = pool.submit(steps.run, f"{number}-alone", *served, *triton, plugin=False)
             runs.append(({"checkpoint": checkpoint.name, "d_k": d_k, "d_v": d_v}, jobs))
         rows = [row for about, jobs in runs for row in judge(about, {k: j.result() for k, j in jobs.items()})]
