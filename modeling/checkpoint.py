@@ -100,7 +100,10 @@ class Checkpoint:
         Raises:
             CheckpointError: it is missing, can't be read, has another shape than the config says, or is quantised.
         """
-        with self._opened(name) as f:
+        file = self._file_of(name)
+        with _readable(file, name), safe_open(file, framework="pt") as f:
+            part = f.get_slice(name)
+            self._check_tensor(name, str(part.get_dtype()), tuple(part.get_shape()))
             tensor: Tensor = f.get_tensor(name)
         return tensor
 
@@ -137,15 +140,6 @@ class Checkpoint:
             sets, heads, now = self.key_rows[name].shape
             shape[0] += sets * heads * (d_k[layer] - now)
         return shape
-
-    @contextmanager
-    def _opened(self, name: str) -> Iterator[Any]:
-        """The file that holds a tensor, whose dtype and shape have been checked. All tensors are read through here."""
-        file = self._file_of(name)
-        with _readable(file, name), safe_open(file, framework="pt") as f:
-            part = f.get_slice(name)
-            self._check_tensor(name, str(part.get_dtype()), tuple(part.get_shape()))
-            yield f
 
     def _file_of(self, name: str) -> Path:
         if name not in self.files:

@@ -122,11 +122,11 @@ def _origin(spec: ModelSpec, record: Mapping[str, Any]) -> Iterator[str]:
     method = _word(record["method"])
     summary = f" ({CRITERIA[method].summary})" if method in CRITERIA else ""
     made_of, each = name(record["source"]["name"]), counted(mixer.num_k_heads, "key head")
-    uneven = ", as many as it needed" if len(set(after)) > len(set(before)) else ""
+    by_need = ", as many as it needed" if len(set(after)) > len(set(before)) else ""
     yield (
         f"Made of {made_of} (sha256 `{_hash(record['source']['sha256'])}`) by `lowkey-prune` with the method "
         f"`{method}`{summary}, seed {record['seed']}: each of the {each} of its {layers} keeps {span(after)} of its "
-        f"{span(before)} key/query channels{uneven}."
+        f"{span(before)} key/query channels{by_need}."
     )
     if record.get("rotated") is True:
         yield "The channels that are kept are mixtures of the source's."

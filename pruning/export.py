@@ -4,6 +4,7 @@ Other loaders do not find out. vLLM leaves a projection that it does not find at
 rows of a convolution that it expects whatever the tensor holds.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,7 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        entries = 1
-        for n in self.shape:
-            entries *= n
-        return entries * FLOATS[self.dtype].itemsize
+        return math.prod(self.shape) * FLOATS[self.dtype].itemsize
 
 
 def check_written(source: Checkpoint, directory: Path, cuts: Sequence[Cut] = ()) -> None:

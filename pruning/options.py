@@ -239,9 +239,14 @@ def text_of(files: list[Path] | None, split: Split, field: str | None = None) ->
 def checkpoint_named(source: str) -> Checkpoint:
     """A checkpoint directory or hub id, opened. Raises PruningError if it has nothing that this package works on."""
     checkpoint = open_checkpoint(source)
-    if not checkpoint.spec.linear_layers:
-        raise PruningError(f"{source} has no linear-attention layer: nothing to prune")
+    check_prunable(checkpoint.spec, source)
     return checkpoint
+
+
+def check_prunable(spec: ModelSpec, source: str) -> None:
+    """Raises PruningError for a model, which the user calls `source`, without a layer that this package works on."""
+    if not spec.linear_layers:
+        raise PruningError(f"{source} has no linear-attention layer: nothing to prune")
 
 
 def device_named(name: str) -> torch.device:

@@ -10,9 +10,8 @@ from modeling.families import family_of
 from modeling.sources import as_path, has_weights, read_json
 from pruning import views
 from pruning.commands.console import out_console
-from pruning.errors import PruningError
 from pruning.listing import add_layers
-from pruning.options import checkpoint_named
+from pruning.options import check_prunable, checkpoint_named
 from pruning.record import record_of
 
 
@@ -49,8 +48,7 @@ def _config_alone(path: Path) -> Path | None:
 def _shapes(name: str, file: Path) -> Tree:
     config = read_json(file)
     spec = family_of(config).spec(config)
-    if not spec.linear_layers:
-        raise PruningError(f"{name} has no linear-attention layer: nothing to prune")
+    check_prunable(spec, name)
     root = views.shapes(name, spec)
     views.add_capacity(root, spec)
     return root
