@@ -106,8 +106,14 @@ def sweep(
     window_length: WindowLength = None,
     heldout: Heldout = None,
     heldout_tokens: HeldoutTokens = DEFAULT_TOKENS,
+    window: Annotated[
+        int, typer.Option(help="Tokens per held-out window, and per window that recovery trains on.", min=1)
+    ] = WINDOW,
     kl_tokens: Annotated[
-        int, typer.Option(help="How many of them are compared with the dense model.", min=1)
+        int,
+        typer.Option(
+            help="How many of them are compared with the dense model, rounded down to whole windows.", min=1
+        ),
     ] = 16 * WINDOW,
     recover: Annotated[
         int | None,
@@ -145,7 +151,7 @@ def sweep(
     settings = None
     if recover is not None:
         settings = TrainingSettings(
-            tokens=recover, train=cast(TrainableSet, train), lr=lr, batch=batch, evaluations=1
+            tokens=recover, train=cast(TrainableSet, train), lr=lr, batch=batch, window=window, evaluations=1
         )
     source = checkpoint_named(src)
     refuse_input(out, "out", [source.path, *named_files(text), *named_files(heldout)])
@@ -164,7 +170,7 @@ def sweep(
     drawn = {seed: draw(encoder, replace(read, seed=seed)) for seed in dict.fromkeys(seeds)}
     with Busy(err_console, "reading held-out text"):
         heldout_text = text_of(heldout, "heldout")
-        windows = evaluation_windows(encoder, heldout_text, tokens=heldout_tokens)
+        windows = evaluation_windows(encoder, heldout_text, tokens=heldout_tokens, window=window)
         recovery = None
         if settings is not None:
             recovery = RecoveryPlan(settings, read.read(settings.tokens), heldout_text)
@@ -176,7 +182,7 @@ def sweep(
         align,
         drawn,
         windows,
-        max(kl_tokens // WINDOW, 1),
+        max(kl_tokens // window, 1),
         recovery,
         where,
     )

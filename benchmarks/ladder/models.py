@@ -1,0 +1,106 @@
+"""The models of the ladder: their configs, in fla's and Qwen's format."""
+
+from typing import Any
+
+VOCABULARY = 16_384
+_SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+
+def gated_deltanet(
+    hidden: int, layers: int, heads: int, intermediate: int, head_dim: int = 128
+) -> dict[str, Any]:
+    """A Gated DeltaNet in fla's format."""
+    return {
+        "architectures": ["GatedDeltaNetForCausalLM"],
+        "model_type": "gated_deltanet",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_heads": heads,
+        "num_v_heads": None,
+        "head_dim": head_dim,
+        "expand_v": 1.0,
+        "intermediate_size": intermediate,
+        "hidden_act": "swish",
+        "use_gate": True,
+        "use_short_conv": True,
+        "conv_size": 4,
+        "norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "attn": None,
+        "dtype": "bfloat16",
+        **_SPECIAL,
+    }
+
+
+def delta_net(hidden: int, layers: int, heads: int, intermediate: int) -> dict[str, Any]:
+    """A DeltaNet in fla's format."""
+    return {
+        "architectures": ["DeltaNetForCausalLM"],
+        "model_type": "delta_net",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_heads": heads,
+        "expand_k": 1.0,
+        "expand_v": 1.0,
+        "intermediate_size": intermediate,
+        "hidden_act": "swish",
+        "use_gate": False,
+        "use_beta": True,
+        "use_output_norm": True,
+        "use_short_conv": True,
+        "conv_size": 4,
+        "qk_activation": "silu",
+        "qk_norm": "l2",
+        "norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "attn": None,
+        "dtype": "bfloat16",
+        **_SPECIAL,
+    }
+
+
+def qwen3_5(hidden: int, layers: int, heads: int, intermediate: int) -> dict[str, Any]:
+    """A hybrid in Qwen3.5's text format: three layers of Gated DeltaNet, then one of softmax attention."""
+    assert layers % 4 == 0
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": "qwen3_5_text",
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "full_attention_interval": 4,
+        "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * (layers // 4),
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "attn_output_gate": True,
+        "attention_bias": False,
+        "linear_num_key_heads": heads,
+        "linear_num_value_heads": heads,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_conv_kernel_dim": 4,
+        "mamba_ssm_dtype": "float32",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.25},
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+        **_SPECIAL,
+    }
+
+
+MODELS = {
+    "gdn-toy": {**gated_deltanet(64, 2, 1, 128, head_dim=64), "vocab_size": 1024},
+    "gdn-45m": gated_deltanet(512, 10, 4, 1408),
+    "gdn-130m": gated_deltanet(768, 16, 6, 2048),
+    "deltanet-130m": delta_net(768, 16, 6, 2304),
+    "hybrid-130m": qwen3_5(768, 16, 6, 2048),
+}
+"""Models by name, smallest first."""

@@ -1,0 +1,251 @@
+"""Train a model of the ladder.
+
+    python benchmarks/ladder/train.py gdn-130m TEXT OUT --device cuda --seconds 420
+
+TEXT is a folder that corpus.py made. Training takes the seconds that it is given: the learning rate falls to zero as
+they run out. OUT is a checkpoint with train.json beside it: curve, speed, share of the card's arithmetic.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+import math
+import shutil
+import sys
+import time
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+import fused
+from models import MODELS
+
+from lowkey.publishing import write_json
+from modeling.checkpoint import export_tensors, open_checkpoint, save_shard
+from modeling.families import family_of
+from modeling.model import Model
+from pruning.calibration import Encoder
+from pruning.evaluation import evaluation_windows, perplexity
+from pruning.evaluation.record import environment
+from pruning.sources import read_text
+from pruning.versions import versions
+
+WINDOW = 2048
+PEAK = 989e12
+"""Dense bfloat16 operations per second of a Hopper card by its datasheet."""
+REPORT_EVERY = 10.0
+"""Seconds between two points of the curve."""
+
+
+def initialise(model: Model) -> None:
+    """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them."""
+    depth = math.sqrt(2 * len(model.layers))
+    for name, p in model.named_parameters():
+        if name.endswith(("o_proj.weight", "out_proj.weight")):
+            nn.init.normal_(p, std=0.02 / depth)
+        elif name.endswith("conv.weight"):
+            nn.init.uniform_(p, -0.5, 0.5)
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=0.02)
+        elif name.endswith("A_log"):
+            nn.init.uniform_(p, 1, 16)
+            p.data.log_()
+        elif name.endswith("dt_bias"):
+            dt = torch.exp(torch.rand_like(p) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+            p.data.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+class Windows:
+    """Windows of a stream of tokens in random order, cut at another offset in every epoch.
+
+    Args:
+        stream: the tokens, on the device that trains.
+    """
+
+    def __init__(self, stream: Tensor, window: int, batch: int, seed: int) -> None:
+        self._stream, self._window, self._batch = stream, window, batch
+        self._generator = torch.Generator().manual_seed(seed)
+        self._left = torch.empty(0, dtype=torch.long)
+        self._offsets = torch.arange(window + 1, device=stream.device)
+        self.epochs = 0.0
+
+    def __next__(self) -> Tensor:
+        """int64 `[batch, window + 1]`."""
+        if len(self._left) < self._batch:
+            offset = int(torch.randint(self._window, (1,), generator=self._generator))
+            starts = torch.arange(offset, len(self._stream) - self._window - 1, self._window)
+            self._left = starts[torch.randperm(len(starts), generator=self._generator)]
+        starts, self._left = self._left.split([self._batch, len(self._left) - self._batch])
+        self.epochs += self._batch * self._window / len(self._stream)
+        return self._stream[starts.to(self._stream.device)[:, None] + self._offsets].long()
+
+
+def hidden_states(model: Model, ids: Tensor) -> Tensor:
+    """`[batch, window, hidden]` of int64 `[batch, window]`: fused on a card, in plain torch elsewhere."""
+    if ids.is_cuda:
+        return fused.hidden_states(model, ids)
+    batch, window = ids.shape
+    hidden, _ = model(ids.flatten(), range(0, batch * window + 1, window))
+    return hidden.view(batch, window, -1)
+
+
+def backward(model: Model, rows: Tensor) -> Tensor:
+    """Add the gradient of the mean cross entropy of `[batch, window + 1]`, and return that."""
+    device = rows.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        logits = model.logits(hidden_states(model, rows[:, :-1]))
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
+    loss.backward()
+    return loss.detach()
+
+
+def optimizers(model: Model, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for all else."""
+    matrices = [p for n, p in model.layers.named_parameters() if n.endswith("proj.weight")]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.1},
+                {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+            ],
+            lr=lr,
+            betas=(0.9, 0.95),
+            fused=model.device.type == "cuda",
+        ),
+    ]
+
+
+def operations_per_token(model: Model) -> float:
+    """Arithmetic of a token's forward and backward: 6 for each weight of a matrix, and 6 d_k d_v heads x 2 for the
+    state's update and read. What chunks cost on top is not counted."""
+    weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
+    states = sum(m.num_v_heads * m.d_k * m.d_v for m in model.spec.deltas.values())
+    return 6.0 * weights + 12.0 * states
+
+
+def save(model: Model, config: dict[str, Any], text: Path, out: Path) -> None:
+    """Write the checkpoint in its family's names, weights in bfloat16, with the tokenizer."""
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: t.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, t in export_tensors(model, family_of(config))
+    }
+    save_shard(out / "model.safetensors", tensors)
+    write_json(out / "config.json", config)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(text / name, out / name)
+
+
+def main(
+    name: Annotated[str, typer.Argument(help=f"{', '.join(MODELS)}.")],
+    text: Annotated[Path, typer.Argument(help="Folder that corpus.py made.")],
+    out: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
+    seconds: Annotated[float, typer.Option(help="How long to train, without loading and compiling.")] = 420.0,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 32,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = WINDOW,
+    lr: Annotated[float, typer.Option(help="Peak learning rate, for Muon and AdamW alike.")] = 3e-3,
+    heldout_tokens: Annotated[int, typer.Option(help="Held-out tokens to measure on at the end.")] = 262_144,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: int = 0,
+) -> None:
+    """Train a model of the ladder for so many seconds."""
+    if name not in MODELS:
+        raise typer.BadParameter(f"name={name!r} must be one of {', '.join(MODELS)}")
+    began = time.monotonic()
+    config = MODELS[name]
+    torch.manual_seed(seed)
+    torch.set_flush_denormal(True)
+    if device != "cpu":
+        fused.fix_configurations()
+    stream = torch.from_numpy(np.fromfile(text / "train.tokens", "<u2").astype(np.int32)).to(device)
+    model = Model(family_of(config).spec(config))
+    initialise(model)
+    model.to(device)
+    distance = fused.check(model) if device != "cpu" else None
+    chosen = optimizers(model, lr)
+    windows = Windows(stream, window, batch, seed)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(
+        f"{name}: {parameters:,} parameters, {len(stream):,} tokens; fused forward {distance} off", flush=True
+    )
+
+    backward(model, next(windows))  # compiles what is to be timed
+    for optimizer in chosen:
+        optimizer.zero_grad()
+    ready = time.monotonic()
+    curve: list[dict[str, float]] = []
+    recent: list[Tensor] = []
+    for step in count(1):
+        elapsed = time.monotonic() - ready
+        done = min(elapsed / seconds, 1.0)
+        # Linear warm-up, constant, then linear to zero over the last 60 %.
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, step / 100, (1 - done) / 0.6)
+        recent.append(backward(model, next(windows)))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in chosen:
+            optimizer.step()
+            optimizer.zero_grad()
+        if done == 1.0 or elapsed > REPORT_EVERY * (len(curve) + 1):
+            loss = float(torch.stack(recent).mean())
+            recent.clear()
+            tokens = step * batch * window
+            elapsed = time.monotonic() - ready
+            curve.append({"seconds": elapsed, "tokens": tokens, "loss": loss})
+            share = tokens / elapsed * operations_per_token(model) / PEAK
+            speed = f"{tokens / elapsed:,.0f} tokens/s, {share:.1%} of the card"
+            print(f"{elapsed:.0f} s, step {step}: loss {loss:.4f}, {speed}", flush=True)
+            if not math.isfinite(loss):
+                raise SystemExit("training diverged; a smaller --lr may help")
+        if done == 1.0:
+            break
+    trained, operations = time.monotonic() - ready, operations_per_token(model)
+    save(model, config, text, out)
+    del model, chosen
+    checkpoint = open_checkpoint(out)
+    held_out = evaluation_windows(
+        Encoder(checkpoint),
+        read_text([text / "heldout.jsonl.gz"], None),
+        tokens=heldout_tokens,
+        window=window,
+    )
+    found = perplexity(checkpoint.load(device=device), held_out)
+    print(f"held-out perplexity {found.perplexity:.3f} on {found.tokens:,} tokens", flush=True)
+    write_json(
+        out / "train.json",
+        {
+            "model": name,
+            "parameters": parameters,
+            "tokens": tokens,
+            "epochs": round(windows.epochs, 3),
+            "corpus_tokens": len(stream),
+            "seconds": trained,
+            "seconds_before": ready - began,
+            "tokens_per_second": tokens / trained,
+            "operations_per_token": operations,
+            "share_of_peak": tokens / trained * operations / PEAK if device != "cpu" else None,
+            "fused_distance": distance,
+            "settings": {"batch": batch, "window": window, "lr": lr, "seed": seed},
+            "heldout": found.as_json(),
+            "environment": environment(torch.device(device)),
+            "versions": versions(),
+            "curve": curve,
+        },
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
