@@ -179,7 +179,7 @@ def train(
         OutputError: it could not be saved then.
     """
     which = {"rank": settings.rank, "alpha": settings.alpha, "seed": settings.seed}
-    with _no_denormals(), trainable(model, settings.train, **which) as parameters:
+    with flushed_denormals(), trainable(model, settings.train, **which) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=BETAS, weight_decay=0.0)
         evaluated = settings.evaluated_steps
 
@@ -234,7 +234,7 @@ def train(
 
 
 @contextmanager
-def _no_denormals() -> Iterator[None]:
+def flushed_denormals() -> Iterator[None]:
     """Takes denormal numbers for zero in the block: decays of a whole chunk underflow, and denormals are slow."""
     torch.set_flush_denormal(True)
     try:
