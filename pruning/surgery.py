@@ -6,13 +6,14 @@ Where the key axis is comes from the family (`key_rows`), so nothing here knows 
 import errno
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor
 
 from lowkey.publishing import write_json
@@ -126,6 +127,20 @@ def write_shards(
     if {file.name for file in checkpoint.files.values()} != {SINGLE}:
         weight_map = {name: file.name for name, file in checkpoint.files.items()}
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def replace_tensors(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write other values of the same shapes and dtypes into a checkpoint that is being made, shard by shard."""
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as f:
+            names = list(f.keys())
+            if tensors.keys().isdisjoint(names):
+                continue
+            shard = {name: tensors[name] if name in tensors else f.get_tensor(name) for name in names}
+        # What is mapped from the old file stays readable: the new one gets its name, not its place.
+        new = file.with_suffix(".new")
+        save_shard(new, shard)
+        new.replace(file)
 
 
 def rotate_rows(tensor: Tensor, rows: Tensor, rotation: Tensor, *, filters: bool) -> Tensor:

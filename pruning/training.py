@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowkey.publishing import replacing
 from modeling.model import Model
+from modeling.ops import GatedDeltaRule
 from pruning.batches import Batches
 from pruning.calibration import WINDOW
 from pruning.errors import PruningError
@@ -38,6 +39,15 @@ OnStep = Callable[[int, float], None]
 
 def no_report(tokens: int, loss: float) -> None:
     """An `OnStep` for callers that show nothing."""
+
+
+def schedule(step: int, steps: int) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, then half a cosine to zero."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * done))
 
 
 @dataclass(frozen=True)
@@ -94,12 +104,7 @@ class TrainingSettings:
         return -(-self.tokens // self.tokens_per_step)
 
     def lr_at(self, step: int) -> float:
-        """Linear warm-up, then half a cosine to zero."""
-        warmup = max(1, round(WARMUP * self.steps))
-        if step < warmup:
-            return self.lr * (step + 1) / warmup
-        done = (step - warmup) / max(1, self.steps - warmup)
-        return self.lr * 0.5 * (1 + math.cos(math.pi * done))
+        return self.lr * schedule(step, self.steps)
 
     @property
     def evaluated_steps(self) -> set[int]:
@@ -149,6 +154,7 @@ def train(
     saved: Path,
     fingerprint: Mapping[str, Any],
     save_seconds: float = SAVE_SECONDS,
+    rule: GatedDeltaRule | None = None,
     on_step: OnStep = no_report,
 ) -> Result:
     """Train the model in place: float32 master weights, bfloat16 autocast.
@@ -164,6 +170,7 @@ def train(
         saved: file of a run's progress, written every `save_seconds`, when Ctrl-C is pressed and at the end; if it
             exists, the run goes on from there. The caller removes it.
         fingerprint: says which run this is; a file of another run is refused.
+        rule: as `Model.forward`, of all models; it must be differentiable.
 
     Raises:
         PruningError: loss or gradient is not finite (`saved` then holds the last good state), `saved` belongs to
@@ -172,7 +179,7 @@ def train(
         OutputError: it could not be saved then.
     """
     which = {"rank": settings.rank, "alpha": settings.alpha, "seed": settings.seed}
-    with _no_denormals(), trainable(model, settings.train, **which) as parameters:
+    with flushed_denormals(), trainable(model, settings.train, **which) as parameters:
         optimizer = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=BETAS, weight_decay=0.0)
         evaluated = settings.evaluated_steps
 
@@ -184,7 +191,7 @@ def train(
                 lr=settings.lr_at(progress.step),
                 train_loss=progress.ce / steps if steps else None,
                 train_kl=progress.kl / steps if steps and teacher is not None else None,
-                heldout_loss=heldout_loss(model, heldout),
+                heldout_loss=heldout_loss(model, heldout, rule),
             )
 
         if saved.exists():
@@ -202,7 +209,8 @@ def train(
                     group["lr"] = settings.lr_at(progress.step)
                 first = progress.step * settings.accumulate
                 losses = [
-                    backward(model, teacher, batches[first + i], settings) for i in range(settings.accumulate)
+                    backward(model, teacher, batches[first + i], settings, rule)
+                    for i in range(settings.accumulate)
                 ]
                 norm = nn.utils.clip_grad_norm_(parameters.values(), CLIP)
                 ce, kl, size = torch.cat([torch.stack(losses).mean(0), norm[None]]).tolist()
@@ -226,7 +234,7 @@ def train(
 
 
 @contextmanager
-def _no_denormals() -> Iterator[None]:
+def flushed_denormals() -> Iterator[None]:
     """Takes denormal numbers for zero in the block: decays of a whole chunk underflow, and denormals are slow."""
     torch.set_flush_denormal(True)
     try:
@@ -235,11 +243,18 @@ def _no_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)
 
 
-def backward(model: Model, teacher: Model | None, rows: Tensor, settings: TrainingSettings) -> Tensor:
+def backward(
+    model: Model,
+    teacher: Model | None,
+    rows: Tensor,
+    settings: TrainingSettings,
+    rule: GatedDeltaRule | None = None,
+) -> Tensor:
     """Add the gradient of `ce_weight * CE + kl_weight * T^2 KL(teacher || model)`, over `accumulate`.
 
     Args:
         rows: `[batch, window + 1]`.
+        rule: as for `train`.
 
     Returns:
         CE and T^2 KL, nats per token, `[2]`.
@@ -250,12 +265,12 @@ def backward(model: Model, teacher: Model | None, rows: Tensor, settings: Traini
     cu_seqlens = range(0, len(inputs) + 1, rows.shape[1] - 1)
     autocast = torch.autocast(device.type, torch.bfloat16)
     with autocast:
-        hidden, _ = model(inputs, cu_seqlens)
+        hidden, _ = model(inputs, cu_seqlens, rule=rule)
         if teacher is None:
             taught = hidden.detach()
         else:
             with torch.no_grad():
-                taught, _ = teacher(inputs, cu_seqlens)
+                taught, _ = teacher(inputs, cu_seqlens, rule=rule)
     # Logits and their gradients exist for some rows at a time; the blocks' backward runs once, from their sum.
     leaf = hidden.detach().requires_grad_()
     part = max(1, LOGITS // model.spec.vocab_size)
@@ -283,10 +298,10 @@ def backward(model: Model, teacher: Model | None, rows: Tensor, settings: Traini
     return sums / len(inputs)
 
 
-def heldout_loss(model: Model, windows: Tensor) -> float:
+def heldout_loss(model: Model, windows: Tensor, rule: GatedDeltaRule | None = None) -> float:
     """Nats per token; see `pruning.evaluation.perplexity`."""
     on_cpu = model.embeddings.weight.device.type == "cpu"
-    return perplexity(model, windows, batch=4 if on_cpu else 32).loss
+    return perplexity(model, windows, batch=4 if on_cpu else 32, rule=rule).loss
 
 
 def _save(

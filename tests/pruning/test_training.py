@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from modeling.checkpoint import open_checkpoint
+from modeling.ops import chunked_gated_delta_rule
 from pruning import training
 from pruning.batches import Batches
 from pruning.errors import PruningError
@@ -73,6 +74,20 @@ def test_the_gradient_is_that_of_the_loss_as_it_is_written(load, config, precisi
     torch.testing.assert_close(reported, torch.stack([ce, kl]).detach(), rtol=1e-4, atol=1e-5)
     for name, parameter in parameters.items():
         assert (found[name] - parameter.grad).norm() <= tolerance * parameter.grad.norm(), name
+
+
+def test_everything_runs_the_rule_that_is_given(load, tmp_path):
+    s = settings(tokens=64, evaluations=1)
+    calls = []
+
+    def rule(inputs):
+        calls.append(inputs.v.shape[0])
+        return chunked_gated_delta_rule(inputs)
+
+    found = run(load(), load(seed=1), s, tmp_path / "given", rule=rule)
+    # One step of the student and its teacher, and the held-out text before and after it.
+    assert sum(calls) == 3 * (2 * 64 + 2 * HELDOUT[:, 1:].numel())
+    assert found == run(load(), load(seed=1), s, tmp_path / "default")
 
 
 def test_the_learning_rate_rises_and_falls_to_zero():

@@ -1,0 +1,300 @@
+"""Reconstruction: each layer of a reduced checkpoint is fitted to what the dense layer gives, one after the other.
+
+No gradient goes through more than one layer. Memory holds one layer of each checkpoint, and the hidden states of all
+tokens twice: as the dense model has them and as the reduced one has them. A reduced layer reads the second and is
+fitted to what the dense layer makes of the first, so it also makes good what the layers before it got wrong.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeling.checkpoint import FLOATS, Checkpoint
+from modeling.layers import Block, DeltaMixer, MoE
+from modeling.ops import GatedDeltaRule
+from modeling.spec import ModelSpec
+from pruning.calibration import cu_seqlens
+from pruning.errors import PruningError
+from pruning.finite import finite
+from pruning.progress import Advance, no_progress
+from pruning.streaming import layers_to_run
+from pruning.training import BETAS, CLIP, flushed_denormals, schedule
+
+MEASURED_TOGETHER = 2**15
+"""Tokens that run together where nothing is trained, at most; one window where that has more."""
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """How to fit. Raises PruningError for values that can't be meant."""
+
+    steps: int = 200
+    """Steps of Adam for each layer."""
+    batch: int = 4
+    """Windows in each step."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    seed: int = 0
+    """Seed of the order of the windows."""
+    train: Literal["qk", "qko", "mixer", "block"] = "block"
+    inputs: Literal["reduced", "dense"] = "reduced"
+    loss: Literal["variance", "plain", "norm"] = "variance"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch"):
+            if getattr(self, name) < 1:
+                raise PruningError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 < self.lr < math.inf:
+            raise PruningError(f"lr={self.lr} must be a positive number")
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How one layer was fitted. Errors are squared errors of its output on all windows, as a share of the variance of
+    the dense layer's output; the mean over the channels."""
+
+    layer: int
+    """Index of the layer in the model."""
+    before: float
+    after: float
+    """The error with the fitted weights in the dtypes of the checkpoint."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The fitted layers of a reduced checkpoint."""
+
+    tensors: Mapping[str, Tensor]
+    """The fitted tensors under the checkpoint's names, in its dtypes and shapes, on the CPU."""
+    fits: tuple[LayerFit, ...]
+    """One for each linear-attention layer, in their order."""
+
+
+def tokens_to_run(spec: ModelSpec, windows: Tensor, settings: ReconstructionSettings) -> int:
+    """How many tokens `reconstruct` runs through one layer or another."""
+    fitted = settings.steps * settings.batch * windows.shape[1]
+    return 2 * layers_to_run(spec) * windows.numel() + len(spec.linear_layers) * (windows.numel() + fitted)
+
+
+def reconstruct(
+    dense: Checkpoint,
+    reduced: Checkpoint,
+    windows: Tensor,
+    settings: ReconstructionSettings,
+    *,
+    device: torch.device | str = "cpu",
+    hidden_device: torch.device | str | None = None,
+    rule: GatedDeltaRule | None = None,
+    advance: Advance = no_progress,
+) -> Reconstruction:
+    """Fit the linear-attention layers of `reduced` to those of `dense`, of which it was cut.
+
+    All parameters of a layer are fitted but experts and their router. Layers of other kinds stay as they are. On a GPU
+    products are in bfloat16 with float32 weights, on the CPU in float32; there the result depends on the arguments
+    alone, to the last bit.
+
+    Args:
+        windows: int64 `[count, length]`.
+        device: where each layer runs.
+        hidden_device: where the hidden states of all tokens stay, `8 * count * length * hidden_size` bytes; None for
+            `device`.
+        rule: as `Model.forward`; it must be differentiable.
+        advance: told of `tokens_to_run` tokens in all.
+
+    Raises:
+        PruningError: a fit gives NaN or Inf.
+        CheckpointError: a tensor is missing or of another shape than the config says.
+    """
+    device = torch.device(device)
+    run = _Run(windows, settings, dense.spec.eos_token_ids, device, rule, advance)
+    # Of a mapped file only the rows that are needed are read.
+    embeddings = dense.tensor(dense.name_of("embeddings.weight"))
+    taught = embeddings[windows.flatten()].float().view(*windows.shape, -1).to(hidden_device or device)
+    del embeddings
+    hidden = taught.clone()
+    tensors: dict[str, Tensor] = {}
+    fits = []
+    with flushed_denormals():
+        for layer in range(layers_to_run(dense.spec)):
+            began = time.perf_counter()
+            inputs = taught.clone() if settings.inputs == "dense" else hidden
+            run.forward(dense.block(layer, device=device), taught, into=taught)
+            block = reduced.block(layer, device=device)
+            if not isinstance(block.mixer, DeltaMixer):
+                run.forward(block, hidden, into=hidden)
+                continue
+            loss = _Loss(taught, _next_norm(dense, layer), settings.loss)
+            before = run.forward(block, inputs, loss=loss)
+            if before:
+                run.fit(block, inputs, loss)
+                stored = _as_stored(reduced, block, layer)
+                tensors |= stored
+                _read_back(reduced, block, layer, stored)
+            after = run.forward(block, inputs, loss=loss, into=hidden)
+            if not math.isfinite(after):
+                raise PruningError(
+                    f"{reduced.source}: layer {layer}: the error after {settings.steps} steps is {after}; a smaller lr "
+                    f"than {settings.lr} may help"
+                )
+            fits.append(LayerFit(layer, before, after, time.perf_counter() - began))
+    return Reconstruction(tensors, tuple(fits))
+
+
+def _next_norm(dense: Checkpoint, layer: int) -> Tensor:
+    last = layer + 1 == len(dense.spec.layers)
+    prefix = "norm." if last else f"layers.{layer + 1}.mixer_norm."
+    return dense.parameters(prefix)["weight"]
+
+
+class _Loss:
+    """The error of a layer's output, the dense layer's being `target` `[count, length, hidden]`."""
+
+    def __init__(self, target: Tensor, norm: Tensor, kind: str) -> None:
+        self.target = target
+        self._kind = kind
+        variance = target.flatten(0, 1).var(0, correction=0)
+        # A channel that hardly varies weighs no more than one of a millionth of the others' variance.
+        variance = variance.clamp_min(1e-6 * float(variance.mean())).clamp_min(1e-20)
+        if kind == "norm":
+            self._weight = (norm.square() / norm.square().sum()).to(target.device)
+        elif kind == "plain":
+            self._weight = torch.ones_like(variance) / variance.sum()
+        else:
+            self._weight = 1 / (variance * len(variance))
+
+    def __call__(self, y: Tensor, windows: Tensor | slice) -> Tensor:
+        """The mean over the tokens of y `[windows, length, hidden]`, the outputs for some of the windows."""
+        target = self.target[windows].to(y.device)
+        if self._kind == "norm":
+            y, target = (F.rms_norm(z, z.shape[-1:], None, 1e-6) for z in (y, target))
+        errors: Tensor = (y - target).square() @ self._weight.to(y.device)
+        return errors.mean()
+
+
+class _Run:
+    """What is the same for all layers."""
+
+    def __init__(
+        self,
+        windows: Tensor,
+        settings: ReconstructionSettings,
+        separators: tuple[int, ...],
+        device: torch.device,
+        rule: GatedDeltaRule | None,
+        advance: Advance,
+    ) -> None:
+        self._windows, self._settings, self._separators = windows, settings, separators
+        self._device, self._rule, self._advance = device, rule, advance
+
+    @torch.no_grad()
+    def forward(
+        self, block: Block, inputs: Tensor, *, loss: _Loss | None = None, into: Tensor | None = None
+    ) -> float:
+        """Run all windows, from `inputs` to `into`, both `[count, length, hidden]`. Returns the loss of the outputs; 0
+        without one."""
+        count, length = self._windows.shape
+        together = max(1, MEASURED_TOGETHER // length)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for at in range(0, count, together):
+            some = slice(at, min(at + together, count))
+            y = self._output(block, inputs, some)
+            if loss is not None:
+                total += len(y) * loss(y, some)
+            if into is not None:
+                into[some] = y
+            self._advance(len(y) * length)
+        return float(total) / count
+
+    def fit(self, block: Block, inputs: Tensor, loss: _Loss) -> None:
+        """Train the parameters of a block."""
+        s = self._settings
+        parameters = [p.requires_grad_() for p in _trained(block, s.train)]
+        optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=BETAS, weight_decay=0.0)
+        generator = torch.Generator().manual_seed(s.seed)
+        epochs = -(-s.steps * s.batch // len(self._windows))
+        order = torch.cat([torch.randperm(len(self._windows), generator=generator) for _ in range(epochs)])
+        for step, some in enumerate(order[: s.steps * s.batch].split(s.batch)):
+            for group in optimizer.param_groups:
+                group["lr"] = s.lr * schedule(step, s.steps)
+            loss(self._output(block, inputs, some), some).backward()
+            nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+            self._advance(s.batch * self._windows.shape[1])
+        block.requires_grad_(False)
+
+    def _output(self, block: Block, inputs: Tensor, some: Tensor | slice) -> Tensor:
+        """A block's output for some of the windows, float32 `[windows, length, hidden]`."""
+        x = inputs[some].to(self._device)
+        autocast: AbstractContextManager[Any] = nullcontext()
+        if self._device.type == "cuda":  # on the CPU bfloat16 is slower than float32
+            autocast = torch.autocast("cuda", torch.bfloat16)
+        with autocast:
+            y, _ = block(x.flatten(0, 1), cu_seqlens(self._windows[some], self._separators), rule=self._rule)
+        return y.view(x.shape).float()
+
+
+def _trained(block: Block, which: str) -> Iterator[Tensor]:
+    mixer = block.mixer
+    assert isinstance(mixer, DeltaMixer)
+    m = mixer.spec
+
+    def rows(p: Tensor, n: int) -> Tensor:
+        mask = torch.zeros(p.shape[0], device=p.device)
+        mask[:n] = 1
+        mask = mask.view(-1, *[1] * (p.ndim - 1))
+        p.requires_grad_()
+        p.register_hook(lambda g: g * mask)
+        return p
+
+    if which in ("qk", "qko"):
+        yield rows(mixer.in_proj.weight, 2 * m.key_dim)
+        for p in mixer.conv.parameters():
+            yield rows(p, 2 * m.key_dim)
+        if which == "qko":
+            yield from mixer.o_norm.parameters()
+            yield mixer.o_proj.weight
+    elif which == "mixer":
+        yield from mixer.parameters()
+        yield from block.mixer_norm.parameters()
+    else:
+        for name, p in block.named_parameters():
+            if not (isinstance(block.ffn, MoE) and name.startswith("ffn.")):
+                yield p
+
+
+def _as_stored(checkpoint: Checkpoint, block: Block, layer: int) -> dict[str, Tensor]:
+    """What of a fitted block the checkpoint stores, but for experts, under its names and in its dtypes and shapes."""
+    state, prefix = block.state_dict(), f"layers.{layer}."
+    fitted = f"{checkpoint.source}: after reconstruction, in the checkpoint's own dtype"
+    stored = {}
+    for m in checkpoint.maps:
+        if not m.ours.startswith(prefix) or m.role == "experts":
+            continue
+        for name, tensor in zip(m.theirs, m.split(state[m.ours.removeprefix(prefix)]), strict=True):
+            dtype, shape = checkpoint.dtype_and_shape(name)
+            # A copy: parts of one matrix would keep the whole of it, and on the CPU in float32.
+            part = tensor.detach().to("cpu", FLOATS[dtype], copy=True).reshape(shape)
+            stored[name] = finite(part, name, fitted)
+    return stored
+
+
+@torch.no_grad()
+def _read_back(checkpoint: Checkpoint, block: Block, layer: int, stored: Mapping[str, Tensor]) -> None:
+    """Give a block the weights that are stored, which are rounded: the layers behind it then correct that, too."""
+    prefix = f"layers.{layer}."
+    types = checkpoint.parameter_types(torch.float32)
+    parameters = dict(block.named_parameters())
+    for m in checkpoint.maps:
+        if m.ours.startswith(prefix) and m.role != "experts":
+            shape, kind = types[m.ours]
+            p = parameters[m.ours.removeprefix(prefix)]
+            p.copy_(m.join((stored[name] for name in m.theirs), shape, kind, p.device))
