@@ -29,6 +29,7 @@ from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS, evaluation_windows
 from pruning.export import check_written
 from pruning.finite import check_finite, finite
+from pruning.fused import training_rule
 from pruning.interrupts import going_on_from
 from pruning.record import record_of
 from pruning.reduction import check_output
@@ -172,6 +173,7 @@ def recover(run: Run, device: torch.device, *, on_step: OnStep = no_report) -> d
             run.settings,
             saved=run.saved,
             fingerprint=run.fingerprint,
+            rule=training_rule(device),
             on_step=on_step,
         )
         del teacher

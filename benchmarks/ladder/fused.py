@@ -4,65 +4,11 @@
 convolution, gated delta rule and gated norm are one kernel each. `check` compares the two on random tokens.
 """
 
-import json
-import os
-import tempfile
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from modeling.layers import Block, DeltaMixer
 from modeling.model import Model
-from modeling.ops import RuleInputs
-
-CONFIGS = {
-    "chunk_local_cumsum_scalar_kernel": ({}, 1, 3),
-    "chunk_gated_delta_rule_fwd_kkt_solve_kernel": ({"BK": 64}, 1, 3),
-    "recompute_w_u_fwd_kernel": ({}, 4, 3),
-    "chunk_gated_delta_rule_fwd_kernel_h_blockdim64": ({"BV": 32}, 4, 2),
-    "chunk_fwd_kernel_o": ({"BK": 64, "BV": 64}, 4, 3),
-    "chunk_bwd_kernel_dv_local": ({}, 4, 3),
-    "chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64": ({"BV": 32}, 4, 2),
-    "chunk_bwd_kernel_dqkwg": ({}, 4, 2),
-    "prepare_wy_repr_bwd_kernel": ({}, 4, 2),
-    "l2norm_fwd_kernel": ({"BT": 32}, 4, 3),
-    "l2norm_bwd_kernel": ({"BT": 32}, 4, 3),
-    "causal_conv1d_fwd_kernel": ({"BD": 64}, 4, 3),
-    "causal_conv1d_bwd_kernel": ({"BD": 64}, 8, 3),
-}
-"""Kernels of fla, and what each is launched with on a Hopper card: (its own constants, warps, stages). fla would tune
-each of them at its first launch, which takes minutes."""
-
-
-def fix_configurations() -> None:
-    """Tell fla `CONFIGS`, in files of its own format. Call this first: fla asks where they are when it is imported."""
-    folder = Path(tempfile.mkdtemp(prefix="fla-configs-"))
-    for name, (constants, warps, stages) in CONFIGS.items():
-        config = {"kwargs": constants, "num_warps": warps, "num_stages": stages, "num_ctas": 1}
-        (folder / f"{name}.json").write_text(json.dumps({"kernel_name": name, "default_config": config}))
-    os.environ["FLA_CONFIG_DIR"], os.environ["FLA_CACHE_MODE"] = str(folder), "default"
-
-
-def rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
-    """`modeling.ops.GatedDeltaRule` by fla's kernels with their backward, in bfloat16."""
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
-
-    q, k, v = (t.to(torch.bfloat16)[None] for t in (inputs.q, inputs.k, inputs.v))
-    beta = inputs.beta[None]
-    g = torch.zeros_like(beta) if inputs.g is None else inputs.g[None]
-    o, state = chunk_gated_delta_rule(
-        q,
-        k,
-        v,
-        g,
-        beta,
-        scale=inputs.scale,
-        initial_state=inputs.initial_state,
-        output_final_state=True,
-        cu_seqlens=torch.tensor(inputs.cu_seqlens, device=v.device),
-    )
-    return o[0], state
 
 
 def hidden_states(model: Model, ids: Tensor) -> Tensor:

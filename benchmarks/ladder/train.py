@@ -36,6 +36,7 @@ from modeling.model import Model
 from pruning.calibration import Encoder
 from pruning.evaluation import evaluation_windows, perplexity
 from pruning.evaluation.record import environment
+from pruning.fused import fix_configurations
 from pruning.sources import read_text
 from pruning.versions import versions
 
@@ -168,7 +169,7 @@ def main(
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
     if device != "cpu":
-        fused.fix_configurations()
+        fix_configurations()
     stream = torch.from_numpy(np.fromfile(text / "train.tokens", "<u2").astype(np.int32)).to(device)
     model = Model(family_of(config).spec(config))
     initialise(model)
