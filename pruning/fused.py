@@ -57,10 +57,11 @@ def fix_configurations() -> None:
 
 
 def fla_gated_delta_rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
-    """`modeling.ops.GatedDeltaRule` by fla's kernels with their backward, in bfloat16."""
+    """`modeling.ops.GatedDeltaRule` by fla's kernels with their backward, in v's dtype."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    q, k, v = (t.to(torch.bfloat16)[None] for t in (inputs.q, inputs.k, inputs.v))
+    v = inputs.v[None]
+    q, k = (t.to(v.dtype)[None] for t in (inputs.q, inputs.k))
     beta = inputs.beta[None]
     g = torch.zeros_like(beta) if inputs.g is None else inputs.g[None]
     o, state = chunk_gated_delta_rule(

@@ -67,15 +67,16 @@ def test_it_writes_what_the_report_reads(made, tmp_path):
     run("report", tmp_path / "r.html", tmp_path / "table.json")
 
 
-def test_a_cell_is_what_prune_and_evaluate_give(made, tmp_path):
-    run(*arguments(made, tmp_path / "table.json", *SMALL))
+@pytest.mark.parametrize("window", [512, 128])
+def test_a_cell_is_what_prune_and_evaluate_give(made, tmp_path, window):
+    run(*arguments(made, tmp_path / "table.json", *SMALL, "--window", window))
     run("prune", made / "dense", tmp_path / "reduced", "--method", "l1", "--keep", 16)
     cell, *_ = json.loads((tmp_path / "table.json").read_text())["reduced"]
     dense, reduced = (open_checkpoint(path) for path in (made / "dense", tmp_path / "reduced"))
-    windows = evaluation_windows(Encoder(dense), read_text([made / "text"]), tokens=1024)
+    windows = evaluation_windows(Encoder(dense), read_text([made / "text"]), tokens=1024, window=window)
     model = reduced.load()
     assert cell["perplexity"] == perplexity(model, windows).perplexity
-    _, divergence = compare(model, dense.load(), windows[:1])
+    _, divergence = compare(model, dense.load(), windows[: 512 // window])
     assert (cell["kl"], cell["top1_agreement"]) == (divergence.kl, divergence.top1_agreement)
     assert cell["d_k"] == list(reduced.spec.d_k)
 
