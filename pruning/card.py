@@ -130,10 +130,19 @@ def _origin(spec: ModelSpec, record: Mapping[str, Any]) -> Iterator[str]:
     )
     if record.get("rotated") is True:
         yield "The channels that are kept are mixtures of the source's."
-    others = ["values, gates and decays"]
+    reconstruction = record.get("reconstruction")
+    others = [] if reconstruction is not None else ["values, gates and decays"]
     others += ["softmax attention"] if any(isinstance(m.mixer, AttentionSpec) for m in spec.layers) else []
     others += ["experts"] if any(isinstance(m.ffn, MoESpec) for m in spec.layers) else []
-    yield f"Everything else is the source's: {', '.join(others)} and all other tensors."
+    if reconstruction is not None:
+        yield (
+            "These layers were then fitted, one after the other, to what the source's layers give on "
+            f"{counted(reconstruction['tokens'], 'token')}."
+        )
+    if others:
+        yield f"Everything else is the source's: {', '.join(others)} and all other tensors."
+    else:
+        yield "All other tensors are the source's."
     if is_masked(record):
         yield ""
         yield (

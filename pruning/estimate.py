@@ -103,6 +103,15 @@ def training_seconds(
     return windows * one
 
 
+def reconstruction_seconds(
+    spec: ModelSpec, passes: float, fitted: int, length: int, device: torch.device
+) -> float:
+    """Seconds that `passes` of windows of `length` tokens forward, and `fitted` forward and backward, take in all
+    layers."""
+    forward = _layers_seconds(spec, length, device, partial(_run, ()))
+    return passes * forward + fitted * _layers_seconds(spec, length, device, _fit)
+
+
 def _layers_seconds(
     spec: ModelSpec,
     length: int,
@@ -158,6 +167,14 @@ def _made_up(spec: ModelSpec, layer: LayerSpec, length: int, experts: torch.dtyp
 def _train(model: Model, windows: Tensor) -> None:
     model.requires_grad_()
     with torch.autocast(windows.device.type, torch.bfloat16):
+        hidden, _ = model(windows.flatten(), [0, windows.numel()])
+    hidden.float().sum().backward()
+
+
+def _fit(model: Model, windows: Tensor) -> None:
+    model.requires_grad_()
+    autocast = torch.autocast("cuda", torch.bfloat16, enabled=windows.device.type == "cuda")
+    with autocast:
         hidden, _ = model(windows.flatten(), [0, windows.numel()])
     hidden.float().sum().backward()
 

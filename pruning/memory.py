@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lowkey.memory import host_memory
 from lowkey.words import in_units
@@ -16,6 +17,7 @@ from pruning.capacity import parameter_count
 from pruning.errors import DoesNotFitError
 from pruning.evaluation.likelihood import CPU_BATCH, GPU_BATCH, predicted_together
 from pruning.gradients import need_gradients
+from pruning.reconstruction import run_together
 from pruning.statistics import FORWARD, StatisticName, shapes
 from pruning.trainable import trained_count
 from pruning.training import LOGITS, TrainingSettings
@@ -163,6 +165,39 @@ def training_memory(
     second = max(taught, weights - 3 * trained)
     active = max(active, _evaluated(student, length, device))
     return Memory(weights + second, active, training=3 * trained, waiting=waiting)
+
+
+def reconstruction_memory(
+    checkpoint: Checkpoint,
+    windows: Tensor,
+    batch: int,
+    device: torch.device,
+    *,
+    hidden_device: torch.device,
+) -> Memory:
+    """What `pruning.reconstruction` takes on `windows` `[count, length]`, `batch` of them in a step: a layer of each
+    checkpoint, one of which is trained, and on `hidden_device` the hidden states of all tokens twice."""
+    spec, hidden = checkpoint.spec, checkpoint.spec.hidden_size
+    count, length = windows.shape
+    width = expert_dtype(checkpoint).itemsize
+    layer = max(_layer_bytes(layer, hidden, width) for layer in set(spec.layers))
+    each = _layer_activations(spec)
+    mixers, ffns = each[: len(spec.layers)], each[len(spec.layers) :]
+    trained = 4 * batch * length * (max(mixers) + max(ffns))
+    # Autocast has a copy of the weights in bfloat16.
+    active = max(_forward_bytes(spec, run_together(count, length) * length), trained + layer // 2)
+    states = 2 * 4 * windows.numel() * hidden
+    beside = device.type == "cuda" and hidden_device == device
+    # The fitted layers, without their experts, in the dtype that they are stored in, and one shard that is written.
+    stored = sum(_layer_bytes(spec.layers[i], hidden, 0) for i in spec.linear_layers)
+    stored = stored * config_dtype(checkpoint.config).itemsize // 4
+    return Memory(
+        2 * layer,
+        active + (states if beside else 0),
+        hidden=0 if beside else states,
+        training=3 * layer,
+        waiting=stored,
+    )
 
 
 def expert_dtype(checkpoint: Checkpoint) -> torch.dtype:

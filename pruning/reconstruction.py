@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,15 +20,15 @@ from modeling.checkpoint import FLOATS, Checkpoint
 from modeling.layers import Block, DeltaMixer, MoE
 from modeling.ops import GatedDeltaRule
 from modeling.spec import ModelSpec
-from pruning.calibration import cu_seqlens
+from pruning.calibration import Origin, cu_seqlens
 from pruning.errors import PruningError
 from pruning.finite import finite
 from pruning.progress import Advance, no_progress
 from pruning.streaming import layers_to_run
 from pruning.training import BETAS, CLIP, flushed_denormals, schedule
 
-MEASURED_TOGETHER = 2**15
-"""Tokens that run together where nothing is trained, at most; one window where that has more."""
+_TOGETHER = 2**14
+"""Tokens that run together where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,21 @@ class Reconstruction:
     """The fitted tensors under the checkpoint's names, in its dtypes and shapes, on the CPU."""
     fits: tuple[LayerFit, ...]
     """One for each linear-attention layer, in their order."""
+
+    def as_json(self, origin: Origin, settings: ReconstructionSettings) -> dict[str, Any]:
+        """What `state_reduction.json` says about it."""
+        return {
+            "tokens": origin.tokens,
+            "origin": origin.as_json(),
+            "settings": asdict(settings),
+            "seconds": sum(fit.seconds for fit in self.fits),
+            "layers": [asdict(fit) for fit in self.fits],
+        }
+
+
+def run_together(count: int, length: int) -> int:
+    """How many of `count` windows of `length` tokens run together where nothing is trained."""
+    return min(count, max(1, _TOGETHER // length))
 
 
 def tokens_to_run(spec: ModelSpec, windows: Tensor, settings: ReconstructionSettings) -> int:
@@ -201,7 +216,7 @@ class _Run:
         """Run all windows, from `inputs` to `into`, both `[count, length, hidden]`. Returns the loss of the outputs; 0
         without one."""
         count, length = self._windows.shape
-        together = max(1, MEASURED_TOGETHER // length)
+        together = run_together(count, length)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         for at in range(0, count, together):
             some = slice(at, min(at + together, count))
@@ -239,7 +254,8 @@ class _Run:
             autocast = torch.autocast("cuda", torch.bfloat16)
         with autocast:
             y, _ = block(x.flatten(0, 1), cu_seqlens(self._windows[some], self._separators), rule=self._rule)
-        return y.view(x.shape).float()
+        output: Tensor = y.view(x.shape).float()
+        return output
 
 
 def _trained(block: Block, which: str) -> Iterator[Tensor]:

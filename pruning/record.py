@@ -72,6 +72,10 @@ class _Recovery(TypedDict):
     evaluation: _Around
 
 
+class _Reconstruction(TypedDict):
+    tokens: _Count
+
+
 class _Record(TypedDict):
     """What this package reads of `state_reduction.json`."""
 
@@ -82,6 +86,7 @@ class _Record(TypedDict):
     d_k: NotRequired[list[int]]
     calibration: _Calibration | None
     evaluation: _Evaluation | None
+    reconstruction: NotRequired[_Reconstruction]
     recovery: NotRequired[_Recovery]
 
 

@@ -1,10 +1,12 @@
 """Checkpoint in, reduced checkpoint out: surgery, provenance, and the check that the result loads."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from lowkey.files import Found, check_new_directory, refuse_link
 from lowkey.publishing import new_directory, write_json
@@ -18,7 +20,7 @@ from pruning.export import check_written
 from pruning.record import FORMAT
 from pruning.selection import Selection
 from pruning.statistics import Statistics
-from pruning.surgery import Export, check_runs, write_reduced
+from pruning.surgery import Export, check_runs, replace_tensors, write_reduced
 from pruning.versions import versions
 
 
@@ -32,6 +34,11 @@ class Provenance:
     """What the method read; None for a method that reads none."""
     budget: Budget | None = None
     """How the state was spent over the layers; None where all of them were given the same width."""
+
+
+Fitted = tuple[Mapping[str, Tensor], dict[str, Any]]
+"""What fitting a reduced checkpoint gives: the tensors that change, by name, and what `state_reduction.json` says about
+it."""
 
 
 def check_output(
@@ -65,12 +72,14 @@ def reduce_checkpoint(
     *,
     export: Export = "sliced",
     replaces: Found | None = None,
+    fit: Callable[[Checkpoint], Fitted] | None = None,
     evaluate: Callable[[Model], dict[str, object]] | None = None,
 ) -> ModelSpec:
     """Write the reduced checkpoint to `out`, which appears only once it is whole and has been run.
 
     Args:
         replaces: what `out` may replace, as `check_output` found it before any work.
+        fit: fits layers of the reduced checkpoint.
         evaluate: measures the reduced model, loaded whole; what it returns goes into `state_reduction.json`.
 
     Returns:
@@ -83,9 +92,14 @@ def reduce_checkpoint(
     """
     with new_directory(out, replaces=replaces) as directory:
         spec = write_reduced(checkpoint, selection.cuts, directory, export)
+        fitted = {}
+        if fit is not None:
+            tensors, fitted["reconstruction"] = fit(Checkpoint(directory, checkpoint.source))
+            replace_tensors(directory, tensors)
+            del tensors
         check_written(checkpoint, directory, selection.cuts if export == "sliced" else ())
         check_runs(directory, spec, checkpoint.source)
-        record = reduction_json(checkpoint, selection, provenance, spec, export)
+        record = reduction_json(checkpoint, selection, provenance, spec, export) | fitted
         if evaluate is not None:
             record["evaluation"] = evaluate(open_checkpoint(directory).load())
         write_json(directory / REDUCTION, record)

@@ -71,6 +71,10 @@ def tree(checkpoint: Checkpoint) -> Tree:
         branch = made.add(f"calibrated on {counted(record['calibration']['tokens'], 'token')}")
         for origin in record["calibration"]["origins"]:
             branch.add(_origin(origin))
+    if "reconstruction" in record:
+        made.add(
+            f"its layers fitted to the source's on {counted(record['reconstruction']['tokens'], 'token')}"
+        )
     if record["evaluation"] is not None:
         root.add(_measured(record["evaluation"]))
     if "recovery" in record:

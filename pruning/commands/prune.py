@@ -1,6 +1,5 @@
 """`lowkey-prune prune`: checkpoint -> reduced checkpoint."""
 
-from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from lowkey.files import Found, OutputTakenError, check_new_file, check_writable, refuse_input, write_or_keep
 from lowkey.publishing import sole_user
-from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, open_checkpoint
 from modeling.model import Model
 from pruning import views
@@ -22,32 +20,29 @@ from pruning.calibration import WINDOW, Encoder, Text, bundled_text
 from pruning.commands.calibrate import draw, run_calibration, tell
 from pruning.commands.console import err_console, out_console
 from pruning.commands.planning import (
-    Calibration,
     check_gradients,
     check_tensors,
     load,
-    notes,
     plan_calibration,
     read_weights,
     unfinished_of,
 )
-from pruning.companions import Companions
-from pruning.criteria import CRITERIA, Criterion, criterion_named
+from pruning.commands.reconstructing import (
+    PlannedReconstruction,
+    Reconstruct,
+    ReconstructionOptions,
+    ReconstructSteps,
+    ReconstructTokens,
+)
+from pruning.commands.reduction_plan import plan_reduction
+from pruning.criteria import CRITERIA, criterion_named
 from pruning.errors import PruningError
 from pruning.estimate import (
-    budget_line,
-    disk_lines,
-    evaluation_seconds,
     noted,
-    reduced_bytes,
-    reduction_lines,
-    shape_lines,
-    time_line,
 )
 from pruning.evaluation import DEFAULT_TOKENS, compare, evaluation_json, evaluation_windows, perplexity
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind
-from pruning.loaders import uneven, warnings
 from pruning.memory import check_fits, evaluation_memory, whole_memory
 from pruning.options import (
     Align,
@@ -71,7 +66,7 @@ from pruning.options import (
     uniform_widths,
 )
 from pruning.progress import Busy, tokens_bar
-from pruning.reduction import Provenance, check_output, reduce_checkpoint
+from pruning.reduction import Fitted, Provenance, check_output, reduce_checkpoint
 from pruning.selection import Selection, check_statistics, select
 from pruning.statistics import load_statistics, names_for
 from pruning.surgery import Export
@@ -110,6 +105,9 @@ def prune(
             "and for measuring quality in any server."
         ),
     ] = "sliced",
+    reconstruct: Reconstruct = False,
+    reconstruct_tokens: ReconstructTokens = None,
+    reconstruct_steps: ReconstructSteps = None,
     evaluate: Annotated[
         bool,
         typer.Option(
@@ -135,6 +133,7 @@ def prune(
     lowkey-prune prune  demo/model reduced --method bilinear --keep 64
     lowkey-prune prune  demo/model reduced --method drrqr --ratio 0.75 --stats demo.stats.safetensors --evaluate
     lowkey-prune prune  demo/model reduced --method loss-aware --state-bytes 400KB --per-layer
+    lowkey-prune prune  demo/model reduced --method loss-aware --keep 64 --reconstruct --evaluate
     """
     if align is not None and state_bytes is None and not per_layer:
         raise PruningError(f"align={align} is for the widths that --state-bytes and --per-layer choose")
@@ -144,9 +143,12 @@ def prune(
     check_tensors(checkpoint, dry_run=dry_run)
     widths, limit = uniform_widths(checkpoint.spec, keep, ratio, state_bytes, align)
     source = CalibrationText(text, field, dataset, split, tokens, window_length, seed)
-    if not criterion.statistics and (stats or (source.given and not per_layer)):
+    fit = ReconstructionOptions(reconstruct, reconstruct_tokens, reconstruct_steps, seed)
+    fit.check(export)
+    text_is_read = per_layer or reconstruct
+    if not criterion.statistics and (stats or (source.given and not text_is_read)):
         raise PruningError(f"method={method!r} reads no statistics; drop --stats and the options of its text")
-    if stats is not None and stats.exists() and source.given and not per_layer:
+    if stats is not None and stats.exists() and source.given and not text_is_read:
         raise PruningError(
             f"stats={str(stats)!r} exists and is used as it is; drop the options of its text, "
             "or name a new file to calibrate again"
@@ -187,7 +189,7 @@ def prune(
         with noted(misfits, dry_run=dry_run):
             check_fits(both, where, what, "leave --evaluate out")
     drawing = calibrating or per_layer
-    encoder = Encoder(checkpoint) if drawing or evaluate else None
+    encoder = Encoder(checkpoint) if drawing or reconstruct or evaluate else None
     reading = read_weights(checkpoint)
     drawn = draw(encoder, source) if encoder is not None and drawing else None
     planned = None
@@ -206,8 +208,13 @@ def prune(
         if not per_layer:
             with noted(misfits, dry_run=dry_run):
                 planned.check_fits()
+    fitting = None
+    if encoder is not None and reconstruct:
+        fitting = fit.plan(checkpoint, encoder, source, where)
+        with noted(misfits, dry_run=dry_run):
+            fitting.check_fits()
     held_out = _held_out(encoder) if encoder is not None and evaluate else None
-    plan = _plan(
+    plan = plan_reduction(
         checkpoint,
         criterion,
         widths,
@@ -216,6 +223,7 @@ def prune(
         limit=limit,
         windows=None if drawn is None else drawn[0],
         calibration=planned,
+        reconstruction=fitting,
         evaluating=evaluate,
         export=export,
         device=where,
@@ -275,6 +283,7 @@ def prune(
                 made_by,
                 export=export,
                 replaces=replaces,
+                fitting=fitting,
                 held_out=held_out,
                 device=where,
             ),
@@ -306,10 +315,16 @@ def _write(
     *,
     export: Export,
     replaces: Found | None,
+    fitting: PlannedReconstruction | None,
     held_out: tuple[Text, Tensor] | None,
     device: torch.device,
 ) -> None:
     writing = Busy(err_console, "writing the reduced checkpoint and running it once")
+
+    def fit(reduced: Checkpoint) -> Fitted:
+        assert fitting is not None
+        writing.stop()
+        return fitting.run(reduced)
 
     def measure(text: Text, windows: Tensor, reduced: Model) -> dict[str, object]:
         writing.stop()
@@ -328,6 +343,7 @@ def _write(
             out,
             export=export,
             replaces=replaces,
+            fit=None if fitting is None else fit,
             evaluate=None if held_out is None else partial(measure, *held_out),
         )
 
@@ -337,55 +353,3 @@ def _held_out(encoder: Encoder) -> tuple[Text, Tensor]:
     with Busy(err_console, "reading held-out text"):
         text = bundled_text("heldout")
         return text, evaluation_windows(encoder, text, tokens=DEFAULT_TOKENS)
-
-
-def _plan(
-    checkpoint: Checkpoint,
-    criterion: Criterion,
-    widths: Sequence[int],
-    out: Path,
-    *,
-    passes: int,
-    limit: int,
-    windows: Tensor | None,
-    calibration: Calibration | None,
-    evaluating: bool,
-    export: Export,
-    device: torch.device,
-    dry_run: bool,
-) -> Iterator[str]:
-    """What `prune` is going to do, line by line."""
-    spec = checkpoint.spec
-    yield from shape_lines(spec)
-    written = [("the checkpoint", reduced_bytes(checkpoint, widths if export == "sliced" else spec.d_k))]
-    times: list[tuple[str, float]] = []
-    if calibration is not None:
-        yield from calibration.lines()
-        times += calibration.times()
-        written += calibration.sizes()
-    if passes and windows is not None:
-        yield budget_line(passes, limit, windows)
-        times.append(("widths", passes * evaluation_seconds(spec, windows.numel(), windows.shape[1], device)))
-        if export == "sliced":
-            yield f"note: where {uneven(spec)} (docs/hybrids.md)"
-    elif export == "sliced":
-        yield from reduction_lines(spec, widths)
-        yield from warnings(checkpoint.config, spec, spec.with_d_k(tuple(widths)))
-    if export == "masked":
-        kept = "the chosen widths" if passes else f"{views.width(widths)} of {views.width(spec.d_k)} channels"
-        yield (
-            f"export masked: {kept} of each head are kept and the others are zero; shapes, config and the state of "
-            f"{spec.state_bytes(0):,} bytes per request stay: no memory is saved"
-        )
-    if evaluating:
-        yield f"evaluation: {counted(DEFAULT_TOKENS, 'held-out token')}, before and after"
-        reduced = spec.with_d_k(tuple(widths)) if export == "sliced" else spec
-        # The source runs twice: for its perplexity, and beside the model that is compared with it.
-        models = (spec, reduced, spec)
-        seconds = [evaluation_seconds(s, DEFAULT_TOKENS, WINDOW, device) for s in models]
-        times.append(("evaluation", sum(seconds)))
-    if times:
-        yield time_line(times, device)
-    yield from notes(checkpoint)
-    yield from disk_lines(written, out, dry_run=dry_run)
-    yield from Companions(checkpoint).notes()
