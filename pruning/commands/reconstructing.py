@@ -15,6 +15,7 @@ from pruning.commands.calibrate import draw
 from pruning.commands.console import err_console
 from pruning.errors import PruningError
 from pruning.estimate import reconstruction_seconds
+from pruning.fused import training_rule
 from pruning.memory import Memory, check_fits, fits, reconstruction_memory
 from pruning.options import CalibrationText
 from pruning.progress import tokens_bar
@@ -151,6 +152,7 @@ class PlannedReconstruction:
                 self.settings,
                 device=self.device,
                 hidden_device=self.hidden_device,
+                rule=training_rule(self.device),
                 advance=advance,
             )
         return found.tensors, found.as_json(self.origin, self.settings)
