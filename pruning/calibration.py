@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
+from tokenizers import Encoding
 from torch import Tensor
 
 from lowkey.words import counted
@@ -97,7 +98,23 @@ class Encoder:
 
     def __call__(self, document: str) -> list[int]:
         """Token ids of one document. Raises PruningError if the model has no such token."""
-        ids: list[int] = self.separator + self._tokenizer.encode(document, add_special_tokens=False).ids
+        return self._ids(self._encode(document))
+
+    def with_offsets(self, document: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of one document, and for each of them where its characters begin and end in the document; 0 and 0
+        for the token that stands in front of it.
+
+        Raises:
+            PruningError: the model has no such token.
+        """
+        encoding = self._encode(document)
+        return self._ids(encoding), [(0, 0)] * len(self.separator) + encoding.offsets
+
+    def _encode(self, document: str) -> Encoding:
+        return self._tokenizer.encode(document, add_special_tokens=False)
+
+    def _ids(self, encoding: Encoding) -> list[int]:
+        ids: list[int] = self.separator + encoding.ids
         if max(ids, default=0) >= self._vocab_size:
             raise PruningError(
                 f"{self._file} gives token {max(ids)}, but the model's vocab_size={self._vocab_size}"

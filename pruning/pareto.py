@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pruning.evaluation.bits import Bits, Estimate
+from pruning.evaluation.bits import Bits
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
+from pruning.evaluation.samples import Estimate
+from pruning.identifier_cells import distance, points
 
 BITS_LEGEND = (
     "States in each dtype: change in perplexity, and drift (rise in loss / KL, thousandths of a nat/token, by how many "
     "tokens the state has seen), against the same checkpoint with float32 states, with standard errors; KL against the "
-    "first with float32 states; recall: right among the prompt's values / log-probability, means over numbers of pairs."
+    "first with float32 states; recall: right among the prompt's values / log-probability, means over numbers of "
+    "pairs; identifiers that last occurred so many tokens ago: all tokens right, and how many points less that is than "
+    "the first has with float32 states."
 )
 PARETO_LEGEND = (
     "Against the first checkpoint with float32 states. Front: no other has fewer bytes and no higher perplexity, or as "
@@ -86,11 +90,14 @@ def bits_cells(bits: Bits) -> dict[str, str]:
         cells["KL"] = f"{bits.divergence.kl:.6f}"
     if bits.recall:
         cells["recall"] = f"{_recalled(bits)} / {fmean(r.log_prob for r in bits.recall):.2f}"
+    for words in bits.identifiers or []:
+        dropped = "" if words.drop is None else f" (drop {points(words.drop.exact)})"
+        cells[f"identifiers, {distance(words)} ago"] = f"{words.figures.exact.mean:.1%}{dropped}"
     for octave in bits.drift.octaves:
         if octave.loss_rise is not None and octave.kl is not None:
             cells[f"drift to {octave.end:,}"] = (
-                f"{1000 * octave.loss_rise.mean:+.2f}{_error(octave.loss_rise, 1000, '.2f')} / "
-                f"{1000 * octave.kl.mean:.3f}{_error(octave.kl, 1000, '.3f')}"
+                f"{1000 * octave.loss_rise.mean:+.2f}{octave.loss_rise.error('.2f', 1000)} / "
+                f"{1000 * octave.kl.mean:.3f}{octave.kl.error('.3f', 1000)}"
             )
     return {f"{bits.state_dtype}: {label}": cell for label, cell in cells.items()}
 
@@ -102,9 +109,4 @@ def _recalled(bits: Bits) -> str:
 def _percent(rise: Estimate) -> str:
     """A rise in loss as one in perplexity."""
     factor = math.exp(rise.mean)
-    return f"{100 * (factor - 1):+.3f} %" + _error(rise, 100 * factor, ".3f")
-
-
-def _error(estimate: Estimate, unit: float, form: str) -> str:
-    error = estimate.standard_error
-    return "" if error is None else f" ± {unit * error:{form}}"
+    return f"{100 * (factor - 1):+.3f} %" + rise.error(".3f", 100 * factor)

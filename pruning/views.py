@@ -18,6 +18,7 @@ from pruning.capacity import capacity_lines, capacity_table, narrower
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.export import config_changes
+from pruning.identifier_cells import IDENTIFIERS_LEGEND, identifier_cells
 from pruning.loaders import runs_uneven, uneven
 from pruning.pareto import BITS_LEGEND, PARETO_LEGEND, bits_cells, pareto_table
 from pruning.record import is_masked, record_of
@@ -242,6 +243,8 @@ def legend(evaluation: Evaluation) -> str:
     parts = []
     if any(e.recall or e.rank or e.retrieval or e.speed for e in entries):
         parts.append(LEGEND)
+    if any(e.identifiers for e in entries):
+        parts.append(IDENTIFIERS_LEGEND)
     if any(e.bits for e in entries):
         parts.append(BITS_LEGEND)
     return " ".join(parts)
@@ -277,6 +280,7 @@ def _cells(entry: EvaluatedCheckpoint, first: EvaluatedCheckpoint) -> dict[str, 
         cells[f"recall, {recall.pairs} pairs"] = (
             f"{recall.accuracy:.1%} / {recall.accuracy_among_values:.1%} / {recall.log_prob:.2f}"
         )
+    cells |= identifier_cells(entry.identifiers or [])
     if entry.rank is not None:
         label = f"rank, {entry.rank.positions[-1]} tokens"
         cells[label] = f"{mean_of_heads(entry.rank.utilisation, -1):.2%}"

@@ -51,7 +51,8 @@ def evaluate(
     device: Device = "cpu",
     overwrite: Overwrite = False,
 ) -> None:
-    """Perplexity, KL and agreement with the first checkpoint, state size; on request recall, ranks, noise, speed, bits.
+    """Perplexity, KL and agreement with the first checkpoint, state size; on request recall, identifiers, ranks, noise,
+    speed, bits.
 
     The text is the held-out side of the bundled split unless --text is given.
 
@@ -59,6 +60,7 @@ def evaluate(
     lowkey-prune evaluate  demo/model reduced-64 reduced-32 --json results.json
     lowkey-prune evaluate  demo/model reduced-64 --part all --json all.json
     lowkey-prune evaluate  demo/model reduced-64 --part bits
+    lowkey-prune evaluate  demo/model reduced-64 --part identifiers --tokens 0 --window 2048
     lowkey-prune evaluate  demo/model --text my.txt --tokens 0 --window 2048 --stride 512
     """
     replaces = None if json is None else check_new_file(json, "json", overwrite=overwrite)

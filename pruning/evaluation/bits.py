@@ -6,7 +6,6 @@ take a step before any takes the next one, so that their predictions are compare
 """
 
 import itertools
-import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,16 @@ from modeling.runtime import Runtime, UnavailableError
 from modeling.spec import STATE_DTYPES, StateDType, StateTypes
 from modeling.state import StatePool
 from pruning.errors import PruningError
-from pruning.evaluation.likelihood import Divergence, Perplexity, check_vocabularies, mean_perplexity
+from pruning.evaluation.identifiers import IdentifierRecall, Identifiers, identifier_recall
+from pruning.evaluation.likelihood import (
+    Divergence,
+    Perplexity,
+    TokenScores,
+    check_vocabularies,
+    mean_perplexity,
+)
 from pruning.evaluation.recall import Answers, Prompts, Recall
+from pruning.evaluation.samples import Estimate, estimate
 from pruning.progress import Advance, no_progress
 
 LONGEST = 32_768
@@ -29,15 +36,6 @@ BLOCK = 64
 """Neighbouring tokens that count as one sample of a long window."""
 MEMORY = 2 << 30
 """Bytes that states and predictions of the windows that are read together may take."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over samples."""
-
-    mean: float
-    standard_error: float | None
-    """Standard error of the mean; None of a single sample."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,9 @@ class Bits:
     float32."""
     recall: list[Recall]
     drift: Drift
+    identifiers: list[IdentifierRecall] | None = None
+    """How well identifiers of the perplexity's windows are recalled, against the baseline with float32 states; None
+    where that was not measured."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,8 @@ class BitsText:
     long: Tensor
     """int64 `[count, window + 1]` for the drift with length (`long_windows`)."""
     prompts: Sequence[Prompts]
+    identifiers: Identifiers | None = None
+    """Those of `windows`; None to leave them out."""
 
     def tokens(self, *, alone: bool) -> int:
         """How many tokens `bits` advances by, of the baseline itself (`alone`) or of another model."""
@@ -134,7 +137,11 @@ def bits(
         if reader is not against:
             kl, agreement = float(read.kl[i].mean()) / scored, float(read.agreed[i].mean()) / scored
             divergence = Divergence(kl, agreement, perplexity.tokens)
-        rise = None if reader is full else _estimate((read.loss[i] - read.loss[0]) / scored)
+        rise = None if reader is full else estimate((read.loss[i] - read.loss[0]) / scored)
+        words = None
+        if text.identifiers is not None:
+            first = None if reader is against else read.baseline
+            words = identifier_recall(text.identifiers, read.scores[i], first)
         found.append(
             Bits(
                 reader.dtype,
@@ -145,6 +152,7 @@ def bits(
                 rise,
                 recalled[i],
                 _drift(drifted, i, long),
+                words,
             )
         )
     return found
@@ -212,9 +220,12 @@ def _batches(readers: Sequence[_Reader], rows: Tensor) -> Iterator[Tensor]:
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Sums over blocks of targets, float64 `[readers, windows, blocks]`."""
+class _Read:
+    """What all readers make of some windows. Sums over blocks of targets are float64 `[readers, windows, blocks]`."""
 
+    scores: list[TokenScores]
+    """Each reader's."""
+    baseline: TokenScores
     loss: Tensor
     kl: Tensor
     agreed: Tensor
@@ -224,13 +235,15 @@ class _Sums:
 
 def _read(
     readers: Sequence[_Reader], against: _Reader, windows: Tensor, scored: int, block: int, advance: Advance
-) -> _Sums:
+) -> _Read:
     """Score the last `scored` targets of `windows` `[count, window + 1]`; KL and agreement are with `against`."""
     count, length = windows.shape[0], windows.shape[1] - 1
     together = list(readers) if against in readers else [*readers, against]
     reference = together.index(against)
-    shape = (len(readers), count, scored // block)
-    loss, kl, agreed = (torch.zeros(shape, dtype=torch.float64, device=against.device) for _ in range(3))
+    every, sums = (len(together), count, scored), (len(readers), count, scored // block)
+    log_prob = torch.zeros(every, dtype=torch.float64, device=against.device)
+    top1 = torch.zeros(every, dtype=torch.bool, device=against.device)
+    kl, agreed = (torch.zeros(sums, dtype=torch.float64, device=against.device) for _ in range(2))
     first = length - scored
     begin = 0
     for rows in _batches(together, windows):
@@ -240,16 +253,20 @@ def _read(
             b = (at - first) // block
             log_p = predicted[reference]
             p, best = log_p.exp(), log_p.argmax(-1)
-            for i, log_q in enumerate(predicted[: len(readers)]):
-                loss[i, part, b] -= log_q.gather(-1, targets[:, None])[:, 0]
+            for i, log_q in enumerate(predicted):
+                likeliest = log_q.argmax(-1)
+                log_prob[i, part, at - first] = log_q.gather(-1, targets[:, None])[:, 0].double()
+                top1[i, part, at - first] = likeliest == targets
                 if i != reference:
                     kl[i, part, b] += (p * (log_p - log_q)).sum(-1, dtype=torch.float64)
-                    agreed[i, part, b] += log_q.argmax(-1) == best
+                    agreed[i, part, b] += likeliest == best
+    loss = -log_prob[: len(readers)].unflatten(-1, (-1, block)).sum(-1)
     for i, reader in enumerate(readers):
-        for name, sums in (("loss", loss[i]), ("KL", kl[i])):
-            if not bool(sums.isfinite().all()):
+        for name, values in (("loss", loss[i]), ("KL", kl[i])):
+            if not bool(values.isfinite().all()):
                 raise PruningError(f"states in {reader.dtype}: the {name} is NaN or Inf on this text")
-    return _Sums(loss.cpu(), kl.cpu(), agreed.cpu(), block)
+    scores = [TokenScores(p, hits) for p, hits in zip(log_prob.cpu(), top1.cpu(), strict=True)]
+    return _Read(scores[: len(readers)], scores[reference], loss.cpu(), kl.cpu(), agreed.cpu(), block)
 
 
 def _recall(reader: _Reader, prompts: Prompts, advance: Advance) -> Recall:
@@ -272,20 +289,14 @@ def octaves(window: int) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*edges, window]))
 
 
-def _drift(sums: _Sums, reader: int, window: int) -> Drift:
+def _drift(sums: _Read, reader: int, window: int) -> Drift:
     found = []
     for begin, end in octaves(window):
         blocks = slice(begin // sums.block, end // sums.block)
         loss = sums.loss[..., blocks] / sums.block
         rise = kl = None
         if reader > 0:
-            rise = _estimate(loss[reader] - loss[0])
-            kl = _estimate(sums.kl[reader, :, blocks] / sums.block)
+            rise = estimate(loss[reader] - loss[0])
+            kl = estimate(sums.kl[reader, :, blocks] / sums.block)
         found.append(Octave(begin, end, float(loss[reader].mean()), rise, kl))
     return Drift(sums.loss.shape[1], window, found)
-
-
-def _estimate(samples: Tensor) -> Estimate:
-    samples = samples.flatten()
-    error = float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else None
-    return Estimate(float(samples.mean()), error)

@@ -52,6 +52,16 @@ class Divergence:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class TokenScores:
+    """What a model makes of every scored target of some windows; on the CPU."""
+
+    log_prob: Tensor
+    """Log-probability of the target in nats, float `[windows, scored]`."""
+    top1: Tensor
+    """Whether the target is the most likely token, bool `[windows, scored]`."""
+
+
 @torch.no_grad()
 def perplexity(
     model: Model,
@@ -115,6 +125,34 @@ def compare(
         raise PruningError(f"KL(baseline || model) is {kl}: a model gives NaN or Inf on this text")
     agreement = int(torch.stack(agreements).sum()) / result.tokens
     return result, Divergence(kl, agreement, result.tokens)
+
+
+@torch.no_grad()
+def token_scores(
+    model: Model,
+    windows: Tensor,
+    *,
+    stride: int | None = None,
+    batch: int | None = None,
+    advance: Advance = no_progress,
+) -> TokenScores:
+    """Score each target of `windows` int64 `[count, window + 1]` by itself; the arguments are those of `perplexity`.
+
+    Raises:
+        PruningError: a log-probability is not finite.
+    """
+    log_prob: list[Tensor] = []
+    top1: list[Tensor] = []
+    for rows in windows.split(batch or _batch(model)):
+        for logits, targets in _predictions(model, rows, stride):
+            log_prob.append(-F.cross_entropy(logits, targets, reduction="none").cpu())
+            top1.append((logits.argmax(-1) == targets).cpu())
+        advance(rows[:, 1:].numel())
+    count = len(windows)
+    scores = TokenScores(torch.cat(log_prob).view(count, -1), torch.cat(top1).view(count, -1))
+    if not bool(scores.log_prob.isfinite().all()):
+        raise PruningError("a log-probability is NaN or Inf: the model gives them on this text")
+    return scores
 
 
 def check_vocabularies(model: Model, baseline: Model) -> None:

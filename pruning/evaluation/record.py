@@ -9,6 +9,7 @@ import torch
 
 from pruning.errors import PruningError
 from pruning.evaluation.bits import Bits
+from pruning.evaluation.identifiers import IdentifierRecall
 from pruning.evaluation.likelihood import Divergence, Perplexity
 from pruning.evaluation.recall import Recall
 from pruning.evaluation.speed import Speed
@@ -39,6 +40,7 @@ class EvaluatedCheckpoint:
     retrieval: Retrieval | None = None
     speed: list[Speed] | None = None
     bits: list[Bits] | None = None
+    identifiers: list[IdentifierRecall] | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ from modeling.runtime import Runtime, compile_model
 from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation.bits import BLOCK, LONGEST, BitsText, bits
-from pruning.evaluation.likelihood import compare, perplexity
+from pruning.evaluation.identifiers import (
+    IdentifierRecall,
+    Identifiers,
+    find_identifiers,
+    identifier_recall,
+)
+from pruning.evaluation.likelihood import TokenScores, check_vocabularies, compare, perplexity, token_scores
 from pruning.evaluation.recall import Prompts, recall, recall_prompts
 from pruning.evaluation.record import FORMAT, KIND, EvaluatedCheckpoint, Evaluation, environment
 from pruning.evaluation.speed import BATCHES, Speed, decode_speed
@@ -22,7 +28,7 @@ from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows, long_
 from pruning.progress import Bar
 from pruning.versions import versions
 
-Part = Literal["perplexity", "recall", "rank", "retrieval", "speed", "bits"]
+Part = Literal["perplexity", "recall", "identifiers", "rank", "retrieval", "speed", "bits"]
 PARTS: tuple[Part, ...] = get_args(Part)
 STATE_WINDOWS = 8
 """Windows that `rank` and `retrieval` look at."""
@@ -56,7 +62,7 @@ def evaluate_checkpoints(
     baseline, *others = checkpoints
     inputs = _inputs(baseline, settings)
     for checkpoint in others:
-        if not inputs.same_text(_inputs(checkpoint, settings, prompts=False)):
+        if not inputs.same_text(_inputs(checkpoint, settings, text_alone=True)):
             raise PruningError(
                 f"{checkpoint.source} reads the text as other tokens than {baseline.source}; "
                 "models of different tokenizers can't be compared token by token, evaluate them apart"
@@ -86,12 +92,15 @@ def evaluate_checkpoints(
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Loaded:
-    """A model, and the runtime that would serve it; None where no part needs one."""
+    """A model and what is kept of it for comparisons with others."""
 
     model: Model
     runtime: Runtime | None
+    """The runtime that would serve it; None where no part needs one."""
+    scores: TokenScores | None = None
+    """Its scores of the windows, once they are measured."""
 
 
 def _load(checkpoint: Checkpoint, settings: EvaluationSettings) -> _Loaded:
@@ -109,6 +118,8 @@ class _Inputs:
     long: Tensor | None
     """Windows for the drift with length; None where it is not measured."""
     prompts: Sequence[Prompts]
+    identifiers: Identifiers | None
+    """Those of the windows; None where no part reads them."""
 
     def same_text(self, other: "_Inputs") -> bool:
         if not self.windows.equal(other.windows):
@@ -116,16 +127,18 @@ class _Inputs:
         return self.long is None or other.long is None or self.long.equal(other.long)
 
 
-def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings, *, prompts: bool = True) -> _Inputs:
-    """What a checkpoint is given to read, in its tokens; without `prompts`, the text alone."""
+def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings, *, text_alone: bool = False) -> _Inputs:
+    """What a checkpoint is given to read, in its tokens; with `text_alone`, only what `same_text` compares."""
     encoder, text, tokens = Encoder(checkpoint), settings.text, settings.tokens
     windows = evaluation_windows(encoder, text, tokens=tokens, window=settings.window, stride=settings.stride)
-    long, asked = None, []
+    long, asked, identifiers = None, [], None
     if "bits" in settings.parts:
         long = long_windows(encoder, text, tokens=tokens, longest=LONGEST, block=BLOCK)
-    if prompts and {"recall", "bits"} & set(settings.parts):
+    if not text_alone and {"recall", "bits"} & set(settings.parts):
         asked = recall_prompts(encoder, seed=settings.seed)
-    return _Inputs(windows, long, asked)
+    if not text_alone and {"identifiers", "bits"} & set(settings.parts):
+        identifiers = find_identifiers(encoder, text, windows, stride=settings.stride)
+    return _Inputs(windows, long, asked, identifiers)
 
 
 def _measure(
@@ -159,6 +172,8 @@ def _measure(
     if "recall" in parts:
         with bar(f"recall of {name}", sum(p.ids.numel() for p in prompts)) as advance:
             entry = replace(entry, recall=recall(model, prompts, advance=advance))
+    if "identifiers" in parts:
+        entry = replace(entry, identifiers=_identifiers(name, loaded, dense, inputs, settings.stride, bar))
     read = windows[:STATE_WINDOWS, :-1]
     if "rank" in parts:
         with bar(f"rank of {name}", read.numel()) as advance:
@@ -167,12 +182,24 @@ def _measure(
         with bar(f"retrieval of {name}", read.numel()) as advance:
             entry = replace(entry, retrieval=retrieval(model, read, seed=settings.seed, advance=advance))
     if inputs.long is not None:
-        text = BitsText(windows, settings.stride, inputs.long, prompts)
+        text = BitsText(windows, settings.stride, inputs.long, prompts, inputs.identifiers)
         assert loaded.runtime is not None
         first = None if dense is None else dense.runtime
         with bar(f"states in fewer bits of {name}", text.tokens(alone=first is None)) as advance:
             entry = replace(entry, bits=bits(loaded.runtime, first, text, advance=advance))
     return entry
+
+
+def _identifiers(
+    name: str, loaded: _Loaded, dense: _Loaded | None, inputs: _Inputs, stride: int | None, bar: Bar
+) -> list[IdentifierRecall]:
+    """Recall of identifiers; the baseline reads the windows once, whatever number of models it is compared with."""
+    assert inputs.identifiers is not None
+    if dense is not None:
+        check_vocabularies(loaded.model, dense.model)
+    with bar(f"identifiers of {name}", inputs.windows[:, 1:].numel()) as advance:
+        loaded.scores = token_scores(loaded.model, inputs.windows, stride=stride, advance=advance)
+    return identifier_recall(inputs.identifiers, loaded.scores, None if dense is None else dense.scores)
 
 
 def _speeds(models: Sequence[_Loaded], name: str, bar: Bar) -> list[list[Speed]]:

@@ -6,8 +6,9 @@ from typing import Any
 
 from lowkey.words import counted, in_units
 from modeling.spec import STATE_DTYPES
-from pruning.evaluation.bits import Bits, Estimate
+from pruning.evaluation.bits import Bits
 from pruning.evaluation.record import Evaluation
+from pruning.evaluation.samples import Estimate
 from pruning.pareto import Choice, choices
 from pruning.report.style import SYMBOLS, Figure, line, place, short, subplots
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from lowkey.page import render
 from pruning.evaluation.record import Evaluation
 from pruning.pareto import PARETO_LEGEND, choices, pareto_table
-from pruning.report import bits, measured, trade
+from pruning.report import bits, identifiers, measured, trade
 from pruning.report.inputs import Inputs
 from pruning.report.style import MARGIN, Figure
 from pruning.table import Table, methods_by_width
@@ -31,7 +31,14 @@ def all_figures(inputs: Inputs) -> list[Figure]:
         found += trade.tradeoff(name, table, i)
     found += trade.budgets(inputs.tables, inputs.reductions)
     for i, (name, evaluation) in enumerate(inputs.evaluations):
-        for draw in (bits.pareto, bits.drift, measured.recalls, measured.noise, measured.ranks):
+        for draw in (
+            bits.pareto,
+            bits.drift,
+            measured.recalls,
+            identifiers.identifiers,
+            measured.noise,
+            measured.ranks,
+        ):
             found += draw(name, evaluation, i)
     for i, (name, statistics) in enumerate(inputs.statistics):
         found += measured.spectra(name, statistics, i)
@@ -48,6 +55,7 @@ def missing(inputs: Inputs, drawn: Sequence[Figure]) -> list[str]:
         ("budget", "error budget per layer", "that JSON, or a checkpoint pruned with --per-layer"),
         ("pareto", "bytes against quality at each state dtype", "the JSON of evaluate --part bits"),
         ("recall", "associative recall", "the JSON of evaluate --part recall"),
+        ("identifiers", "identifiers that occurred before", "the JSON of evaluate --part identifiers"),
         ("noise", "errors of noisy reads", "the JSON of evaluate --part retrieval"),
         ("rank", "rank utilisation", "the JSON of evaluate --part rank"),
         ("spectra", "spectra", "a statistics file"),

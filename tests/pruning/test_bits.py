@@ -23,10 +23,11 @@ from pruning.calibration import Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation import bits as module
 from pruning.evaluation import suite
-from pruning.evaluation.bits import Bits, BitsText, Drift, Estimate, Octave, bits, octaves
+from pruning.evaluation.bits import Bits, BitsText, Drift, Octave, bits, octaves
 from pruning.evaluation.likelihood import Divergence, Perplexity, perplexity
 from pruning.evaluation.recall import Recall, recall, recall_prompts
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation, read_evaluation
+from pruning.evaluation.samples import Estimate
 from pruning.evaluation.suite import PARTS, EvaluationSettings, evaluate_checkpoints
 from pruning.evaluation.windows import long_windows
 from pruning.pareto import choices, pareto_table
