@@ -14,6 +14,7 @@ from pruning.calibration import WINDOW
 from pruning.commands.console import err_console, out_console
 from pruning.errors import PruningError
 from pruning.evaluation import DEFAULT_TOKENS
+from pruning.evaluation.bits import LONGEST
 from pruning.evaluation.suite import PARTS, EvaluationSettings, Part, evaluate_checkpoints
 from pruning.finite import check_finite
 from pruning.memory import check_fits, evaluation_memory
@@ -46,6 +47,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    drift_window: Annotated[
+        int,
+        typer.Option(
+            help="Tokens of the windows that bits measures the drift on, if the text has as many.", min=1
+        ),
+    ] = LONGEST,
     seed: Annotated[int, typer.Option(help="Seed of the recall prompts and of the query noise.", min=0)] = 0,
     json: Annotated[Path | None, typer.Option(help="Also write the figures here.")] = None,
     device: Device = "cpu",
@@ -65,7 +72,14 @@ def evaluate(
     """
     replaces = None if json is None else check_new_file(json, "json", overwrite=overwrite)
     settings = EvaluationSettings(
-        text_of(text, "heldout"), _parts(parts), tokens, window, stride, seed, device_named(device)
+        text_of(text, "heldout"),
+        _parts(parts),
+        tokens,
+        window,
+        stride,
+        drift_window,
+        seed,
+        device_named(device),
     )
     opened = [checkpoint_named(c) for c in checkpoints]
     if json is not None:

@@ -144,7 +144,7 @@ def token_scores(
     log_prob: list[Tensor] = []
     top1: list[Tensor] = []
     for rows in windows.split(batch or _batch(model)):
-        for logits, targets in _predictions(model, rows, stride):
+        for logits, targets in _predictions(model, rows, stride, None):
             log_prob.append(-F.cross_entropy(logits, targets, reduction="none").cpu())
             top1.append((logits.argmax(-1) == targets).cpu())
         advance(rows[:, 1:].numel())

@@ -44,6 +44,8 @@ class EvaluationSettings:
     """How many tokens to score, from the front of the text; 0 for all of it."""
     window: int = WINDOW
     stride: int | None = None
+    drift_window: int = LONGEST
+    """Tokens of the windows that `bits` measures the drift on, if the text has them."""
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
@@ -133,7 +135,7 @@ def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings, *, text_alone:
     windows = evaluation_windows(encoder, text, tokens=tokens, window=settings.window, stride=settings.stride)
     long, asked, identifiers = None, [], None
     if "bits" in settings.parts:
-        long = long_windows(encoder, text, tokens=tokens, longest=LONGEST, block=BLOCK)
+        long = long_windows(encoder, text, tokens=tokens, longest=settings.drift_window, block=BLOCK)
     if not text_alone and {"recall", "bits"} & set(settings.parts):
         asked = recall_prompts(encoder, seed=settings.seed)
     if not text_alone and {"identifiers", "bits"} & set(settings.parts):

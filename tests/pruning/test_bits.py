@@ -279,7 +279,7 @@ def test_the_suite_measures_all_and_says_how_far_it_is(checkpoint):
         shown.append((description, total, sum(done)))
 
     assert "bits" in PARTS
-    settings = EvaluationSettings(TEXT, parts=("bits",), tokens=64, window=32)
+    settings = EvaluationSettings(TEXT, parts=("bits",), tokens=64, window=32, drift_window=48)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suite, "recall_prompts", partial(recall_prompts, queries=16))
         found = evaluate_checkpoints([checkpoint] * 2, settings, bar)
@@ -288,6 +288,7 @@ def test_the_suite_measures_all_and_says_how_far_it_is(checkpoint):
     assert all(total == done for _, total, done in shown)
     assert shown[1][1] == shown[0][1] + 64  # the baseline with float32 states, beside it
     assert first.perplexity is None and first.recall is None
+    assert {(b.drift.windows, b.drift.window) for b in first.bits} == {(1, 48)}
     for a, b in zip(first.bits, second.bits, strict=True):
         assert a == replace(b, divergence=a.divergence)
     assert second.bits[0].divergence == Divergence(0.0, 1.0, 64)
