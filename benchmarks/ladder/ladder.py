@@ -107,11 +107,13 @@ class Rung:
     jobs: list[Job] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        # Jobs begin in this order: the ones that are worth most come first, should time run out.
         self._training()
         self._reductions()
+        self._winning_back()
         self._methods()
         self._evidence()
-        self._winning_back()
+        self._calibrations()
 
     @property
     def model(self) -> Path:
@@ -134,22 +136,22 @@ class Rung:
         self.jobs.append(Job(output, tuple(command), tuple(needs)))
 
     def _training(self) -> None:
-        command: list[str | Path] = [
+        command = [
             sys.executable,
             HERE / "train.py",
             self.name,
             self.text,
             self.model,
-            *self._on,
+            "--seconds",
+            str(self.seconds),
         ]
-        if self.scale is TOY:
-            command += ["--window", "128", "--batch", "4", "--heldout-tokens", "1024"]
-        self._add(TRAINED, [*command, "--seconds", str(self.seconds)], needs=())
+        toy = ["--window", "128", "--batch", "4", "--heldout-tokens", "1024"] if self.scale is TOY else []
+        self._add(TRAINED, [*command, *toy, *self._on], needs=())
 
     def _reduce(self, out: str, width: int, *options: str | Path) -> list[str | Path]:
         calibration = ["--tokens", str(self.scale.calibration), *self._calibration]
-        return [*PRUNE, "prune", self.model, self.out / out, "--method", CHOSEN, "--keep", str(width), *calibration,
-                *self._on, *options]  # fmt: skip
+        how = ["--method", CHOSEN, "--keep", str(width), *calibration, *options]
+        return [*PRUNE, "prune", self.model, self.out / out, *how, *self._on]
 
     def _reductions(self) -> None:
         for width in self.scale.widths:
@@ -163,46 +165,20 @@ class Rung:
         heldout = ["--heldout", self.text / "heldout.jsonl.gz", "--heldout-tokens", str(scale.heldout // 2)]
         measured = ["--window", str(scale.window), "--kl-tokens", str(scale.compared)]
         calibration = ["--tokens", str(tokens or scale.calibration), *self._calibration]
-        self._add(
-            output,
-            [
-                *PRUNE,
-                "sweep",
-                self.model,
-                self.out / output,
-                *calibration,
-                *heldout,
-                *measured,
-                *self._on,
-                *options,
-            ],
-        )
+        command = [*PRUNE, "sweep", self.model, self.out / output, *calibration, *heldout, *measured]
+        self._add(output, [*command, *options, *self._on])
 
     def _methods(self) -> None:
-        widths = [o for width in self.scale.widths for o in ("--width", str(width))]
-
-        def named(option: str, names: Sequence[str | int]) -> list[str]:
-            return [o for name in names for o in (option, str(name))]
-
-        alone = ["--per-layer", "none"]
+        widths, alone = named("--width", self.scale.widths), ["--per-layer", "none"]
         self._sweep("methods.json", *named("--method", METHODS), *alone, *widths, "--seed", "0")
+        by_layer = ["--method", CHOSEN, "--per-layer", CHOSEN, "--align", str(self.scale.align)]
+        self._sweep("methods-per-layer.json", *by_layer, *widths, *named("--seed", (0, 1, 2)))
         self._sweep("methods-seeds.json", *named("--method", MAIN), *alone, *widths, *named("--seed", (1, 2)))
-        self._sweep(
-            "methods-per-layer.json",
-            *("--method", CHOSEN, "--per-layer", CHOSEN, "--align", str(self.scale.align)),
-            *widths,
-            *named("--seed", (0, 1, 2)),
-        )
-        middle = named("--width", self._middle)
+
+    def _calibrations(self) -> None:
+        how = [*named("--method", ("drrqr", CHOSEN)), "--per-layer", "none", *named("--width", self._middle)]
         for tokens in self.scale.calibrations:
-            self._sweep(
-                f"calibration-{tokens}.json",
-                *named("--method", ("drrqr", CHOSEN)),
-                *alone,
-                *middle,
-                *named("--seed", (0, 1, 2)),
-                tokens=tokens,
-            )
+            self._sweep(f"calibration-{tokens}.json", *how, *named("--seed", (0, 1, 2)), tokens=tokens)
 
     def _evaluate(
         self, output: str, checkpoints: Sequence[str], *options: str, tokens: int | None = None
@@ -217,11 +193,7 @@ class Rung:
     def _evidence(self) -> None:
         reduced = [f"reduced-{width}" for width in self.scale.widths]
         per_layer = [f"per-layer-{width}" for width in self._middle]
-        parts = [
-            o
-            for part in ("perplexity", "identifiers", "recall", "rank", "retrieval")
-            for o in ("--part", part)
-        ]
+        parts = named("--part", ("perplexity", "identifiers", "recall", "rank", "retrieval"))
         self._evaluate("evaluation.json", [*reduced, *per_layer], *parts)
         bits = ["--part", "bits", "--drift-window", str(2 * self.scale.window)]
         for name in (*(f"reduced-{width}" for width in self._middle), *per_layer):
@@ -232,22 +204,15 @@ class Rung:
         scale, out = self.scale, out or f"{start}-{train}"
         heldout = ["--heldout", self.text / "heldout.jsonl.gz", "--heldout-tokens", str(scale.heldout // 4)]
         training = ["--tokens", str(scale.recovery), *self._calibration, "--batch", str(scale.batch)]
-        how = [
-            "--train",
-            train,
-            "--lr",
-            "1e-3" if train == "small" else "3e-4",
-            "--evaluations",
-            "4",
-            *options,
-        ]
+        rate = "1e-3" if train == "small" else "3e-4"
+        how = ["--train", train, "--lr", rate, "--evaluations", "4", *options]
         command = [*PRUNE, "recover", self.model, self.out / start, self.out / out, *training, *heldout, *how]
         self._add(out, [*command, *self._on], needs=[TRAINED, start])
         return out
 
     def _winning_back(self) -> None:
         control = self._recover(f"reduced-{self._middle[0]}", "full", "--control", out="control")
-        parts = ["--part", "perplexity", "--part", "identifiers"]
+        parts = named("--part", ("perplexity", "identifiers"))
         for width in self._middle:
             reduced, rebuilt, per_layer = f"reduced-{width}", f"reconstructed-{width}", f"per-layer-{width}"
             options = ["--reconstruct", "--reconstruct-tokens", str(self.scale.reconstruction)]
@@ -259,6 +224,11 @@ class Rung:
                 self._recover(per_layer, "full"),
             ]
             self._evaluate(f"recovered-{width}.json", [control, reduced, rebuilt, *trained], *parts)
+
+
+def named(option: str, values: Sequence[str | int]) -> list[str]:
+    """An option once for each value."""
+    return [word for value in values for word in (option, str(value))]
 
 
 def run(rung: Rung, side_by_side: int, until: float, only: Sequence[str]) -> bool:
@@ -285,11 +255,10 @@ def run(rung: Rung, side_by_side: int, until: float, only: Sequence[str]) -> boo
         if not running and (late or not ready):
             break
         time.sleep(0.2)
-    if failed or waiting:
-        print(
-            f"failed: {', '.join(failed) or 'none'}; not run: {', '.join(j.output for j in waiting) or 'none'}"
-        )
-    return not failed and not waiting
+    left = [job.output for job in waiting]
+    if failed or left:
+        print(f"failed: {', '.join(failed) or 'none'}; not run: {', '.join(left) or 'none'}")
+    return not failed and not left
 
 
 def start(job: Job, out: Path) -> subprocess.Popen[bytes]:
