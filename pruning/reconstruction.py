@@ -27,6 +27,8 @@ from pruning.progress import Advance, no_progress
 from pruning.streaming import layers_to_run
 from pruning.training import BETAS, CLIP, flushed_denormals, schedule
 
+HELD_OUT = 16
+"""One of so many windows is not fitted to: errors are measured on these."""
 _TOGETHER = 2**14
 """Tokens that run together where nothing is trained."""
 
@@ -57,14 +59,16 @@ class ReconstructionSettings:
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How one layer was fitted. Errors are squared errors of its output on all windows, as a share of the variance of
-    the dense layer's output; the mean over the channels."""
+    """How one layer was fitted. Errors are mean squares of what its output is off by on windows that it was not fitted
+    to, as a share of the variance of the dense layer's output; the mean over the channels."""
 
     layer: int
     """Index of the layer in the model."""
     before: float
+    """The error of the layer as it was, behind fitted ones."""
     after: float
-    """The error with the fitted weights in the dtypes of the checkpoint."""
+    """The error with the fitted weights, in the dtypes of the checkpoint. Where it is not below `before` the layer has
+    stayed as it was."""
     seconds: float
 
 
@@ -93,10 +97,16 @@ def run_together(count: int, length: int) -> int:
     return min(count, max(1, _TOGETHER // length))
 
 
+def held_out(count: int) -> int:
+    """How many of `count` windows are not fitted to; they are the last ones."""
+    return max(1, count // HELD_OUT)
+
+
 def tokens_to_run(spec: ModelSpec, windows: Tensor, settings: ReconstructionSettings) -> int:
     """How many tokens `reconstruct` runs through one layer or another."""
-    fitted = settings.steps * settings.batch * windows.shape[1]
-    return 2 * layers_to_run(spec) * windows.numel() + len(spec.linear_layers) * (windows.numel() + fitted)
+    count, length = windows.shape
+    of_layer = settings.steps * settings.batch + 2 * held_out(count)
+    return length * (2 * layers_to_run(spec) * count + len(spec.linear_layers) * of_layer)
 
 
 def reconstruct(
@@ -112,12 +122,12 @@ def reconstruct(
 ) -> Reconstruction:
     """Fit the linear-attention layers of `reduced` to those of `dense`, of which it was cut.
 
-    All parameters of a layer are fitted but experts and their router. Layers of other kinds stay as they are. On a GPU
-    products are in bfloat16 with float32 weights, on the CPU in float32; there the result depends on the arguments
-    alone, to the last bit.
+    All parameters of a layer are fitted but experts and their router; where that does not lower the error on the
+    windows that are held out, the layer stays as it was. So do layers of other kinds. On a GPU products are in bfloat16
+    with float32 weights, on the CPU in float32; there the result depends on the arguments alone, to the last bit.
 
     Args:
-        windows: int64 `[count, length]`.
+        windows: int64 `[count, length]`, at least two.
         device: where each layer runs.
         hidden_device: where the hidden states of all tokens stay, `8 * count * length * hidden_size` bytes; None for
             `device`.
@@ -125,10 +135,12 @@ def reconstruct(
         advance: told of `tokens_to_run` tokens in all.
 
     Raises:
-        PruningError: a fit gives NaN or Inf.
+        PruningError: there is one window, or a layer gives NaN or Inf.
         CheckpointError: a tensor is missing or of another shape than the config says.
     """
     device = torch.device(device)
+    if len(windows) < 2:
+        raise PruningError(f"windows={len(windows)} must be at least 2: one is fitted to, and one measures")
     run = _Run(windows, settings, dense.spec.eos_token_ids, device, rule, advance)
     # Of a mapped file only the rows that are needed are read.
     embeddings = dense.tensor(dense.name_of("embeddings.weight"))
@@ -147,18 +159,16 @@ def reconstruct(
                 run.forward(block, hidden, into=hidden)
                 continue
             loss = _Loss(taught, _next_norm(dense, layer), settings.loss)
-            before = run.forward(block, inputs, loss=loss)
-            if before:
-                run.fit(block, inputs, loss)
-                stored = _as_stored(reduced, block, layer)
-                tensors |= stored
-                _read_back(reduced, block, layer, stored)
-            after = run.forward(block, inputs, loss=loss, into=hidden)
-            if not math.isfinite(after):
-                raise PruningError(
-                    f"{reduced.source}: layer {layer}: the error after {settings.steps} steps is {after}; a smaller lr "
-                    f"than {settings.lr} may help"
-                )
+            before = run.error(block, inputs, loss)
+            run.fit(block, inputs, loss)
+            fitted = _as_stored(reduced, block, layer)
+            _read_back(reduced, block, layer, fitted)
+            after = run.error(block, inputs, loss)
+            if after < before:
+                tensors |= fitted
+            else:
+                block = reduced.block(layer, device=device)
+            run.forward(block, inputs, into=hidden)
             fits.append(LayerFit(layer, before, after, time.perf_counter() - began))
     return Reconstruction(tensors, tuple(fits))
 
@@ -208,25 +218,37 @@ class _Run:
     ) -> None:
         self._windows, self._settings, self._separators = windows, settings, separators
         self._device, self._rule, self._advance = device, rule, advance
+        self._fitted_to = len(windows) - held_out(len(windows))
+        """How many windows layers are fitted to; errors are of the others."""
 
     @torch.no_grad()
-    def forward(
-        self, block: Block, inputs: Tensor, *, loss: _Loss | None = None, into: Tensor | None = None
-    ) -> float:
-        """Run all windows, from `inputs` to `into`, both `[count, length, hidden]`. Returns the loss of the outputs; 0
-        without one."""
+    def forward(self, block: Block, inputs: Tensor, *, into: Tensor) -> None:
+        """Run all windows, from `inputs` to `into`, both `[count, length, hidden]`."""
+        for some in self._parts(0):
+            into[some] = self._output(block, inputs, some)
+
+    @torch.no_grad()
+    def error(self, block: Block, inputs: Tensor, loss: _Loss) -> float:
+        """The loss of a block's outputs for the windows that are held out.
+
+        Raises:
+            PruningError: it is not finite.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for some in self._parts(self._fitted_to):
+            total += (some.stop - some.start) * loss(self._output(block, inputs, some), some)
+        error = float(total) / (len(self._windows) - self._fitted_to)
+        if not math.isfinite(error):
+            raise PruningError(f"layer {block.mixer.layer}: the error of its output is {error}: NaN or Inf")
+        return error
+
+    def _parts(self, first: int) -> Iterator[slice]:
+        """The windows from `first` on, in parts that run together."""
         count, length = self._windows.shape
         together = run_together(count, length)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for at in range(0, count, together):
-            some = slice(at, min(at + together, count))
-            y = self._output(block, inputs, some)
-            if loss is not None:
-                total += len(y) * loss(y, some)
-            if into is not None:
-                into[some] = y
-            self._advance(len(y) * length)
-        return float(total) / count
+        for at in range(first, count, together):
+            yield slice(at, min(at + together, count))
+            self._advance((min(at + together, count) - at) * length)
 
     def fit(self, block: Block, inputs: Tensor, loss: _Loss) -> None:
         """Train the parameters of a block."""
@@ -234,8 +256,8 @@ class _Run:
         parameters = [p.requires_grad_() for p in _trained(block, s.train)]
         optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=BETAS, weight_decay=0.0)
         generator = torch.Generator().manual_seed(s.seed)
-        epochs = -(-s.steps * s.batch // len(self._windows))
-        order = torch.cat([torch.randperm(len(self._windows), generator=generator) for _ in range(epochs)])
+        epochs = -(-s.steps * s.batch // self._fitted_to)
+        order = torch.cat([torch.randperm(self._fitted_to, generator=generator) for _ in range(epochs)])
         for step, some in enumerate(order[: s.steps * s.batch].split(s.batch)):
             for group in optimizer.param_groups:
                 group["lr"] = s.lr * schedule(step, s.steps)

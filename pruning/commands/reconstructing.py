@@ -74,6 +74,11 @@ class ReconstructionOptions:
     ) -> "PlannedReconstruction":
         """Draw the windows."""
         source = replace(source, tokens=DEFAULT_TOKENS if self.tokens is None else self.tokens)
+        if source.count < 2:
+            raise PruningError(
+                f"reconstruct_tokens={source.tokens} gives 1 window of {counted(source.length, 'token')}; at least 2 "
+                "are needed: one is fitted to, and one measures"
+            )
         windows, origin = draw(encoder, source)
         settings = ReconstructionSettings(seed=self.seed)
         if self.steps is not None:
@@ -116,7 +121,7 @@ class PlannedReconstruction:
         count, length = self.windows.shape
         s, memory = self.settings, self.memory
         yield (
-            f"reconstruction: {counted(self.windows.numel(), 'token')}, {counted(count, 'window')} of {length}; three "
+            f"reconstruction: {counted(self.windows.numel(), 'token')}, {counted(count, 'window')} of {length}; two "
             f"passes forward, and for each layer {counted(s.steps, 'step')} of {counted(s.batch, 'window')}, one layer "
             "at a time"
         )
@@ -133,7 +138,7 @@ class PlannedReconstruction:
         return [
             (
                 "reconstruction",
-                reconstruction_seconds(spec, 3 * count, s.steps * s.batch, length, self.device),
+                reconstruction_seconds(spec, 2 * count, s.steps * s.batch, length, self.device),
             )
         ]
 
