@@ -98,10 +98,16 @@ class Training:
 
 
 def initialise(model: Model) -> None:
-    """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them."""
+    """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them.
+
+    Embeddings are as large as the norms' outputs ask for, since they are the head as well: with GPT-2's 0.02, log-odds
+    all begin near zero, and the models learn nothing for two or three times as many steps.
+    """
     depth = math.sqrt(2 * len(model.layers))
     for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "out_proj.weight")):
+        if name == "embeddings.weight":
+            nn.init.normal_(p, std=model.spec.hidden_size**-0.5)
+        elif name.endswith(("o_proj.weight", "out_proj.weight")):
             nn.init.normal_(p, std=0.02 / depth)
         elif name.endswith("conv.weight"):
             nn.init.uniform_(p, -0.5, 0.5)

@@ -10,12 +10,10 @@ from pruning.evaluation.bits import Bits
 from pruning.evaluation.record import Evaluation
 from pruning.evaluation.samples import Estimate
 from pruning.pareto import Choice, choices
-from pruning.report.style import SYMBOLS, Figure, line, place, short, subplots
+from pruning.report.style import RISES, SYMBOLS, Figure, line, place, short, subplots
 
 LEAST_RISE = 0.01
 """In percent. A smaller rise in perplexity, or none, is drawn as this one: nothing has no logarithm."""
-RISES = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
-"""Ticks of the rise, in percent."""
 GREY = "rgba(128,128,128,0.9)"
 
 

@@ -13,6 +13,8 @@ from pruning.companions import RECOVERY
 from pruning.errors import PruningError
 from pruning.evaluation.record import KIND as EVALUATION
 from pruning.evaluation.record import Evaluation, read_evaluation
+from pruning.mqar_table import KIND as MQAR
+from pruning.mqar_table import MQARTable, read_mqar
 from pruning.record import FORMAT as REDUCTION_FORMAT
 from pruning.statistics import Statistics, load_statistics
 from pruning.table import FORMAT as TABLE_FORMAT
@@ -89,6 +91,7 @@ class Inputs:
 
     tables: list[tuple[str, Table]] = field(default_factory=list)
     evaluations: list[tuple[str, Evaluation]] = field(default_factory=list)
+    mqar: list[tuple[str, MQARTable]] = field(default_factory=list)
     statistics: list[tuple[str, Statistics]] = field(default_factory=list)
     reductions: list[tuple[str, Reduction]] = field(default_factory=list)
     recoveries: list[tuple[str, Recovery]] = field(default_factory=list)
@@ -136,8 +139,12 @@ def _read_json(path: Path, inputs: Inputs) -> None:
         table = _decode(path, Table)
         _check_format(path, table.format, TABLE_FORMAT)
         inputs.tables.append((str(path), table))
+    elif kind == MQAR:
+        inputs.mqar.append((str(path), read_mqar(path)))
     else:
-        raise PruningError(f"{path} is neither of evaluate --json nor of sweep: its kind is {kind!r}")
+        raise PruningError(
+            f"{path} is neither of evaluate --json nor of sweep or benchmarks/ladder/mqar.py: its kind is {kind!r}"
+        )
     _hash(path, inputs)
 
 

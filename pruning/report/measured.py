@@ -1,6 +1,8 @@
 """Figures from evaluations, statistics and checkpoints."""
 
+import math
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from lowkey.page import COLOURS
+from lowkey.words import counted
 from pruning.evaluation.record import Evaluation
 from pruning.report.inputs import Recovery, Reduction
 from pruning.report.style import (
@@ -28,6 +31,8 @@ from pruning.statistics import GramName, Statistics
 from pruning.views import mean_of_heads
 
 GRAMS: tuple[GramName, ...] = ("q_normalised", "k_normalised")
+PERCENTS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+"""Ticks of logarithmic scales of a share, in percent."""
 FLOOR = -10.0
 """log10 of the smallest eigenvalue that is drawn, against the largest."""
 
@@ -101,69 +106,79 @@ def _spectrum(grams: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
-    """Rank utilisation along the sequence, by layer, and of each head at the end."""
+    """Rank utilisation along the sequence, by layer and by head."""
     entries = [(e, e.rank) for e in evaluation.checkpoints if e.rank is not None]
     if not entries:
         return []
-    measured = [(short(e.name), rank) for e, rank in entries]
-    along = subplots([label for label, _ in measured], height=340)
-    at_end = subplots([label for label, _ in measured], height=300)
-    largest = max(head for _, rank in measured for layer in rank.utilisation for head in layer[-1])
+    titles = [short(e.name) for e, _ in entries]
+    most_heads = max(sum(len(layer[0]) for layer in rank.utilisation) for _, rank in entries)
+    by_layer = subplots(titles, height=340)
+    by_head = subplots(titles, height=rows_height(most_heads))
+    shares = [
+        h for _, rank in entries for layer in rank.utilisation for heads in layer for h in heads if h > 0
+    ]
+    lowest, highest = math.log10(100 * min(shares, default=0.01)), math.log10(100 * max(shares, default=1))
     for i, (entry, rank) in enumerate(entries):
         indices = layer_indices(entry.layers, len(rank.utilisation))
-        colours = shades(len(indices))
-        for at, (layer, by_position) in enumerate(zip(indices, rank.utilisation, strict=True)):
-            along.add_scatter(
+        means = [[100 * fmean(heads) for heads in by_position] for by_position in rank.utilisation]
+        for layer, colour, along in zip(indices, shades(len(indices)), means, strict=True):
+            by_layer.add_scatter(
                 x=rank.positions,
-                y=[100 * sum(heads) / len(heads) for heads in by_position],
+                y=along,
                 name=f"layer {layer}",
                 mode="lines+markers",
-                line={"color": colours[at], "width": 2},
+                line={"color": colour, "width": 2},
                 legendgroup=str(layer),
-                showlegend=i == 0 and len(colours) <= 12,
+                showlegend=i == 0 and len(indices) <= 12,
                 **place(i),
             )
-        at_end.add_heatmap(
-            y=indices,
-            z=[[round(100 * head, 3) for head in layer[-1]] for layer in rank.utilisation],
-            colorscale=SCALE,
-            zmin=0,
-            zmax=100 * largest,
-            showscale=i == 0,
-            colorbar={"title": "%", "thickness": 12},
-            hovertemplate="layer %{y}, head %{x}: %{z} %<extra></extra>",
+        by_layer.add_scatter(
+            x=rank.positions,
+            y=[fmean(of_layers) for of_layers in zip(*means, strict=True)],
+            name="mean",
+            mode="lines",
+            line={"color": COLOURS[-1], "width": 3, "dash": "dot"},
+            legendgroup="mean",
+            showlegend=i == 0,
             **place(i),
         )
-    positions = measured[0][1].positions
-    along.update_xaxes(title="tokens seen", type="log", tickvals=positions)
-    highest = max(
-        sum(heads) / len(heads) for _, rank in measured for layer in rank.utilisation for heads in layer
-    )
-    along.update_yaxes(title="%", range=[0, 105 * highest])
-    layers, heads = (
-        len(measured[0][1].utilisation),
-        max(len(layer[0]) for layer in measured[0][1].utilisation),
-    )
-    at_end.update_xaxes(title="value head", dtick=-(-heads // 16), showgrid=False)
-    at_end.update_yaxes(
-        title="layer", type="category", autorange="reversed", dtick=-(-layers // 12), showgrid=False
-    )
+        rows = [[100 * h for h in along] for layer in rank.utilisation for along in zip(*layer, strict=True)]
+        by_head.add_heatmap(
+            x=[str(position) for position in rank.positions],
+            z=[[round(math.log10(h), 4) if h > 0 else None for h in row] for row in rows],
+            customdata=[[round(h, 3) for h in row] for row in rows],
+            colorscale=SCALE,
+            zmin=lowest,
+            zmax=highest,
+            showscale=i == 0,
+            colorbar={
+                "title": "%",
+                "thickness": 12,
+                "tickvals": [math.log10(percent) for percent in PERCENTS],
+                "ticktext": [f"{percent:g}" for percent in PERCENTS],
+            },
+            hovertemplate="after %{x} tokens: %{customdata} %<extra></extra>",
+            **place(i),
+        )
+        head_counts = [len(layer[0]) for layer in rank.utilisation]
+        by_head.update_yaxes(**head_ticks(dict(zip(indices, head_counts, strict=True))), **place(i))
+    positions = entries[0][1].positions
+    by_layer.update_xaxes(title="tokens seen", type="log", tickvals=positions)
+    by_layer.update_yaxes(title="rank used, %", type="log", tickvals=PERCENTS, matches="y")
+    by_head.update_xaxes(title="tokens seen", type="category", showgrid=False)
     caption = (
         f"{name}: (||S||F^2 / ||S||2^2) / min(d_k, d_v) of the states that real text leaves, decay included; "
-        f"mean of {measured[0][1].windows} windows."
+        f"mean of {counted(entries[0][1].windows, 'window')}."
     )
     return [
         Figure(
             f"rank-{number}",
             "Rank utilisation along the sequence",
-            f"{caption} Mean over value heads. {SHADES}",
-            along,
+            f"{caption} Mean over value heads; dotted over all layers too. {SHADES}",
+            by_layer,
         ),
         Figure(
-            f"rank-heads-{number}",
-            "Rank utilisation by head",
-            f"{caption} After {positions[-1]} tokens.",
-            at_end,
+            f"rank-heads-{number}", "Rank utilisation by head", f"{caption} One row a value head.", by_head
         ),
     ]
 

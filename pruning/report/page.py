@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from lowkey.page import render
 from pruning.evaluation.record import Evaluation
+from pruning.mqar_table import MQARTable
 from pruning.pareto import PARETO_LEGEND, choices, pareto_table
-from pruning.report import bits, identifiers, measured, trade
+from pruning.report import bits, identifiers, measured, mqar, trade
 from pruning.report.inputs import Inputs
 from pruning.report.style import MARGIN, Figure
 from pruning.table import Table, methods_by_width
@@ -29,6 +30,7 @@ def all_figures(inputs: Inputs) -> list[Figure]:
     found: list[Figure] = []
     for i, (name, table) in enumerate(inputs.tables):
         found += trade.tradeoff(name, table, i)
+    found += trade.ladder(inputs.tables)
     found += trade.budgets(inputs.tables, inputs.reductions)
     for i, (name, evaluation) in enumerate(inputs.evaluations):
         for draw in (
@@ -40,6 +42,8 @@ def all_figures(inputs: Inputs) -> list[Figure]:
             measured.ranks,
         ):
             found += draw(name, evaluation, i)
+    for i, (name, recall) in enumerate(inputs.mqar):
+        found += mqar.recall_by_width(name, recall, i)
     for i, (name, statistics) in enumerate(inputs.statistics):
         found += measured.spectra(name, statistics, i)
     found += measured.kept_channels(inputs.reductions)
@@ -73,6 +77,7 @@ def page(title: str, inputs: Inputs, drawn: Sequence[Figure]) -> str:
     models = {
         *((table.checkpoint, table.sha256) for _, table in inputs.tables),
         *((entry.name, entry.sha256) for _, e in inputs.evaluations for entry in e.checkpoints),
+        *((recall.checkpoint, recall.sha256) for _, recall in inputs.mqar),
         *((reduction.source.name, reduction.source.sha256) for _, reduction in inputs.reductions),
     }
     return render(
@@ -89,6 +94,7 @@ def page(title: str, inputs: Inputs, drawn: Sequence[Figure]) -> str:
                 for name, evaluation in inputs.evaluations
                 if choices(evaluation)
             ),
+            *(_mqar_summary(name, recall) for name, recall in inputs.mqar),
         ],
         figures=drawn,
         hashes=inputs.hashes,
@@ -121,9 +127,22 @@ def _pareto_summary(name: str, evaluation: Evaluation) -> Summary:
     return Summary("Bytes against quality", f"{name}: {PARETO_LEGEND}", *pareto_table(evaluation))
 
 
+def _mqar_summary(name: str, table: MQARTable) -> Summary:
+    caption = (
+        f"{name}: {table.checkpoint}. Right answers in percent by number of pairs, with states in float32 / in int8; "
+        "means over calibration seeds."
+    )
+    return Summary("Recall of a model trained for it", caption, *mqar.recall_rows(table))
+
+
 def _environments(inputs: Inputs) -> Iterator[str]:
-    """For each evaluation, what it was run with."""
+    """For each evaluation and each MQAR table, what it was run with."""
     for name, evaluation in inputs.evaluations:
-        facts = {**evaluation.versions, **{k: str(v) for k, v in evaluation.environment.items()}}
-        said = ", ".join(f"{key} {value}" for key, value in facts.items())
-        yield f"{name}: {said}; text sha256 {evaluation.text_sha256}"
+        yield f"{name}: {_facts(evaluation)}; text sha256 {evaluation.text_sha256}"
+    for name, table in inputs.mqar:
+        yield f"{name}: {_facts(table)}; settings {table.settings}"
+
+
+def _facts(made: Evaluation | MQARTable) -> str:
+    """Versions and properties of the machine."""
+    return ", ".join(f"{key} {value}" for key, value in {**made.versions, **made.environment}.items())

@@ -1,9 +1,10 @@
 """Lines, symbols and layout that all figures share."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -27,6 +28,8 @@ SYMBOLS = (
 SCALE = "Viridis"
 MARGIN = {"l": 56, "r": 16, "t": 32, "b": 48}
 """Pixels around the axes."""
+RISES = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+"""Ticks of a rise in perplexity on a logarithmic scale, in percent."""
 SHADES = "The first layer is dark, the last one light."
 
 
@@ -77,6 +80,18 @@ def line(index: int, *, dash: str = "solid") -> dict[str, Any]:
         "mode": "lines+markers",
         "line": {"color": colour, "width": 2, "dash": dash},
         "marker": {"color": colour, "size": 8, "symbol": SYMBOLS[index % len(SYMBOLS)]},
+    }
+
+
+def spread(seeds: Iterable[Sequence[float]]) -> dict[str, Any]:
+    """Bars from the least to the largest value, around the mean."""
+    values = [list(v) for v in seeds]
+    return {
+        "symmetric": False,
+        "array": [max(v) - fmean(v) for v in values],
+        "arrayminus": [fmean(v) - min(v) for v in values],
+        "thickness": 1.5,
+        "width": 4,
     }
 
 

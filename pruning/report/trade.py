@@ -1,11 +1,23 @@
 """Figures from pruning tables: what width costs, by method and layer."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from pruning.report.inputs import Reduction
-from pruning.report.style import SHADES, Figure, layer_indices, line, place, shades, short, single, subplots
+from pruning.report.style import (
+    RISES,
+    SHADES,
+    Figure,
+    layer_indices,
+    line,
+    place,
+    shades,
+    short,
+    single,
+    spread,
+    subplots,
+)
 from pruning.table import PER_LAYER, Cell, Curves, Table, groups
 
 
@@ -17,10 +29,7 @@ def tradeoff(name: str, table: Table, number: int) -> list[Figure]:
         "largest. Dashed: the same total state, spent per layer."
     )
     dense = table.dense.perplexity
-    rise = {
-        row: {column: [100 * (c.perplexity / dense - 1) for c in cells] for column, cells in columns.items()}
-        for row, columns in groups(table).items()
-    }
+    rise = rises_by_width(table)
     kl = {
         row: {column: [c.kl for c in cells] for column, cells in columns.items()}
         for row, columns in groups(table).items()
@@ -55,7 +64,7 @@ def _against_width(rows: Mapping[str, Mapping[int, Sequence[float]]], label: str
             x=list(columns),
             y=means,
             name=short(row),
-            error_y=_spread(columns.values()),
+            error_y=spread(columns.values()),
             **_style(row, list(rows)),
         )
     widths = sorted({column for columns in rows.values() for column in columns})
@@ -78,7 +87,7 @@ def _at_each_width(rows: Mapping[str, Mapping[int, Sequence[float]]]) -> Any:
                 figure.add_scatter(
                     x=[fmean(columns[width])],
                     y=[short(row)],
-                    error_x=_spread([columns[width]]),
+                    error_x=spread([columns[width]]),
                     showlegend=False,
                     **_style(row, list(rows)),
                     **place(i),
@@ -90,6 +99,60 @@ def _at_each_width(rows: Mapping[str, Mapping[int, Sequence[float]]]) -> Any:
     return figure
 
 
+def ladder(tables: Sequence[tuple[str, Table]]) -> list[Figure]:
+    """Rise in perplexity against the width, one line for each model, for every row that several tables have."""
+    rises = [(name, table, rises_by_width(table)) for name, table in tables]
+    rows = [
+        row
+        for row in dict.fromkeys(row for _, _, rise in rises for row in rise)
+        if sum(row in rise for _, _, rise in rises) > 1
+    ]
+    if not rows:
+        return []
+    figure = subplots(rows, columns=3, height=320, horizontal_spacing=0.07)
+    widths = set()
+    lowest = 1.0
+    for i, (_, table, rise) in enumerate(rises):
+        for panel, row in enumerate(rows):
+            columns = rise.get(row, {})
+            figure.add_scatter(
+                x=list(columns),
+                y=[fmean(values) for values in columns.values()],
+                error_y=spread(columns.values()),
+                name=f"{short(table.checkpoint)} ({table.dense.perplexity:.2f})",
+                legendgroup=str(i),
+                showlegend=panel == 0,
+                **line(i),
+                **place(panel, 3),
+            )
+            widths |= set(columns)
+            lowest = min([lowest, *(value for values in columns.values() for value in values)])
+    figure.update_xaxes(title="d_k kept", type="log", tickvals=sorted(widths))
+    scale = {"type": "log", "tickvals": RISES} if lowest > 0 else {"type": "linear"}
+    figure.update_yaxes(**scale, matches="y")
+    figure.update_yaxes(title="rise in perplexity, %", col=1)
+    return [
+        Figure(
+            "ladder",
+            "Models against each other",
+            "Rise in perplexity of each model against its own dense one, whose perplexity is in brackets; means over "
+            "calibration seeds, bars from the least to the largest. "
+            + "; ".join(f"{table.checkpoint}: {name}" for name, table, _ in rises)
+            + ".",
+            figure,
+        )
+    ]
+
+
+def rises_by_width(table: Table) -> dict[str, dict[int, list[float]]]:
+    """Row -> column -> the rise in perplexity against the dense model, in percent, of each seed."""
+    dense = table.dense.perplexity
+    return {
+        row: {column: [100 * (c.perplexity / dense - 1) for c in cells] for column, cells in columns.items()}
+        for row, columns in groups(table).items()
+    }
+
+
 def _style(row: str, rows: Sequence[str]) -> dict[str, Any]:
     """A method's colour and symbol, hollow and dashed where its budget is spent per layer."""
     method = row.removesuffix(PER_LAYER)
@@ -98,18 +161,6 @@ def _style(row: str, rows: Sequence[str]) -> dict[str, Any]:
     if row != method:
         style["marker"] = {**style["marker"], "symbol": f"{style['marker']['symbol']}-open"}
     return style
-
-
-def _spread(seeds: Iterable[Sequence[float]]) -> dict[str, Any]:
-    """Bars from the least to the largest value, around the mean."""
-    values = [list(v) for v in seeds]
-    return {
-        "symmetric": False,
-        "array": [max(v) - fmean(v) for v in values],
-        "arrayminus": [fmean(v) - min(v) for v in values],
-        "thickness": 1.5,
-        "width": 4,
-    }
 
 
 def budgets(tables: Sequence[tuple[str, Table]], reductions: Sequence[tuple[str, Reduction]]) -> list[Figure]:
