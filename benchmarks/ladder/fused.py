@@ -4,11 +4,14 @@
 convolution, gated delta rule and gated norm are one kernel each. `check` compares the two on random tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from modeling.layers import Block, DeltaMixer
 from modeling.model import Model
+from pruning.fused import chunk_rule
 
 
 def hidden_states(model: Model, ids: Tensor) -> Tensor:
@@ -32,14 +35,13 @@ def _delta(mixer: DeltaMixer, h: Tensor) -> Tensor:
     """A (gated) delta rule mixer, of normed inputs `[batch, window, hidden]`."""
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
-    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
     s = mixer.spec
     qkv, gate, beta_in, decay_in = mixer.in_proj(h).split(s.in_proj_sizes, dim=-1)
     qkv, _ = causal_conv1d(qkv, mixer.conv.weight, mixer.conv.bias, activation="silu")
     q, k, v = qkv.split([s.key_dim, s.key_dim, s.value_dim], dim=-1)
     beta, g = mixer.gates(beta_in, decay_in)
-    o, _ = chunk_gated_delta_rule(
+    o, _ = chunk_rule()(
         q.unflatten(-1, (-1, s.d_k)).contiguous(),
         k.unflatten(-1, (-1, s.d_k)).contiguous(),
         v.unflatten(-1, (-1, s.d_v)).contiguous(),
@@ -54,17 +56,34 @@ def _delta(mixer: DeltaMixer, h: Tensor) -> Tensor:
     return mixer.o_proj(o.flatten(2).to(h.dtype))
 
 
-@torch.no_grad()
-def check(model: Model, *, window: int = 256, tolerance: float = 0.05) -> float:
-    """How far `hidden_states` in bfloat16 are from the model's own forward in float32, over the norm of these.
+def check(model: Model, *, window: int = 256) -> dict[str, float]:
+    """How far hidden states and gradients of `hidden_states` are from plain torch's in float32, over their norms.
 
     Raises:
-        AssertionError: they are further off than bfloat16 explains.
+        AssertionError: they are further off than twice as far as plain torch in bfloat16.
     """
     ids = torch.randint(model.spec.vocab_size, (4, window), device=model.device)
-    expected, _ = model(ids.flatten(), range(0, ids.numel() + 1, window))
-    with torch.autocast("cuda", torch.bfloat16):
-        found = hidden_states(model, ids)
-    distance = float((found.flatten(0, 1).float() - expected).norm() / expected.norm())
-    assert distance < tolerance, f"the fused forward is {distance:.3f} off"
-    return distance
+    weights = torch.randn(ids.numel(), model.spec.hidden_size, device=model.device)
+
+    def plain() -> Tensor:
+        return model(ids.flatten(), range(0, ids.numel() + 1, window))[0]
+
+    def outcome(run: Callable[[], Tensor], *, narrow: bool) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=narrow):
+            hidden = run().flatten(0, -2).float()
+        (hidden * weights).sum().backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return hidden.detach(), gradients
+
+    exact = outcome(plain, narrow=False)
+    narrow = outcome(plain, narrow=True)
+    found = outcome(lambda: hidden_states(model, ids), narrow=True)
+    distances = {}
+    for i, what in enumerate(("hidden", "gradients")):
+        allowed, distance = (float((x[i] - exact[i]).norm() / exact[i].norm()) for x in (narrow, found))
+        distances |= {what: distance, f"plain_{what}": allowed}
+        assert distance < 2 * allowed, (
+            f"{what} of the fused forward are {distance:.3f} off, plain ones {allowed:.3f}"
+        )
+    return distances

@@ -174,13 +174,11 @@ def main(
     model = Model(family_of(config).spec(config))
     initialise(model)
     model.to(device)
-    distance = fused.check(model) if device != "cpu" else None
+    distances = fused.check(model) if device != "cpu" else None
     chosen = optimizers(model, lr)
     windows = Windows(stream, window, batch, seed)
     parameters = sum(p.numel() for p in model.parameters())
-    print(
-        f"{name}: {parameters:,} parameters, {len(stream):,} tokens; fused forward {distance} off", flush=True
-    )
+    print(f"{name}: {parameters:,} parameters, {len(stream):,} tokens; distances {distances}", flush=True)
 
     backward(model, next(windows))  # compiles what is to be timed
     for optimizer in chosen:
@@ -238,7 +236,7 @@ def main(
             "tokens_per_second": tokens / trained,
             "operations_per_token": operations,
             "share_of_peak": tokens / trained * operations / PEAK if device != "cpu" else None,
-            "fused_distance": distance,
+            "distances": distances,
             "settings": {"batch": batch, "window": window, "lr": lr, "seed": seed},
             "heldout": found.as_json(),
             "environment": environment(torch.device(device)),
