@@ -162,20 +162,48 @@ def chunk_gradients(
             last = chunks(torch.ones_like(g)[..., None])[..., 0].sum(-1).long() - 1
         else:
             last = torch.full((len(decay),), chunk_size - 1, device=g.device)
-        at_end = decay.gather(1, last[:, None])
-        since = decay.exp2()[..., None]
-        until = (at_end - decay).exp2()[..., None]
-        ratio = (decay[:, :, None] - decay[:, None, :]).tril().exp2().tril()
-        inner = (product(doc, vc.mT) * ratio * scale).to(v.dtype)
-        dq = product(doc, states.mT) * since * scale + product(inner, kc)
-        kept = product(vc, later.mT) * until
-        dk = kept + product(inner.mT, qc)
-        of_end = (states.float() * later.float()).sum((1, 2)) * at_end[:, 0].exp2() + (kept * kc).sum((1, 2))
-        dg = (dq * qc).sum(-1) - (dk * kc).sum(-1)
-        dg = dg.scatter_add(1, last[:, None], of_end[:, None])
+        inner = weigh(product(doc, vc.mT), decay, scale).to(v.dtype)
+        products = (
+            product(doc, states.mT),
+            product(inner, kc),
+            product(vc, later.mT),
+            product(inner.mT, qc),
+        )
+        dq, dk, dg = combine(*products, qc, kc, states, later, decay, last, scale)
         dw = packed(-product(dvc, states.mT)).to(w.dtype)
         dq, dk = (packed(x).unflatten(2, (k_heads, groups)).sum(3).to(v.dtype) for x in (dq, dk))
         return dq, dk, dw, packed(dg[..., None])[..., 0].contiguous()
+
+
+def weigh(products: Tensor, decay: Tensor, scale: float) -> Tensor:
+    """Products of a chunk's tokens `[n, chunk, chunk]`, each with what decays in between; later tokens' are zero."""
+    ratio = (decay[:, :, None] - decay[:, None, :]).tril().exp2().tril()
+    return products * ratio * scale
+
+
+def combine(
+    read: Tensor,
+    read_inside: Tensor,
+    kept: Tensor,
+    kept_inside: Tensor,
+    q: Tensor,
+    k: Tensor,
+    states: Tensor,
+    later: Tensor,
+    decay: Tensor,
+    last: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q and k `[n, chunk, d_k]`, by way of the states and inside the chunk, and that of g
+    `[n, chunk]`."""
+    at_end = decay.gather(1, last[:, None])
+    dq = read * decay.exp2()[..., None] * scale + read_inside
+    kept = kept * (at_end - decay).exp2()[..., None]
+    dk = kept + kept_inside
+    of_states = (states.float() * later.float()).sum((1, 2)) * at_end[:, 0].exp2()
+    of_end = of_states + (kept * k).sum((1, 2))
+    dg = (dq * q).sum(-1) - (dk * k).sum(-1)
+    return dq, dk, dg.scatter_add(1, last[:, None], of_end[:, None])
 
 
 def _chunk_rows(

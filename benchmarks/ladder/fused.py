@@ -7,21 +7,55 @@ convolution, gated delta rule and gated norm are one kernel each. `check` compar
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import pruning.fused
 from modeling.layers import Block, DeltaMixer
+from modeling.layers.mlp import MLP
 from modeling.model import Model
 from pruning.fused import chunk_rule
+
+
+def compile_parts() -> None:
+    """Compile what stands between the matrix products and fla's kernels, for inputs of one shape."""
+    for name in ("weigh", "combine"):
+        setattr(pruning.fused, name, torch.compile(getattr(pruning.fused, name), dynamic=False))
+    for name in ("_project", "_feed_forward"):
+        globals()[name] = torch.compile(globals()[name], dynamic=False)
 
 
 def hidden_states(model: Model, ids: Tensor) -> Tensor:
     """Hidden states after the final norm, `[batch, window, hidden]`, of sequences int64 `[batch, window]`."""
     x = model.embeddings(ids)
     for block in model.blocks:
-        h = block.mixer_norm(x)
-        x = x + (_delta(block.mixer, h) if isinstance(block.mixer, DeltaMixer) else _packed(block, h))
-        x = x + block.ffn(block.ffn_norm(x))
+        mixer = block.mixer
+        if isinstance(mixer, DeltaMixer):
+            # Beta and decay by themselves: with their few rows more the large product would be half as fast.
+            s = mixer.spec
+            many = s.conv_channels + s.in_proj_sizes[1]
+            parts = mixer.in_proj.weight.split([many, sum(s.in_proj_sizes) - many])
+            x = x + _delta(mixer, *_project(x, block.mixer_norm.weight, block.mixer_norm.eps, *parts))
+        else:
+            x = x + _packed(block, block.mixer_norm(x))
+        ffn = block.ffn
+        assert isinstance(ffn, MLP)
+        x = _feed_forward(
+            x, block.ffn_norm.weight, block.ffn_norm.eps, ffn.in_proj.weight, ffn.out_proj.weight
+        )
     return model.norm(x)
+
+
+def _project(x: Tensor, norm: Tensor, eps: float, many: Tensor, few: Tensor) -> tuple[Tensor, Tensor]:
+    """The products of a normed input with two matrices."""
+    h = F.rms_norm(x, x.shape[-1:], norm, eps)
+    return F.linear(h, many), F.linear(h, few)
+
+
+def _feed_forward(x: Tensor, norm: Tensor, eps: float, into: Tensor, out: Tensor) -> Tensor:
+    """A SwiGLU with its norm before and its residual."""
+    gate, up = F.linear(F.rms_norm(x, x.shape[-1:], norm, eps), into).chunk(2, dim=-1)
+    return x + F.linear(F.silu(gate) * up, out)
 
 
 def _packed(block: Block, h: Tensor) -> Tensor:
@@ -31,16 +65,16 @@ def _packed(block: Block, h: Tensor) -> Tensor:
     return y.view(batch, window, size)
 
 
-def _delta(mixer: DeltaMixer, h: Tensor) -> Tensor:
-    """A (gated) delta rule mixer, of normed inputs `[batch, window, hidden]`."""
+def _delta(mixer: DeltaMixer, many: Tensor, few: Tensor) -> Tensor:
+    """A (gated) delta rule mixer, of its input projection's rows q|k|v|gate and beta|decay."""
     from fla.modules.causal_conv1d import causal_conv1d
     from fla.modules.norm.fused_norm_gate import rms_norm_gated
 
     s = mixer.spec
-    qkv, gate, beta_in, decay_in = mixer.in_proj(h).split(s.in_proj_sizes, dim=-1)
+    qkv, gate = many.split(s.in_proj_sizes[:2], dim=-1)
     qkv, _ = causal_conv1d(qkv, mixer.conv.weight, mixer.conv.bias, activation="silu")
     q, k, v = qkv.split([s.key_dim, s.key_dim, s.value_dim], dim=-1)
-    beta, g = mixer.gates(beta_in, decay_in)
+    beta, g = mixer.gates(*few.split(s.in_proj_sizes[2:], dim=-1))
     o, _ = chunk_rule()(
         q.unflatten(-1, (-1, s.d_k)).contiguous(),
         k.unflatten(-1, (-1, s.d_k)).contiguous(),
@@ -53,7 +87,7 @@ def _delta(mixer: DeltaMixer, h: Tensor) -> Tensor:
         o = rms_norm_gated(o, gate.unflatten(-1, (-1, s.d_v)), mixer.o_norm.weight, None, eps=s.norm_eps)
     else:
         o = mixer.o_norm(o)
-    return mixer.o_proj(o.flatten(2).to(h.dtype))
+    return mixer.o_proj(o.flatten(2).to(many.dtype))
 
 
 def check(model: Model, *, window: int = 256) -> dict[str, float]:
