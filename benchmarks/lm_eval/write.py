@@ -27,7 +27,7 @@ from modeling.sources import CheckpointError
 from pruning.calibration import Encoder
 from pruning.errors import PruningError
 from pruning.evaluation.identifiers import RANGES, occurrences
-from pruning.options import Overwrite, checkpoint_named, text_of
+from pruning.options import Overwrite, TextFiles, checkpoint_named, text_of
 
 SHORTEST_LINE = 20
 """Characters of the shortest line that is asked for, without its indentation."""
@@ -167,10 +167,7 @@ def write(
     out: Annotated[
         Path, typer.Argument(help="Folder to write lowkey_identifiers.jsonl and lowkey_lines.jsonl to.")
     ],
-    text: Annotated[
-        list[Path] | None,
-        typer.Option(help="UTF-8 files, folders or globs (default: the held-out side of the bundled text)."),
-    ] = None,
+    text: TextFiles = None,
     tokenizer: Annotated[str, typer.Option(help="Checkpoint whose tokens are counted.")] = "demo/model",
     context: Annotated[
         int | None,

@@ -84,8 +84,10 @@ def test_a_context_leaves_room_for_the_answer_if_it_is_not_said_otherwise(dense,
 
 
 def test_a_text_that_answers_nothing_is_said(dense, tmp_path):
-    with pytest.raises(
-        SystemExit, match="error: context=300: no question for lowkey_identifiers in this text"
+    for text, task in (
+        (TEXT, "lowkey_identifiers"),
+        (TEXT.replace("(", "(near_name, 1000000000, "), "lowkey_lines"),
     ):
-        write(tmp_path, dense, context=300)
-    assert not (tmp_path / "out/lowkey_identifiers.jsonl").exists()
+        with pytest.raises(SystemExit, match=f"error: context=300: no question for {task} in this text"):
+            write(tmp_path, dense, text, context=300)
+        assert not (tmp_path / f"out/{task}.jsonl").exists()
