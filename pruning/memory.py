@@ -183,12 +183,15 @@ def reconstruction_memory(
     layer = max(_layer_bytes(layer, hidden, width) for layer in set(spec.layers))
     mixers = [_mixer_bytes(spec.layers[i], hidden) for i in spec.linear_layers]
     each = _layer_activations(spec)
-    trained = 4 * batch * length * (max(each[: len(spec.layers)]) + max(each[len(spec.layers) :]))
+    # Forward and backward, what is kept of a whole layer and its gradients.
+    trained = 2 * 4 * batch * length * (max(each[: len(spec.layers)]) + max(each[len(spec.layers) :]))
     # Autograd keeps experts in float32, and autocast has a copy of the weights in bfloat16.
     widened = max(
         _layer_bytes(layer, hidden, 4) - _layer_bytes(layer, hidden, width) for layer in set(spec.layers)
     )
-    active = max(_forward_bytes(spec, run_together(count, length) * length), trained + widened + layer // 2)
+    active = max(
+        _forward_bytes(spec, min(count, run_together(device)) * length), trained + widened + layer // 2
+    )
     states = 2 * 4 * windows.numel() * hidden
     beside = device.type == "cuda" and hidden_device == device
     return Memory(

@@ -22,6 +22,7 @@ from modeling.ops import GatedDeltaRule
 from modeling.spec import ModelSpec
 from pruning.calibration import Origin, cu_seqlens
 from pruning.errors import PruningError
+from pruning.evaluation.likelihood import CPU_BATCH, GPU_BATCH
 from pruning.finite import finite
 from pruning.progress import Advance, no_progress
 from pruning.streaming import layers_to_run
@@ -29,8 +30,6 @@ from pruning.training import BETAS, CLIP, flushed_denormals, schedule
 
 HELD_OUT = 16
 """One of so many windows is not fitted to: errors are measured on these."""
-_TOGETHER = 2**14
-"""Tokens that run together where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +88,9 @@ class Reconstruction:
         }
 
 
-def run_together(count: int, length: int) -> int:
-    """How many of `count` windows of `length` tokens run together where nothing is trained."""
-    return min(count, max(1, _TOGETHER // length))
+def run_together(device: torch.device) -> int:
+    """How many windows run together where nothing is trained."""
+    return GPU_BATCH if device.type == "cuda" else CPU_BATCH
 
 
 def held_out(count: int) -> int:
@@ -228,7 +227,7 @@ class _Run:
     def _parts(self, first: int) -> Iterator[slice]:
         """The windows from `first` on, in parts that run together."""
         count, length = self._windows.shape
-        together = run_together(count, length)
+        together = run_together(self._device)
         for at in range(first, count, together):
             yield slice(at, min(at + together, count))
             self._advance((min(at + together, count) - at) * length)

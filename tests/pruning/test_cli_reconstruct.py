@@ -3,9 +3,16 @@
 import json
 
 import pytest
+import torch
+from checkpoints import GATED, write_checkpoint
+from pruning_runs import peak_of
 
 from modeling.checkpoint import REDUCTION, open_checkpoint
+from pruning.calibration import Origin
+from pruning.commands.reconstructing import PlannedReconstruction
 from pruning.companions import CARD
+from pruning.memory import reconstruction_memory
+from pruning.reconstruction import ReconstructionSettings
 
 TEXT = ("--tokens", 256, "--window-length", 64)
 FIT = ("--reconstruct", "--reconstruct-tokens", 500, "--reconstruct-steps", 6)
@@ -117,3 +124,35 @@ def test_interrupted_it_leaves_the_statistics_alone(run, dense, text, tmp_path, 
     command = ("prune", dense, "out", "--method", "bilinear", "--keep", 16, *text, *TEXT, *FIT)
     assert "give --stats out.stats.safetensors to go on from it" in run(*command, code=130)
     assert [path.name for path in tmp_path.iterdir()] == ["out.stats.safetensors"]
+
+
+def test_on_a_gpu_the_hidden_states_are_where_there_is_room(dense, monkeypatch):
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    windows = torch.zeros(1000, 40, dtype=torch.long)
+    origin = Origin("t", "0" * 64, 0, *windows.shape, "0" * 64)
+    planned = PlannedReconstruction(open_checkpoint(dense), windows, origin, ReconstructionSettings(), gpu)
+    states = 2 * windows.numel() * 64 * 4
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    assert planned.hidden_device == gpu
+    beside = planned.memory.on(gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (beside[gpu] - 1, 10**9))
+    assert planned.hidden_device == cpu
+    apart = planned.memory.on(gpu)
+    assert (beside[gpu] - apart[gpu], apart[cpu] - beside[cpu]) == (states, states)
+    (layers,) = (line for line in planned.lines() if line.startswith("memory"))
+    assert layers.endswith("hidden states 20.5 MB on cpu)")
+
+
+@pytest.mark.slow
+def test_it_takes_no_more_memory_than_is_said(tmp_path):
+    config = {**GATED, "hidden_size": 512, "num_heads": 4, "num_v_heads": 4, "head_dim": 128, "expand_v": 1.0}
+    path = write_checkpoint(tmp_path / "c", config | {"intermediate_size": 1408})
+    (tmp_path / "text").write_text(" ".join(f"{i * i}" for i in range(30_000)))
+    given = ("--method", "l1", "--keep", 64, "--text", tmp_path / "text")
+    fit = ("--reconstruct", "--reconstruct-tokens", 32_768, "--reconstruct-steps", 2)
+    _, peak, _ = peak_of("prune", path, tmp_path / "out", *given, *fit)
+    windows = torch.zeros(64, 512, dtype=torch.long)
+    said = reconstruction_memory(
+        open_checkpoint(path), windows, 4, torch.device("cpu"), hidden_device=torch.device("cpu")
+    )
+    assert 0.5 * said.total < peak < said.total
