@@ -136,7 +136,7 @@ def _origin(spec: ModelSpec, record: Mapping[str, Any]) -> Iterator[str]:
     others += ["experts"] if any(isinstance(m.ffn, MoESpec) for m in spec.layers) else []
     if reconstruction is not None:
         yield (
-            "These layers were then fitted, one after the other, to what the source's layers give on "
+            "What is left of them was then fitted, layer after layer, to what the source's layers give on "
             f"{counted(reconstruction['tokens'], 'token')}."
         )
     if others:

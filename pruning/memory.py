@@ -181,22 +181,26 @@ def reconstruction_memory(
     count, length = windows.shape
     width = expert_dtype(checkpoint).itemsize
     layer = max(_layer_bytes(layer, hidden, width) for layer in set(spec.layers))
+    mixers = [_mixer_bytes(spec.layers[i], hidden) for i in spec.linear_layers]
     each = _layer_activations(spec)
-    mixers, ffns = each[: len(spec.layers)], each[len(spec.layers) :]
-    trained = 4 * batch * length * (max(mixers) + max(ffns))
-    # Autocast has a copy of the weights in bfloat16.
-    active = max(_forward_bytes(spec, run_together(count, length) * length), trained + layer // 2)
+    # Forward and backward, what is kept of a whole layer and its gradients.
+    trained = 2 * 4 * batch * length * (max(each[: len(spec.layers)]) + max(each[len(spec.layers) :]))
+    # Autograd keeps experts in float32, and autocast has a copy of the weights in bfloat16.
+    widened = max(
+        _layer_bytes(layer, hidden, 4) - _layer_bytes(layer, hidden, width) for layer in set(spec.layers)
+    )
+    active = max(
+        _forward_bytes(spec, min(count, run_together(device)) * length), trained + widened + layer // 2
+    )
     states = 2 * 4 * windows.numel() * hidden
     beside = device.type == "cuda" and hidden_device == device
-    # The fitted layers, without their experts, in the dtype that they are stored in, and one shard that is written.
-    stored = sum(_layer_bytes(spec.layers[i], hidden, 0) for i in spec.linear_layers)
-    stored = stored * config_dtype(checkpoint.config).itemsize // 4
     return Memory(
         2 * layer,
         active + (states if beside else 0),
         hidden=0 if beside else states,
-        training=3 * layer,
-        waiting=stored,
+        training=3 * max(mixers),
+        # All that is fitted, in the dtype that it is stored in.
+        waiting=sum(mixers) * config_dtype(checkpoint.config).itemsize // 4,
     )
 
 
@@ -226,6 +230,12 @@ def _layer_bytes(layer: LayerSpec, hidden: int, expert_width: int) -> int:
     if isinstance(layer.ffn, MoESpec):
         total -= (4 - expert_width) * layer.ffn.num_experts * 3 * layer.ffn.expert_size * hidden
     return total
+
+
+def _mixer_bytes(layer: LayerSpec, hidden: int) -> int:
+    """Bytes of a layer's mixer in float32."""
+    with torch.device("meta"):
+        return 4 * sum(p.numel() for p in Block(layer, hidden, 0).mixer.parameters())
 
 
 def free_memory(device: torch.device) -> int:

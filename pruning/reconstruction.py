@@ -10,18 +10,19 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.checkpoint import FLOATS, Checkpoint
-from modeling.layers import Block, DeltaMixer, MoE
+from modeling.families import TensorMap
+from modeling.layers import Block, DeltaMixer
 from modeling.ops import GatedDeltaRule
 from modeling.spec import ModelSpec
 from pruning.calibration import Origin, cu_seqlens
 from pruning.errors import PruningError
+from pruning.evaluation.likelihood import CPU_BATCH, GPU_BATCH
 from pruning.finite import finite
 from pruning.progress import Advance, no_progress
 from pruning.streaming import layers_to_run
@@ -29,8 +30,6 @@ from pruning.training import BETAS, CLIP, flushed_denormals, schedule
 
 HELD_OUT = 16
 """One of so many windows is not fitted to: errors are measured on these."""
-_TOGETHER = 2**14
-"""Tokens that run together where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,6 @@ class ReconstructionSettings:
     """Peak learning rate."""
     seed: int = 0
     """Seed of the order of the windows."""
-    train: Literal["qk", "qko", "mixer", "block"] = "block"
-    inputs: Literal["reduced", "dense"] = "reduced"
-    loss: Literal["variance", "plain", "norm"] = "variance"
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
@@ -92,9 +88,9 @@ class Reconstruction:
         }
 
 
-def run_together(count: int, length: int) -> int:
-    """How many of `count` windows of `length` tokens run together where nothing is trained."""
-    return min(count, max(1, _TOGETHER // length))
+def run_together(device: torch.device) -> int:
+    """How many windows run together where nothing is trained."""
+    return GPU_BATCH if device.type == "cuda" else CPU_BATCH
 
 
 def held_out(count: int) -> int:
@@ -122,9 +118,10 @@ def reconstruct(
 ) -> Reconstruction:
     """Fit the linear-attention layers of `reduced` to those of `dense`, of which it was cut.
 
-    All parameters of a layer are fitted but experts and their router; where that does not lower the error on the
-    windows that are held out, the layer stays as it was. So do layers of other kinds. On a GPU products are in bfloat16
-    with float32 weights, on the CPU in float32; there the result depends on the arguments alone, to the last bit.
+    Fitted are all parameters of a layer's mixer and the norm before it, to the output of the whole layer; where that
+    does not lower the error on the windows that are held out, the layer stays as it was. So do layers of other kinds.
+    On a GPU products are in bfloat16 with float32 weights, on the CPU in float32; there the result depends on the
+    arguments alone, to the last bit.
 
     Args:
         windows: int64 `[count, length]`, at least two.
@@ -152,56 +149,41 @@ def reconstruct(
     with flushed_denormals():
         for layer in range(layers_to_run(dense.spec)):
             began = time.perf_counter()
-            inputs = taught.clone() if settings.inputs == "dense" else hidden
             run.forward(dense.block(layer, device=device), taught, into=taught)
             block = reduced.block(layer, device=device)
             if not isinstance(block.mixer, DeltaMixer):
                 run.forward(block, hidden, into=hidden)
                 continue
-            loss = _Loss(taught, _next_norm(dense, layer), settings.loss)
-            before = run.error(block, inputs, loss)
-            run.fit(block, inputs, loss)
+            loss = _Loss(taught)
+            before = run.error(block, hidden, loss)
+            run.fit(block, hidden, loss)
             fitted = _as_stored(reduced, block, layer)
             _read_back(reduced, block, layer, fitted)
-            after = run.error(block, inputs, loss)
+            after = run.error(block, hidden, loss)
             if after < before:
                 tensors |= fitted
             else:
                 block = reduced.block(layer, device=device)
-            run.forward(block, inputs, into=hidden)
+            run.forward(block, hidden, into=hidden)
             fits.append(LayerFit(layer, before, after, time.perf_counter() - began))
     return Reconstruction(tensors, tuple(fits))
 
 
-def _next_norm(dense: Checkpoint, layer: int) -> Tensor:
-    last = layer + 1 == len(dense.spec.layers)
-    prefix = "norm." if last else f"layers.{layer + 1}.mixer_norm."
-    return dense.parameters(prefix)["weight"]
-
-
 class _Loss:
-    """The error of a layer's output, the dense layer's being `target` `[count, length, hidden]`."""
+    """The error of a layer's output, the dense layer's being `target` `[count, length, hidden]`: mean squares as shares
+    of each channel's variance, so that a few channels of large numbers do not decide alone."""
 
-    def __init__(self, target: Tensor, norm: Tensor, kind: str) -> None:
-        self.target = target
-        self._kind = kind
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
         variance = target.flatten(0, 1).var(0, correction=0)
         # A channel that hardly varies weighs no more than one of a millionth of the others' variance.
         variance = variance.clamp_min(1e-6 * float(variance.mean())).clamp_min(1e-20)
-        if kind == "norm":
-            self._weight = (norm.square() / norm.square().sum()).to(target.device)
-        elif kind == "plain":
-            self._weight = torch.ones_like(variance) / variance.sum()
-        else:
-            self._weight = 1 / (variance * len(variance))
+        self._weight = 1 / (variance * len(variance))
 
     def __call__(self, y: Tensor, windows: Tensor | slice) -> Tensor:
         """The mean over the tokens of y `[windows, length, hidden]`, the outputs for some of the windows."""
-        target = self.target[windows].to(y.device)
-        if self._kind == "norm":
-            y, target = (F.rms_norm(z, z.shape[-1:], None, 1e-6) for z in (y, target))
-        errors: Tensor = (y - target).square() @ self._weight.to(y.device)
-        return errors.mean()
+        squares = (y - self._target[windows].to(y.device)).square()
+        return (squares @ self._weight.to(y.device)).mean()
 
 
 class _Run:
@@ -245,7 +227,7 @@ class _Run:
     def _parts(self, first: int) -> Iterator[slice]:
         """The windows from `first` on, in parts that run together."""
         count, length = self._windows.shape
-        together = run_together(count, length)
+        together = run_together(self._device)
         for at in range(first, count, together):
             yield slice(at, min(at + together, count))
             self._advance((min(at + together, count) - at) * length)
@@ -253,7 +235,9 @@ class _Run:
     def fit(self, block: Block, inputs: Tensor, loss: _Loss) -> None:
         """Train the parameters of a block."""
         s = self._settings
-        parameters = [p.requires_grad_() for p in _trained(block, s.train)]
+        parameters = [*block.mixer_norm.parameters(), *block.mixer.parameters()]
+        for p in parameters:
+            p.requires_grad_()
         optimizer = torch.optim.AdamW(parameters, lr=s.lr, betas=BETAS, weight_decay=0.0)
         generator = torch.Generator().manual_seed(s.seed)
         epochs = -(-s.steps * s.batch // self._fitted_to)
@@ -280,59 +264,31 @@ class _Run:
         return output
 
 
-def _trained(block: Block, which: str) -> Iterator[Tensor]:
-    mixer = block.mixer
-    assert isinstance(mixer, DeltaMixer)
-    m = mixer.spec
-
-    def rows(p: Tensor, n: int) -> Tensor:
-        mask = torch.zeros(p.shape[0], device=p.device)
-        mask[:n] = 1
-        mask = mask.view(-1, *[1] * (p.ndim - 1))
-        p.requires_grad_()
-        p.register_hook(lambda g: g * mask)
-        return p
-
-    if which in ("qk", "qko"):
-        yield rows(mixer.in_proj.weight, 2 * m.key_dim)
-        for p in mixer.conv.parameters():
-            yield rows(p, 2 * m.key_dim)
-        if which == "qko":
-            yield from mixer.o_norm.parameters()
-            yield mixer.o_proj.weight
-    elif which == "mixer":
-        yield from mixer.parameters()
-        yield from block.mixer_norm.parameters()
-    else:
-        for name, p in block.named_parameters():
-            if not (isinstance(block.ffn, MoE) and name.startswith("ffn.")):
-                yield p
+def _fitted(checkpoint: Checkpoint, layer: int) -> Iterator[TensorMap]:
+    """The tensors that are fitted: those of a layer's mixer and of the norm before it."""
+    names = (f"layers.{layer}.mixer.", f"layers.{layer}.mixer_norm.")
+    return (m for m in checkpoint.maps if m.ours.startswith(names))
 
 
 def _as_stored(checkpoint: Checkpoint, block: Block, layer: int) -> dict[str, Tensor]:
-    """What of a fitted block the checkpoint stores, but for experts, under its names and in its dtypes and shapes."""
-    state, prefix = block.state_dict(), f"layers.{layer}."
-    fitted = f"{checkpoint.source}: after reconstruction, in the checkpoint's own dtype"
+    """What is fitted of a block under the checkpoint's names, in its dtypes and shapes."""
+    parameters = dict(block.named_parameters(f"layers.{layer}"))
+    after = f"{checkpoint.source}: after reconstruction, in the checkpoint's own dtype"
     stored = {}
-    for m in checkpoint.maps:
-        if not m.ours.startswith(prefix) or m.role == "experts":
-            continue
-        for name, tensor in zip(m.theirs, m.split(state[m.ours.removeprefix(prefix)]), strict=True):
+    for m in _fitted(checkpoint, layer):
+        for name, tensor in zip(m.theirs, m.split(parameters[m.ours].detach()), strict=True):
             dtype, shape = checkpoint.dtype_and_shape(name)
             # A copy: parts of one matrix would keep the whole of it, and on the CPU in float32.
-            part = tensor.detach().to("cpu", FLOATS[dtype], copy=True).reshape(shape)
-            stored[name] = finite(part, name, fitted)
+            part = tensor.to("cpu", FLOATS[dtype], copy=True).reshape(shape)
+            stored[name] = finite(part, name, after)
     return stored
 
 
-@torch.no_grad()
 def _read_back(checkpoint: Checkpoint, block: Block, layer: int, stored: Mapping[str, Tensor]) -> None:
     """Give a block the weights that are stored, which are rounded: the layers behind it then correct that, too."""
-    prefix = f"layers.{layer}."
     types = checkpoint.parameter_types(torch.float32)
-    parameters = dict(block.named_parameters())
-    for m in checkpoint.maps:
-        if m.ours.startswith(prefix) and m.role != "experts":
-            shape, kind = types[m.ours]
-            p = parameters[m.ours.removeprefix(prefix)]
-            p.copy_(m.join((stored[name] for name in m.theirs), shape, kind, p.device))
+    parameters = dict(block.named_parameters(f"layers.{layer}"))
+    for m in _fitted(checkpoint, layer):
+        shape, kind = types[m.ours]
+        p = parameters[m.ours]
+        p.data = m.join((stored[name] for name in m.theirs), shape, kind, p.device)

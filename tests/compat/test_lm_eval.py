@@ -2,12 +2,10 @@
 
 import json
 import math
-import subprocess
 
 import pytest
-import torch
 from checkpoints import byte_tokenizer
-from live_server import DEADLINE_S
+from harness import logprobs, run_harness
 
 from modeling.checkpoint import open_checkpoint
 
@@ -37,15 +35,6 @@ TASKS = {
 }
 
 
-@torch.inference_mode()
-def logprobs(model, ids):
-    """Log-probabilities of each token after the first, and whether each is the likeliest; by `modeling` alone."""
-    hidden, _ = model(torch.tensor(ids), [0, len(ids)])
-    rows = model.logits(hidden[:-1]).double().log_softmax(-1)
-    targets = torch.tensor(ids[1:])
-    return rows.gather(1, targets[:, None]).squeeze(1), rows.argmax(-1) == targets
-
-
 def write_tasks(directory, documents):
     for name, task in TASKS.items():
         data = directory / f"{name}.jsonl"
@@ -73,43 +62,23 @@ def test_perplexity_and_greedy_flags(server, checkpoints, clients, tmp_path):
         ],
     }
     write_tasks(tmp_path, documents)
-    arguments = {
-        "model": "dense",
-        "base_url": f"{server.url}/v1/completions",
-        "tokenizer": str(checkpoints["dense"]),
-        "tokenized_requests": "True",
-        "num_concurrent": "2",
-        "max_retries": "1",
-        "max_length": "4096",
-    }
-    command = [
-        *(str(clients / "lm-eval"), "run", "--model", "local-completions", "--batch_size", "4"),
-        *("--model_args", ",".join(f"{key}={value}" for key, value in arguments.items())),
-        *("--tasks", "lowkey_text,lowkey_greedy", "--include_path", str(tmp_path)),
-        *("--output_path", str(tmp_path / "out"), "--log_samples"),
-    ]
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    run = subprocess.run(
-        ["env", *(f"{k}={v}" for k, v in offline.items()), *command],
-        capture_output=True,
-        text=True,
-        timeout=3 * DEADLINE_S,
-        cwd=tmp_path,
+    found, samples = run_harness(
+        clients,
+        tmp_path,
+        ["lowkey_text", "lowkey_greedy"],
+        tmp_path,
+        model="dense",
+        url=server.url,
+        tokenizer=checkpoints["dense"],
     )
-    assert run.returncode == 0, run.stderr[-4000:]
-
     model = open_checkpoint(checkpoints["dense"]).load()
-    (results,) = (tmp_path / "out").rglob("results_*.json")
-    found = json.loads(results.read_text())["results"]
     # It puts the end of text before a text's first token.
     total = sum(float(logprobs(model, [0, *TOKENIZER.encode(text).ids])[0].sum()) for text in TEXTS)
     expected = math.exp(-total / sum(len(text.encode()) for text in TEXTS))
     assert found["lowkey_text"]["byte_perplexity,none"] == pytest.approx(expected, rel=1e-4)
 
-    (samples,) = (tmp_path / "out").rglob("samples_lowkey_greedy_*.jsonl")
     flags = []
-    for line in samples.read_text().splitlines():
-        sample = json.loads(line)
+    for sample in samples["lowkey_greedy"]:
         logprob, flag = sample["filtered_resps"][0]
         context, target = sample["doc"]["context"], sample["doc"]["target"]
         ids = TOKENIZER.encode(context + target).ids

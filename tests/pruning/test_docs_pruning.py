@@ -15,6 +15,7 @@ BLOCK = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = (
     ("--tokens 1000000", "--tokens 4096 --heldout-tokens 512 --evaluations 1"),
     ("--tokens 65536", "--tokens 8192"),
+    ("--reconstruct ", "--reconstruct --reconstruct-tokens 2048 --reconstruct-steps 5 "),
     (
         "--device cuda",
         "--device cpu --width 64 --method l1 --per-layer l1 --seed 0 --heldout-tokens 512 --align 64",

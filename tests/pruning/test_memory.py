@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import GATED, random_stream, write_checkpoint
 from hybrids import CASES, write_hybrid
-from pruning_runs import RECOVER, TEXT, invoke, make_inputs
+from pruning_runs import RECOVER, TEXT, invoke, make_inputs, peak_of
 
 import pruning.memory
 from modeling.checkpoint import open_checkpoint, write_safetensors
@@ -122,29 +122,6 @@ def test_progress_is_on_the_disk_twice_while_it_is_replaced(checkpoint):
     assert [size for _, size in planned.sizes()] == [statistics, 2 * (statistics + 4 * 400 * 64)]
     planned = replace(planned, streamed=False)
     assert [size for _, size in planned.sizes()] == [statistics, 2 * statistics]
-
-
-MEASURED = """
-import re, sys
-from pathlib import Path
-from pruning.cli import app
-
-def peak():  # of this process's own memory; getrusage counts what its parent held when it was forked
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-
-base = peak()
-app(sys.argv[1:], standalone_mode=False)
-print(base, peak())
-"""
-
-
-def peak_of(*given):
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, *map(str, given)], capture_output=True, text=True, timeout=800
-    )
-    assert done.returncode == 0, done.stderr
-    base, peak = (int(n) for n in done.stdout.split()[-2:])
-    return base, peak, done
 
 
 @pytest.mark.slow

@@ -89,16 +89,15 @@ def test_what_is_recorded_is_what_the_whole_models_give(tmp_path, kind):
     for fit in found.fits:
         assert fit.after == pytest.approx(after[fit.layer], rel=1e-3)
         assert fit.after < fit.before
-        assert after[fit.layer] < 0.9 * before[fit.layer]
+        assert after[fit.layer] < before[fit.layer]
     changed = set()
     for name in reduced.files:
         a, b = reduced.tensor(name), fitted.tensor(name)
         assert (a.dtype, a.shape) == (b.dtype, b.shape), name
         if not a.equal(b):
+            assert ".mixer" in reduced.map_of[name].ours, name
             changed.add(reduced.map_of[name].layer)
-            assert reduced.map_of[name].role != "experts", name
-            assert "router" not in reduced.map_of[name].ours, name
-    assert changed == set(dense.spec.linear_layers), "layers of other kinds, embeddings and head stay"
+    assert changed == set(dense.spec.linear_layers), "layers of other kinds stay"
 
 
 @pytest.fixture(scope="module")

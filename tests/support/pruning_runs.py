@@ -1,5 +1,8 @@
 """Small inputs for each command of `lowkey-prune`, and the arguments that run it on them in seconds."""
 
+import subprocess
+import sys
+
 from checkpoints import GATED, write_checkpoint
 from typer.testing import CliRunner
 
@@ -52,3 +55,27 @@ def make_inputs(folder):
     for command, out in (("prune", "reduced"), ("calibrate", "s.safetensors")):
         assert invoke(*arguments(folder, command, folder / out)).exit_code == 0
     return folder
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from pruning.cli import app
+
+def peak():  # of this process's own memory; getrusage counts what its parent held when it was forked
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+base = peak()
+app(sys.argv[1:], standalone_mode=False)
+print(base, peak())
+"""
+
+
+def peak_of(*given):
+    """Bytes that a process of `lowkey-prune` holds before the command and at most, and the process that is done."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, given)], capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stderr
+    base, peak = (int(n) for n in done.stdout.split()[-2:])
+    return base, peak, done
