@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -41,8 +41,8 @@ from lowkey.signals import ending_on_signals
 from modeling.checkpoint import Checkpoint, export_tensors, open_checkpoint, save_shard
 from modeling.families import ConfigError, family_of
 from modeling.model import Model
-from modeling.ops import GatedDeltaRule
-from modeling.runtime import Runtime, compile_model
+from modeling.ops import GatedDeltaRule, RuleInputs
+from modeling.runtime import Runtime, UnavailableError, compile_model
 from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 from pruning.calibration import Origin, tokens_sha256
@@ -76,7 +76,7 @@ def fla_rule() -> GatedDeltaRule:
     """fla's chunk kernels as a gated delta rule that can be trained through, on a GPU."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    def rule(inputs: Any) -> tuple[Tensor, Tensor]:
+    def rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
         v = inputs.v
         g = torch.zeros_like(inputs.beta) if inputs.g is None else inputs.g
         o, state = chunk_gated_delta_rule(
@@ -118,9 +118,12 @@ def recalled(runtime: Runtime, questions: Questions, dtype: StateDType) -> Accur
 
 
 class Measuring:
-    """Trains the model that is missing in `out`, and measures the reduced ones that its table lacks.
+    """Trains the model if `out` has none, and measures those that the table there lacks.
 
     Args:
+        recovery: how models are trained on after the reduction, or None for not at all.
+        queries: about how many there are for each number of pairs.
+        seed: of the training; `seeds` are of calibration and of methods that draw.
         rule: the gated delta rule to train with; None for the plain one.
 
     Raises:
@@ -145,12 +148,8 @@ class Measuring:
     ) -> None:
         self._out, self._shape, self._training, self._recovery = out, shape, training, recovery
         self._methods, self._widths, self._seeds = methods, widths, seeds
-        self._calibration_tokens, self._seed, self._device, self._rule = (
-            calibration_tokens,
-            seed,
-            device,
-            rule,
-        )
+        self._calibration_tokens, self._seed = calibration_tokens, seed
+        self._device, self._rule = device, rule
         for method in methods:
             criterion_named(method)
         self._settings = {
@@ -167,7 +166,7 @@ class Measuring:
         self._questions = [
             draw(seeded(TEST, pairs), -(-queries // pairs), pairs, shape.vocab) for pairs in training.pairs
         ]
-        self.statistics = cache(self._collected)
+        self._statistics = cache(self._collected)
 
     def run(self) -> MQARTable:
         """Everything that is missing."""
@@ -207,6 +206,8 @@ class Measuring:
                     f"{file} is of a run with other settings, {table.settings}; choose another OUT"
                 )
             return table
+        if (self._out / MODEL).exists():
+            raise PruningError(f"{self._out / MODEL} is there, but no {TABLE} beside it; choose another OUT")
         points = self._trained_model()
         checkpoint = self._dense
         table = MQARTable(
@@ -270,7 +271,7 @@ class Measuring:
 
     def _reduced(self, method: str, seed: int, d_k: int) -> Model:
         dense = self._dense
-        statistics = self.statistics(seed) if CRITERIA[method].statistics else None
+        statistics = self._statistics(seed) if CRITERIA[method].statistics else None
         widths = widths_to_keep(dense.spec, d_k)
         selection = select(dense, CRITERIA[method], widths, statistics=statistics, seed=seed)
         with scratch_directory() as scratch:
@@ -349,7 +350,7 @@ def main(
             device=place,
             rule=fla_rule() if place.type == "cuda" else None,
         ).run()
-    except (PruningError, OutputError, ConfigError, ValueError) as e:
+    except (PruningError, OutputError, ConfigError, UnavailableError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
 
