@@ -41,7 +41,7 @@ from modeling.checkpoint import Checkpoint, export_tensors, open_checkpoint, sav
 from modeling.families import ConfigError, family_of
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule
-from modeling.runtime import Runtime, compile_model
+from modeling.runtime import Runtime, UnavailableError, compile_model
 from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 from pruning.calibration import Origin, tokens_sha256
@@ -95,9 +95,12 @@ def recalled(runtime: Runtime, questions: Questions, dtype: StateDType) -> Accur
 
 
 class Measuring:
-    """Trains the model that is missing in `out`, and measures the reduced ones that its table lacks.
+    """Trains the model if `out` has none, and measures those that the table there lacks.
 
     Args:
+        recovery: how models are trained on after the reduction, or None for not at all.
+        queries: about how many there are for each number of pairs.
+        seed: of the training; `seeds` are of calibration and of methods that draw.
         rule: the gated delta rule to train with; None for the plain one.
 
     Raises:
@@ -122,12 +125,8 @@ class Measuring:
     ) -> None:
         self._out, self._shape, self._training, self._recovery = out, shape, training, recovery
         self._methods, self._widths, self._seeds = methods, widths, seeds
-        self._calibration_tokens, self._seed, self._device, self._rule = (
-            calibration_tokens,
-            seed,
-            device,
-            rule,
-        )
+        self._calibration_tokens, self._seed = calibration_tokens, seed
+        self._device, self._rule = device, rule
         for method in methods:
             criterion_named(method)
         self._settings = {
@@ -144,7 +143,7 @@ class Measuring:
         self._questions = [
             draw(seeded(TEST, pairs), -(-queries // pairs), pairs, shape.vocab) for pairs in training.pairs
         ]
-        self.statistics = cache(self._collected)
+        self._statistics = cache(self._collected)
 
     def run(self) -> MQARTable:
         """Everything that is missing."""
@@ -184,6 +183,8 @@ class Measuring:
                     f"{file} is of a run with other settings, {table.settings}; choose another OUT"
                 )
             return table
+        if (self._out / MODEL).exists():
+            raise PruningError(f"{self._out / MODEL} is there, but no {TABLE} beside it; choose another OUT")
         points = self._trained_model()
         checkpoint = self._dense
         table = MQARTable(
@@ -247,7 +248,7 @@ class Measuring:
 
     def _reduced(self, method: str, seed: int, d_k: int) -> Model:
         dense = self._dense
-        statistics = self.statistics(seed) if CRITERIA[method].statistics else None
+        statistics = self._statistics(seed) if CRITERIA[method].statistics else None
         widths = widths_to_keep(dense.spec, d_k)
         selection = select(dense, CRITERIA[method], widths, statistics=statistics, seed=seed)
         with scratch_directory() as scratch:
@@ -290,7 +291,7 @@ def main(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 32_768,
     lr: Annotated[float, typer.Option(help="Peak learning rate, for Muon and AdamW alike.")] = 3e-3,
-    method: Annotated[list[str] | None, typer.Option(help="[loss-aware drrqr l1 random]")] = None,
+    method: Annotated[list[str] | None, typer.Option(help="[read-write loss-aware drrqr l1 random]")] = None,
     width: Annotated[list[int] | None, typer.Option(help="Channels to keep. [96 64 48 32 16 8]")] = None,
     calibration_seed: Annotated[list[int] | None, typer.Option(help="[0 1 2]")] = None,
     calibration_tokens: int = 16_384,
@@ -317,7 +318,7 @@ def main(
             Shape(family, layers, hidden, heads, d_k, d_v, vocab),
             training,
             recovery,
-            methods=method or ("loss-aware", "drrqr", "l1", "random"),
+            methods=method or ("read-write", "loss-aware", "drrqr", "l1", "random"),
             widths=width or (96, 64, 48, 32, 16, 8),
             seeds=calibration_seed or (0, 1, 2),
             queries=queries,
@@ -326,7 +327,7 @@ def main(
             device=place,
             rule=training_rule(place),
         ).run()
-    except (PruningError, OutputError, ConfigError, ValueError) as e:
+    except (PruningError, OutputError, ConfigError, UnavailableError, ValueError) as e:
         print(f"error: {e}", file=sys.stderr)
         raise typer.Exit(2) from e
 

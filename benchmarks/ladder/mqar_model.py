@@ -100,8 +100,8 @@ class Training:
 def initialise(model: Model) -> None:
     """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them.
 
-    Embeddings are as large as the norms' outputs ask for, since they are the head as well: with GPT-2's 0.02, log-odds
-    all begin near zero, and the models learn nothing for two or three times as many steps.
+    Embeddings are larger than GPT-2's, with rows of norm 1, since they are the head as well: with its 0.02 all log-odds
+    begin near zero, and it takes more steps until the model learns anything.
     """
     depth = math.sqrt(2 * len(model.layers))
     for name, p in model.named_parameters():

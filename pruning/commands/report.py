@@ -21,7 +21,7 @@ def report(
     inputs: Annotated[
         list[Path],
         typer.Argument(
-            help="JSON of sweep and of evaluate, statistics files, reduced and recovered "
+            help="JSON of sweep, of evaluate and of the MQAR benchmark, statistics files, reduced and recovered "
             "checkpoints; any number of each.",
             metavar="INPUT...",
         ),

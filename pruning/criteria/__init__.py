@@ -8,15 +8,27 @@ from pruning.criteria.l1 import L1
 from pruning.criteria.loss_aware import LossAware
 from pruning.criteria.pca import PCA
 from pruning.criteria.random import Random
+from pruning.criteria.read_write import ReadWrite
 from pruning.criteria.taylor import Taylor
 from pruning.criteria.wanda import Wanda
 from pruning.errors import PruningError
 
 __all__ = ["CRITERIA", "Choice", "Criterion", "Head", "criterion_named"]
 
-CRITERIA: dict[str, Criterion] = {
-    c.name: c for c in (Random(), L1(), Wanda(), Taylor(), Energy(), PCA(), DRRQR(), Bilinear(), LossAware())
-}
+_all: tuple[Criterion, ...] = (
+    Random(),
+    L1(),
+    Wanda(),
+    Taylor(),
+    Energy(),
+    PCA(),
+    DRRQR(),
+    Bilinear(),
+    LossAware(),
+    ReadWrite(),
+)
+
+CRITERIA: dict[str, Criterion] = {c.name: c for c in _all}
 
 
 def criterion_named(name: str) -> Criterion:

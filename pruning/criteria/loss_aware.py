@@ -6,9 +6,18 @@ know which channels say the same thing. F is a squared gradient; its fourth root
 """
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pruning.criteria.base import Choice, Criterion, Head
 from pruning.criteria.bilinear import maximise, squared_cosine
+
+
+def loss_weights(head: Head) -> NDArray[np.float64]:
+    """The weight of each channel, `[d_k]`: the fourth root of its Fisher information over the head's mean."""
+    fisher = head.statistics["gate_fisher"]
+    mean = fisher.mean()
+    # A head that the loss does not feel at all: every channel alike.
+    return (fisher / mean) ** 0.25 if mean > 0 else np.ones(head.d_k)
 
 
 class LossAware(Criterion):
@@ -17,10 +26,7 @@ class LossAware(Criterion):
     statistics = ("q_normalised", "k_normalised", "gate_fisher")
 
     def select(self, head: Head, n: int) -> Choice:
-        fisher = head.statistics["gate_fisher"]
-        mean = fisher.mean()
-        # A head that the loss does not feel at all: every channel alike.
-        w = (fisher / mean) ** 0.25 if mean > 0 else np.ones(head.d_k)
+        w = loss_weights(head)
         m = w[:, None] * w * head.statistics["q_normalised"] * head.statistics["k_normalised"]
         keep, exchanges = maximise(m, n)
         return Choice(keep, {"exchanges": exchanges, "squared_cosine": squared_cosine(m, keep)})

@@ -164,7 +164,9 @@ def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
         by_head.update_yaxes(**head_ticks(dict(zip(indices, head_counts, strict=True))), **place(i))
     positions = entries[0][1].positions
     by_layer.update_xaxes(title="tokens seen", type="log", tickvals=positions)
-    by_layer.update_yaxes(title="rank used, %", type="log", tickvals=PERCENTS, matches="y")
+    by_layer.update_yaxes(
+        title="rank used, %", type="log", tickvals=PERCENTS, range=[lowest - 0.05, highest + 0.05]
+    )
     by_head.update_xaxes(title="tokens seen", type="category", showgrid=False)
     caption = (
         f"{name}: (||S||F^2 / ||S||2^2) / min(d_k, d_v) of the states that real text leaves, decay included; "

@@ -1,5 +1,6 @@
 """Figures from pruning tables: what width costs, by method and layer."""
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -110,8 +111,8 @@ def ladder(tables: Sequence[tuple[str, Table]]) -> list[Figure]:
     if not rows:
         return []
     figure = subplots(rows, columns=3, height=320, horizontal_spacing=0.07)
-    widths = set()
-    lowest = 1.0
+    widths: set[int] = set()
+    drawn: list[float] = []
     for i, (_, table, rise) in enumerate(rises):
         for panel, row in enumerate(rows):
             columns = rise.get(row, {})
@@ -126,10 +127,14 @@ def ladder(tables: Sequence[tuple[str, Table]]) -> list[Figure]:
                 **place(panel, 3),
             )
             widths |= set(columns)
-            lowest = min([lowest, *(value for values in columns.values() for value in values)])
+            drawn += (value for values in columns.values() for value in values)
     figure.update_xaxes(title="d_k kept", type="log", tickvals=sorted(widths))
-    scale = {"type": "log", "tickvals": RISES} if lowest > 0 else {"type": "linear"}
-    figure.update_yaxes(**scale, matches="y")
+    # Panels share their scale. A rise of nothing has no logarithm.
+    if min(drawn) > 0:
+        low, high = math.log10(min(drawn)), math.log10(max(drawn))
+        figure.update_yaxes(type="log", tickvals=RISES, range=[low - 0.1, high + 0.1])
+    else:
+        figure.update_yaxes(range=[min(drawn), 1.05 * max(drawn)])
     figure.update_yaxes(title="rise in perplexity, %", col=1)
     return [
         Figure(

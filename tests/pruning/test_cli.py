@@ -242,7 +242,7 @@ PRUNE = ("prune", "DENSE", "out", "--method")
     [
         (
             (*PRUNE, "svd", "--keep", 8),
-            "method='svd' is unknown; known methods: bilinear, drrqr, energy, l1, loss-aware, pca, random, taylor",
+            "method='svd' is unknown; known methods: bilinear, drrqr, energy, l1, loss-aware, pca, random, read-write",
         ),
         ((*PRUNE, "l1", "--keep", 33), "keep=33 must be between 1 and 32"),
         ((*PRUNE, "l1", "--keep", 0), "keep=0 must be between 1 and 32"),

@@ -160,6 +160,33 @@ def test_loss_aware_without_any_gradient_is_bilinear():
     assert np.array_equal(CRITERIA["loss-aware"].select(h, 5).keep, CRITERIA["bilinear"].select(h, 5).keep)
 
 
+def test_read_write_keeps_the_products_of_both_reads_of_the_state():
+    """The objective is the squared cosine between all products, of queries and of keys with keys, and the kept ones."""
+    for seed in range(3):
+        q, k = (normalised(rows(2 * seed + i)) for i in range(2))
+        h = head_of({"q_normalised": q.T @ q, "k_normalised": k.T @ k, "gate_fisher": np.ones(12)}, d_k=12)
+        choice = CRITERIA["read-write"].select(h, 5)
+
+        def products(keep, q=q, k=k):
+            parts = [(left[:, keep] @ k[:, keep].T, np.linalg.norm(left @ k.T)) for left in (q, k)]
+            return np.concatenate([(part / norm).ravel() for part, norm in parts])
+
+        whole, kept = products(np.arange(12)), products(choice.keep)
+        expected = (whole @ kept) ** 2 / (whole @ whole * (kept @ kept))
+        assert choice.report["squared_cosine"] == pytest.approx(expected, rel=1e-10)
+
+
+def test_read_write_keeps_a_channel_that_only_keys_use():
+    """Most keys lie on one channel, which no query reads; without it, normalised, they would lie on the others."""
+    q, k = rows(0), rows(1)
+    q[:, 7] = 0
+    k[: len(k) * 3 // 4, 7] = 100
+    q, k = normalised(q), normalised(k)
+    h = head_of({"q_normalised": q.T @ q, "k_normalised": k.T @ k, "gate_fisher": np.ones(12)}, d_k=12)
+    assert 7 in CRITERIA["read-write"].select(h, 2).keep
+    assert 7 not in CRITERIA["loss-aware"].select(h, 11).keep
+
+
 def test_pca_turns_to_the_directions_of_most_variance_of_the_keys():
     k = rows(5) + 3.0  # a large mean, which is no variance
     statistics = {"k": k.T @ k, "k_sum": k.sum(0)}
@@ -281,7 +308,7 @@ def test_bilinear_drops_unused_channels_first_and_survives_a_dead_head():
 def test_unknown_method_is_named_with_the_known_ones():
     with pytest.raises(
         PruningError,
-        match=r"method='svd'.*bilinear, drrqr, energy, l1, loss-aware, pca, random, taylor, wanda",
+        match=r"method='svd'.*bilinear, drrqr, energy, l1, loss-aware, pca, random, read-write, taylor",
     ):
         criterion_named("svd")
 
@@ -298,4 +325,5 @@ def test_registry_names_are_the_criteria_own():
         "drrqr",
         "bilinear",
         "loss-aware",
+        "read-write",
     }

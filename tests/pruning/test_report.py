@@ -3,13 +3,16 @@
 import functools
 import json
 import subprocess
+from html import escape
 from html.parser import HTMLParser
 from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 from checkpoints import GATED, write_checkpoint
+from report_inputs import EVIL, mqar_record, table
 from typer.testing import CliRunner
 
 from modeling.checkpoint import REDUCTION
@@ -17,57 +20,16 @@ from pruning.cli import app
 from pruning.evaluation import suite
 from pruning.evaluation.speed import decode_speed
 from pruning.report.inputs import read_inputs
-from pruning.report.measured import kept_channels, spectra
+from pruning.report.measured import kept_channels, ranks, spectra
 from pruning.report.page import all_figures, missing, page
 from pruning.report.png import BROWSERS, browser, screenshot, write_png
-from pruning.report.trade import budgets, tradeoff
-
-EVIL = "<img src=http://x.example/>&</script>"
+from pruning.report.trade import budgets, ladder, tradeoff
 
 
 def run(*args, code=0):
     result = CliRunner().invoke(app, [str(a) for a in args])
     assert result.exit_code == code, result.output + repr(result.exception)
     return result.output
-
-
-def table(**changes):
-    cells = [
-        {
-            "row": row,
-            "column": column,
-            "method": row.split(",")[0],
-            "seed": seed,
-            "d_k": [column, column] if "," not in row else [column - 4, column + 4],
-            "state_bytes": 100 * column,
-            "perplexity": 10.0 + rise + seed,
-            "kl": (rise + seed) / 100,
-            "top1_agreement": 0.9,
-        }
-        for row, rise in (("l1", 2.0), (EVIL, 1.0), ("l1, per layer", 0.5))
-        for column in (16, 8)
-        for seed in (0, 1)
-    ]
-    curves = [{"8": 0.2, "16": 0.1, "32": 0.0}, {"8": 0.4, "16": 0.3, "32": 0.0}]
-    return {
-        "kind": "pruning_table",
-        "format": 1,
-        "checkpoint": EVIL,
-        "sha256": "ab" * 32,
-        "device": "cpu",
-        "kl_tokens": 512,
-        "dense": {"d_k": [32, 32], "state_bytes": 3200, "perplexity": 10.0, "tokens": 1024},
-        "reduced": cells,
-        "curves": [
-            {
-                "method": "l1",
-                "seed": seed,
-                "loss_rise": [{n: (1 + seed) * r for n, r in c.items()} for c in curves],
-            }
-            for seed in (0, 1)
-        ],
-        **changes,
-    }
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +73,12 @@ def made(tmp_path_factory):
             *("--text", text, "--window", 80, "--stride", 32, "--tokens", 512),
         )
     (folder / "table.json").write_text(json.dumps(table()))
+    (folder / "mqar.json").write_text(json.dumps(mqar_record()))
     return folder
 
 
 def inputs_of(made):
-    names = ("table.json", "e.json", "reduced.stats.safetensors", "reduced", "layered")
+    names = ("table.json", "e.json", "mqar.json", "reduced.stats.safetensors", "reduced", "layered")
     return [made / name for name in names]
 
 
@@ -144,7 +107,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
     output = run("report", tmp_path / "deep/r.html", *inputs_of(made), "--title", "A <b>title</b>")
-    assert "r.html: 17 figures" in output
+    assert "r.html: 19 figures" in output
     html = (tmp_path / "deep/r.html").read_text()
     found = Page(html)
     for tag, attributes in found.tags:
@@ -158,7 +121,7 @@ def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
     assert "url(" not in style and "@import" not in style
     divs = [a["id"] for tag, a in found.tags if tag == "div" and a.get("class") == "figure"]
     assert divs == [figure["name"] for figure in found.data]
-    assert len(set(divs)) == 17
+    assert len(set(divs)) == 19
     assert "A <b>title</b>" in found.text
     assert "Not in this report" not in found.text
     measured = json.loads((made / "e.json").read_text())
@@ -218,6 +181,33 @@ def test_a_reduction_that_costs_nothing_is_drawn_too(made, tmp_path):
     assert (perplexity.figure.layout.yaxis.type, kl.figure.layout.yaxis.type) == ("linear", "log")
 
 
+def test_models_are_drawn_against_each_other_where_they_share_a_row(made):
+    (_, first), *_ = read_inputs([made / "table.json"]).tables
+    changed = table(checkpoint="larger", dense={**table()["dense"], "perplexity": 11.0})
+    second = msgspec.json.decode(json.dumps(changed), type=type(first))
+    second.reduced[:] = [cell for cell in second.reduced if cell.row == "l1, per layer"]
+    (figure,) = ladder([("a.json", first), ("b.json", second)])
+    a, b = figure.figure.data
+    assert figure.figure.layout.annotations[0].text == "l1, per layer"
+    assert [trace.name for trace in (a, b)] == [f"{escape(EVIL)} (10.00)", "larger (11.00)"]
+    assert list(a.x) == list(b.x) == [8, 16] and list(a.y) == pytest.approx([10.0, 10.0])
+    assert list(b.y) == pytest.approx([0.0, 0.0])  # 10.5 and 11.5 against 11
+    assert list(b.error_y.array) == pytest.approx([100 * 0.5 / 11] * 2)
+    assert ladder([("a.json", first)]) == []
+
+
+def test_rank_is_drawn_by_layer_and_by_head(made):
+    ((name, evaluation),) = read_inputs([made / "e.json"]).evaluations
+    by_layer, by_head = ranks(name, evaluation, 0)
+    measured = evaluation.checkpoints[0].rank
+    *layers, mean = by_layer.figure.data[: len(measured.utilisation) + 1]
+    expected = 100 * np.array(measured.utilisation)
+    assert [list(trace.y) for trace in layers] == [pytest.approx(list(y)) for y in expected.mean(-1)]
+    assert list(mean.y) == pytest.approx(list(expected.mean((0, 2))))
+    rows = np.array(by_head.figure.data[0].customdata)
+    assert rows == pytest.approx(expected.swapaxes(1, 2).reshape(-1, len(measured.positions)), abs=1e-3)
+
+
 def test_budgets_show_the_curves_and_what_they_bought(made):
     inputs = read_inputs(inputs_of(made))
     of_table, of_checkpoint = budgets(inputs.tables, inputs.reductions)
@@ -267,12 +257,14 @@ def test_spectra_are_the_eigenvalues_of_the_grams():
         ("{", "in.json can't be read for a report"),
         (
             "{}",
-            "in.json is neither of evaluate --json nor of sweep: its kind is None",
+            "in.json is neither of evaluate --json nor of sweep or benchmarks/ladder/mqar.py: its kind is None",
         ),
         (json.dumps(table(format=7)), "in.json has format 7; this version reads 1"),
         (json.dumps(table(dense={})), "missing required field"),
         (json.dumps(table(reduced=[{"row": 3}])), "Expected `str`, got `int` - at `$.reduced[0].row`"),
         ('{"kind": "evaluation"}', "missing required field"),
+        ('{"kind": "mqar"}', "missing required field"),
+        (json.dumps(mqar_record(format=7)), "is 'mqar' of format 7; this version reads 'mqar' of format 1"),
     ],
 )
 def test_other_inputs_are_refused_by_name(tmp_path, content, message):
