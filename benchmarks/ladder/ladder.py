@@ -24,8 +24,19 @@ import typer
 
 HERE = Path(__file__).parent
 PRUNE = (sys.executable, "-c", "from pruning.cli import app; app()")
-METHODS = ("random", "pca", "l1", "wanda", "taylor", "energy", "drrqr", "bilinear", "loss-aware")
-MAIN = ("random", "l1", "drrqr", "loss-aware")
+METHODS = (
+    "random",
+    "pca",
+    "l1",
+    "wanda",
+    "taylor",
+    "energy",
+    "drrqr",
+    "bilinear",
+    "loss-aware",
+    "read-write",
+)
+MAIN = ("random", "l1", "drrqr", "loss-aware", "read-write")
 """Methods that are measured with three calibration seeds."""
 TRAINED = "model/train.json"
 """What training writes last."""
@@ -49,8 +60,11 @@ class Scale:
     bits: int
     """Held-out tokens that are read token by token."""
     reconstruction: int
+    """Tokens of a reconstruction."""
+    reconstruction_steps: int
+    """Its steps for each layer."""
     recovery: int
-    """Tokens of a reconstruction and of a recovery."""
+    """Tokens of a recovery."""
     batch: int
     """Windows of a step of recovery."""
     align: int
@@ -65,6 +79,7 @@ REAL = Scale(
     compared=65_536,
     bits=32_768,
     reconstruction=1_048_576,
+    reconstruction_steps=500,
     recovery=4_194_304,
     batch=16,
     align=16,
@@ -78,6 +93,7 @@ TOY = Scale(
     compared=512,
     bits=256,
     reconstruction=1024,
+    reconstruction_steps=4,
     recovery=1024,
     batch=2,
     align=16,
@@ -216,6 +232,7 @@ class Rung:
         for width in self._middle:
             reduced, rebuilt, per_layer = f"reduced-{width}", f"reconstructed-{width}", f"per-layer-{width}"
             options = ["--reconstruct", "--reconstruct-tokens", str(self.scale.reconstruction)]
+            options += ["--reconstruct-steps", str(self.scale.reconstruction_steps)]
             self._add(rebuilt, self._reduce(rebuilt, width, *options))
             trained = [
                 self._recover(reduced, "full"),
