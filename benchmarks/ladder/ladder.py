@@ -81,7 +81,7 @@ REAL = Scale(
     reconstruction=1_048_576,
     reconstruction_steps=500,
     recovery=4_194_304,
-    batch=16,
+    batch=8,
     align=16,
 )
 TOY = Scale(
