@@ -177,7 +177,8 @@ def chunk_gradients(
 
 def weigh(products: Tensor, decay: Tensor, scale: float) -> Tensor:
     """Products of a chunk's tokens `[n, chunk, chunk]`, each with what decays in between; later tokens' are zero."""
-    ratio = (decay[:, :, None] - decay[:, None, :]).tril().exp2().tril()
+    # Behind the end of a sequence nothing has decayed, and differences could overflow there.
+    ratio = (decay[:, :, None] - decay[:, None, :]).clamp(max=0).exp2().tril()
     return products * ratio * scale
 
 
