@@ -170,7 +170,7 @@ def train(
         saved: file of a run's progress, written every `save_seconds`, when Ctrl-C is pressed and at the end; if it
             exists, the run goes on from there. The caller removes it.
         fingerprint: says which run this is; a file of another run is refused.
-        rule: as `Model.forward`, of all models; it must be differentiable.
+        rule: what all models train with, as in `Model.forward`; it must be differentiable.
 
     Raises:
         PruningError: loss or gradient is not finite (`saved` then holds the last good state), `saved` belongs to
@@ -191,7 +191,7 @@ def train(
                 lr=settings.lr_at(progress.step),
                 train_loss=progress.ce / steps if steps else None,
                 train_kl=progress.kl / steps if steps and teacher is not None else None,
-                heldout_loss=heldout_loss(model, heldout, rule),
+                heldout_loss=heldout_loss(model, heldout),
             )
 
         if saved.exists():
@@ -298,10 +298,10 @@ def backward(
     return sums / len(inputs)
 
 
-def heldout_loss(model: Model, windows: Tensor, rule: GatedDeltaRule | None = None) -> float:
+def heldout_loss(model: Model, windows: Tensor) -> float:
     """Nats per token; see `pruning.evaluation.perplexity`."""
     on_cpu = model.embeddings.weight.device.type == "cpu"
-    return perplexity(model, windows, batch=4 if on_cpu else 32, rule=rule).loss
+    return perplexity(model, windows, batch=4 if on_cpu else 32).loss
 
 
 def _save(

@@ -78,8 +78,8 @@ REAL = Scale(
     heldout=262_144,
     compared=65_536,
     bits=32_768,
-    reconstruction=1_048_576,
-    reconstruction_steps=500,
+    reconstruction=262_144,
+    reconstruction_steps=200,
     recovery=4_194_304,
     batch=8,
     align=16,
@@ -209,8 +209,10 @@ class Rung:
     def _evidence(self) -> None:
         reduced = [f"reduced-{width}" for width in self.scale.widths]
         per_layer = [f"per-layer-{width}" for width in self._middle]
-        parts = named("--part", ("perplexity", "identifiers", "recall", "rank", "retrieval"))
+        parts = named("--part", ("perplexity", "identifiers", "recall"))
         self._evaluate("evaluation.json", [*reduced, *per_layer], *parts)
+        states = named("--part", ("rank", "retrieval"))
+        self._evaluate("states.json", [f"reduced-{width}" for width in self._middle], *states)
         bits = ["--part", "bits", "--drift-window", str(2 * self.scale.window)]
         for name in (*(f"reduced-{width}" for width in self._middle), *per_layer):
             self._evaluate(f"bits-{name}.json", [name], *bits, tokens=self.scale.bits)
@@ -220,7 +222,7 @@ class Rung:
         scale, out = self.scale, out or f"{start}-{train}"
         heldout = ["--heldout", self.text / "heldout.jsonl.gz", "--heldout-tokens", str(scale.heldout // 4)]
         training = ["--tokens", str(scale.recovery), *self._calibration, "--batch", str(scale.batch)]
-        rate = "1e-3" if train == "small" else "3e-4"
+        rate = "1e-3" if train == "small" else "1e-4"
         how = ["--train", train, "--lr", rate, "--evaluations", "4", *options]
         command = [*PRUNE, "recover", self.model, self.out / start, self.out / out, *training, *heldout, *how]
         self._add(out, [*command, *self._on], needs=[TRAINED, start])

@@ -188,8 +188,8 @@ def sections(folder: Path) -> Iterator[str]:
     yield f"## Bits\n\n{bits(folder)}"
     for file in sorted(folder.glob("recovered-*.json")):
         yield f"## {file.stem}\n\n{checkpoints(file)}"
-    yield f"## Rank\n\n{ranks(folder / 'evaluation.json')}"
-    yield f"## Noise\n\n{noise(folder / 'evaluation.json')}"
+    yield f"## Rank\n\n{ranks(folder / 'states.json')}"
+    yield f"## Noise\n\n{noise(folder / 'states.json')}"
 
 
 def main(folder: Annotated[Path, typer.Argument(help="Results of one model.")]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modeling.layers import Tap
 from modeling.model import Model
-from modeling.ops import GatedDeltaRule, wide
+from modeling.ops import wide
 from pruning.calibration import Text
 from pruning.errors import PruningError
 from pruning.progress import Advance, no_progress
@@ -69,7 +69,6 @@ def perplexity(
     *,
     stride: int | None = None,
     batch: int | None = None,
-    rule: GatedDeltaRule | None = None,
     tap: Tap | None = None,
     advance: Advance = no_progress,
 ) -> Perplexity:
@@ -78,14 +77,13 @@ def perplexity(
     Args:
         stride: the last so many targets of each window are scored; None for all.
         batch: windows in one forward; None for what suits the device.
-        rule: as `Model.forward`.
 
     Raises:
         PruningError: the loss is not finite.
     """
     losses: list[Tensor] = []
     for rows in windows.split(batch or _batch(model)):
-        for logits, targets in _predictions(model, rows, stride, rule, tap):
+        for logits, targets in _predictions(model, rows, stride, tap):
             losses.append(F.cross_entropy(logits, targets, reduction="sum"))
         advance(rows[:, 1:].numel())
     return mean_perplexity(losses, windows, stride)
@@ -99,10 +97,9 @@ def compare(
     *,
     stride: int | None = None,
     batch: int | None = None,
-    rule: GatedDeltaRule | None = None,
     advance: Advance = no_progress,
 ) -> tuple[Perplexity, Divergence]:
-    """The model's `perplexity`, and its divergence from `baseline`, run with the same `rule`, on the same tokens.
+    """The model's `perplexity`, and its divergence from `baseline` on the same tokens.
 
     Raises:
         PruningError: the vocabularies differ, or a loss is not finite.
@@ -112,7 +109,7 @@ def compare(
     divergences: list[Tensor] = []
     agreements: list[Tensor] = []
     for rows in windows.split(batch or _batch(model)):
-        both = (_predictions(m, rows, stride, rule) for m in (model, baseline))
+        both = (_predictions(m, rows, stride) for m in (model, baseline))
         for (logits, targets), (reference, _) in zip(*both, strict=True):
             losses.append(F.cross_entropy(logits, targets, reduction="sum"))
             p = reference.log_softmax(-1)
@@ -144,7 +141,7 @@ def token_scores(
     log_prob: list[Tensor] = []
     top1: list[Tensor] = []
     for rows in windows.split(batch or _batch(model)):
-        for logits, targets in _predictions(model, rows, stride, None):
+        for logits, targets in _predictions(model, rows, stride):
             log_prob.append(-F.cross_entropy(logits, targets, reduction="none").cpu())
             top1.append((logits.argmax(-1) == targets).cpu())
         advance(rows[:, 1:].numel())
@@ -173,7 +170,6 @@ def _predictions(
     model: Model,
     rows: Tensor,
     stride: int | None,
-    rule: GatedDeltaRule | None,
     tap: Tap | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Float32 logits `[n, vocab]` and targets `[n]` for the last `stride` targets of each of `rows`.
@@ -188,7 +184,7 @@ def _predictions(
     scored = window if stride is None else stride
     rows = rows.to(model.embeddings.weight.device)
     inputs = rows[:, :-1].flatten()
-    hidden, _ = model(inputs, range(0, len(inputs) + 1, window), rule=rule, tap=tap)
+    hidden, _ = model(inputs, range(0, len(inputs) + 1, window), tap=tap)
     part = predicted_together(model.spec.vocab_size)
     for h, row in zip(hidden.split(window), rows, strict=True):
         for some, targets in zip(h[-scored:].split(part), row[-scored:].split(part), strict=True):

@@ -67,23 +67,6 @@ def test_predictions_in_parts_are_those_of_whole_windows(model, other, encoder, 
         assert a.as_json() == pytest.approx(b.as_json(), rel=1e-5)
 
 
-def test_both_models_run_the_rule_that_is_given(model, other, encoder):
-    windows = evaluation_windows(encoder, TEXT, tokens=96, window=40)
-    calls = []
-
-    def rule(inputs):
-        calls.append(inputs.v.shape[0])
-        return reference_gated_delta_rule(inputs)
-
-    layers, tokens = len(model.spec.layers), windows[:, 1:].numel()
-    assert perplexity(model, windows, rule=rule).loss == pytest.approx(
-        perplexity(model, windows).loss, rel=1e-5
-    )
-    assert sum(calls) == layers * tokens
-    compare(model, other, windows, rule=rule)
-    assert sum(calls) == 3 * layers * tokens
-
-
 def test_at_most_two_models_are_in_memory(tmp_path, checkpoint, monkeypatch):
     others = [open_checkpoint(write_checkpoint(tmp_path / str(n), GATED, seed=n)) for n in range(3)]
     loaded = []
