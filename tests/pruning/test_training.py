@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_the_loss_as_it_is_written(load, config, precisi
         assert (found[name] - parameter.grad).norm() <= tolerance * parameter.grad.norm(), name
 
 
-def test_everything_runs_the_rule_that_is_given(load, tmp_path):
+def test_what_is_trained_runs_the_rule_that_is_given(load, tmp_path):
     s = settings(tokens=64, evaluations=1)
     calls = []
 
@@ -85,8 +85,8 @@ def test_everything_runs_the_rule_that_is_given(load, tmp_path):
         return chunked_gated_delta_rule(inputs)
 
     found = run(load(), load(seed=1), s, tmp_path / "given", rule=rule)
-    # One step of the student and its teacher, and the held-out text before and after it.
-    assert sum(calls) == 3 * (2 * 64 + 2 * HELDOUT[:, 1:].numel())
+    # One step of the student and its teacher, in three layers each; held-out text is scored by plain torch.
+    assert sum(calls) == 3 * 2 * 64
     assert found == run(load(), load(seed=1), s, tmp_path / "default")
 
 
