@@ -16,13 +16,34 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.ops import RuleInputs, chunked_gated_delta_rule
-from pruning.fused import CONFIGS, chunk_gradients, training_rule
+from pruning import fused
+from pruning.fused import CONFIGS, chunk_gradients, fla_gated_delta_rule, training_rule
 
 SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def test_a_cpu_trains_in_plain_torch():
     assert training_rule(torch.device("cpu")) is None
+
+
+def test_a_gpu_without_fla_trains_in_plain_torch_and_says_why(monkeypatch, caplog):
+    def import_module(name):
+        raise ImportError(f"no {name}")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(fused, "import_module", import_module)
+    fused.chunk_rule.cache_clear()
+    assert [training_rule(torch.device("cuda:3")) for _ in range(2)] == [None, None]
+    (record,) = caplog.records  # once, however often a sweep asks
+    assert "plain torch" in record.getMessage() and "no fla.ops" in record.getMessage()
+    assert "pip install" in record.getMessage()
+
+
+def test_keys_that_are_too_wide_for_fla_go_through_plain_torch():
+    c = case([5, 9], [-0.1], d_k=257)
+    inputs = RuleInputs(*c.leaves, c.scale, c.offsets)
+    for found, expected in zip(fla_gated_delta_rule(inputs), chunked_gated_delta_rule(inputs), strict=True):
+        assert found.equal(expected)
 
 
 def fla_folder() -> Path:
