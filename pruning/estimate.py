@@ -270,6 +270,13 @@ def stored_bytes(checkpoint: Checkpoint) -> int:
     return sum(file.stat().st_size for file in set(checkpoint.files.values()))
 
 
+def largest_file_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest of the checkpoint's weight files; of all, where there are none yet."""
+    if not checkpoint.has_weights:
+        return reduced_bytes(checkpoint, checkpoint.spec.d_k)
+    return max(file.stat().st_size for file in set(checkpoint.files.values()))
+
+
 def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:
     """Bytes of the reduced checkpoint's weight files."""
     spec = checkpoint.spec
