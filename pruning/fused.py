@@ -142,7 +142,8 @@ def chunk_gradients(
         g: log2 of a, float32 `[batch, tokens, num_v_heads]`.
         h, dh: the states before each chunk, and the gradients of those after, `[batch, chunks, num_v_heads, d_k, d_v]`.
         cu_seqlens: offsets of packed sequences, or None for sequences of one length.
-        chunk_indices: which sequence a chunk is of and the how manyeth there, `[chunks, 2]`.
+        chunk_indices: for each chunk the index of its sequence, and its own index in that, `[chunks, 2]`; with
+            `cu_seqlens` only.
 
     Returns:
         The gradients of q, k, w and g, the last before it was summed up along the chunk.
@@ -239,13 +240,14 @@ def _chunk_rows(
 ) -> Tensor | None:
     """For each place of each chunk its token, or the number of tokens behind the end of a sequence: int64
     `[chunks, chunk_size]`. None where all sequences are of one length that is a multiple of the chunk's."""
-    if cu_seqlens is None or chunk_indices is None:
+    if cu_seqlens is None:
         if length % chunk_size == 0:
             return None
         cu_seqlens = torch.arange(batch + 1, device=device) * length
         which = torch.arange(-(-length // chunk_size), device=device).repeat(batch)
         sequence = torch.arange(batch, device=device).repeat_interleave(-(-length // chunk_size))
     else:
+        assert chunk_indices is not None  # fla makes them of the offsets
         sequence, which = chunk_indices.long().unbind(-1)
     rows = (cu_seqlens[sequence] + which * chunk_size)[:, None] + torch.arange(chunk_size, device=device)
     return torch.where(rows < cu_seqlens[sequence + 1][:, None], rows, batch * length)
