@@ -73,7 +73,7 @@ def plan_reduction(
         times += reconstruction.times()
         # A file with fitted tensors takes the old one's place once it is whole.
         size = min(written[0][1], largest_file_bytes(checkpoint))
-        written.append(("its largest file, which is written twice", size))
+        written.append(("the checkpoint's largest file, which is written twice", size))
     if evaluating:
         yield f"evaluation: {counted(DEFAULT_TOKENS, 'held-out token')}, before and after"
         reduced = spec.with_d_k(tuple(widths)) if export == "sliced" else spec

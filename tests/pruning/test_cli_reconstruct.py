@@ -43,7 +43,7 @@ def test_the_result_says_how_its_layers_were_fitted(run, dense, text, tmp_path):
     assert "reconstruction" in time
     (disk,) = (line for line in planned.splitlines() if line.startswith("disk: "))
     size, again = re.search(
-        r"disk: (.*) for the checkpoint and .* and (.*) for its largest file, which", disk
+        r"disk: (.*) for the checkpoint and .* and (.*) for the checkpoint's largest file, which", disk
     ).groups()
     assert again == size, "it is the only file"
     assert not list(tmp_path.iterdir())
