@@ -27,9 +27,12 @@ from pruning.calibration import BATCH
 from pruning.capacity import parameter_count
 from pruning.collection import Collector, zeros
 from pruning.errors import DoesNotFitError
+from pruning.fused import training_rule
 from pruning.gradients import add_gradients, need_gradients
 from pruning.memory import Memory, config_dtype
+from pruning.reconstruction import products
 from pruning.statistics import StatisticName
+from pruning.streaming import layers_to_run
 from pruning.views import change, width
 
 
@@ -95,21 +98,24 @@ def training_seconds(
     student: ModelSpec, teacher: ModelSpec | None, windows: int, length: int, device: torch.device
 ) -> float:
     """Seconds that training on so many windows of `length` tokens takes, without what is measured in between."""
-    one = _layers_seconds(student, length, device, _train) + _seconds(
-        partial(_head, student, length, device), device
-    )
+    one = _layers_seconds(student, length, device, partial(_train, torch.bfloat16))
+    one += _seconds(partial(_head, student, length, device), device)
     if teacher is not None:
-        one += evaluation_seconds(teacher, length, length, device)
+        one += _layers_seconds(teacher, length, device, partial(_teach, torch.bfloat16))
+        one += _seconds(partial(_head, teacher, length, device, gradients=False), device)
     return windows * one
 
 
 def reconstruction_seconds(
     spec: ModelSpec, passes: float, fitted: int, length: int, device: torch.device
 ) -> float:
-    """Seconds that `passes` of windows of `length` tokens forward, and `fitted` forward and backward, take in all
-    layers."""
-    forward = _layers_seconds(spec, length, device, partial(_run, ()))
-    return passes * forward + fitted * _layers_seconds(spec, length, device, _fit)
+    """Seconds that reconstruction takes: `passes` of windows of `length` tokens forward through all layers that it
+    runs, and `fitted` of them forward and backward through each layer with linear attention."""
+    dtype = products(device)
+    run = replace(spec, layers=spec.layers[: layers_to_run(spec)])
+    trained = replace(spec, layers=tuple(spec.layers[i] for i in spec.linear_layers))
+    forward = _layers_seconds(run, length, device, partial(_teach, dtype))
+    return passes * forward + fitted * _layers_seconds(trained, length, device, partial(_train, dtype))
 
 
 def _layers_seconds(
@@ -164,19 +170,23 @@ def _made_up(spec: ModelSpec, layer: LayerSpec, length: int, experts: torch.dtyp
     return model
 
 
-def _train(model: Model, windows: Tensor) -> None:
+def _train(dtype: torch.dtype, model: Model, windows: Tensor) -> None:
+    """A window forward and backward with products in a dtype, by the rule that training takes there."""
     model.requires_grad_()
-    with torch.autocast(windows.device.type, torch.bfloat16):
-        hidden, _ = model(windows.flatten(), [0, windows.numel()])
-    hidden.float().sum().backward()
+    _forward(dtype, model, windows).float().sum().backward()
 
 
-def _fit(model: Model, windows: Tensor) -> None:
-    model.requires_grad_()
-    autocast = torch.autocast("cuda", torch.bfloat16, enabled=windows.device.type == "cuda")
-    with autocast:
-        hidden, _ = model(windows.flatten(), [0, windows.numel()])
-    hidden.float().sum().backward()
+def _teach(dtype: torch.dtype, model: Model, windows: Tensor) -> None:
+    """The same forward only."""
+    with torch.no_grad():
+        _forward(dtype, model, windows)
+
+
+def _forward(dtype: torch.dtype, model: Model, windows: Tensor) -> Tensor:
+    device = windows.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        hidden: Tensor = model(windows.flatten(), [0, windows.numel()], rule=training_rule(device))[0]
+    return hidden
 
 
 def _run(names: Collection[StatisticName], model: Model, windows: Tensor) -> None:
@@ -258,6 +268,13 @@ def _listed(widths: Sequence[int]) -> str:
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """Bytes of the checkpoint's weight files."""
     return sum(file.stat().st_size for file in set(checkpoint.files.values()))
+
+
+def largest_file_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest of the checkpoint's weight files; of all, where there are none yet."""
+    if not checkpoint.has_weights:
+        return reduced_bytes(checkpoint, checkpoint.spec.d_k)
+    return max(file.stat().st_size for file in set(checkpoint.files.values()))
 
 
 def reduced_bytes(checkpoint: Checkpoint, widths: Sequence[int]) -> int:

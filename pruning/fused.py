@@ -4,20 +4,26 @@
 sequences together, forward and backward.
 """
 
+import atexit
 import json
+import logging
 import os
 import tempfile
 from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeling.ops import GatedDeltaRule, RuleInputs
+from lowkey import how_to_install
+from modeling.ops import GatedDeltaRule, RuleInputs, chunked_gated_delta_rule
 
+logger = logging.getLogger(__name__)
+
+MAX_D_K = 256
+"""The widest keys that fla's kernels take."""
 HOPPER = (9, 0)
 """The compute capability of the cards that `CONFIGS` is for."""
 CONFIGS = {
@@ -38,19 +44,32 @@ CONFIGS = {
 tune each of them at its first launch, which takes minutes."""
 
 
+@cache
 def training_rule(device: torch.device) -> GatedDeltaRule | None:
-    """The rule to train with on a device: fla's on a card for which it is installed; None for plain torch."""
-    if device.type != "cuda" or find_spec("fla") is None:
+    """The rule to train with on a device: fla's on a GPU; None for plain torch, on a CPU and, said in the log, where
+    fla can't be imported."""
+    if device.type != "cuda":
         return None
     if torch.cuda.get_device_capability(device) == HOPPER:
         fix_configurations()
+    try:
+        chunk_rule()
+    except ImportError as e:
+        logger.warning(
+            "training by plain torch operations, several times slower than by fla's kernels: %s: %s",
+            e,
+            how_to_install("gpu"),
+        )
+        return None
     return fla_gated_delta_rule
 
 
 @cache
 def fix_configurations() -> None:
     """Tell fla `CONFIGS`, in files of its own format. Call this first: fla asks where they are when it is imported."""
-    folder = Path(tempfile.mkdtemp(prefix="fla-configs-"))
+    temporary = tempfile.TemporaryDirectory(prefix="fla-configs-")
+    atexit.register(temporary.cleanup)  # fla reads a file when it first launches that kernel
+    folder = Path(temporary.name)
     for name, (constants, warps, stages) in CONFIGS.items():
         config = {"kwargs": constants, "num_warps": warps, "num_stages": stages, "num_ctas": 1}
         (folder / f"{name}.json").write_text(json.dumps({"kernel_name": name, "default_config": config}))
@@ -58,7 +77,10 @@ def fix_configurations() -> None:
 
 
 def fla_gated_delta_rule(inputs: RuleInputs) -> tuple[Tensor, Tensor]:
-    """`modeling.ops.GatedDeltaRule` by fla's kernels with their backward, in v's dtype."""
+    """`modeling.ops.GatedDeltaRule` by fla's kernels with their backward, in v's dtype; by plain torch where keys are
+    wider than `MAX_D_K`."""
+    if inputs.k.shape[2] > MAX_D_K:
+        return chunked_gated_delta_rule(inputs)
     v = inputs.v[None]
     q, k = (t.to(v.dtype)[None] for t in (inputs.q, inputs.k))
     beta = inputs.beta[None]
@@ -120,7 +142,8 @@ def chunk_gradients(
         g: log2 of a, float32 `[batch, tokens, num_v_heads]`.
         h, dh: the states before each chunk, and the gradients of those after, `[batch, chunks, num_v_heads, d_k, d_v]`.
         cu_seqlens: offsets of packed sequences, or None for sequences of one length.
-        chunk_indices: which sequence a chunk is of and the how manyeth there, `[chunks, 2]`.
+        chunk_indices: for each chunk the index of its sequence, and its own index in that, `[chunks, 2]`; with
+            `cu_seqlens` only.
 
     Returns:
         The gradients of q, k, w and g, the last before it was summed up along the chunk.
@@ -217,13 +240,14 @@ def _chunk_rows(
 ) -> Tensor | None:
     """For each place of each chunk its token, or the number of tokens behind the end of a sequence: int64
     `[chunks, chunk_size]`. None where all sequences are of one length that is a multiple of the chunk's."""
-    if cu_seqlens is None or chunk_indices is None:
+    if cu_seqlens is None:
         if length % chunk_size == 0:
             return None
         cu_seqlens = torch.arange(batch + 1, device=device) * length
         which = torch.arange(-(-length // chunk_size), device=device).repeat(batch)
         sequence = torch.arange(batch, device=device).repeat_interleave(-(-length // chunk_size))
     else:
+        assert chunk_indices is not None  # fla makes them of the offsets
         sequence, which = chunk_indices.long().unbind(-1)
     rows = (cu_seqlens[sequence] + which * chunk_size)[:, None] + torch.arange(chunk_size, device=device)
     return torch.where(rows < cu_seqlens[sequence + 1][:, None], rows, batch * length)

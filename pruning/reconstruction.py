@@ -8,7 +8,6 @@ fitted to what the dense layer makes of the first, so it also makes good what th
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,6 +90,11 @@ class Reconstruction:
 def run_together(device: torch.device) -> int:
     """How many windows run together where nothing is trained."""
     return GPU_BATCH if device.type == "cuda" else CPU_BATCH
+
+
+def products(device: torch.device) -> torch.dtype:
+    """The dtype of products: on a CPU bfloat16 is slower than float32."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def held_out(count: int) -> int:
@@ -255,10 +259,8 @@ class _Run:
     def _output(self, block: Block, inputs: Tensor, some: Tensor | slice) -> Tensor:
         """A block's output for some of the windows, float32 `[windows, length, hidden]`."""
         x = inputs[some].to(self._device)
-        autocast: AbstractContextManager[Any] = nullcontext()
-        if self._device.type == "cuda":  # on the CPU bfloat16 is slower than float32
-            autocast = torch.autocast("cuda", torch.bfloat16)
-        with autocast:
+        narrow = products(self._device) == torch.bfloat16
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=narrow):
             y, _ = block(x.flatten(0, 1), cu_seqlens(self._windows[some], self._separators), rule=self._rule)
         output: Tensor = y.view(x.shape).float()
         return output

@@ -22,7 +22,7 @@ from modeling.checkpoint import (
 )
 from modeling.model import Model
 from pruning.batches import Batches, token_stream
-from pruning.calibration import Encoder, Text
+from pruning.calibration import WINDOW, Encoder, Text
 from pruning.card import write_card
 from pruning.companions import RECOVERY, Companions
 from pruning.errors import PruningError
@@ -104,13 +104,15 @@ def plan(
     heldout: Text,
     *,
     heldout_tokens: int = DEFAULT_TOKENS,
+    heldout_window: int = WINDOW,
     control: bool = False,
     overwrite: bool = False,
 ) -> Run:
     """Check everything and read the text.
 
     Args:
-        heldout_tokens: How many to measure on, as in `evaluation_windows`.
+        heldout_tokens, heldout_window: How many tokens to measure on, and in windows of how many, as in
+            `evaluation_windows`.
         control: train the dense checkpoint instead, on the same tokens with the same settings, without a teacher.
 
     Raises:
@@ -142,7 +144,7 @@ def plan(
         out,
         settings,
         Batches(stream, window=settings.window, batch=settings.batch, seed=settings.seed),
-        evaluation_windows(encoder, heldout, tokens=heldout_tokens),
+        evaluation_windows(encoder, heldout, tokens=heldout_tokens, window=heldout_window),
         text,
         heldout,
         control,

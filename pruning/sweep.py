@@ -229,6 +229,7 @@ class Measuring:
     def _recovered(self, recovery: RecoveryPlan, seed: int, reduced: Path, name: str) -> float:
         """Perplexity of a reduced checkpoint after recovery. The seed's control is measured beside the first one."""
         run = self._run
+        count, window = self._sweep.heldout[:, 1:].shape
         if run is None or run.settings.seed != seed:
             with self._busy("reading text for recovery"):
                 run = plan(
@@ -238,7 +239,8 @@ class Measuring:
                     replace(recovery.settings, seed=seed),
                     recovery.text,
                     recovery.heldout,
-                    heldout_tokens=min(DEFAULT_TOKENS, self._sweep.heldout[:, 1:].numel()),
+                    heldout_tokens=max(window, min(DEFAULT_TOKENS, count * window)),
+                    heldout_window=window,
                 )
             self._run = run
         if all(control.seed != seed for control in self._table.controls):

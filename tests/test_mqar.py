@@ -60,6 +60,33 @@ def test_too_many_pairs_are_refused(mqar):
         mqar.draw(generator(), 1, 6, 99, length=22)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "16"], "error: width=16 must be between 1 and 15: d_k is 16"),
+        (["--width", "0"], "Invalid value for '--width'"),
+        (["--pairs", "0"], "Invalid value for '--pairs'"),
+        (["--queries", "0"], "Invalid value for '--queries'"),
+        (["--seconds", "0"], "Invalid value for '--seconds'"),
+        (["--device", "cuda:99"], "error: device='cuda:99' is not available here"),
+        (["--method", "no"], "error: method='no' is unknown"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_training(mqar, tmp_path, options, words):
+    result = CliRunner().invoke(mqar.app, [str(tmp_path / "out"), "--d-k", "16", "--steps", "1", *options])
+    assert result.exit_code == 2 and words in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_widths_of_whole_models_and_more_are_no_default(mqar, tmp_path, monkeypatch):
+    def run(self):
+        raise mqar.PruningError(str(self._settings["widths"]))
+
+    monkeypatch.setattr(mqar.Measuring, "run", run)
+    result = CliRunner().invoke(mqar.app, [str(tmp_path / "out"), "--d-k", "32"])
+    assert "error: [16, 8]" in result.output
+
+
 def test_right_answers_are_those_of_the_whole_sequence(mqar, tmp_path):
     """Half of the answers that are called right are what `Model.forward` finds most likely."""
     model = open_checkpoint(write_checkpoint(tmp_path / "c", DELTA)).load()

@@ -52,10 +52,16 @@ STDLIB = "cpython"
 
 PERMISSIVE = re.compile(
     r"\b(MIT|BSD|Apache|ISC|PSF|Python Software Foundation|HPND|Historical Permission|CNRI|0BSD|CC0|Zope|ZPL|NCSA|"
-    r"Unlicense)\b|^Public Domain",
+    r"Unlicense|Zlib|BSL-1\.0)\b|^Public Domain",
     re.IGNORECASE,
 )
-COPYLEFT = re.compile(r"\b(A?L?GPL|GNU|MPL|Mozilla|EPL|EUPL|CeCILL|SSPL|BUSL|Proprietary)", re.IGNORECASE)
+OTHER = re.compile(
+    r"\b(A?L?GPL|GNU|MPL|Mozilla|EPL|EUPL|CeCILL|SSPL|BUSL|Creative Commons|CC-BY|Commons Clause|Proprietary)",
+    re.IGNORECASE,
+)
+"""Licences that ask for more, whatever else is said beside them."""
+JOINT = re.compile(r"\s+(?:AND|OR)\s+|\s+WITH\s+\S+|;|Freely Distributable")
+"""What stands between the licences of an SPDX expression or of several classifiers; one classifier names none."""
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 Folder = Annotated[Path, typer.Argument(help="Folder of the text, its tokenizer and its tokens.")]
@@ -79,7 +85,8 @@ class Package:
 @app.command()
 def download(wheels: Wheels, packages: Path = PACKAGES) -> None:
     """Download the packages named in a file, one a line, without what they depend on. Nothing is installed or run."""
-    names = [line for line in packages.read_text().split("\n") if line and not line.startswith("#")]
+    lines = [line.strip() for line in packages.read_text().splitlines()]
+    names = [line for line in lines if line and not line.startswith("#")]
     for i, name in enumerate(names):
         print(f"{i + 1} of {len(names)}: {name}", flush=True)
         command = [
@@ -93,7 +100,9 @@ def download(wheels: Wheels, packages: Path = PACKAGES) -> None:
             str(wheels),
         ]
         if subprocess.run([sys.executable, *command, name]).returncode:
-            print(f"{name} is left out: it has no wheel for this machine", file=sys.stderr)
+            print(f"{name} is left out: pip got no wheel of it, for the reason above", file=sys.stderr)
+    if not any(wheels.glob("*.whl")):
+        sys.exit(f"error: there is no wheel in {wheels}")
 
 
 @app.command()
@@ -101,22 +110,36 @@ def build(wheels: Wheels, out: Folder) -> None:
     """Write train.jsonl.gz, a part of it as calibration.jsonl.gz, heldout.jsonl.gz, and corpus.json about them."""
     taken: dict[str, tuple[Package, list[str]]] = {}
     seen: set[bytes] = set()
-    found = sorted(wheels.glob("*.whl"))
-    named = {normalised(wheel.name.split("-")[0]): wheel for wheel in found}
+    named: dict[str, Path] = {}
+    for wheel in sorted(wheels.glob("*.whl")):
+        name = normalised(wheel.stem.split("-")[0])
+        if name in named:
+            sys.exit(
+                f"error: {wheels} has two wheels of {name}, {named[name].name} and {wheel.name}; remove one"
+            )
+        named[name] = wheel
     # Held-out packages come first, so that it is the training side that loses what both have.
     for side in reversed(SIDES):
         for name, wheel in named.items():
             if side_of(name) != side:
                 continue
-            with zipfile.ZipFile(wheel) as archive:
-                version, licence = about(archive)
-                if not is_permissive(licence):
-                    print(f"{name} is left out: its licence is {licence!r}", file=sys.stderr)
-                    continue
-                texts = new_texts(texts_of(archive), seen)
+            try:
+                with zipfile.ZipFile(wheel) as archive:
+                    version, licence = about(archive)
+                    if not is_permissive(licence):
+                        print(f"{name} is left out: its licence is {licence!r}", file=sys.stderr)
+                        continue
+                    found = list(texts_of(archive))
+            except (zipfile.BadZipFile, ValueError) as e:
+                print(f"{name} is left out: {wheel.name} is not a wheel: {e}", file=sys.stderr)
+                continue
+            texts = new_texts(found, seen)
             if texts:
                 taken[name] = (package(name, version, licence, side, texts), texts)
-    stdlib = new_texts(iter(corpus("train")), seen)
+    for side in SIDES:
+        if not any(entry.side == side for entry, _ in taken.values()):
+            sys.exit(f"error: no package in {wheels} is on the side {side} of the split; add more packages")
+    stdlib = new_texts(corpus("train"), seen)
     python = ".".join(map(str, sys.version_info[:3]))
     taken[STDLIB] = (package(STDLIB, python, "PSF-2.0", "train", stdlib), stdlib)
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +161,9 @@ def build(wheels: Wheels, out: Folder) -> None:
 
 
 @app.command()
-def tokenizer(out: Folder, vocab_size: Annotated[int, typer.Option(help="Tokens.")] = 16_384) -> None:
+def tokenizer(
+    out: Folder, vocab_size: Annotated[int, typer.Option(help="Tokens.", min=257, max=65_536)] = 16_384
+) -> None:
     """Train OUT/tokenizer.json on files of all training packages."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -186,17 +211,23 @@ def side_of(name: str) -> str:
 
 
 def about(archive: zipfile.ZipFile) -> tuple[str, str]:
-    """A wheel's version and licence, as its metadata says."""
-    (name,) = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
-    metadata = HeaderParser().parsestr(archive.read(name).decode())
+    """A wheel's version and licence, as its metadata says. Raises ValueError if that is missing."""
+    names = [n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n)]
+    if len(names) != 1:
+        raise ValueError(f"it has {counted(len(names), 'file')} .dist-info/METADATA, not one")
+    metadata = HeaderParser().parsestr(archive.read(names[0]).decode())
+    version = metadata["Version"]
+    if not version:
+        raise ValueError("its metadata says no Version")
     classified = [c for c in metadata.get_all("Classifier", []) if c.startswith("License :: ")]
     licence = metadata.get("License-Expression") or "; ".join(c.split(" :: ")[-1] for c in classified)
-    return metadata["Version"], licence or (metadata.get("License") or "").split("\n")[0][:100]
+    return version, licence or (metadata.get("License") or "").strip().split("\n")[0][:100]
 
 
 def is_permissive(licence: str) -> bool:
-    """Whether all that the metadata says of the licence is permissive."""
-    return bool(PERMISSIVE.search(licence)) and not COPYLEFT.search(licence)
+    """Whether every licence that the metadata names is permissive, also where one of them may be chosen."""
+    parts = [part for part in map(str.strip, JOINT.split(licence)) if part]
+    return bool(parts) and all(map(PERMISSIVE.search, parts)) and not OTHER.search(licence)
 
 
 def texts_of(archive: zipfile.ZipFile) -> Iterator[str]:
@@ -211,7 +242,7 @@ def texts_of(archive: zipfile.ZipFile) -> Iterator[str]:
                 continue  # test data in other encodings
 
 
-def new_texts(found: Iterator[str], seen: set[bytes]) -> list[str]:
+def new_texts(found: Iterable[str], seen: set[bytes]) -> list[str]:
     """Those that are text for people and not in `seen`, which they are added to, up to `PACKAGE_BYTES`."""
     result: list[str] = []
     size = 0
@@ -236,8 +267,10 @@ def package(name: str, version: str, licence: str, side: str, texts: list[str]) 
 
 def write(path: Path, documents: Iterable[tuple[str, str]]) -> None:
     """Write documents, each a package's name and a text, as JSON lines."""
-    with gzip.open(path, "wt", encoding="utf-8", compresslevel=6) as file:
-        file.writelines(json.dumps({"package": name, "text": text}) + "\n" for name, text in documents)
+    # With no time and no name in it, the file is the same for the same documents.
+    with gzip.GzipFile(path, "wb", compresslevel=6, mtime=0) as file:
+        for name, text in documents:
+            file.write(json.dumps({"package": name, "text": text}).encode() + b"\n")
 
 
 def read(path: Path) -> Iterator[tuple[str, str]]:

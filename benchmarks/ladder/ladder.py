@@ -4,6 +4,7 @@
 
 Each job writes its result into OUT as soon as it is there, and is left out where that exists: a run that was cut short
 goes on where it was. Jobs that need nothing of each other run side by side. OUT/<job>.log is what a job said.
+Ctrl-C and SIGTERM end the jobs as well. README.md lists the jobs.
 """
 
 import os
@@ -11,6 +12,8 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -18,9 +21,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from models import MODELS
+
+from lowkey.publishing import write_json
+from lowkey.signals import ending_on_signals, uninterrupted
+from pruning.interrupts import left_behind
 
 HERE = Path(__file__).parent
 PRUNE = (sys.executable, "-c", "from pruning.cli import app; app()")
@@ -36,10 +44,15 @@ METHODS = (
     "loss-aware",
     "read-write",
 )
-MAIN = ("random", "l1", "drrqr", "loss-aware", "read-write")
-"""Methods that are measured with three calibration seeds."""
+SEEDED = ("random", "drrqr", "read-write")
+"""Methods that are measured with two more calibration seeds. `CHOSEN` is so beside its budgets per layer, and l1 reads
+no calibration text."""
 TRAINED = "model/train.json"
 """What training writes last."""
+SUBJECT = "rung.json"
+"""Says what the results in a folder are of: a folder takes those of one model, text and scale alone."""
+GRACE = 30.0
+"""Seconds that an interrupted job has to save its work, before it is killed."""
 CHOSEN = "loss-aware"
 """The method of the checkpoints that everything but the table of methods is measured of."""
 
@@ -167,7 +180,8 @@ class Rung:
     def _reduce(self, out: str, width: int, *options: str | Path) -> list[str | Path]:
         calibration = ["--tokens", str(self.scale.calibration), *self._calibration]
         how = ["--method", CHOSEN, "--keep", str(width), *calibration, *options]
-        return [*PRUNE, "prune", self.model, self.out / out, *how, *self._on]
+        # A run that was cut short may have left statistics without their checkpoint; they are made again.
+        return [*PRUNE, "prune", self.model, self.out / out, *how, "--overwrite", *self._on]
 
     def _reductions(self) -> None:
         for width in self.scale.widths:
@@ -189,7 +203,9 @@ class Rung:
         self._sweep("methods.json", *named("--method", METHODS), *alone, *widths, "--seed", "0")
         by_layer = ["--method", CHOSEN, "--per-layer", CHOSEN, "--align", str(self.scale.align)]
         self._sweep("methods-per-layer.json", *by_layer, *widths, *named("--seed", (0, 1, 2)))
-        self._sweep("methods-seeds.json", *named("--method", MAIN), *alone, *widths, *named("--seed", (1, 2)))
+        self._sweep(
+            "methods-seeds.json", *named("--method", SEEDED), *alone, *widths, *named("--seed", (1, 2))
+        )
 
     def _calibrations(self) -> None:
         how = [*named("--method", ("drrqr", CHOSEN)), "--per-layer", "none", *named("--width", self._middle)]
@@ -258,41 +274,82 @@ def run(rung: Rung, side_by_side: int, until: float, only: Sequence[str]) -> boo
     ]
     running: dict[Job, tuple[subprocess.Popen[bytes], float]] = {}
     failed: list[str] = []
-    while waiting or running:
-        for job, (process, since) in list(running.items()):
-            if process.poll() is not None:
-                del running[job]
-                took, at = time.monotonic() - since, time.monotonic() - began
-                print(f"{at:5.0f} s  {job.output}: {took:.0f} s, exit {process.returncode}", flush=True)
-                if process.returncode:
-                    failed.append(job.output)
-        late = time.monotonic() - began > until
-        ready = [job for job in waiting if all((rung.out / need).exists() for need in job.needs)]
-        for job in [] if late else ready[: side_by_side - len(running)]:
-            waiting.remove(job)
-            running[job] = (start(job, rung.out), time.monotonic())
-        if not running and (late or not ready):
-            break
-        time.sleep(0.2)
+    with (
+        ending_on_signals(lambda: end([process for process, _ in running.values()])),
+        left_behind("the same command goes on with the jobs whose output is missing"),
+    ):
+        while waiting or running:
+            for job, (process, since) in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    took, at = time.monotonic() - since, time.monotonic() - began
+                    ended = f"exit {process.returncode}, see {log_of(job, rung.out)}"
+                    outcome = ended if process.returncode else "done"
+                    print(f"{at:5.0f} s  {job.output}: {took:.0f} s, {outcome}", flush=True)
+                    if process.returncode:
+                        failed.append(job.output)
+            late = time.monotonic() - began > until
+            ready = [job for job in waiting if all((rung.out / need).exists() for need in job.needs)]
+            for job in [] if late else ready[: side_by_side - len(running)]:
+                waiting.remove(job)
+                with uninterrupted():  # a job that was started is one that is ended
+                    running[job] = (start(job, rung.out), time.monotonic())
+            if not running and (late or not ready):
+                break
+            time.sleep(0.2)
     left = [job.output for job in waiting]
     if failed or left:
         print(f"failed: {', '.join(failed) or 'none'}; not run: {', '.join(left) or 'none'}")
-    return not failed and not left
+        return False
+    print("all jobs are done")
+    return True
 
 
 def start(job: Job, out: Path) -> subprocess.Popen[bytes]:
     """Start a job, its words in a file of its own."""
-    with (out / f"{Path(job.output).name.removesuffix('.json')}.log").open("wb") as log:
+    with log_of(job, out).open("wb") as log:
         return subprocess.Popen(list(map(str, job.command)), stdout=log, stderr=log)
 
 
+def log_of(job: Job, out: Path) -> Path:
+    """Where a job's words go."""
+    return out / f"{Path(job.output).name.removesuffix('.json')}.log"
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End jobs that still run: by SIGTERM, upon which they save what is done, and after `GRACE` by SIGKILL."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def check_subject(out: Path, subject: dict[str, Any]) -> None:
+    """Note what the results in `out` are of. Raises BadParameter if the folder has results of something else."""
+    file = out / SUBJECT
+    if not file.exists():
+        write_json(file, subject)
+        return
+    there = json.loads(file.read_bytes())
+    for key, value in subject.items():
+        if there.get(key) != value:
+            raise typer.BadParameter(
+                f"out={str(out)!r} has results of {key}={there.get(key)!r}, not {value!r}; choose another folder"
+            )
+
+
 def main(
-    name: Annotated[str, typer.Argument(help="Model of models.py.")],
+    name: Annotated[str, typer.Argument(help=f"{', '.join(MODELS)}.")],
     text: Annotated[Path, typer.Argument(help="Folder that corpus.py made.")],
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
     device: str = "cpu",
     seconds: Annotated[float, typer.Option(help="How long to train.")] = 420.0,
-    side_by_side: Annotated[int, typer.Option(help="Jobs that run at once.")] = 1,
+    side_by_side: Annotated[int, typer.Option(help="Jobs that run at once.", min=1)] = 1,
     until: Annotated[float, typer.Option(help="Start no job after so many seconds.")] = float("inf"),
     only: Annotated[
         list[str] | None, typer.Option(help="Run these jobs alone, by output; may be repeated.")
@@ -300,10 +357,20 @@ def main(
     toy: Annotated[bool, typer.Option("--toy", help="Little of everything, to try the commands.")] = False,
 ) -> None:
     """Train a model of the ladder and measure it."""
-    out.mkdir(parents=True, exist_ok=True)
+    if name not in MODELS:
+        raise typer.BadParameter(f"name={name!r} must be one of {', '.join(MODELS)}")
     rung = Rung(name, text, out, device, seconds, TOY if toy else REAL)
-    if text.joinpath("corpus.json").exists():
-        shutil.copy(text / "corpus.json", out / "corpus.json")
+    outputs = [job.output for job in rung.jobs]
+    for job in only or []:
+        if job not in outputs:
+            raise typer.BadParameter(f"only={job!r} must be one of {', '.join(outputs)}")
+    record = text / "corpus.json"
+    if not record.exists():
+        raise typer.BadParameter(f"text={str(text)!r} has no corpus.json; corpus.py makes such a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    corpus_sha256 = hashlib.sha256(record.read_bytes()).hexdigest()
+    check_subject(out, {"model": name, "toy": toy, "corpus_sha256": corpus_sha256})
+    shutil.copy(record, out / record.name)
     raise SystemExit(0 if run(rung, side_by_side, until, only or []) else 1)
 
 

@@ -51,6 +51,7 @@ from pruning.errors import PruningError
 from pruning.evaluation.record import environment
 from pruning.fused import training_rule
 from pruning.mqar_table import FORMAT, KIND, Accuracy, MQARTable, Recalled, TrainingPoint, read_mqar
+from pruning.options import device_named
 from pruning.reduction import Provenance, reduce_checkpoint
 from pruning.selection import select, widths_to_keep
 from pruning.statistics import Statistics
@@ -58,6 +59,10 @@ from pruning.versions import versions
 
 DTYPES: tuple[StateDType, ...] = ("float32", "int8")
 MODEL, TABLE = "model", "mqar.json"
+METHODS = ("read-write", "loss-aware", "drrqr", "l1", "random")
+WIDTHS = (96, 64, 48, 32, 16, 8)
+SEEDS = (0, 1, 2)
+PAIRS = (4, 8, 16, 32, 64, 128, 256)
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -104,7 +109,9 @@ class Measuring:
         rule: the gated delta rule to train with; None for the plain one.
 
     Raises:
-        PruningError: the table that is there is of another run, or a method is unknown.
+        PruningError: a method is unknown, or a width is not less than `shape.d_k`; or, of `run`, the table that is
+            there is of another run.
+        ValueError: there are more pairs than the vocabulary has keys.
     """
 
     def __init__(
@@ -129,6 +136,9 @@ class Measuring:
         self._device, self._rule = device, rule
         for method in methods:
             criterion_named(method)
+        for width in widths:
+            if not 1 <= width < shape.d_k:
+                raise PruningError(f"width={width} must be between 1 and {shape.d_k - 1}: d_k is {shape.d_k}")
         self._settings = {
             "shape": asdict(shape),
             "training": asdict(training),
@@ -164,14 +174,13 @@ class Measuring:
     def _cells(self) -> Iterator[tuple[str | None, int, int, bool]]:
         """(method, seed, width, whether it is trained on) of each model; None and the whole width for the dense one.
         Training on takes longest, so it comes last, and of the first seed only."""
-        widths = [width for width in self._widths if width < self._shape.d_k]
         for trained in (False, True) if self._recovery else (False,):
             yield None, self._seeds[0], self._shape.d_k, trained
             for seed in self._seeds[:1] if trained else self._seeds:
                 for method in self._methods:
                     # l1 reads neither calibration nor random numbers: it is the same for all seeds.
                     if method != "l1" or seed == self._seeds[0]:
-                        yield from ((method, seed, width, trained) for width in widths)
+                        yield from ((method, seed, width, trained) for width in self._widths)
 
     def _table(self) -> MQARTable:
         """What an interrupted run has left, or a new table with a model that is trained for it."""
@@ -269,6 +278,11 @@ class Measuring:
         return collect(dense.load(device=self._device), windows, origin, dense.sha256, needed=needed)
 
 
+def shown(values: Sequence[str | int]) -> str:
+    """What an option is by default, for its help."""
+    return f"(default: {', '.join(map(str, values))})"
+
+
 @app.command()
 @ending_on_signals(remove_working_directories)
 def main(
@@ -282,45 +296,45 @@ def main(
     d_k: int = 128,
     d_v: int = 128,
     vocab: Annotated[int, typer.Option(help="Keys are one half, values the other.")] = 8192,
-    pairs: Annotated[
-        list[int] | None, typer.Option(help="Numbers of pairs, ascending. [4 8 16 32 64 128 256]")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Training steps at most.")] = 20_000,
+    pairs: Annotated[list[int] | None, typer.Option(help=f"Numbers of pairs. {shown(PAIRS)}", min=1)] = None,
+    steps: Annotated[int, typer.Option(help="Training steps at most.", min=1)] = 20_000,
     seconds: Annotated[
-        float | None, typer.Option(help="End the training after this time at the latest.")
+        float | None, typer.Option(help="End the training after this time at the latest.", min=0.1)
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of a training step.")] = 32_768,
+    tokens: Annotated[int, typer.Option(help="Tokens of a training step.", min=1)] = 32_768,
     lr: Annotated[float, typer.Option(help="Peak learning rate, for Muon and AdamW alike.")] = 3e-3,
-    method: Annotated[list[str] | None, typer.Option(help="[read-write loss-aware drrqr l1 random]")] = None,
-    width: Annotated[list[int] | None, typer.Option(help="Channels to keep. [96 64 48 32 16 8]")] = None,
-    calibration_seed: Annotated[list[int] | None, typer.Option(help="[0 1 2]")] = None,
-    calibration_tokens: int = 16_384,
-    queries: Annotated[int, typer.Option(help="Queries for each number of pairs, about.")] = 4096,
+    method: Annotated[list[str] | None, typer.Option(help=shown(METHODS))] = None,
+    width: Annotated[
+        list[int] | None, typer.Option(help=f"Channels to keep. {shown(WIDTHS)}, where below d_k", min=1)
+    ] = None,
+    calibration_seed: Annotated[list[int] | None, typer.Option(help=shown(SEEDS), min=0)] = None,
+    calibration_tokens: Annotated[int, typer.Option(help="Calibration tokens, about.", min=1)] = 16_384,
+    queries: Annotated[int, typer.Option(help="Queries for each number of pairs, about.", min=1)] = 4096,
     recover_steps: Annotated[
-        int, typer.Option(help="Train each model on for so many steps, and ask again.")
+        int, typer.Option(help="Train each model on for so many steps, and ask again.", min=0)
     ] = 0,
     recover_lr: float = 1e-3,
-    seed: Annotated[int, typer.Option(help="Seed of the training.")] = 0,
-    threads: int = 1,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. [cuda if there is one]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the training.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda (default: cuda if there is one).")] = None,
 ) -> None:
     """Train a model on MQAR, reduce it by every method to every width, and measure each one's recall."""
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)  # decays of a whole chunk underflow, and denormals are slow
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    levels = tuple(sorted(set(pairs or (4, 8, 16, 32, 64, 128, 256))))
+    levels = tuple(sorted(set(pairs or PAIRS)))
     training = Training(levels, steps, tokens, lr, seconds)
     recovery = replace(training, steps=recover_steps, lr=recover_lr, seconds=None) if recover_steps else None
     try:
+        place = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_writable(out / TABLE)
         Measuring(
             out,
             Shape(family, layers, hidden, heads, d_k, d_v, vocab),
             training,
             recovery,
-            methods=method or ("read-write", "loss-aware", "drrqr", "l1", "random"),
-            widths=width or (96, 64, 48, 32, 16, 8),
-            seeds=calibration_seed or (0, 1, 2),
+            methods=method or METHODS,
+            widths=width or [width for width in WIDTHS if width < d_k],
+            seeds=calibration_seed or SEEDS,
             queries=queries,
             calibration_tokens=calibration_tokens,
             seed=seed,

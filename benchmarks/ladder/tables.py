@@ -1,5 +1,6 @@
-"""The tables of docs/evidence.md, from what ladder.py wrote.
+"""Tables of one model's results, in Markdown, from what ladder.py wrote.
 
+python benchmarks/ladder/tables.py OUT
 python benchmarks/ladder/tables.py benchmarks/results/ladder/gdn-130m
 """
 
@@ -30,7 +31,7 @@ def table(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
 
 
 def rise(base: float, values: Sequence[float]) -> str:
-    """The change of a perplexity in percent: the mean, and the range of several."""
+    """The change of perplexities from `base` in percent: the mean, and the range where there are several."""
     changes = [100 * (value / base - 1) for value in values]
     spread = f" ({min(changes):+.2f} to {max(changes):+.2f})" if len(changes) > 1 else ""
     return f"{fmean(changes):+.2f} %{spread}"
@@ -66,17 +67,27 @@ def methods(folder: Path) -> str:
 
 
 def calibration(folder: Path) -> str:
-    """What the number of calibration tokens buys."""
+    """Perplexity by the number of calibration tokens, over all calibration seeds."""
+    found = {file.name.split(".")[0] for file in folder.glob("calibration-*.json*")}
+    by_tokens = {int(name.removeprefix("calibration-")): sweeps(folder, [f"{name}.json"]) for name in found}
+    measured = [
+        (tokens, one, name, columns)
+        for tokens, tables in sorted(by_tokens.items())
+        for one in tables
+        for name, columns in groups(one).items()
+    ]
+    widths = sorted({width for *_, columns in measured for width in columns}, reverse=True)
     rows = []
-    for file in sorted(
-        folder.glob("calibration-*.json*"), key=lambda f: int(f.name.split("-")[1].split(".")[0])
-    ):
-        (one,) = sweeps(folder, [file.name.removesuffix(".partial")])
-        tokens = int(file.name.split("-")[1].split(".")[0])
-        for name, columns in groups(one).items():
-            changes = [rise(one.dense.perplexity, [c.perplexity for c in own]) for own in columns.values()]
-            rows.append([f"{tokens:,}", f"`{name}`", *changes])
-    return table(["tokens", "method", *("d_k",) * (len(rows[0]) - 2 if rows else 0)], rows)
+    for tokens, one, name, columns in measured:
+        own = [[cell.perplexity for cell in columns.get(width, ())] for width in widths]
+        rows.append(
+            [
+                f"{tokens:,}",
+                f"`{name}`",
+                *(rise(one.dense.perplexity, values) if values else "" for values in own),
+            ]
+        )
+    return table(["tokens", "method", *widths], rows)
 
 
 def evaluated(file: Path) -> list[EvaluatedCheckpoint]:
@@ -86,7 +97,7 @@ def evaluated(file: Path) -> list[EvaluatedCheckpoint]:
 def plus_minus(word: IdentifierRecall) -> str:
     exact, drop = word.figures.exact, word.drop
     text = f"{100 * exact.mean:.1f} %"
-    return text if drop is None else f"{text} ({-100 * drop.exact.mean:+.2f}{drop.exact.error('.2f', 100)})"
+    return text if drop is None else f"{text} ({-100 * drop.exact.mean:+z.2f}{drop.exact.error('.2f', 100)})"
 
 
 def checkpoints(file: Path) -> str:
@@ -179,8 +190,12 @@ def noise(file: Path) -> str:
 
 
 def sections(folder: Path) -> Iterator[str]:
-    trained = json.loads((folder / "train.json").read_text())
-    yield f"# {folder.name}"
+    # ladder.py has it beside the checkpoint; results that are kept come without one.
+    files = [file for file in (folder / "train.json", folder / "model" / "train.json") if file.exists()]
+    if not files:
+        raise typer.BadParameter(f"folder={str(folder)!r} has no train.json and no model/train.json")
+    trained = json.loads(files[0].read_bytes())
+    yield f"# {trained['model']}"
     yield json.dumps({k: v for k, v in trained.items() if k != "curve"}, indent=1)
     yield f"## Methods\n\n{methods(folder)}"
     yield f"## Calibration tokens\n\n{calibration(folder)}"

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,15 +36,19 @@ from modeling.checkpoint import export_tensors, open_checkpoint, save_shard
 from modeling.families import family_of
 from modeling.model import Model
 from pruning.calibration import Encoder
+from pruning.errors import PruningError
 from pruning.evaluation import evaluation_windows, perplexity
 from pruning.evaluation.record import environment
 from pruning.fused import fix_configurations
+from pruning.options import device_named
 from pruning.sources import read_text
 from pruning.versions import versions
 
 WINDOW = 2048
 PEAK = 989e12
 """Dense bfloat16 operations per second of a Hopper card by its datasheet."""
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+TOKENS, HELD_OUT = "train.tokens", "heldout.jsonl.gz"
 MOMENTUM = 0.95
 REPORT_EVERY = 10.0
 """Seconds between two points of the curve."""
@@ -72,9 +77,18 @@ class Windows:
 
     Args:
         stream: the tokens, on the device that trains.
+
+    Raises:
+        ValueError: the stream is too short for a batch.
     """
 
     def __init__(self, stream: Tensor, window: int, batch: int, seed: int) -> None:
+        # The offset takes up to a window, and the last window's targets one token more.
+        needed = (batch + 1) * window + 1
+        if len(stream) < needed:
+            raise ValueError(
+                f"the text has {len(stream):,} tokens; batch={batch} windows of window={window} need {needed:,}"
+            )
         self._stream, self._window, self._batch = stream, window, batch
         self._generator = torch.Generator().manual_seed(seed)
         self._left = torch.empty(0, dtype=torch.long)
@@ -84,6 +98,7 @@ class Windows:
     def __next__(self) -> Tensor:
         """int64 `[batch, window + 1]`."""
         if len(self._left) < self._batch:
+            # Windows that are left over are fewer than a batch, and another epoch may draw them.
             offset = int(torch.randint(self._window, (1,), generator=self._generator))
             starts = torch.arange(offset, len(self._stream) - self._window - 1, self._window)
             self._left = starts[torch.randperm(len(starts), generator=self._generator)]
@@ -170,22 +185,33 @@ def optimizers(model: Model, lr: float) -> list[torch.optim.Optimizer]:
 
 def operations_per_token(model: Model) -> float:
     """Arithmetic of a token's forward and backward: 6 for each weight of a matrix, and 6 d_k d_v heads x 2 for the
-    state's update and read. What chunks cost on top is not counted."""
+    state's update and read. What chunks cost on top is not counted, nor what softmax attention reads."""
     weights = sum(p.numel() for p in model.parameters() if p.ndim == 2)
     states = sum(m.num_v_heads * m.d_k * m.d_v for m in model.spec.deltas.values())
     return 6.0 * weights + 12.0 * states
 
 
+def check_text(text: Path, vocab_size: int) -> None:
+    """Raises BadParameter if a file is missing in the folder `text`, or its tokenizer has too many tokens."""
+    for name in (TOKENS, HELD_OUT, *TOKENIZER):
+        if not (text / name).exists():
+            raise typer.BadParameter(f"text={str(text)!r} has no {name}; corpus.py makes it")
+    found = Tokenizer.from_file(str(text / TOKENIZER[0])).get_vocab_size()
+    if found > vocab_size:
+        raise typer.BadParameter(
+            f"text={str(text)!r} has a tokenizer of {found:,} tokens, but the model's vocab_size is {vocab_size:,}"
+        )
+
+
 def save(model: Model, config: dict[str, Any], text: Path, out: Path) -> None:
     """Write the checkpoint in its family's names, weights in bfloat16, with the tokenizer."""
-    out.mkdir(parents=True, exist_ok=True)
     tensors = {
         name: t.detach().to("cpu", torch.bfloat16).contiguous()
         for name, t in export_tensors(model, family_of(config))
     }
     save_shard(out / "model.safetensors", tensors)
     write_json(out / "config.json", config)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in TOKENIZER:
         shutil.copy(text / name, out / name)
 
 
@@ -193,9 +219,11 @@ def main(
     name: Annotated[str, typer.Argument(help=f"{', '.join(MODELS)}.")],
     text: Annotated[Path, typer.Argument(help="Folder that corpus.py made.")],
     out: Annotated[Path, typer.Argument(help="Checkpoint to write.")],
-    seconds: Annotated[float, typer.Option(help="How long to train, without loading and compiling.")] = 420.0,
-    batch: Annotated[int, typer.Option(help="Windows per step.")] = 32,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = WINDOW,
+    seconds: Annotated[
+        float, typer.Option(help="How long to train, without loading and compiling.", min=0.1)
+    ] = 420.0,
+    batch: Annotated[int, typer.Option(help="Windows per step.", min=1)] = 32,
+    window: Annotated[int, typer.Option(help="Tokens per window.", min=2)] = WINDOW,
     lr: Annotated[float, typer.Option(help="Peak learning rate, for Muon and AdamW alike.")] = 3e-3,
     heldout_tokens: Annotated[int, typer.Option(help="Held-out tokens to measure on at the end.")] = 262_144,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -206,11 +234,22 @@ def main(
         raise typer.BadParameter(f"name={name!r} must be one of {', '.join(MODELS)}")
     began = time.monotonic()
     config = MODELS[name]
+    # What is wrong with the folders and the device is found out before the training.
+    check_text(text, config["vocab_size"])
+    try:
+        device_named(device)
+    except PruningError as e:
+        raise typer.BadParameter(str(e)) from e
+    out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
     if device != "cpu":
         fix_configurations()
-    stream = torch.from_numpy(np.fromfile(text / "train.tokens", "<u2").astype(np.int32)).to(device)
+    stream = torch.from_numpy(np.fromfile(text / TOKENS, "<u2").astype(np.int32)).to(device)
+    try:
+        windows = Windows(stream, window, batch, seed)
+    except ValueError as e:
+        raise typer.BadParameter(str(e)) from e
     model = Model(family_of(config).spec(config))
     initialise(model)
     model.to(device)
@@ -219,7 +258,6 @@ def main(
         distances = fused.check(model)
         fused.compile_parts()
     chosen = optimizers(model, lr)
-    windows = Windows(stream, window, batch, seed)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{name}: {parameters:,} parameters, {len(stream):,} tokens; distances {distances}", flush=True)
 
@@ -248,7 +286,8 @@ def main(
             elapsed = time.monotonic() - ready
             curve.append({"seconds": elapsed, "tokens": tokens, "loss": loss})
             share = tokens / elapsed * operations_per_token(model) / PEAK
-            speed = f"{tokens / elapsed:,.0f} tokens/s, {share:.1%} of the card"
+            of_card = "" if device == "cpu" else f", {share:.1%} of the card"
+            speed = f"{tokens / elapsed:,.0f} tokens/s{of_card}"
             print(f"{elapsed:.0f} s, step {step}: loss {loss:.4f}, {speed}", flush=True)
             if not math.isfinite(loss):
                 raise SystemExit("training diverged; a smaller --lr may help")
@@ -260,7 +299,7 @@ def main(
     checkpoint = open_checkpoint(out)
     held_out = evaluation_windows(
         Encoder(checkpoint),
-        read_text([text / "heldout.jsonl.gz"], None),
+        read_text([text / HELD_OUT], None),
         tokens=heldout_tokens,
         window=window,
     )

@@ -18,6 +18,7 @@ from pruning.estimate import (
     budget_line,
     disk_lines,
     evaluation_seconds,
+    largest_file_bytes,
     reduced_bytes,
     reduction_lines,
     shape_lines,
@@ -70,6 +71,9 @@ def plan_reduction(
     if reconstruction is not None:
         yield from reconstruction.lines()
         times += reconstruction.times()
+        # A file with fitted tensors takes the old one's place once it is whole.
+        size = min(written[0][1], largest_file_bytes(checkpoint))
+        written.append(("the checkpoint's largest file, which is written twice", size))
     if evaluating:
         yield f"evaluation: {counted(DEFAULT_TOKENS, 'held-out token')}, before and after"
         reduced = spec.with_d_k(tuple(widths)) if export == "sliced" else spec

@@ -1,5 +1,6 @@
 """Every measurement of several checkpoints, one after the other; at most two models are in memory."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
@@ -7,6 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
 from modeling.model import Model
 from modeling.runtime import Runtime, compile_model
@@ -14,6 +16,7 @@ from pruning.calibration import WINDOW, Encoder, Text
 from pruning.errors import PruningError
 from pruning.evaluation.bits import BLOCK, LONGEST, BitsText, bits
 from pruning.evaluation.identifiers import (
+    RANGES,
     IdentifierRecall,
     Identifiers,
     find_identifiers,
@@ -27,6 +30,8 @@ from pruning.evaluation.states import rank, retrieval
 from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows, long_windows
 from pruning.progress import Bar
 from pruning.versions import versions
+
+logger = logging.getLogger(__name__)
 
 Part = Literal["perplexity", "recall", "identifiers", "rank", "retrieval", "speed", "bits"]
 PARTS: tuple[Part, ...] = get_args(Part)
@@ -140,6 +145,15 @@ def _inputs(checkpoint: Checkpoint, settings: EvaluationSettings, *, text_alone:
         asked = recall_prompts(encoder, seed=settings.seed)
     if not text_alone and {"identifiers", "bits"} & set(settings.parts):
         identifiers = find_identifiers(encoder, text, windows, stride=settings.stride)
+        if "identifiers" in settings.parts and not len(identifiers.rows):
+            logger.warning(
+                "note: identifiers are not measured: in %s of %d from %s none occurs again after %d tokens or more; "
+                "take longer windows, more tokens or another text",
+                counted(len(windows), "window"),
+                windows.shape[1] - 1,
+                text.name,
+                RANGES[0][0],
+            )
     return _Inputs(windows, long, asked, identifiers)
 
 

@@ -1,6 +1,7 @@
 """`lowkey-prune prune --reconstruct`, as a user types it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -40,6 +41,11 @@ def test_the_result_says_how_its_layers_were_fitted(run, dense, text, tmp_path):
     assert "hidden states 262.1 KB on cpu" in planned
     (time,) = (line for line in planned.splitlines() if line.startswith("time: "))
     assert "reconstruction" in time
+    (disk,) = (line for line in planned.splitlines() if line.startswith("disk: "))
+    size, again = re.search(
+        r"disk: (.*) for the checkpoint and .* and (.*) for the checkpoint's largest file, which", disk
+    ).groups()
+    assert again == size, "it is the only file"
     assert not list(tmp_path.iterdir())
 
     assert "its layers fitted to the source's on 512 tokens" in run(*command)

@@ -14,6 +14,7 @@ from reducing import random_keep, reduce
 
 from lowkey.words import duration, in_units
 from modeling.checkpoint import open_checkpoint
+from modeling.ops import chunked_gated_delta_rule
 from pruning.calibration import Origin, tokens_sha256
 from pruning.capacity import parameter_count
 from pruning.collection import collect
@@ -23,9 +24,11 @@ from pruning.estimate import (
     calibration_lines,
     calibration_seconds,
     disk_lines,
+    reconstruction_seconds,
     reduced_bytes,
     stored_bytes,
     time_line,
+    training_seconds,
     width_notes,
 )
 from pruning.memory import statistics_bytes, whole_memory
@@ -112,6 +115,34 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(tmp_path):
 def test_figures_for_people():
     assert [in_units(n) for n in (12, 1500, 26_345_472, 2e9)] == ["12 bytes", "1.5 KB", "26.3 MB", "2.0 GB"]
     assert [duration(s) for s in (0.01, 59.6, 300, 9000)] == ["1 s", "60 s", "5 min", "2.5 h"]
+
+
+def test_what_trains_is_timed_with_the_rule_that_training_takes(checkpoint, monkeypatch):
+    calls = []
+
+    def rule(inputs):
+        calls.append(inputs.v.requires_grad)
+        return chunked_gated_delta_rule(inputs)
+
+    monkeypatch.setattr("pruning.estimate.training_rule", lambda device: rule)
+    spec, device = checkpoint.spec, torch.device("cpu")
+    kinds = len(set(spec.layers))
+    assert training_seconds(spec, spec, 10, 32, device) > 0
+    assert calls == [True] * 2 * kinds + [False] * 2 * kinds, (
+        "the student, then the teacher; each layer twice"
+    )
+    calls.clear()
+    assert reconstruction_seconds(spec, 10, 10, 32, device) > 0
+    assert sorted(calls) == [False] * 2 * kinds + [True] * 2 * kinds
+
+
+def test_reconstruction_fits_linear_layers_alone_and_runs_none_behind_them(tmp_path, monkeypatch):
+    spec = open_checkpoint(write_hybrid(tmp_path / "dense", CASES["next"])).spec
+    linear = len(spec.linear_layers)
+    assert linear < len(spec.layers)
+    monkeypatch.setattr("pruning.estimate._layers_seconds", lambda spec, *_: len(spec.layers))
+    found = reconstruction_seconds(spec, 1000, 1, 32, torch.device("cpu"))
+    assert found == 1000 * (spec.linear_layers[-1] + 1) + linear
 
 
 MEASURED = """

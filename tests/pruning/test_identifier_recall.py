@@ -261,6 +261,16 @@ def test_models_of_other_vocabularies_are_refused(run, dense, tmp_path):
     assert "vocab_size=300 is not the baseline's 257" in output
 
 
+def test_windows_without_identifiers_are_said_to_be_so(run, dense, tmp_path, caplog):
+    (tmp_path / "text.txt").write_text(TEXT.documents[0])
+    given = ("--text", "text.txt", "--tokens", 128, "--window", 64, "--json", "e.json")
+    run("evaluate", dense, dense, "--part", "identifiers", *given)
+    said = "identifiers are not measured: in 2 windows of 64 from text.txt none occurs again after 64 tokens or more"
+    (record,) = caplog.records
+    assert said in record.getMessage()
+    assert [e.identifiers for e in read_evaluation(tmp_path / "e.json").checkpoints] == [[], []]
+
+
 def measured_entry(name, shift):
     def figures_of(exact, error):
         return WordFigures(Estimate(-3 * exact, 0.1), Estimate(exact, error), Estimate(2 * exact, 0.04))

@@ -138,6 +138,32 @@ def test_recovery_stands_beside_its_control(made, tmp_path):
     assert table["options"]["recovery"]["settings"]["tokens"] == 600
 
 
+def test_recovery_is_measured_in_the_windows_of_the_sweep(made, tmp_path, monkeypatch):
+    measured, plan = [], pruning.sweep.plan
+
+    def planned(*args, **options):
+        run = plan(*args, **options)
+        measured.append((tuple(run.heldout.shape), run.settings.window))
+        return run
+
+    monkeypatch.setattr(pruning.sweep, "plan", planned)
+    given = (
+        "sweep",
+        made / "dense",
+        tmp_path / "t.json",
+        "--method",
+        "l1",
+        "--per-layer",
+        "none",
+        "--width",
+        16,
+    )
+    text = ("--text", made / "text", "--heldout", made / "text")
+    windows = ("--window", 128, "--heldout-tokens", 256, "--kl-tokens", 128)
+    run(*given, *text, *windows, "--seed", 0, "--recover", 128, "--batch", 1)
+    assert measured == [((2, 129), 128)]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [
