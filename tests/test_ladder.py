@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -207,6 +208,18 @@ def ladder(*arguments: str | Path, **options: str) -> subprocess.CompletedProces
     # As wide as no line of an error is broken.
     environment = {**os.environ, "COLUMNS": "1000"}
     return subprocess.run(command, check=False, capture_output=True, text=True, env=environment, **options)
+
+
+def test_the_readme_names_every_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(LADDER))
+    import ladder
+
+    jobs = ladder.Rung("gdn-130m", Path("text"), Path("out"), "cpu", 1.0, ladder.REAL).jobs
+    rows = [line for line in (LADDER / "README.md").read_text().split("\n") if line.startswith("| `")]
+    named = set(re.findall(r"`([^` ]+)`", " ".join(row.split(" | ")[0] for row in rows)))
+    for job in jobs:
+        width = re.sub(r"-(96|64|48|32)\b", "-w", job.output)
+        assert named & {job.output, width, width.replace("-w", "-W")}, job.output
 
 
 def test_a_failed_job_is_named_and_what_needs_it_is_not_run(tmp_path: Path) -> None:

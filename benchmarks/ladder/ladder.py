@@ -306,13 +306,13 @@ def run(rung: Rung, side_by_side: int, until: float, only: Sequence[str]) -> boo
 
 
 def start(job: Job, out: Path) -> subprocess.Popen[bytes]:
-    """Start a job, its words in a file of its own."""
+    """Start a job; what it prints goes to `log_of`."""
     with log_of(job, out).open("wb") as log:
         return subprocess.Popen(list(map(str, job.command)), stdout=log, stderr=log)
 
 
 def log_of(job: Job, out: Path) -> Path:
-    """Where a job's words go."""
+    """The file that takes what a job prints."""
     return out / f"{Path(job.output).name.removesuffix('.json')}.log"
 
 

@@ -79,7 +79,10 @@ class ReconstructionOptions:
                 f"reconstruct_tokens={source.tokens} gives 1 window of {counted(source.length, 'token')}; at least 2 "
                 "are needed: one is fitted to, and one measures"
             )
-        windows, origin = draw(encoder, source)
+        try:
+            windows, origin = draw(encoder, source)
+        except PruningError as e:  # it speaks of windows, which calibration has others of
+            raise PruningError(f"reconstruct_tokens={source.tokens}: {e}") from e
         settings = ReconstructionSettings(seed=self.seed)
         if self.steps is not None:
             settings = replace(settings, steps=self.steps)

@@ -16,6 +16,7 @@ from lowkey.files import check_new_file, check_writable, refuse_input, write_or_
 from lowkey.publishing import new_json, replacing, sole_user
 from lowkey.words import counted
 from modeling.spec import ModelSpec
+from pruning.batches import Batches, token_stream
 from pruning.budget import check_spendable, curve_passes
 from pruning.calibration import WINDOW, Encoder
 from pruning.capacity import parameter_count
@@ -174,6 +175,8 @@ def sweep(
         recovery = None
         if settings is not None:
             recovery = RecoveryPlan(settings, read.read(settings.tokens), heldout_text)
+            stream = token_stream(encoder, recovery.text, tokens=2 * window + 1, seed=0)
+            Batches(stream, window=window, batch=batch, seed=0)  # a text that is too short is refused now
     planned = Sweep(
         source,
         tuple(dict.fromkeys(methods)),

@@ -41,9 +41,10 @@ def _add(widths: dict[int, Accuracies], recalled: Recalled) -> None:
 def recall_by_width(name: str, table: MQARTable, number: int) -> list[Figure]:
     """Accuracy against the number of pairs, a line for each width; and against the width, a line for each method."""
     rows = curves(table)
-    if not rows:
+    asked = [accuracy.queries for r in table.recalled for accuracy in r.accuracy]
+    if not rows or not asked:
         return []
-    queries = min(a.queries for r in table.recalled for a in r.accuracy)
+    queries = min(asked)
     seeds = len({r.seed for r in table.recalled})
     around = (
         f"{name}: {table.checkpoint}; share of queries where the value is the most likely token, {queries:,} queries "

@@ -24,6 +24,8 @@ from pruning.table import PER_LAYER, Cell, Curves, Table, groups
 
 def tradeoff(name: str, table: Table, number: int) -> list[Figure]:
     """Rise in perplexity, and KL, against the width, per method with the range over seeds."""
+    if not table.reduced:  # an interrupted sweep may have measured the dense model alone
+        return []
     seeds = len({cell.seed for cell in table.reduced})
     around = (
         f"{name}: {table.checkpoint}, mean of {seeds} calibration seed{'s' * (seeds > 1)}, bars from the least to the "

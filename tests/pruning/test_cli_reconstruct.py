@@ -104,6 +104,10 @@ def test_a_text_may_be_named_beside_statistics_that_are_there(run, dense, text, 
         (("--reconstruct", "--reconstruct-tokens", 0), "reconstruct_tokens=0 must be at least 1"),
         (("--reconstruct", "--reconstruct-steps", -1), "reconstruct_steps=-1 must be at least 1"),
         (("--reconstruct", "--reconstruct-tokens", 64), "reconstruct_tokens=64 gives 1 window of 64 tokens"),
+        (
+            ("--reconstruct",),
+            "reconstruct_tokens=65536: windows=1024 of 64 tokens are more than text.txt gives",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name(run, dense, text, tmp_path, options, said):

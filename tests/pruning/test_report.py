@@ -181,6 +181,13 @@ def test_a_reduction_that_costs_nothing_is_drawn_too(made, tmp_path):
     assert (perplexity.figure.layout.yaxis.type, kl.figure.layout.yaxis.type) == ("linear", "log")
 
 
+def test_a_sweep_that_has_measured_the_dense_model_alone_is_no_error(tmp_path):
+    (tmp_path / "t.json.partial").write_text(json.dumps(table(reduced=[], curves=[])))
+    inputs = read_inputs([tmp_path / "t.json.partial"] * 2)
+    assert all_figures(inputs) == []
+    page("Test", inputs, [])
+
+
 def test_models_are_drawn_against_each_other_where_they_share_a_row(made):
     (_, first), *_ = read_inputs([made / "table.json"]).tables
     changed = table(checkpoint="larger", dense={**table()["dense"], "perplexity": 11.0})

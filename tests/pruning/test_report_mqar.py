@@ -46,3 +46,13 @@ def test_an_unfinished_run_of_recall_is_drawn_as_far_as_it_is(tmp_path):
         else:
             assert [a.text for a in figures[0].figure.layout.annotations] == panels
         page("Test", inputs, figures)
+
+
+def test_models_that_were_asked_nothing_are_not_drawn(tmp_path):
+    record = mqar_record()
+    for recalled in record["recalled"]:
+        recalled["accuracy"] = []
+    (tmp_path / "m.json").write_text(json.dumps(record))
+    inputs = read_inputs([tmp_path / "m.json"])
+    assert all_figures(inputs) == []
+    page("Test", inputs, [])

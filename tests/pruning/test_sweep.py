@@ -173,6 +173,7 @@ def test_recovery_is_measured_in_the_windows_of_the_sweep(made, tmp_path, monkey
         (("--align", 3), "align=3 must be an even number"),
         (("--tokens", 10**9), "are more than"),
         (("--recover", 100, "--train", "some"), "train='some' must be one of"),
+        (("--recover", 100, "--window", 8000, "--heldout-tokens", 0), "which are not two windows of 8000"),
         (("--device", "tpu"), "device='tpu'"),
     ],
 )
