@@ -1,6 +1,12 @@
-"""The models of the ladder: their configs, in fla's and Qwen's format."""
+"""The models of the ladder: their configs, in fla's and Qwen's format, and the weights that they begin with."""
 
+import math
 from typing import Any
+
+import torch
+from torch import nn
+
+from modeling.model import Model
 
 VOCABULARY = 16_384
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -104,3 +110,27 @@ MODELS = {
     "hybrid-130m": qwen3_5(768, 16, 6, 2048),
 }
 """Models by name, smallest first."""
+
+
+def initialise(model: Model, *, embeddings: float = 0.02) -> None:
+    """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them.
+
+    Args:
+        embeddings: standard deviation of the embeddings.
+    """
+    depth = math.sqrt(2 * len(model.layers))
+    for name, p in model.named_parameters():
+        if name == "embeddings.weight":
+            nn.init.normal_(p, std=embeddings)
+        elif name.endswith(("o_proj.weight", "out_proj.weight")):
+            nn.init.normal_(p, std=0.02 / depth)
+        elif name.endswith("conv.weight"):
+            nn.init.uniform_(p, -0.5, 0.5)
+        elif p.ndim == 2:
+            nn.init.normal_(p, std=0.02)
+        elif name.endswith("A_log"):
+            nn.init.uniform_(p, 1, 16)
+            p.data.log_()
+        elif name.endswith("dt_bias"):
+            dt = torch.exp(torch.rand_like(p) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
+            p.data.copy_(dt + torch.log(-torch.expm1(-dt)))

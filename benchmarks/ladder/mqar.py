@@ -25,7 +25,8 @@ import msgspec
 import numpy as np
 import torch
 import typer
-from mqar_model import Shape, Training, initialise, train
+from models import initialise
+from mqar_model import Shape, Training, train
 from mqar_task import Questions, draw, length_for
 
 from lowkey.files import OutputError, check_writable
@@ -218,7 +219,9 @@ class Measuring:
         config = self._shape.config(length_for(self._training.pairs[-1]))
         torch.manual_seed(self._seed)
         model = Model(family_of(config).spec(config))
-        initialise(model)
+        # Larger than GPT-2's, with rows of norm 1, since they are the head as well: with its 0.02 all log-odds begin
+        # near zero, and it takes more steps until the model learns anything.
+        initialise(model, embeddings=model.spec.hidden_size**-0.5)
         model.to(self._device)
         print(f"{sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
 

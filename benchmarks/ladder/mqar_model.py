@@ -1,6 +1,5 @@
 """Small models of fla's families, and their training on MQAR."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,30 +94,6 @@ class Training:
     lr: float
     seconds: float | None = None
     """End after this time, however many steps that is. The outcome then depends on the machine's speed."""
-
-
-def initialise(model: Model) -> None:
-    """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them.
-
-    Embeddings are larger than GPT-2's, with rows of norm 1, since they are the head as well: with its 0.02 all log-odds
-    begin near zero, and it takes more steps until the model learns anything.
-    """
-    depth = math.sqrt(2 * len(model.layers))
-    for name, p in model.named_parameters():
-        if name == "embeddings.weight":
-            nn.init.normal_(p, std=model.spec.hidden_size**-0.5)
-        elif name.endswith(("o_proj.weight", "out_proj.weight")):
-            nn.init.normal_(p, std=0.02 / depth)
-        elif name.endswith("conv.weight"):
-            nn.init.uniform_(p, -0.5, 0.5)
-        elif p.ndim == 2:
-            nn.init.normal_(p, std=0.02)
-        elif name.endswith("A_log"):
-            nn.init.uniform_(p, 1, 16)
-            p.data.log_()
-        elif name.endswith("dt_bias"):
-            dt = torch.exp(torch.rand_like(p) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-            p.data.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 def train(

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fused
-from models import MODELS
+from models import MODELS, initialise
 
 from lowkey.publishing import write_json
 from modeling.checkpoint import export_tensors, open_checkpoint, save_shard
@@ -52,24 +52,6 @@ TOKENS, HELD_OUT = "train.tokens", "heldout.jsonl.gz"
 MOMENTUM = 0.95
 REPORT_EVERY = 10.0
 """Seconds between two points of the curve."""
-
-
-def initialise(model: Model) -> None:
-    """GPT-2's scheme (residual projections scaled by depth); A_log and dt_bias as fla draws them."""
-    depth = math.sqrt(2 * len(model.layers))
-    for name, p in model.named_parameters():
-        if name.endswith(("o_proj.weight", "out_proj.weight")):
-            nn.init.normal_(p, std=0.02 / depth)
-        elif name.endswith("conv.weight"):
-            nn.init.uniform_(p, -0.5, 0.5)
-        elif p.ndim == 2:
-            nn.init.normal_(p, std=0.02)
-        elif name.endswith("A_log"):
-            nn.init.uniform_(p, 1, 16)
-            p.data.log_()
-        elif name.endswith("dt_bias"):
-            dt = torch.exp(torch.rand_like(p) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
-            p.data.copy_(dt + torch.log(-torch.expm1(-dt)))
 
 
 class Windows:

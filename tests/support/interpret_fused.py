@@ -12,8 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "ladder"))
 
 import fused
 import torch
-import train
-from models import delta_net, gated_deltanet
+from models import delta_net, gated_deltanet, initialise
 from triton.runtime.autotuner import Autotuner
 
 from modeling.families import family_of
@@ -40,7 +39,7 @@ def gradients(model: Model, hidden: torch.Tensor, weights: torch.Tensor) -> dict
 for config in (gated_deltanet(64, 1, 1, 64, head_dim=32), delta_net(64, 1, 2, 64)):
     torch.manual_seed(0)
     model = Model(family_of(config).spec({**config, "vocab_size": VOCABULARY}))
-    train.initialise(model)
+    initialise(model)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2 and "conv" not in name:
