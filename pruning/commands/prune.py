@@ -158,6 +158,11 @@ def prune(
 
     reused = stats is not None and stats.exists()
     calibrating = bool(criterion.statistics) and not reused
+    if tokens is not None and reconstruct and not (calibrating or per_layer):
+        raise PruningError(
+            f"tokens={tokens} is for calibration, which is not done here; --reconstruct-tokens says how many tokens "
+            "--reconstruct reads"
+        )
     stats = stats or out.with_name(f"{out.name}.stats.safetensors")
     stats_replaces = None
     if calibrating:

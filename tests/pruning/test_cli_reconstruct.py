@@ -76,15 +76,24 @@ def test_the_result_says_how_its_layers_were_fitted(run, dense, text, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [("--method", "l1", "--ratio", 0.5), ("--method", "l1", "--keep", 16, "--per-layer", "--align", 8)],
+    [
+        ("--method", "l1", "--ratio", 0.5),
+        ("--method", "l1", "--keep", 16, "--per-layer", "--align", 8, "--tokens", 256),
+    ],
     ids=["no statistics", "per layer"],
 )
 def test_text_options_are_of_the_fit_also_where_no_statistics_are_read(run, dense, text, tmp_path, options):
-    run("prune", dense, "out", *options, *text, *TEXT, *FIT)
+    run("prune", dense, "out", *options, *text, "--window-length", 64, *FIT)
     record = record_of(tmp_path / "out")
     assert record["reconstruction"]["origin"]["text"] == "text.txt"
     assert record["reconstruction"]["origin"]["window_length"] == 64
     open_checkpoint(tmp_path / "out").load()
+
+
+def test_calibration_tokens_without_a_calibration_are_refused(run, dense, text):
+    options = ("--method", "l1", "--keep", 16, *text, *TEXT, *FIT)
+    said = " ".join(run("prune", dense, "out", *options, code=2).split())
+    assert "tokens=256 is for calibration, which is not done here" in said
 
 
 def test_a_text_may_be_named_beside_statistics_that_are_there(run, dense, text, tmp_path):
