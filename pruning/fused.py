@@ -165,8 +165,7 @@ def chunk_gradients(
 
     def packed(x: Tensor) -> Tensor:
         """The inverse of `chunks`."""
-        x = x.unflatten(0, (-1, heads)).transpose(1, 2)
-        x = x.flatten(0, 1)
+        x = x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(0, 1)
         if where is not None:
             x = x.new_empty(tokens + 1, *x.shape[1:]).index_copy(0, where.flatten(), x)[:-1]
         return x.view(batch, length, *x.shape[1:])

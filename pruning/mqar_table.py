@@ -4,10 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from modeling.spec import StateDType
-from pruning.errors import PruningError
+from pruning.json_record import read_record
 
 KIND = "mqar"
 FORMAT = 1
@@ -71,12 +69,4 @@ class MQARTable:
 
 def read_mqar(path: Path) -> MQARTable:
     """Raises PruningError if the file is missing, of another format, or something else."""
-    try:
-        table = msgspec.json.decode(path.read_bytes(), type=MQARTable)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise PruningError(f"{path} is not a file of benchmarks/ladder/mqar.py: {e}") from e
-    if (table.kind, table.format) != (KIND, FORMAT):
-        raise PruningError(
-            f"{path} is {table.kind!r} of format {table.format}; this version reads {KIND!r} of format {FORMAT}"
-        )
-    return table
+    return read_record(path, MQARTable, KIND, FORMAT, "benchmarks/ladder/mqar.py")

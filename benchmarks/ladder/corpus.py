@@ -173,8 +173,8 @@ def tokenizer(
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    documents = ((name, text) for name, text in read(out / "train.jsonl.gz"))
-    bpe.train_from_iterator((text for _, text in front(documents, TOKENIZER_BYTES)), trainer)
+    documents = front(read(out / "train.jsonl.gz"), TOKENIZER_BYTES)
+    bpe.train_from_iterator((text for _, text in documents), trainer)
     bpe.save(str(out / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -32,18 +32,6 @@ from pruning.interrupts import left_behind
 
 HERE = Path(__file__).parent
 PRUNE = (sys.executable, "-c", "from pruning.cli import app; app()")
-METHODS = (
-    "random",
-    "pca",
-    "l1",
-    "wanda",
-    "taylor",
-    "energy",
-    "drrqr",
-    "bilinear",
-    "loss-aware",
-    "read-write",
-)
 SEEDED = ("random", "drrqr", "read-write")
 """Methods that are measured with two more calibration seeds. `CHOSEN` is so beside its budgets per layer, and l1 reads
 no calibration text."""
@@ -200,7 +188,7 @@ class Rung:
 
     def _methods(self) -> None:
         widths, alone = named("--width", self.scale.widths), ["--per-layer", "none"]
-        self._sweep("methods.json", *named("--method", METHODS), *alone, *widths, "--seed", "0")
+        self._sweep("methods.json", *alone, *widths, "--seed", "0")  # all methods, as it is by default
         by_layer = ["--method", CHOSEN, "--per-layer", CHOSEN, "--align", str(self.scale.align)]
         self._sweep("methods-per-layer.json", *by_layer, *widths, *named("--seed", (0, 1, 2)))
         self._sweep(

@@ -12,23 +12,15 @@ VOCABULARY = 16_384
 _SPECIAL = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 
-def gated_deltanet(
-    hidden: int, layers: int, heads: int, intermediate: int, head_dim: int = 128
-) -> dict[str, Any]:
-    """A Gated DeltaNet in fla's format."""
+def _fla(hidden: int, layers: int, heads: int, intermediate: int) -> dict[str, Any]:
+    """What fla's families have in common."""
     return {
-        "architectures": ["GatedDeltaNetForCausalLM"],
-        "model_type": "gated_deltanet",
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
         "num_hidden_layers": layers,
         "num_heads": heads,
-        "num_v_heads": None,
-        "head_dim": head_dim,
-        "expand_v": 1.0,
         "intermediate_size": intermediate,
         "hidden_act": "swish",
-        "use_gate": True,
         "use_short_conv": True,
         "conv_size": 4,
         "norm_eps": 1e-6,
@@ -40,32 +32,36 @@ def gated_deltanet(
     }
 
 
-def delta_net(hidden: int, layers: int, heads: int, intermediate: int) -> dict[str, Any]:
+def gated_deltanet(
+    hidden: int, layers: int, heads: int, intermediate: int, d_k: int = 128, d_v: int | None = None
+) -> dict[str, Any]:
+    """A Gated DeltaNet in fla's format; d_v is d_k unless it is given."""
+    return {
+        "architectures": ["GatedDeltaNetForCausalLM"],
+        "model_type": "gated_deltanet",
+        **_fla(hidden, layers, heads, intermediate),
+        "num_v_heads": None,
+        "head_dim": d_k,
+        "expand_v": (d_v or d_k) / d_k,
+        "use_gate": True,
+    }
+
+
+def delta_net(
+    hidden: int, layers: int, heads: int, intermediate: int, d_k: int = 128, d_v: int = 128
+) -> dict[str, Any]:
     """A DeltaNet in fla's format."""
     return {
         "architectures": ["DeltaNetForCausalLM"],
         "model_type": "delta_net",
-        "vocab_size": VOCABULARY,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_heads": heads,
-        "expand_k": 1.0,
-        "expand_v": 1.0,
-        "intermediate_size": intermediate,
-        "hidden_act": "swish",
+        **_fla(hidden, layers, heads, intermediate),
+        "expand_k": heads * d_k / hidden,
+        "expand_v": heads * d_v / hidden,
         "use_gate": False,
         "use_beta": True,
         "use_output_norm": True,
-        "use_short_conv": True,
-        "conv_size": 4,
         "qk_activation": "silu",
         "qk_norm": "l2",
-        "norm_eps": 1e-6,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-        "attn": None,
-        "dtype": "bfloat16",
-        **_SPECIAL,
     }
 
 
@@ -103,7 +99,7 @@ def qwen3_5(hidden: int, layers: int, heads: int, intermediate: int) -> dict[str
 
 
 MODELS = {
-    "gdn-toy": {**gated_deltanet(64, 2, 1, 128, head_dim=64), "vocab_size": 1024},
+    "gdn-toy": {**gated_deltanet(64, 2, 1, 128, d_k=64), "vocab_size": 1024},
     "gdn-45m": gated_deltanet(512, 10, 4, 1408),
     "gdn-130m": gated_deltanet(768, 16, 6, 2048),
     "deltanet-130m": delta_net(768, 16, 6, 2304),

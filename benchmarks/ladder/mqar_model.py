@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from models import delta_net, gated_deltanet
 from mqar_task import Questions, draw, length_for
+from optimizers import optimizers
 from torch import Tensor, nn
 
 from modeling.model import Model
@@ -38,48 +40,12 @@ class Shape:
 
     def config(self, longest: int) -> dict[str, Any]:
         """fla's config.json for sequences of up to `longest` tokens. Raises ValueError for a family we don't make."""
-        common = {
-            "vocab_size": self.vocab,
-            "hidden_size": self.hidden,
-            "num_hidden_layers": self.layers,
-            "num_heads": self.heads,
-            "intermediate_size": 2 * self.hidden,
-            "hidden_act": "swish",
-            "use_short_conv": True,
-            "conv_size": 4,
-            "norm_eps": 1e-6,
-            "max_position_embeddings": longest,
-            "tie_word_embeddings": True,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-            "pad_token_id": 0,
-            "attn": None,
-            "dtype": "float32",
-        }
-        if self.family == "gated_deltanet":
-            return {
-                "architectures": ["GatedDeltaNetForCausalLM"],
-                "model_type": self.family,
-                **common,
-                "num_v_heads": None,
-                "head_dim": self.d_k,
-                "expand_v": self.d_v / self.d_k,
-                "use_gate": True,
-            }
-        if self.family == "delta_net":
-            return {
-                "architectures": ["DeltaNetForCausalLM"],
-                "model_type": self.family,
-                **common,
-                "expand_k": self.heads * self.d_k / self.hidden,
-                "expand_v": self.heads * self.d_v / self.hidden,
-                "use_gate": False,
-                "use_beta": True,
-                "qk_norm": "l2",
-                "qk_activation": "silu",
-                "use_output_norm": True,
-            }
-        raise ValueError(f"family={self.family!r} must be gated_deltanet or delta_net")
+        families = {"gated_deltanet": gated_deltanet, "delta_net": delta_net}
+        if self.family not in families:
+            raise ValueError(f"family={self.family!r} must be gated_deltanet or delta_net")
+        sizes = (self.hidden, self.layers, self.heads, 2 * self.hidden, self.d_k, self.d_v)
+        own = {"vocab_size": self.vocab, "max_position_embeddings": longest, "dtype": "float32"}
+        return families[self.family](*sizes) | own
 
 
 @dataclass(frozen=True)
@@ -117,13 +83,7 @@ def train(
         Twenty points, the last one at the end.
     """
     model.requires_grad_(True)
-    matrices = [p for n, p in model.layers.named_parameters() if n.endswith("proj.weight")]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=training.lr, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=training.lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    chosen = optimizers(model, training.lr, other_decay=0.0)
     running: dict[int, float] = {}
     points: list[TrainingPoint] = []
     open_levels = min(learnt + 1, len(training.pairs))
@@ -133,7 +93,7 @@ def train(
         if training.seconds is not None:
             done = max(done, (time.monotonic() - began) / training.seconds)
         ends = step == training.steps or done >= 1
-        for optimizer in optimizers:
+        for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = training.lr * max(0.0, min(1.0, step / WARMUP, (1 - done) / DECAY))
         level = int(torch.randint(open_levels, (1,), generator=generator, device=generator.device))
@@ -144,7 +104,7 @@ def train(
         logits = answers(model, questions, rule)
         F.cross_entropy(logits, questions.values.flatten()).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer in chosen:
             optimizer.step()
             optimizer.zero_grad()
         accuracy = (logits.argmax(-1) == questions.values.flatten()).float().mean().item()

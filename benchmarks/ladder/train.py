@@ -15,7 +15,6 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +29,9 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent))
 import fused
 from models import MODELS, initialise
+from optimizers import optimizers
 
+from lowkey import how_to_install
 from lowkey.publishing import write_json
 from modeling.checkpoint import export_tensors, open_checkpoint, save_shard
 from modeling.families import family_of
@@ -39,7 +40,7 @@ from pruning.calibration import Encoder
 from pruning.errors import PruningError
 from pruning.evaluation import evaluation_windows, perplexity
 from pruning.evaluation.record import environment
-from pruning.fused import fix_configurations
+from pruning.fused import training_rule
 from pruning.options import device_named
 from pruning.sources import read_text
 from pruning.versions import versions
@@ -49,7 +50,6 @@ PEAK = 989e12
 """Dense bfloat16 operations per second of a Hopper card by its datasheet."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 TOKENS, HELD_OUT = "train.tokens", "heldout.jsonl.gz"
-MOMENTUM = 0.95
 REPORT_EVERY = 10.0
 """Seconds between two points of the curve."""
 
@@ -108,63 +108,6 @@ def backward(model: Model, rows: Tensor) -> Tensor:
     return loss.detach()
 
 
-class Muon(torch.optim.Optimizer):
-    """Muon (https://kellerjordan.github.io/posts/muon) with AdamW's step sizes (arXiv 2502.16982), as torch.optim.Muon
-    computes it, but for all matrices of one shape together: that one takes some hundred launches for each matrix."""
-
-    def __init__(self, matrices: Sequence[nn.Parameter], lr: float, weight_decay: float) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for p in matrices:
-            by_shape.setdefault(p.shape, []).append(p)
-        super().__init__(
-            [{"params": own} for own in by_shape.values()], {"lr": lr, "weight_decay": weight_decay}
-        )
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            parameters = group["params"]
-            gradients = torch.stack([p.grad for p in parameters])
-            momentum = self.state[parameters[0]].setdefault("momentum", torch.zeros_like(gradients))
-            momentum.lerp_(gradients, 1 - MOMENTUM)
-            updates = orthogonal(gradients.lerp(momentum, MOMENTUM))
-            rate = group["lr"] * 0.2 * math.sqrt(max(gradients.shape[1:]))
-            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(parameters, updates.to(gradients.dtype).unbind(), alpha=-rate)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest matrices `[n, rows, columns]` with singular values of about 1, by Newton and Schulz in bfloat16."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-def optimizers(model: Model, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for all else."""
-    matrices = [p for n, p in model.layers.named_parameters() if n.endswith("proj.weight")]
-    chosen = {id(p) for p in matrices}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        Muon(matrices, lr, weight_decay=0.1),
-        torch.optim.AdamW(
-            [
-                {"params": [p for p in others if p.ndim >= 2], "weight_decay": 0.1},
-                {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
-            ],
-            lr=lr,
-            betas=(0.9, 0.95),
-            fused=model.device.type == "cuda",
-        ),
-    ]
-
-
 def operations_per_token(model: Model) -> float:
     """Arithmetic of a token's forward and backward: 6 for each weight of a matrix, and 6 d_k d_v heads x 2 for the
     state's update and read. What chunks cost on top is not counted, nor what softmax attention reads."""
@@ -219,14 +162,14 @@ def main(
     # What is wrong with the folders and the device is found out before the training.
     check_text(text, config["vocab_size"])
     try:
-        device_named(device)
+        place = device_named(device)
     except PruningError as e:
         raise typer.BadParameter(str(e)) from e
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     torch.set_flush_denormal(True)
-    if device != "cpu":
-        fix_configurations()
+    if place.type == "cuda" and training_rule(place) is None:
+        raise typer.BadParameter(f"device={device!r} trains by fla's kernels: {how_to_install('gpu')}")
     stream = torch.from_numpy(np.fromfile(text / TOKENS, "<u2").astype(np.int32)).to(device)
     try:
         windows = Windows(stream, window, batch, seed)
@@ -303,7 +246,7 @@ def main(
             "distances": distances,
             "settings": {"batch": batch, "window": window, "lr": lr, "seed": seed},
             "heldout": found.as_json(),
-            "environment": environment(torch.device(device)),
+            "environment": environment(place),
             "versions": versions(),
             "curve": curve,
         },

@@ -37,9 +37,7 @@ from pruning.commands.reconstructing import (
 from pruning.commands.reduction_plan import plan_reduction
 from pruning.criteria import CRITERIA, criterion_named
 from pruning.errors import PruningError
-from pruning.estimate import (
-    noted,
-)
+from pruning.estimate import noted
 from pruning.evaluation import DEFAULT_TOKENS, compare, evaluation_json, evaluation_windows, perplexity
 from pruning.gradients import check_predicts, need_gradients
 from pruning.interrupts import left_behind

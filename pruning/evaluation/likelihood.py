@@ -109,8 +109,8 @@ def compare(
     divergences: list[Tensor] = []
     agreements: list[Tensor] = []
     for rows in windows.split(batch or _batch(model)):
-        both = (_predictions(m, rows, stride) for m in (model, baseline))
-        for (logits, targets), (reference, _) in zip(*both, strict=True):
+        pairs = zip(_predictions(model, rows, stride), _predictions(baseline, rows, stride), strict=True)
+        for (logits, targets), (reference, _) in pairs:
             losses.append(F.cross_entropy(logits, targets, reduction="sum"))
             p = reference.log_softmax(-1)
             divergences.append((p.exp() * (p - logits.log_softmax(-1))).sum(dtype=torch.float64))
@@ -167,10 +167,7 @@ def _batch(model: Model) -> int:
 
 
 def _predictions(
-    model: Model,
-    rows: Tensor,
-    stride: int | None,
-    tap: Tap | None = None,
+    model: Model, rows: Tensor, stride: int | None, tap: Tap | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Float32 logits `[n, vocab]` and targets `[n]` for the last `stride` targets of each of `rows`.
 

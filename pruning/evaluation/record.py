@@ -4,16 +4,15 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import torch
 
-from pruning.errors import PruningError
 from pruning.evaluation.bits import Bits
 from pruning.evaluation.identifiers import IdentifierRecall
 from pruning.evaluation.likelihood import Divergence, Perplexity
 from pruning.evaluation.recall import Recall
 from pruning.evaluation.speed import Speed
 from pruning.evaluation.states import Rank, Retrieval
+from pruning.json_record import read_record
 
 KIND = "evaluation"
 FORMAT = 1
@@ -71,13 +70,4 @@ def environment(device: torch.device) -> dict[str, str | int]:
 
 def read_evaluation(path: Path) -> Evaluation:
     """Raises PruningError if the file is missing, of another format, or something else."""
-    try:
-        evaluation = msgspec.json.decode(path.read_bytes(), type=Evaluation)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as e:
-        raise PruningError(f"{path} is not a file of lowkey-prune evaluate --json: {e}") from e
-    if evaluation.kind != KIND or evaluation.format != FORMAT:
-        raise PruningError(
-            f"{path} is {evaluation.kind!r} of format {evaluation.format}; "
-            f"this version reads {KIND!r} of format {FORMAT}"
-        )
-    return evaluation
+    return read_record(path, Evaluation, KIND, FORMAT, "lowkey-prune evaluate --json")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import DELTA, GATED, random_tensors, write_checkpoint
+from checkpoints import DELTA, GATED, UNEVEN, random_tensors, write_checkpoint
 from hybrids import CASES, write_hybrid
 from interpret_fla import ask_stock_fla
 from reducing import random_keep, reduce
@@ -23,12 +23,7 @@ SETTINGS = ReconstructionSettings(steps=12, batch=3)
 KINDS = {
     "gated": GATED,
     "delta": DELTA,
-    "conv bias, widths by layer": {
-        **GATED,
-        "conv_bias": True,
-        "head_dim": [32, 16, 8],
-        "expand_v": [0.75, 1.5, 3.0],
-    },
+    "conv bias, widths by layer": UNEVEN,
     **{
         name: CASES[name]
         for name in ("vl-dense-bf16", "vl-moe-fused", "text-moe-each-tied", "next-some-dense", "olmo")

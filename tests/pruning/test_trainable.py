@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import DELTA, GATED, write_checkpoint
+from checkpoints import DELTA, GATED, UNEVEN, write_checkpoint
 from second_kind import AverageSpec, registered
 from torch import nn
 
@@ -18,12 +18,7 @@ from pruning.trainable import TRAINABLE_SETS, part_rows, trainable
 CONFIGS = {
     "gated": GATED,
     "delta": DELTA,
-    "conv bias, widths by layer": {
-        **GATED,
-        "conv_bias": True,
-        "head_dim": [32, 16, 8],
-        "expand_v": [0.75, 1.5, 3.0],
-    },
+    "conv bias, widths by layer": UNEVEN,
 }
 
 

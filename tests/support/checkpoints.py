@@ -45,6 +45,13 @@ DELTA: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+UNEVEN: dict[str, Any] = {
+    **GATED,
+    "conv_bias": True,
+    "head_dim": [32, 16, 8],
+    "expand_v": [0.75, 1.5, 3.0],
+}
+"""GATED with widths by layer, and a bias on its convolutions."""
 
 CHATML = (
     "{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}"

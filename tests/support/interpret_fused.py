@@ -36,7 +36,7 @@ def gradients(model: Model, hidden: torch.Tensor, weights: torch.Tensor) -> dict
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-for config in (gated_deltanet(64, 1, 1, 64, head_dim=32), delta_net(64, 1, 2, 64)):
+for config in (gated_deltanet(64, 1, 1, 64, d_k=32), delta_net(64, 1, 2, 64, d_k=32, d_v=32)):
     torch.manual_seed(0)
     model = Model(family_of(config).spec({**config, "vocab_size": VOCABULARY}))
     initialise(model)
