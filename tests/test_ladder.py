@@ -111,6 +111,24 @@ def test_a_text_that_cannot_be_trained_on_is_refused_at_once(
         train.main("gdn-toy", tmp_path / "text", tmp_path / "out")
 
 
+def test_muon_for_all_matrices_of_a_shape_is_torchs_for_each(train: ModuleType) -> None:
+    from optimizers import Muon
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(24, 16), (24, 16), (8, 16), (16, 16)]
+    ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
+    together = Muon(ours, 3e-2, weight_decay=0.1)
+    each = torch.optim.Muon(theirs, lr=3e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(3):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        together.step()
+        each.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-4)  # products in bfloat16
+
+
 def test_the_counted_operations_are_those_of_a_matrix_product(train: ModuleType) -> None:
     config = train.MODELS["gdn-45m"]
     with torch.device("meta"):
