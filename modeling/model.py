@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from modeling.layers import Block, DeltaMixer, RMSNorm, Tap
 from modeling.ops import GatedDeltaRule
 from modeling.spec import ModelSpec
-from modeling.state import LayerState
+from modeling.state import SequenceState
 
 
 class Model(nn.Module):
@@ -51,11 +51,11 @@ class Model(nn.Module):
         self,
         input_ids: Tensor,
         cu_seqlens: Sequence[int],
-        states: Sequence[LayerState] | None = None,
+        states: Sequence[SequenceState] | None = None,
         *,
         rule: GatedDeltaRule | None = None,
         tap: Tap | None = None,
-    ) -> tuple[Tensor, list[LayerState]]:
+    ) -> tuple[Tensor, list[SequenceState]]:
         """Run packed sequences.
 
         Args:
@@ -69,7 +69,7 @@ class Model(nn.Module):
             Hidden states after the final norm, `[tokens, hidden]`, and each layer's states after the last tokens.
         """
         x = self.embeddings(input_ids)
-        after: list[LayerState] = []
+        after: list[SequenceState] = []
         for i, block in enumerate(self.layers):
             x, state = block(x, cu_seqlens, None if states is None else states[i], rule=rule, tap=tap)
             after.append(state)

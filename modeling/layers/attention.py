@@ -11,7 +11,7 @@ from modeling.layers.mixer import Mixer
 from modeling.layers.norms import RMSNorm
 from modeling.ops import wide
 from modeling.spec import AttentionSpec, RopeSpec, StateTypes
-from modeling.state import KVState, LayerState
+from modeling.state import KVState, LayerState, SequenceState
 
 
 class AttentionMixer(Mixer):
@@ -27,7 +27,7 @@ class AttentionMixer(Mixer):
         self.o_proj = nn.Linear(spec.q_dim, hidden_size, bias=False)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Sequence[int], state: LayerState | None = None
+        self, x: Tensor, cu_seqlens: Sequence[int], state: SequenceState | None = None
     ) -> tuple[Tensor, KVState]:
         assert state is None or isinstance(state, KVState)
         s = self.spec

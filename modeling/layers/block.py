@@ -12,7 +12,7 @@ from modeling.layers.moe import MoE
 from modeling.layers.norms import RMSNorm
 from modeling.ops import GatedDeltaRule
 from modeling.spec import AttentionSpec, DeltaSpec, LayerSpec, MLPSpec, MoESpec
-from modeling.state import LayerState
+from modeling.state import LayerState, SequenceState
 
 MIXERS: dict[type, Callable[..., Mixer]] = {DeltaSpec: DeltaMixer, AttentionSpec: AttentionMixer}
 """Kinds of mixers by the class of their spec. Each is made of (spec, hidden size, index of the layer)."""
@@ -37,11 +37,11 @@ class Block(nn.Module):
         self,
         x: Tensor,
         cu_seqlens: Sequence[int],
-        state: LayerState | None = None,
+        state: SequenceState | None = None,
         *,
         rule: GatedDeltaRule | None = None,
         tap: Tap | None = None,
-    ) -> tuple[Tensor, LayerState]:
+    ) -> tuple[Tensor, SequenceState]:
         """Run packed sequences.
 
         Args:

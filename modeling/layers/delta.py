@@ -12,7 +12,7 @@ from modeling.layers.mixer import Mixer
 from modeling.layers.norms import RMSNorm, l2_normalise
 from modeling.ops import GatedDeltaRule, RuleInputs, chunked_gated_delta_rule, reference_step, wide
 from modeling.spec import DeltaSpec
-from modeling.state import DeltaState, LayerState
+from modeling.state import DeltaState, LayerState, SequenceState
 
 Tap = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Called in each linear layer as `tap(layer, x, q, k)` with the layer's index in the model, the mixer's input
@@ -91,7 +91,7 @@ class DeltaMixer(Mixer):
         self,
         x: Tensor,
         cu_seqlens: Sequence[int],
-        state: LayerState | None = None,
+        state: SequenceState | None = None,
         *,
         rule: GatedDeltaRule | None = None,
         tap: Tap | None = None,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from modeling.state import LayerState
+from modeling.state import LayerState, SequenceState
 
 
 class Mixer(nn.Module, ABC):
@@ -13,8 +13,8 @@ class Mixer(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self, x: Tensor, cu_seqlens: Sequence[int], state: LayerState | None = None
-    ) -> tuple[Tensor, LayerState]:
+        self, x: Tensor, cu_seqlens: Sequence[int], state: SequenceState | None = None
+    ) -> tuple[Tensor, SequenceState]:
         """Packed sequences.
 
         Args:

@@ -23,12 +23,14 @@ class TorchRuntime:
         x = self._embed(input_ids)
         for i, state in enumerate(pool.layers):
             x = self._prefill_block(i, x, cu_seqlens, state, slots)
+        pool.advance(slots, cu_seqlens)
         return self._finish(x)
 
     def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
         x = self._embed(input_ids)
         for i, state in enumerate(pool.layers):
             x = self._decode_block(i, x, state, slots)
+        pool.advance(slots)
         return self._finish(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

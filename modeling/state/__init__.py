@@ -1,8 +1,20 @@
 """What requests and packed sequences hold between tokens; each kind of mixer's state has a file of its own."""
 
-from modeling.state.base import LayerState
+from modeling.state.base import LayerState, SequenceState
 from modeling.state.delta import DeltaState
-from modeling.state.kv import KVState
+from modeling.state.kv import KVState, PagedKV
+from modeling.state.pages import PAGE_TOKENS, Pages
 from modeling.state.pool import StatePool
+from modeling.state.transfer import to_host
 
-__all__ = ["DeltaState", "KVState", "LayerState", "StatePool"]
+__all__ = [
+    "PAGE_TOKENS",
+    "DeltaState",
+    "KVState",
+    "LayerState",
+    "PagedKV",
+    "Pages",
+    "SequenceState",
+    "StatePool",
+    "to_host",
+]

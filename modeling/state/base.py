@@ -1,16 +1,21 @@
-"""What every kind of mixer's state can do."""
+"""What every kind of mixer's state is and can do."""
 
-from typing import Protocol, Self
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from torch import Tensor
 
 
+class SequenceState(Protocol):
+    """What one layer's mixer keeps of packed sequences. Only mixers of its kind look into it."""
+
+
 class LayerState(Protocol):
-    """The states that one layer's mixer keeps, a row for each slot of a pool or for each packed sequence."""
+    """The states that one layer's mixer keeps in a pool, a row for each slot."""
 
     @property
     def bytes_per_row(self) -> int:
-        """Bytes that a row really takes."""
+        """Bytes that a row takes by itself, without pages."""
         ...
 
     def zero(self, row: int) -> None:
@@ -21,14 +26,20 @@ class LayerState(Protocol):
         """Copy one row over another."""
         ...
 
-    def gather(self, rows: Tensor) -> Self:
-        """A copy of `rows` int64 `[n]`, as the states of n packed sequences, all in float dtypes."""
+    def gather(self, rows: Tensor) -> Any:
+        """A copy of `rows` int64 `[n]`, as the states of n packed sequences that the mixer's forward takes, all in float
+        dtypes."""
         ...
 
-    def scatter(self, rows: Tensor, state: Self) -> None:
+    def scatter(self, rows: Tensor, state: Any) -> None:
         """Write the states of n packed sequences to `rows` int64 `[n]`, rounded to what rows are kept in."""
         ...
 
     def tensors(self, row: int) -> dict[str, Tensor]:
-        """Views of a row by the names that they have in a file."""
+        """A row's state by the names that its tensors have in a file: where they lie, or copies."""
+        ...
+
+    def load(self, row: int, tensors: Mapping[str, Tensor]) -> None:
+        """Make a row the state of `tensors`, on the host, as `Self.tensors` names them; on a GPU behind all work that
+        the device has been given. It may be called in any thread. Raises MemoryError."""
         ...

@@ -1,5 +1,6 @@
 """The state of a (gated) delta rule mixer, of fixed size: it never grows with the tokens."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from modeling.huge_pages import zeros
 from modeling.spec import DeltaSpec, StateTypes
 from modeling.state.rounding import narrow, widen
+from modeling.state.transfer import put
 
 
 @dataclass(frozen=True)
@@ -63,3 +65,7 @@ class DeltaState:
 
     def tensors(self, row: int) -> dict[str, Tensor]:
         return {name: t[row] for name, t in self._all.items()}
+
+    def load(self, row: int, tensors: Mapping[str, Tensor]) -> None:
+        for name, t in self.tensors(row).items():
+            put(tensors[name], t)

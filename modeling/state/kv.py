@@ -1,20 +1,23 @@
 """Keys and values of softmax attention, which grow with every token."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from modeling.huge_pages import zeros
 from modeling.spec import AttentionSpec, StateTypes
+from modeling.state.pages import PAGE_TOKENS, Pages
+from modeling.state.transfer import put
 
 
-@dataclass
+@dataclass(frozen=True)
 class KVState:
-    """`modeling.state.LayerState` of a softmax attention mixer: for each row its keys and values, `[tokens,
-    num_kv_heads, head_dim]` each, in tensors of their own.
+    """The keys and values of packed sequences: for each `[tokens, num_kv_heads, head_dim]`, in tensors of their own,
+    which are never written to.
 
-    It reserves nothing and runs anywhere; each token makes new tensors, so it is for evaluation, not for serving.
+    It is what a softmax attention mixer's forward takes and gives, and differentiable; a pool keeps them in pages.
     """
 
     keys: list[Tensor]
@@ -28,30 +31,6 @@ class KVState:
         empty = torch.empty(0, spec.num_kv_heads, spec.head_dim, dtype=types.inputs, device=device)
         return cls([empty] * rows, [empty] * rows)
 
-    @property
-    def bytes_per_row(self) -> int:
-        """Bytes of a row before its first token: none."""
-        return 0
-
-    def zero(self, row: int) -> None:
-        self.keys[row], self.values[row] = self.keys[row][:0], self.values[row][:0]
-
-    def copy(self, source: int, target: int) -> None:
-        # No tensor is ever written to, so that two rows may share one.
-        self.keys[target], self.values[target] = self.keys[source], self.values[source]
-
-    def gather(self, rows: Tensor) -> "KVState":
-        chosen = rows.tolist()
-        return KVState([self.keys[row] for row in chosen], [self.values[row] for row in chosen])
-
-    def scatter(self, rows: Tensor, state: "KVState") -> None:
-        for row, keys, values in zip(rows.tolist(), state.keys, state.values, strict=True):
-            self.keys[row] = keys.to(self.keys[row].dtype)
-            self.values[row] = values.to(self.values[row].dtype)
-
-    def tensors(self, row: int) -> dict[str, Tensor]:
-        return {"keys": self.keys[row], "values": self.values[row]}
-
     def extended(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> "KVState":
         """The state after more tokens: for each row `[new tokens, num_kv_heads, head_dim]` keys and values, in whose
         dtype all of it then is."""
@@ -59,3 +38,76 @@ class KVState:
             [torch.cat([old.to(new.dtype), new]) for old, new in zip(self.keys, keys, strict=True)],
             [torch.cat([old.to(new.dtype), new]) for old, new in zip(self.values, values, strict=True)],
         )
+
+
+@dataclass(frozen=True)
+class PagedKV:
+    """`modeling.state.LayerState` of a softmax attention mixer in a pool: its keys and values in pages.
+
+    `keys` and `values` are `[pages, num_kv_heads, PAGE_TOKENS, head_dim]`, the last page being the null page. The key
+    of a slot's token p is in row `p % PAGE_TOKENS` of its page number `p // PAGE_TOKENS`.
+    """
+
+    keys: Tensor
+    values: Tensor
+    pages: Pages
+
+    @classmethod
+    def zeros(
+        cls, spec: AttentionSpec, pages: Pages, types: StateTypes, device: torch.device | str
+    ) -> "PagedKV":
+        """All pages of one layer."""
+        shape = [pages.count + 1, spec.num_kv_heads, PAGE_TOKENS, spec.head_dim]
+        return cls(zeros(shape, types.inputs, device), zeros(shape, types.inputs, device), pages)
+
+    @property
+    def bytes_per_row(self) -> int:
+        """Bytes of a row before its first token: none."""
+        return 0
+
+    def zero(self, row: int) -> None:
+        """Nothing: of a row without tokens nothing is read."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy what is in pages that the rows do not share."""
+        for old, new in self.pages.differing(source, target):
+            self.keys[new].copy_(self.keys[old])
+            self.values[new].copy_(self.values[old])
+
+    def gather(self, rows: Tensor) -> KVState:
+        lengths = self.pages.lengths[rows].tolist()
+        chosen = list(zip(rows.tolist(), lengths, strict=True))
+        return KVState(*([self._tokens(t, *row) for row in chosen] for t in (self.keys, self.values)))
+
+    def scatter(self, rows: Tensor, state: KVState) -> None:
+        """Write what packed sequences have more tokens than the rows.
+
+        Raises:
+            IndexError: more than a row may have.
+        """
+        lengths = self.pages.lengths[rows].tolist()
+        for i, (row, past) in enumerate(zip(rows.tolist(), lengths, strict=True)):
+            total = len(state.keys[i])
+            if total > self.pages.longest:
+                raise IndexError(f"{total} tokens in slot {row}; at most {self.pages.longest} fit one")
+            at = torch.arange(past, total, device=self.keys.device)
+            page, place = self.pages.blocks[row, at // PAGE_TOKENS].long(), at % PAGE_TOKENS
+            for ours, theirs in ((self.keys, state.keys[i]), (self.values, state.values[i])):
+                ours[page, :, place] = theirs[past:].to(ours.dtype)
+
+    def tensors(self, row: int) -> dict[str, Tensor]:
+        """Copies of a row's keys and values, `[tokens, num_kv_heads, head_dim]` each."""
+        tokens = int(self.pages.lengths[row])
+        return {
+            "keys": self._tokens(self.keys, row, tokens),
+            "values": self._tokens(self.values, row, tokens),
+        }
+
+    def load(self, row: int, tensors: Mapping[str, Tensor]) -> None:
+        for ours, theirs in ((self.keys, tensors["keys"]), (self.values, tensors["values"])):
+            for page, part in zip(self.pages.of(row), theirs.split(PAGE_TOKENS), strict=False):
+                put(part.transpose(0, 1), ours[page, :, : len(part)])
+
+    def _tokens(self, t: Tensor, row: int, tokens: int) -> Tensor:
+        pages = self.pages.blocks[row, : -(-tokens // PAGE_TOKENS)].long()
+        return t[pages].transpose(1, 2).flatten(0, 1)[:tokens]

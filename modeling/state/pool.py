@@ -1,27 +1,35 @@
-"""The states of all requests of an engine: a slot for each."""
+"""The states of all requests of an engine: a slot for each, and pages of keys and values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from modeling.spec import FLOAT32_STATES, AttentionSpec, DeltaSpec, ModelSpec, StateTypes
-from modeling.state.base import LayerState
+from modeling.state.base import LayerState, SequenceState
 from modeling.state.delta import DeltaState
-from modeling.state.kv import KVState
+from modeling.state.kv import PagedKV
+from modeling.state.pages import PAGE_TOKENS, Pages
 
 MAKERS: dict[type, Callable[..., LayerState]] = {
-    DeltaSpec: DeltaState.zeros,
-    AttentionSpec: KVState.zeros,
+    DeltaSpec: lambda spec, pages, types, device: DeltaState.zeros(spec, pages.rows, types, device),
+    AttentionSpec: PagedKV.zeros,
 }
-"""What makes the states of a kind of mixer, by the class of its spec, from (spec, rows, types, device)."""
+"""What makes the states of a kind of mixer, by the class of its spec, from (spec, pages, types, device)."""
 
 
 class StatePool:
     """Per-request state of one model, addressed by slot: `layers[i]` is what layer i's mixer keeps.
 
-    A request owns one slot for its whole life. There is one row more than slots, `null_slot`, that belongs to nobody: a
-    batch is padded with it.
+    A request owns one slot for as long as it runs. There is one row more than slots, `null_slot`, that belongs to
+    nobody: a batch is padded with it. The keys and values of a model with softmax attention grow with the tokens: its
+    slots have pages for them (`modeling.state.Pages`), which must be there before tokens are fed (`grow`).
+
+    Args:
+        slots: how many there are.
+        pages: how many pages of keys and values there are; a model without softmax attention has no use for any.
+        max_tokens: the most that one slot has pages for; None for the model's context.
+        types: dtypes of the states.
     """
 
     def __init__(
@@ -29,20 +37,44 @@ class StatePool:
         spec: ModelSpec,
         slots: int,
         *,
+        pages: int = 0,
+        max_tokens: int | None = None,
         device: torch.device | str = "cpu",
         types: StateTypes = FLOAT32_STATES,
     ) -> None:
         if slots < 1:
             raise ValueError(f"a state pool needs at least 1 slot, got {slots}")
+        self.bytes_per_page = PAGE_TOKENS * spec.kv_bytes_per_token(types)
+        if self.bytes_per_page and pages < 1:
+            raise ValueError(f"the state pool of a model with softmax attention needs pages, got {pages}")
         self.spec = spec
         self.num_slots = slots
         self.null_slot = slots
         self.types = types
+        pages = pages if self.bytes_per_page else 0
+        self.pages = Pages(slots + 1, pages, max_tokens or spec.context_length, device)
         self.layers: list[LayerState] = [
-            MAKERS[type(layer.mixer)](layer.mixer, slots + 1, types, device) for layer in spec.layers
+            MAKERS[type(layer.mixer)](layer.mixer, self.pages, types, device) for layer in spec.layers
         ]
         self._free = list(range(slots - 1, -1, -1))
         self._used: set[int] = set()
+
+    @classmethod
+    def with_room(
+        cls,
+        spec: ModelSpec,
+        slots: int,
+        tokens: int,
+        *,
+        device: torch.device | str = "cpu",
+        types: StateTypes = FLOAT32_STATES,
+    ) -> "StatePool":
+        """A pool each of whose slots has pages for `tokens` tokens already."""
+        pages = slots * -(-tokens // PAGE_TOKENS)
+        pool = cls(spec, slots, pages=pages, max_tokens=tokens, device=device, types=types)
+        for slot in range(slots):
+            pool.grow(slot, tokens)
+        return pool
 
     @property
     def free_slots(self) -> int:
@@ -54,8 +86,12 @@ class StatePool:
 
     @property
     def bytes_per_slot(self) -> int:
-        """Bytes of tensor that one request really holds."""
+        """Bytes of tensor that each slot has by itself, without pages."""
         return sum(layer.bytes_per_row for layer in self.layers)
+
+    def bytes_held(self, slot: int) -> int:
+        """Bytes of tensor that a slot really has, its pages included, also those that others share."""
+        return self.bytes_per_slot + len(self.pages.of(slot)) * self.bytes_per_page
 
     def allocate(self, *, zero: bool = True) -> int | None:
         """A slot, or None when all are in use. Not zeroed, it holds anything, for a caller who overwrites it."""
@@ -66,33 +102,59 @@ class StatePool:
         if zero:
             for layer in self.layers:
                 layer.zero(slot)
+            self.pages.set_length(slot, 0)
         return slot
 
     def free(self, slot: int) -> None:
-        """Give a slot back. Freeing one that is not in use is a bug and raises ValueError."""
+        """Give a slot back, with its pages. Freeing one that is not in use is a bug and raises ValueError."""
         if slot not in self._used:
             raise ValueError(f"slot {slot} is not in use")
         self._used.remove(slot)
         self._free.append(slot)
+        self.pages.release(slot)
+
+    def grow(self, slot: int, tokens: int) -> bool:
+        """Have pages for the first `tokens` tokens of a slot's state. False if there are not enough."""
+        return self.pages.grow(slot, tokens)
 
     def copy(self, source: int, target: int) -> None:
-        """Copy the whole state of one slot over another."""
+        """Copy the whole state of one slot over another, which has pages for it (`Pages.share`)."""
         for layer in self.layers:
             layer.copy(source, target)
+        self.pages.copy_length(source, target)
 
-    def gather(self, slots: Tensor) -> list[LayerState]:
+    def gather(self, slots: Tensor) -> list[SequenceState]:
         """Copies of the states in `slots` `[n]`, layer by layer, as initial states of packed sequences."""
         return [layer.gather(slots) for layer in self.layers]
 
-    def scatter(self, slots: Tensor, states: Sequence[LayerState]) -> None:
-        """Write final states of packed sequences, layer by layer, back to `slots` `[n]`."""
+    def scatter(self, slots: Tensor, states: Sequence[SequenceState]) -> None:
+        """Write final states of packed sequences, layer by layer, back to `slots` `[n]`; `advance` says of how many
+        tokens they are."""
         for layer, new in zip(self.layers, states, strict=True):
             layer.scatter(slots, new)
 
+    def advance(self, slots: Tensor, cu_seqlens: Sequence[int] | None = None) -> None:
+        """The states of `slots` int64 `[n]` have seen the tokens of packed sequences, whose offsets are `cu_seqlens`;
+        None for one token each. To be called once all layers' states have."""
+        self.pages.advance(slots, cu_seqlens)
+
     def tensors(self, slot: int) -> dict[str, Tensor]:
-        """Views of one slot's whole state by the names that they have in a file, `layers.{i}.{name}`."""
+        """One slot's whole state by the names that its tensors have in a file, `layers.{i}.{name}`: where they lie, or
+        copies."""
         return {
             f"layers.{i}.{name}": t
             for i, layer in enumerate(self.layers)
             for name, t in layer.tensors(slot).items()
         }
+
+    def load(self, slot: int, tensors: Mapping[str, Tensor], tokens: int) -> None:
+        """Make a slot, which has pages for it, the state of `tokens` tokens that `tensors` holds, on the host and named
+        as `tensors` names them; on a GPU behind all work that the device has been given. It may be called in any
+        thread. Raises MemoryError."""
+        for i, layer in enumerate(self.layers):
+            of_layer = f"layers.{i}."
+            layer.load(
+                slot,
+                {name.removeprefix(of_layer): t for name, t in tensors.items() if name.startswith(of_layer)},
+            )
+        self.pages.set_length(slot, tokens)

@@ -178,11 +178,11 @@ class _Reader:
         spec = self._runtime.model.spec
         return spec.state_bytes(length, self._types) + 4 * spec.vocab_size * torch.float32.itemsize
 
-    def begin(self, rows: int) -> None:
-        """Forget everything; `rows` rows are read from now on."""
+    def begin(self, rows: int, length: int) -> None:
+        """Forget everything; `rows` rows of up to `length` tokens are read from now on."""
         spec = self._runtime.model.spec
         self._pool: StatePool | None = None  # the old one goes before there is a new one
-        self._pool = StatePool(spec, rows, device=self.device, types=self._types)
+        self._pool = StatePool.with_room(spec, rows, length, device=self.device, types=self._types)
         self._slots = torch.arange(rows, device=self.device)
 
     def step(self, ids: Tensor) -> Tensor:
@@ -204,7 +204,7 @@ def _steps(
     after it, and that column.
     """
     for reader in readers:
-        reader.begin(len(rows))
+        reader.begin(*rows.shape)
     columns = rows.to(readers[0].device).T.contiguous().unbind()
     for at, (ids, targets) in enumerate(itertools.pairwise(columns)):
         hidden = [reader.step(ids) for reader in readers]

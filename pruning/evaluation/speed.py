@@ -88,11 +88,14 @@ class _Decoder:
     def __init__(self, runtime: Runtime, batch: int) -> None:
         model, weight = runtime.model, runtime.model.embeddings.weight
         self._runtime = runtime
-        self._pool = StatePool(model.spec, batch, device=weight.device, types=StateTypes(inputs=weight.dtype))
+        types = StateTypes(inputs=weight.dtype)
+        self._pool = StatePool.with_room(model.spec, batch, MAX_STEPS, device=weight.device, types=types)
         self._slots = torch.arange(batch, device=weight.device)
         self._ids = torch.arange(batch, device=weight.device) % model.spec.vocab_size
 
     def run(self, steps: int) -> None:
+        """Decode `steps` tokens of each request, at most `MAX_STEPS`, from the first position on."""
+        self._pool.pages.lengths.zero_()
         for _ in range(steps):
             hidden = self._runtime.decode(self._ids, self._pool, self._slots)
             self._ids = self._runtime.logits(hidden).argmax(-1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from modeling.layers import l2_normalise
 from modeling.model import Model
 from modeling.ops import RuleInputs, chunked_gated_delta_rule
-from modeling.state import DeltaState, LayerState
+from modeling.state import DeltaState, SequenceState
 from pruning.errors import PruningError
 from pruning.progress import Advance, no_progress
 
@@ -84,7 +84,7 @@ def rank(model: Model, windows: Tensor, *, batch: int = 4, advance: Advance = no
         for layer, mixer in model.spec.deltas.items()
     }
     for rows in windows.to(model.device).split(batch):
-        states: list[LayerState] | None = None
+        states: list[SequenceState] | None = None
         for i, piece in enumerate(rows.tensor_split(at[:-1], dim=1)):
             size = piece.shape[1]
             _, states = model(piece.flatten(), range(0, piece.numel() + 1, size), states)

@@ -24,7 +24,7 @@ from modeling.spec import (
     RopeSpec,
     StateTypes,
 )
-from modeling.state import KVState, StatePool
+from modeling.state import PagedKV, Pages, StatePool
 
 FLOAT64 = torch.float64
 SPECS = {
@@ -96,19 +96,29 @@ def test_attention_is_its_definition_alone_packed_in_pieces_and_token_by_token(s
     torch.testing.assert_close(packed, expected, **EXACT)
     assert [len(keys) for keys in state.keys] == [*lengths]
 
-    rows = KVState.zeros(spec, 4, StateTypes(inputs=FLOAT64), "cpu")
+    table = Pages(5, 9, 128, "cpu")
+    rows = PagedKV.zeros(spec, table, StateTypes(inputs=FLOAT64), "cpu")
+    for slot in (1, 2, 0):
+        assert table.grow(slot, 9)
     slots = torch.tensor([2, 0])
     first, last = x.split(lengths)[0], x.split(lengths)[2]
     pieces = mixer.prefill(torch.cat([first[:2], last[:7]]), [0, 2, 9], rows, slots)
     torch.testing.assert_close(pieces, torch.cat([expected[:2], expected[6:13]]), **EXACT)
+    table.advance(slots, [0, 2, 9])
     step = mixer.decode(torch.stack([first[2], last[7]]), rows, slots)
     torch.testing.assert_close(step, torch.stack([expected[2], expected[13]]), **EXACT)
+    table.advance(slots)
+    assert table.share(2, 3, 3)
     rows.copy(2, 3)
+    table.copy_length(2, 3)
     step = mixer.decode(first[3:4], rows, torch.tensor([3]))
     torch.testing.assert_close(step, expected[3:4], **EXACT)
-    assert [len(keys) for keys in rows.keys] == [8, 0, 3, 4]
-    rows.zero(3)
-    assert [t.shape for t in rows.tensors(3).values()] == [(0, spec.num_kv_heads, spec.head_dim)] * 2
+    table.advance(torch.tensor([3]))
+    assert table.lengths.tolist() == [8, 0, 3, 4, 0]
+    assert [t.shape for t in rows.tensors(3).values()] == [(4, spec.num_kv_heads, spec.head_dim)] * 2
+    torch.testing.assert_close(
+        rows.tensors(3), {"keys": state.keys[0][:4], "values": state.values[0][:4]}, **EXACT
+    )
 
 
 def test_rotation_leaves_the_other_channels_alone():
@@ -167,7 +177,7 @@ def test_a_hybrid_is_served_as_its_forward_says(runtime):
     ids = torch.randint(37, (150,), generator=torch.Generator().manual_seed(3))
     expected, _ = model(ids, [0, 80, 150])
     served = runtime(model.float())
-    pool, slots = StatePool(model.spec, 3), torch.tensor([2, 0])
+    pool, slots = StatePool.with_room(model.spec, 3, 128), torch.tensor([2, 0])
     hidden = served.prefill(torch.cat([ids[:64], ids[80:140]]), [0, 64, 124], pool, slots)
     steps = [served.decode(torch.stack([ids[64 + t], ids[140 + t]]), pool, slots) for t in range(10)]
     found = torch.cat([hidden, *steps]).double()

@@ -85,7 +85,7 @@ def test_greedy_text_is_that_of_stock_generate(paths, stock, name, compiled):
     """Prompts together, then token by token together, with their states in a pool."""
     model = open_checkpoint(paths[name]).load()
     runtime = compile_model(model) if compiled else TorchRuntime(model)
-    pool = StatePool(model.spec, len(SEQUENCES) + 1)
+    pool = StatePool.with_room(model.spec, len(SEQUENCES) + 1, 256)
     pool.allocate()
     slots = torch.tensor([pool.allocate() for _ in SEQUENCES])
     hidden = runtime.prefill(PACKED, OFFSETS, pool, slots)

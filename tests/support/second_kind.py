@@ -53,8 +53,8 @@ class AverageState:
     """`[rows, width]`."""
 
     @classmethod
-    def zeros(cls, spec, rows, types, device):
-        return cls(torch.zeros(rows, spec.width, dtype=types.recurrent, device=device))
+    def zeros(cls, spec, pages, types, device):
+        return cls(torch.zeros(pages.rows, spec.width, dtype=types.recurrent, device=device))
 
     @property
     def bytes_per_row(self):
@@ -74,6 +74,9 @@ class AverageState:
 
     def tensors(self, row):
         return {"average": self.average[row]}
+
+    def load(self, row, tensors):
+        self.average[row].copy_(tensors["average"])
 
 
 @contextmanager

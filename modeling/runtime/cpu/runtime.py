@@ -13,7 +13,7 @@ from modeling.runtime.cpu.compiled import CompiledModel, knows, states_of
 from modeling.runtime.cpu.delta import State
 from modeling.runtime.interface import UnavailableError
 from modeling.runtime.torch import TorchRuntime
-from modeling.state import DeltaState, LayerState, StatePool
+from modeling.state import DeltaState, LayerState, SequenceState, StatePool
 
 logger = logging.getLogger("lowkey.modeling")
 
@@ -95,12 +95,12 @@ class CpuRuntime(TorchRuntime):
             raise ValueError("the state pool was made for another model's shapes")
 
 
-def _delta(state: LayerState) -> DeltaState:
+def _delta(state: LayerState | SequenceState) -> DeltaState:
     assert isinstance(state, DeltaState)
     return state
 
 
-def _float32(state: LayerState) -> DeltaState:
+def _float32(state: SequenceState) -> DeltaState:
     """The state itself where it is float32, else a copy that is."""
     delta = _delta(state)
     return DeltaState(delta.recurrent.to(torch.float32), delta.conv.to(torch.float32))
