@@ -37,6 +37,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Devices of all variants that load at the same time, this one among them."""
     state_dtype: StateDType = "float32"
     """The recurrent state; None: as suits the device."""
+    context_tokens: int = 4096
+    """How many tokens a request is expected to hold: what is left for states is split into slots, and pages for as many
+    tokens each. A request may hold more, others then less. Models without softmax attention have no pages."""
     prefix_cache: bool = True
     batch_invariant: bool = False
     """Logits are the same bits whatever else runs; slower."""
@@ -93,6 +96,8 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The priority: lower runs first, and among equals whoever came first."""
     state_path: str | None = None
     """Go on from the state saved in this file instead of an empty one."""
+    state_tokens: int = 0
+    """How many tokens that state has seen."""
     cache_salt: bytes = b""
     """Requests share the work on prompts that begin alike only with those of the same salt."""
 
@@ -180,8 +185,15 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     method: str | None
     """How the checkpoint was reduced; None for one that was not."""
     state_bytes_per_request: int
+    """What each request holds whatever its length: recurrent and convolution states."""
+    conv_bytes_per_request: int = 0
+    """The convolution states' part of that."""
+    bytes_per_page: int = 0
+    """What each 64 tokens of a request add to it, the keys and values of the softmax attention layers; 0 for a model
+    that has none."""
     state_layout: dict[str, tuple[str, list[int]]] = {}
-    """What a saved state holds: dtype, as safetensors calls it, and shape of each tensor by name."""
+    """What a saved state holds: dtype, as safetensors calls it, and shape of each tensor by name. A dimension of 0 is
+    as long as the state has seen tokens."""
     state_dtype: StateDType
     device: str
     backend: str
@@ -190,6 +202,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """What the device's memory goes to (`MemoryPlan.parts`)."""
     load_s: float
     slots: int
+    pages: int = 0
+    """Pages of 64 tokens' keys and values."""
     max_running: int
     """Requests that run at the same time, at most `slots`."""
 
@@ -218,6 +232,8 @@ class Token(msgspec.Struct, frozen=True, array_like=True, gc=False):
     logprob: float | None = None
     """Natural log-probability by the model's own distribution, before penalties, temperature and filters."""
     top: PackedTop | None = None
+    pages: int = 0
+    """Pages of keys and values that the request held; set on its last token."""
 
 
 class Failed(msgspec.Struct, frozen=True, kw_only=True):
@@ -261,6 +277,13 @@ class Occupancy(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     used_slots: int
     cached_slots: int = 0
     """Slots that hold prefixes and may be taken when a request needs one."""
+    used_pages: int = 0
+    """Pages of keys and values that running requests hold."""
+    cached_pages: int = 0
+    """Pages that only prefixes hold, which may be taken likewise."""
+    preempted: int = 0
+    """How many of the waiting requests have begun: their states are in the host's memory until there are pages for them
+    again."""
 
 
 class Answers(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,6 +312,8 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Prompt tokens that the prefix cache might have had: all but those whose logits are needed."""
     cache_hits: int = 0
     """Prompt tokens among them whose state was there."""
+    preemptions: int = 0
+    """How many requests gave their slot and pages away before it, for others that came earlier."""
 
 
 Report = Ready | Step | Occupancy
