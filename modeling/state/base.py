@@ -27,8 +27,8 @@ class LayerState(Protocol):
         ...
 
     def gather(self, rows: Tensor) -> Any:
-        """A copy of `rows` int64 `[n]`, as the states of n packed sequences that the mixer's forward takes, all in float
-        dtypes."""
+        """A copy of `rows` int64 `[n]`, as the states of n packed sequences that the mixer's forward takes, all in
+        float dtypes."""
         ...
 
     def scatter(self, rows: Tensor, state: Any) -> None:

@@ -31,7 +31,10 @@ def to_host(tensor: Tensor) -> Tensor:
     Raises MemoryError."""
     if tensor.is_cuda:
         return pinned_like(tensor).copy_(tensor, non_blocking=True)
-    return tensor.clone()
+    try:
+        return tensor.clone()
+    except RuntimeError as e:  # torch has no class of its own for this
+        raise MemoryError(f"no memory on the host: {e}") from e
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.engine.batch import Batch
 from server.engine.file_work import FileWork
 from server.engine.output import StepOutput
 from server.engine.request import Request
 from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
-from server.engine.scheduler import Batch, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.state_file import StateLoadError
 from server.wire.messages import (
     Abort,
@@ -57,8 +58,9 @@ class Engine:
         self._writes = FileWork(ThreadPoolExecutor(1, "writes"), OSError)
         self._collected_at = 0.0
         self._blocked = False
-        self._reported = 0, 0
-        """The counts of the prefix cache (queries, hits) that outputs have reported already."""
+        self._reported = 0, 0, 0
+        """The scheduler's counts (queries of the prefix cache, its hits, preemptions) that outputs have reported
+        already."""
 
     @property
     def idle(self) -> bool:
@@ -79,13 +81,7 @@ class Engine:
     @property
     def occupancy(self) -> Occupancy:
         """Who is in the engine now."""
-        return Occupancy(
-            running=self._scheduler.running,
-            waiting=self._scheduler.waiting,
-            paused=self._scheduler.paused,
-            used_slots=self._scheduler.used_slots,
-            cached_slots=self._scheduler.cached_slots,
-        )
+        return self._scheduler.occupancy
 
     def handle(self, message: Input) -> None:
         """Take in one message."""
@@ -139,11 +135,13 @@ class Engine:
         return output
 
     def _check(self) -> None:
-        """Slots in use must be those of running requests and cached prefixes; of the former there are none now."""
-        if self._scheduler.used_slots:
+        """Slots and pages in use must be those of running requests and cached prefixes; of the former there are none
+        now."""
+        occupancy = self.occupancy
+        if occupancy.used_slots or occupancy.used_pages:
             raise IntegrityError(
-                f"{self._scheduler.used_slots} state slots are in use and no request runs "
-                f"({self._scheduler.cached_slots} hold prefixes)"
+                f"{occupancy.used_slots} state slots and {occupancy.used_pages} pages are in use and no request runs "
+                f"({occupancy.cached_slots} slots hold prefixes)"
             )
 
     def _collect(self, launched: _Launched) -> StepOutput:
@@ -166,8 +164,11 @@ class Engine:
         saved = [s for ended in self._writes.ended() if (s := self._saved(*ended)) is not None]
         failed = list(self._scheduler.failed)
         self._scheduler.failed.clear()
-        counts = self._scheduler.cache_queries, self._scheduler.cache_hits
-        queries, hits = counts[0] - self._reported[0], counts[1] - self._reported[1]
+        scheduler = self._scheduler
+        counts = scheduler.cache_queries, scheduler.cache_hits, scheduler.preemptions
+        queries, hits, preemptions = (
+            now - before for now, before in zip(counts, self._reported, strict=True)
+        )
         self._reported = counts
         return StepOutput(
             tokens=tokens,
@@ -180,6 +181,7 @@ class Engine:
             occupancy=self.occupancy,
             cache_queries=queries,
             cache_hits=hits,
+            preemptions=preemptions,
         )
 
     def _accept(self, new: NewToken, now: float) -> Token | None:
@@ -197,11 +199,13 @@ class Engine:
             reason = "stop"
         elif request.accepted == request.max_tokens:
             reason = "length"
+        pages = 0
         if reason is not None:
+            pages = self._scheduler.pages_of(request)
             self._scheduler.finish(request, reason)
         top = None if new.top is None else pack_top(new.top)
         if request.accepted > 1 or request.started is None:
-            return Token(request.id, new.token, at, reason, logprob=new.logprob, top=top)
+            return Token(request.id, new.token, at, reason, logprob=new.logprob, top=top, pages=pages)
         return Token(
             request.id,
             new.token,
@@ -212,6 +216,7 @@ class Engine:
             cached_tokens=request.cached,
             logprob=new.logprob,
             top=top,
+            pages=pages,
         )
 
     def _scored(self, request: Request) -> Scored:

@@ -7,11 +7,17 @@ from torch import Tensor
 from modeling.device import upload
 from modeling.runtime import Runtime
 from modeling.runtime.gpu.graphs import DecodeGraphs
-from modeling.spec import TOKEN_BLOCK
+from modeling.spec import TOKEN_BLOCK, ModelSpec, MoESpec
 from modeling.state import StatePool
 
 ROWS = 16
 """Rows of every product of a decode step in `InvariantForward`."""
+
+
+def rows_of(spec: ModelSpec) -> int:
+    """The same for a model: which rows an expert's product has depends on what the tokens of the others are, so that
+    with experts each request goes alone."""
+    return 1 if any(isinstance(layer.ffn, MoESpec) for layer in spec.layers) else ROWS
 
 
 class Forward:
@@ -54,13 +60,18 @@ class InvariantForward(Forward):
     """Products of fixed sizes only: a request's logits are the same bits whatever else runs, and however its prompt
     was cut. A row's result does not depend on the other rows of a product, but on how many there are."""
 
+    def __init__(self, runtime: Runtime, pool: StatePool, graphs: DecodeGraphs | None = None) -> None:
+        super().__init__(runtime, pool, graphs)
+        self._rows = rows_of(runtime.model.spec)
+
     def decode(self, ids: Tensor, slots: Tensor) -> Tensor:
         return torch.cat(
             [
                 super(InvariantForward, self).decode(
-                    F.pad(i, (0, ROWS - len(i))), F.pad(s, (0, ROWS - len(s)), value=self.pool.null_slot)
+                    F.pad(i, (0, self._rows - len(i))),
+                    F.pad(s, (0, self._rows - len(s)), value=self.pool.null_slot),
                 )[: len(i)]
-                for i, s in zip(ids.split(ROWS), slots.split(ROWS), strict=True)
+                for i, s in zip(ids.split(self._rows), slots.split(self._rows), strict=True)
             ]
         )
 

@@ -41,6 +41,7 @@ class StepOutput:
     occupancy: Occupancy
     cache_queries: int = 0
     cache_hits: int = 0
+    preemptions: int = 0
     made_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -54,6 +55,7 @@ class StepOutput:
             occupancy=self.occupancy,
             cache_queries=self.cache_queries,
             cache_hits=self.cache_hits,
+            preemptions=self.preemptions,
         )
 
 

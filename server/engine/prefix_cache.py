@@ -44,7 +44,7 @@ class Prefix:
 
 
 class CachedPrefix:
-    """The state after the first `length` tokens of a prompt, which `slot` holds."""
+    """The state after the first `length` tokens of a prompt, which `slot` holds, with the pages of these tokens."""
 
     __slots__ = ("digest", "length", "salt", "slot", "token_bytes")
 
@@ -111,9 +111,9 @@ class PrefixIndex:
         if not entries:
             del self._by_digest[entry.digest]
 
-    def oldest(self) -> CachedPrefix | None:
-        """The entry whose last use is longest ago."""
-        return next(iter(self._entries), None)
+    def oldest(self, but: CachedPrefix | None = None) -> CachedPrefix | None:
+        """The entry whose last use is longest ago, of all but one."""
+        return next((entry for entry in self._entries if entry is not but), None)
 
     def remember(self, prefix: Prefix) -> int:
         """Remember a prompt. How many tokens, in whole blocks, it shares with one that was remembered earlier."""

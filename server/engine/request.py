@@ -4,8 +4,10 @@ from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from server.engine.cache import Allocation
+from modeling.state import PAGE_TOKENS
+from server.engine.cache import Allocation, SwappedState
 from server.engine.prefix_cache import CachedPrefix, Prefix
+from server.engine.sampler_row import SamplerRow
 from server.wire.messages import FinishReason, Generate, PackedTop, SaveState, Score
 
 TwinKey = tuple[bytes, bytes, str | None]
@@ -27,6 +29,10 @@ class Request:
     order: tuple[int, int] = (0, 0)
     """(priority, place in the queue): the smaller goes first."""
     allocation: Allocation | None = None
+    swapped: SwappedState | None = None
+    """Its state while it is preempted: it waits to go on where it was."""
+    sampler_row: SamplerRow | None = None
+    """Where its sampling was when it was preempted."""
     prefix: Prefix | None = None
     """The prompt as the prefix cache knows it; None where the cache can't serve it."""
     cut: int = 0
@@ -60,6 +66,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.message.token_ids)
+        self.state_tokens = self.message.state_tokens if isinstance(self.message, Generate) else 0
+        """How many tokens the saved state that it goes on from has seen."""
         self.token_bytes = array("I", self.message.token_ids).tobytes()
         self.max_tokens = self.message.max_tokens if isinstance(self.message, Generate) else 0
         self.stop_token_ids: frozenset[int] = frozenset(
@@ -91,6 +99,25 @@ class Request:
     def decodable(self) -> bool:
         """Whether a decode step can sample its next token."""
         return self.finish_reason is None and self.prefill_done and 0 < self.sampled < self.max_tokens
+
+    @property
+    def held(self) -> int:
+        """How many tokens its state has seen after all launched steps. The last token that was sampled is not among
+        them: the next step feeds it."""
+        return self.state_tokens + self.prefilled + max(self.sampled - 1, 0)
+
+    @property
+    def longest(self) -> int:
+        """How many tokens its state sees at most."""
+        return self.state_tokens + self.prompt_length + max(self.max_tokens - 1, 0)
+
+    @property
+    def to_start(self) -> int:
+        """How many tokens it must have pages for when it gets its slot: those of its prompt, or, if it was preempted,
+        those that it has seen, and a page of more, unless it can't use it."""
+        seen = self.held if self.swapped is not None else 0
+        tokens = max(seen, self.state_tokens + self.prompt_length)
+        return min(tokens + PAGE_TOKENS, self.longest)
 
     @property
     def slot(self) -> int:

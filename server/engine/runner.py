@@ -14,11 +14,11 @@ from modeling.device import upload
 from modeling.runtime import Runtime
 from modeling.runtime.gpu.graphs import DecodeGraphs
 from modeling.state import StatePool
+from server.engine.batch import Batch, PrefillChunk, Swap
 from server.engine.device import HOST, Device, Download
 from server.engine.forward import Forward, InvariantForward
 from server.engine.request import Request
 from server.engine.sampler import Plan, Sampled, Sampler
-from server.engine.scheduler import Batch, PrefillChunk
 from server.engine.scoring import ScoreRows, score, top_logprobs
 from server.wire.messages import Generate, Score, TopLogprobs
 
@@ -141,6 +141,8 @@ class Runner:
         sampled: list[tuple[Plan, Sampled]] = []
         scores: list[ScoreRows] = []
         failed: list[Request] = []
+        for swap in batch.swaps:
+            self._swap(swap)
         try:
             hidden = self._decode(batch.decodes)
             requests = list(batch.decodes)
@@ -158,6 +160,19 @@ class Runner:
         if failed:  # here, not in a handler, where the exception still holds tensors
             self._device.release_memory()
         return PendingStep(batch, sampled, scores, self._device.download(), failed)
+
+    def _swap(self, swap: Swap) -> None:
+        """Copy where a request's sampling is, out of the slot that it had or into the one that it has now."""
+        request, slot = swap.request, swap.slot
+        if not request.sampled:  # it was preempted within its prompt
+            return
+        if swap.out:
+            request.sampler_row = self._sampler.save(slot, self._last_token[slot].clone())
+        elif request.sampler_row is not None:
+            self._sampler.load(slot, request.sampler_row)
+            self._last_token[slot] = request.sampler_row.last_token
+            request.sampler_row = None
+            self._decoding, self._planned = [], []  # a batch of the same requests is in other slots now
 
     def _decode(self, decodes: list[Request]) -> list[Tensor]:
         if not decodes:

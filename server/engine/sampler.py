@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeling.device import upload
 from server.engine.request import Request
+from server.engine.sampler_row import SamplerRow
 from server.wire.messages import Generate, Sampling
 
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
@@ -188,10 +189,8 @@ class TokenTables:
 
     def start(self, slot: int, message: Generate) -> None:
         """Give the request in `slot` a row and fill it."""
-        if not self._free:
-            self._grow()
-        row = self._row_of_slot[slot] = self._free.pop()
-        for table in (self.counts, self.seen, self.stops, self.bias):
+        row = self._take(slot)
+        for table in self._all:
             table[row].zero_()
         self.seen[row, _integers(message.token_ids, self._device)] = True
         # Ids that the model does not have can't be drawn anyway.
@@ -203,6 +202,27 @@ class TokenTables:
         bias = {t: x for t, x in message.sampling.logit_bias.items() if 0 <= t < self._vocab}
         values = torch.tensor(list(bias.values()), dtype=torch.float32)
         self.bias[row, _integers(list(bias), self._device)] += upload(values, self._device)
+
+    def save(self, slot: int) -> list[Tensor] | None:
+        """A copy of the slot's row of each kind; None if it has none."""
+        row = self._row_of_slot.get(slot)
+        return None if row is None else [table[row].clone() for table in self._all]
+
+    def load(self, slot: int, saved: list[Tensor]) -> None:
+        """Give the request in `slot` a row, filled as `save` found that of another slot."""
+        row = self._take(slot)
+        for table, values in zip(self._all, saved, strict=True):
+            table[row] = values
+
+    @property
+    def _all(self) -> tuple[Tensor, ...]:
+        return self.counts, self.seen, self.stops, self.bias
+
+    def _take(self, slot: int) -> int:
+        if not self._free:
+            self._grow()
+        row = self._row_of_slot[slot] = self._free.pop()
+        return row
 
     def _grow(self) -> None:
         rows = len(self.counts)
@@ -257,6 +277,22 @@ class Sampler:
             self._tables.release(request.slot)
             if _adjusts(message):
                 self._tables.start(request.slot, message)
+
+    @property
+    def _parameters(self) -> tuple[Tensor, ...]:
+        return self._floats, self._top_k, self._keys, self._min_tokens, self._positions
+
+    def save(self, slot: int, last_token: Tensor) -> SamplerRow:
+        """A copy of what there is of the request in `slot`, whose last token was `last_token`."""
+        return SamplerRow([t[slot].clone() for t in self._parameters], self._tables.save(slot), last_token)
+
+    def load(self, slot: int, saved: SamplerRow) -> None:
+        """Go on, in another slot, with a request that `save` was called for."""
+        for t, value in zip(self._parameters, saved.parameters, strict=True):
+            t[slot] = value
+        self._tables.release(slot)
+        if saved.tokens is not None:
+            self._tables.load(slot, saved.tokens)
 
     def plan(self, requests: list[Request]) -> Plan:
         """What the rows of a batch need. The requests have started."""

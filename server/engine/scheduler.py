@@ -4,14 +4,15 @@ come first served."""
 import itertools
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from modeling.spec import TOKEN_BLOCK
+from server.engine.batch import Batch, PrefillChunk, Swap
 from server.engine.cache import Allocation, StateCache
-from server.engine.request import Request, TwinKey
-from server.wire.messages import Failed, FinishReason, Generate, SaveState, Score
+from server.engine.request import Request
+from server.engine.twins import Twins
+from server.wire.messages import Failed, FinishReason, Generate, Occupancy, SaveState, Score
 
 MAX_PROMPTS = 512
 """Most prompts in one step. While a layer runs, a GPU holds copies of its states of all of them, a megabyte each and
@@ -20,36 +21,6 @@ more, for which the memory plan leaves room."""
 SNAPSHOTS = 2
 """How many states are kept of the inside of one prompt, those after its last steps. The state after its end is kept
 besides."""
-
-
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Tokens `start` to `end` of a request's prompt."""
-
-    request: Request
-    start: int
-    end: int
-    forks: list[Request] = field(default_factory=list)
-    """Waiting requests with the same prompt, which go on from copies of the state after this chunk, its last."""
-
-    @property
-    def is_last(self) -> bool:
-        return self.end == self.request.prompt_length
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One step's work."""
-
-    decodes: list[Request]
-    prefills: list[PrefillChunk]
-
-    @property
-    def requests(self) -> list[Request]:
-        requests = list(self.decodes)
-        for chunk in self.prefills:
-            requests += (chunk.request, *chunk.forks)
-        return requests
 
 
 def _order(request: Request) -> tuple[int, int]:
@@ -74,13 +45,12 @@ class Scheduler:
         self._places = itertools.count()
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []
-        """Requests that have no slot yet, in order."""
+        """Requests that have no slot, in order: new ones, and those that have been preempted, which have a state in the
+    host's memory and go on from there."""
         self._prefilling: list[Request] = []
         """Requests that have a slot and a part of their prompt still to feed, in order; those that go on from a saved
         state only once it is in the slot."""
-        self._leaders: dict[TwinKey, Request] = {}
-        """For each prompt that is being fed, the request that feeds it. Others with the same prompt
-        (`Request.twin_key`) wait for its state instead of feeding the prompt again."""
+        self._twins = Twins()
         self._decoding: list[Request] = []
         """Requests that have at least one more token to decode, and a reader who keeps up."""
         self._paused: set[str] = set()
@@ -89,6 +59,10 @@ class Scheduler:
         """Prompt tokens so far that the prefix cache might have had: all but those whose logits are needed."""
         self.cache_hits = 0
         """Prompt tokens among them that it had."""
+        self.preemptions = 0
+        """How often a request was preempted so far."""
+        self._swaps: list[Swap] = []
+        """What the next batch tells of."""
         self.failed: list[Failed] = []
         """Requests that can't go on, and why; the engine reports them and clears the list."""
 
@@ -101,21 +75,34 @@ class Scheduler:
         return len(self._waiting)
 
     @property
-    def paused(self) -> int:
-        return len(self._paused)
+    def occupancy(self) -> Occupancy:
+        """Who is in the engine now."""
+        return Occupancy(
+            running=self.running,
+            waiting=self.waiting,
+            paused=len(self._paused),
+            used_slots=self._cache.used,
+            cached_slots=self._cache.cached,
+            used_pages=self._cache.used_pages,
+            cached_pages=self._cache.cached_pages,
+            preempted=sum(request.swapped is not None for request in self._waiting),
+        )
 
-    @property
-    def used_slots(self) -> int:
-        return self._cache.used
-
-    @property
-    def cached_slots(self) -> int:
-        return self._cache.cached
+    def pages_of(self, request: Request) -> int:
+        """How many pages a request has, or had when it was preempted."""
+        if request.swapped is not None:
+            return request.swapped.pages
+        return 0 if request.allocation is None else self._cache.pages_of(request.allocation)
 
     def add(self, request: Request) -> None:
-        """Queue a request. Raises ValueError for an id that is already here."""
+        """Queue a request; one that could never be held is `failed`. Raises ValueError for an id that is already
+        here."""
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is already in use")
+        if not self._cache.fits(request.longest):
+            error = f"its state of up to {request.longest} tokens is longer than this engine can hold"
+            self.failed.append(Failed(request_id=request.id, reason="memory", error=error))
+            return
         message = request.message
         priority = 0 if isinstance(message, SaveState) else message.priority
         request.order = (priority, next(self._places))
@@ -131,10 +118,11 @@ class Scheduler:
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; an id that is not here (it may just have finished) is no error."""
+        self.failed[:] = [failed for failed in self.failed if failed.request_id != request_id]
         request = self._requests.get(request_id)
         if request is None:
             return
-        if request.allocation is None:
+        if request.allocation is None and request.swapped is None:
             self._waiting.remove(request)
             self._forget(request)
         else:
@@ -156,7 +144,7 @@ class Scheduler:
             request = self._requests[request_id]
             # Tokens of steps that had been launched still came after the pause: until then it was not idle.
             request.paused_s += now - max(request.paused_at, request.accepted_at)
-            if request.decodable:
+            if request.decodable and request.allocation is not None:
                 self._decoding.append(request)
 
     def finish(self, request: Request, reason: FinishReason) -> None:
@@ -166,7 +154,11 @@ class Scheduler:
             for queue in (self._prefilling, self._decoding):
                 if request in queue:
                     queue.remove(request)
-            self._unlead(request)
+            self._twins.fed(request)
+            if request.swapped is not None:
+                request.swapped = request.sampler_row = None
+                self._waiting.remove(request)
+                self._forget(request)
         self._release_if_idle(request)
 
     def fail(self, request: Request, reason: Literal["state", "memory"], error: str) -> None:
@@ -185,13 +177,22 @@ class Scheduler:
             in flight. Once it is done, `loaded` lets the prompt be fed.
         """
         loads: list[tuple[Request, Callable[[], None]]] = []
+        pages = self._cache.available_pages
         for request in self._waiting[: max(self._room, 0)]:
-            if request.state_path is None or self._has_leader(request):
+            pages -= self._cache.pages_for(request.to_start)
+            if pages < 0:
+                break  # whoever goes first is not to lack them
+            if (
+                request.state_path is None
+                or request.swapped is not None
+                or self._twins.wait_for_another(request)
+            ):
                 continue
             allocation = self._admit(request)
             if allocation is not None:
                 request.in_flight += 1
-                loads.append((request, self._cache.load(allocation, request.state_path)))
+                load = self._cache.load(allocation, request.state_path, request.state_tokens)
+                loads.append((request, load))
         return loads
 
     def loaded(self, request: Request) -> None:
@@ -201,11 +202,14 @@ class Scheduler:
 
     def next_batch(self) -> Batch | None:
         """Plan a step and count it as launched. None when there is nothing to run."""
+        self._have_pages()
+        self._go_on()
         decodes = list(self._decoding)
         prefills = self._plan_prefills()
         if not decodes and not prefills:
             return None
-        batch = Batch(decodes, prefills)
+        batch = Batch(decodes, prefills, self._swaps)
+        self._swaps = []
         for request in decodes:
             request.sampled += 1
             if request.sampled == request.max_tokens:
@@ -252,19 +256,83 @@ class Scheduler:
         request.in_flight -= 1
         self._release_if_idle(request)
 
+    def _have_pages(self) -> None:
+        """Have a page for the next token of every request that decodes. Where there are not enough, those that come
+        last are preempted for those that come first."""
+        for request in sorted(
+            (r for r in self._decoding if self._cache.pages_for(r.held + 1) > self.pages_of(r)), key=_order
+        ):
+            # It may have been preempted itself: by one before it, or as the last one of all.
+            while request in self._decoding and not self._grow(request):
+                readers_behind = (self._requests[request_id] for request_id in self._paused)
+                held = [r for r in readers_behind if r.decodable and r.allocation is not None]
+                self._preempt(max(self._decoding + self._prefilling + held, key=_order))
+
+    def _grow(self, request: Request) -> bool:
+        assert request.allocation is not None
+        return self._cache.grow(request.allocation, request.held + 1)
+
+    def _preempt(self, request: Request) -> None:
+        """Take slot and pages from a request that no file is read or written for. It waits to go on."""
+        assert request.allocation is not None
+        slot = request.slot
+        for queue in (self._prefilling, self._decoding):
+            if request in queue:
+                queue.remove(request)
+        try:
+            request.swapped = self._cache.swap_out(request.allocation, request.held)
+        except MemoryError as e:
+            self.fail(
+                request, "memory", f"the host has no memory left for the state of a preempted request: {e}"
+            )
+            return
+        request.allocation = None
+        self._swaps.append(Swap(request, slot, out=True))
+        self.preemptions += 1
+        insort(self._waiting, request, key=_order)
+
+    def _go_on(self) -> None:
+        """Let preempted requests go on where they were, as far as their turn has come."""
+        for request in list(self._waiting):
+            if request.swapped is None:
+                return
+            if self._reader_is_behind(request):
+                continue
+            if self._room <= 0:
+                return
+            tokens = request.to_start
+            allocation = self._cache.swap_in(request.swapped, request.cached, tokens)
+            if allocation is None:
+                return
+            self._waiting.remove(request)
+            request.allocation, request.swapped = allocation, None
+            self._swaps.append(Swap(request, request.slot, out=False))
+            if request.prefill_done:
+                self._decoding.append(request)
+            else:
+                insort(self._prefilling, request, key=_order)
+
+    def _reader_is_behind(self, request: Request) -> bool:
+        """Whether a preempted request would decode nothing if it went on."""
+        return request.swapped is not None and request.id in self._paused
+
     def _plan_prefills(self) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         budget = self._prefill_tokens
         # No more than these can get a slot now. Those that go on from a saved state get theirs in `start_loads`.
         first = self._waiting[: max(self._room, 0)]
-        candidates = self._prefilling + [request for request in first if request.state_path is None]
-        for request in sorted(candidates, key=_order):
+        lacking = False
+        for request in sorted(self._prefilling + first, key=_order):
             if not budget or len(chunks) == MAX_PROMPTS:
                 break
-            if request.prefill_done:  # a fork of one before it
+            if request.prefill_done and request.allocation is not None:  # a fork of one before it
                 continue
             if request.allocation is None:
-                if self._has_leader(request) or self._admit(request) is None:
+                if lacking or self._twins.wait_for_another(request) or self._reader_is_behind(request):
+                    continue
+                if request.swapped is not None or request.state_path is not None or not self._admit(request):
+                    # Those after it are not to take the pages that it waits for, bit by bit.
+                    lacking = self._cache.pages_for(request.to_start) > 0
                     continue
                 insort(self._prefilling, request, key=_order)
             end = self._chunk_end(request, budget)
@@ -273,7 +341,7 @@ class Scheduler:
             chunk = PrefillChunk(request, request.prefilled, end)
             chunks.append(chunk)
             budget -= end - request.prefilled
-            if chunk.is_last and self._unlead(request):
+            if chunk.is_last and self._twins.fed(request):
                 self._fork(chunk)
         return chunks
 
@@ -295,12 +363,12 @@ class Scheduler:
 
     def _admit(self, request: Request) -> Allocation | None:
         """Give a waiting request a slot, with as much of its prompt as is cached. None when there is no slot."""
-        allocation = self._cache.allocate(request.prefix) if self._room > 0 else None
+        tokens = request.to_start
+        allocation = self._cache.allocate(request.prefix, tokens) if self._room > 0 else None
         if allocation is None:
             return None
         self._start(request, allocation)
-        if request.twin_key is not None:
-            self._leaders.setdefault(request.twin_key, request)
+        self._twins.feed(request)
         if request.prefix is not None:
             self.cache_queries += request.prefix.limit
             self.cache_hits += allocation.cached
@@ -313,39 +381,31 @@ class Scheduler:
         request.allocation = allocation
         request.cached = request.prefilled = allocation.cached
 
-    def _has_leader(self, request: Request) -> bool:
-        """Whether a request that goes before this one is feeding the same prompt."""
-        leader = None if request.twin_key is None else self._leaders.get(request.twin_key)
-        return leader is not None and leader.order < request.order
-
-    def _unlead(self, request: Request) -> bool:
-        """Let nobody wait for this request any more. Returns whether somebody might have."""
-        if request.twin_key is None or self._leaders.get(request.twin_key) is not request:
-            return False
-        del self._leaders[request.twin_key]
-        return True
-
     def _fork(self, chunk: PrefillChunk) -> None:
         """Let waiting requests with the same prompt go on from the state that this chunk makes."""
+        assert chunk.request.allocation is not None
         key = chunk.request.twin_key
-        others = 0
+        seen = chunk.request.state_tokens + chunk.end
+        slots, pages = 0, 0  # those that are left for requests which came before
         for request in list(self._waiting):
-            if request.twin_key != key:
-                others += 1
-            elif self._room > others:  # nobody who came before it goes without a slot for that
-                allocation = self._cache.fork(chunk.end)
-                if allocation is not None:
-                    self._start(request, allocation)
-                    chunk.forks.append(request)
+            allocation = None
+            if request.twin_key == key and request.swapped is None and self._room > slots:
+                tokens = request.to_start
+                allocation = self._cache.fork(chunk.request.allocation, seen, chunk.end, tokens, pages)
+            if allocation is None:
+                slots += 1
+                pages += self._cache.pages_for(request.to_start)
+            else:
+                self._start(request, allocation)
+                chunk.forks.append(request)
 
     def _release_if_idle(self, request: Request) -> None:
         if request.finish_reason is None or request.in_flight:
             return
-        if request.allocation is None:
-            return
-        self._cache.free(request.allocation)
-        request.allocation = None
-        self._forget(request)
+        if request.allocation is not None:
+            self._cache.free(request.allocation)
+            request.allocation = None
+            self._forget(request)
 
     def _forget(self, request: Request) -> None:
         del self._requests[request.id]

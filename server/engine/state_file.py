@@ -1,11 +1,12 @@
-"""One request's state as a safetensors file: `layers.{i}.recurrent` `[num_v_heads, d_k, d_v]`, `layers.{i}.conv`
-`[conv_channels, conv_kernel - 1]`, and `layers.{i}.scales` `[num_v_heads, d_v]` beside a recurrent state in int8."""
+"""One request's state as a safetensors file: of a linear layer `layers.{i}.recurrent` `[num_v_heads, d_k, d_v]`,
+`layers.{i}.conv` `[conv_channels, conv_kernel - 1]`, and `layers.{i}.scales` `[num_v_heads, d_v]` beside a recurrent
+state in int8; of a softmax attention layer `layers.{i}.keys` and `layers.{i}.values` `[tokens, num_kv_heads,
+head_dim]`."""
 
 import os
 import secrets
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from modeling.state import StatePool
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 """The dtypes of a pool, as safetensors calls them."""
+_NAMES = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 class StateLoadError(Exception):
@@ -22,7 +24,7 @@ class StateLoadError(Exception):
 
 
 def layout(pool: StatePool) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of each tensor in a file, by name."""
+    """Dtype and shape of each tensor in a file, by name; of keys and values, that of a state without tokens."""
     tensors = pool.tensors(pool.null_slot)
     return {name: (_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()}
 
@@ -46,8 +48,11 @@ def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str])
         partial.unlink(missing_ok=True)
 
 
-def load_state(pool: StatePool, slot: int, path: Path) -> None:
+def load_state(pool: StatePool, slot: int, path: Path, tokens: int) -> None:
     """Read a state from a file into a slot, on a GPU behind all work that the device has been given already.
+
+    Args:
+        tokens: how many the state has seen; the slot has pages for them.
 
     Raises:
         StateLoadError: the file can't be read, or its state is not one of this pool. Its message goes to the client: it
@@ -61,19 +66,19 @@ def load_state(pool: StatePool, slot: int, path: Path) -> None:
         raise StateLoadError("the saved state can't be read; it may have expired or been deleted") from e
     except SafetensorError as e:
         raise StateLoadError(f"the saved state can't be read: {e}") from e
-    ours = pool.tensors(slot)
+    ours = layout(pool)
     if loaded.keys() != ours.keys():
         odd = min(loaded.keys() ^ ours.keys())
         raise StateLoadError(f"the saved state is of another model: {odd} is in one of the two only")
-    for name, t in ours.items():
+    for name, (dtype, shape) in ours.items():
+        needed = [size or tokens for size in shape] if pool.bytes_per_page else shape
         theirs = loaded[name]
-        if (theirs.shape, theirs.dtype) != (t.shape, t.dtype):
+        if (list(theirs.shape), _DTYPES.get(theirs.dtype)) != (needed, dtype):
             raise StateLoadError(
                 f"the saved state is of another model: {name} is {theirs.dtype} {list(theirs.shape)}, "
-                f"and {t.dtype} {list(t.shape)} is needed"
+                f"and {_NAMES[dtype]} {needed} is needed"
             )
-    for name, t in ours.items():
-        _copy(loaded[name], t)
+    pool.load(slot, loaded, tokens)
 
 
 def _read_ahead(path: Path) -> None:
@@ -83,22 +88,3 @@ def _read_ahead(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
         while file.readinto(chunk):
             pass
-
-
-def _copy(source: Tensor, target: Tensor) -> None:
-    """Copy a tensor of a file into one of a slot; on a GPU the copy is only queued. Raises MemoryError."""
-    host = _pinned_like(target) if target.is_cuda else target
-    # By numpy: torch would start threads for it that compete with those of the steps.
-    np.copyto(host.view(torch.uint8).numpy(), source.view(torch.uint8).numpy())
-    if target.is_cuda:
-        # torch keeps the pinned block until it is copied: its allocator reuses a block only when the streams that have
-        # copied from it are past that.
-        target.copy_(host, non_blocking=True)
-
-
-def _pinned_like(tensor: Tensor) -> Tensor:
-    """Pinned memory on the host for as much as the tensor holds. Raises MemoryError."""
-    try:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    except RuntimeError as e:  # torch has no class of its own for this
-        raise MemoryError(f"no pinned memory: {e}") from e

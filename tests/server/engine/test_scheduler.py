@@ -94,14 +94,14 @@ def test_first_come_first_served_when_slots_are_short():
     s = scheduler(slots=1)
     a, b, c = add(s, 5), add(s, 3), add(s, 1)
     assert step(s) == ([(a, 0, 5)], [])
-    assert (s.running, s.waiting, s.used_slots) == (1, 2, 1)
+    assert (s.running, s.waiting, s.occupancy.used_slots) == (1, 2, 1)
     s.finish(a, "stop")
     assert step(s) == ([(b, 0, 3)], [])
     s.abort(b.id)
     assert step(s) == ([(c, 0, 1)], [])
     s.abort(c.id)
     assert step(s) is None
-    assert (s.running, s.waiting, s.used_slots) == (0, 0, 0)
+    assert (s.running, s.waiting, s.occupancy.used_slots) == (0, 0, 0)
 
 
 def test_a_slot_is_freed_only_once_no_launched_step_uses_it():
@@ -111,12 +111,12 @@ def test_a_slot_is_freed_only_once_no_launched_step_uses_it():
     second = s.next_batch()
     assert second.decodes == [a]
     s.abort(a.id)
-    assert s.used_slots == 1 and s.next_batch() is None
+    assert s.occupancy.used_slots == 1 and s.next_batch() is None
     for batch in (first, second):
-        assert s.used_slots == 1
+        assert s.occupancy.used_slots == 1
         (request,) = batch.requests
         s.work_done(request)
-    assert s.used_slots == 0
+    assert s.occupancy.used_slots == 0
     assert s.next_batch().prefills[0].request is b
 
 
@@ -131,7 +131,7 @@ def test_aborting_twice_or_after_the_end_is_no_error():
     s.work_done(batch.requests[0])
     s.abort(a.id)
     s.abort("never seen")
-    assert (s.running, s.waiting, s.used_slots) == (0, 0, 0)
+    assert (s.running, s.waiting, s.occupancy.used_slots) == (0, 0, 0)
 
 
 def test_finishing_keeps_the_first_reason():

@@ -13,8 +13,7 @@ from states import tensors
 
 from modeling.families import family_of
 from modeling.spec import StateTypes
-from modeling.state import StatePool
-from server.engine import state_file
+from modeling.state import StatePool, transfer
 from server.engine.state_file import StateLoadError, host_tensors, load_state, save_state
 
 SPEC = family_of(GATED).spec({**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]})
@@ -32,7 +31,7 @@ def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
     pool = random_pool(dtype)
     save_state(host_tensors(pool, 1), tmp_path / "a", {"model": "x"})
     before = [t.clone() for t in tensors(pool)]
-    load_state(pool, 2, tmp_path / "a")
+    load_state(pool, 2, tmp_path / "a", 0)
     for t, old in zip(tensors(pool), before, strict=True):
         assert torch.equal(t[2], old[1]) and torch.equal(t[:2], old[:2]) and torch.equal(t[3], old[3])
     with safe_open(tmp_path / "a", "pt") as f:
@@ -105,7 +104,7 @@ def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, dtype
     save_file(loaded, tmp_path / "a")
     before = [t.clone() for t in tensors(pool)]
     with pytest.raises(StateLoadError, match=mention):
-        load_state(pool, 2, tmp_path / "a")
+        load_state(pool, 2, tmp_path / "a", 0)
     assert all(torch.equal(t, b) for t, b in zip(tensors(pool), before, strict=True))
 
 
@@ -115,7 +114,7 @@ def test_what_is_no_state_is_refused(tmp_path, content):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(StateLoadError, match="can't be read"):
-        load_state(random_pool(), 2, path)
+        load_state(random_pool(), 2, path, 0)
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -146,7 +145,7 @@ def test_pinned_memory_that_is_not_there_is_a_memory_error(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(MemoryError, match="out of memory"):
-        state_file._pinned_like(torch.zeros(3))
+        transfer.pinned_like(torch.zeros(3))
 
 
 def test_a_file_is_read_and_written_without_more_threads(tmp_path):
@@ -159,7 +158,7 @@ def test_a_file_is_read_and_written_without_more_threads(tmp_path):
         torch.set_num_threads(4)
         counts.append(len(os.listdir("/proc/self/task")))
         save_state(host_tensors(pool, 0), tmp_path / "a", {})
-        load_state(pool, 1, tmp_path / "a")
+        load_state(pool, 1, tmp_path / "a", 0)
         counts.append(len(os.listdir("/proc/self/task")))
 
     try:
