@@ -9,6 +9,8 @@ _ERRORS: dict[int, tuple[type[Exception], str]] = {
     1: (IndexError, "a token id is outside the vocabulary"),
     2: (IndexError, "a slot is outside the pool"),
     3: (MemoryError, "no memory for the step's activations"),
+    4: (IndexError, "more tokens than fit the pages of a slot of the pool"),
+    5: (IndexError, "a slot's table names a page that is outside the pool"),
 }
 
 

@@ -2,6 +2,7 @@
 // share.
 #pragma once
 
+#include "batch.h"
 #include "vectors.h"
 
 constexpr float L2_EPS = 1e-6f;
@@ -20,6 +21,7 @@ struct Delta {
     int history() const { return conv_kernel - 1; }
     int64_t keys() const { return (int64_t)num_k_heads * d_k; }
     int64_t values() const { return (int64_t)num_v_heads * d_v; }
+    int64_t outputs() const { return values(); }
     int64_t channels() const { return 2 * keys() + values(); }
     // Columns of the input projection: q | k | v | gate | beta | decay.
     int64_t beta_at() const { return channels() + (gate == NO_GATE ? 0 : values()); }

@@ -4,11 +4,6 @@
 #include "delta.h"
 #include "delta_rule.h"
 
-// Consecutive tokens of one sequence: rows `first` to `first + tokens` of a block.
-struct Piece {
-    int64_t sequence, first, tokens;
-};
-
 // The convolution and SiLU of n neighbouring channels, over `tokens` rows from row `first` of a piece on. x is the
 // piece's row 0. The inputs before it are the state's, which `tail` holds once more as rows of n.
 template <int KERNEL>
@@ -45,11 +40,12 @@ static inline void normalise_rows(float *x, int64_t row, int tokens, int d_k, fl
     }
 }
 
-// How many floats `mix_piece` works in.
+// How many floats `mix` works in: each thread by itself, and all together.
 static inline size_t piece_floats(const Delta &l) {
     return Chunk::floats(l.d_k, l.d_v) + l.groups() * Chunk::state_floats(l.d_k, l.d_v) +
            (size_t)l.history() * std::max(l.d_k, l.d_v);
 }
+static inline size_t shared_piece_floats(const Delta &) { return 0; }
 
 // Runs one key head of a piece with its value heads. `in` is the piece's first row; `state` and `past` are the
 // sequence's, and move on.
@@ -100,16 +96,15 @@ static void mix_piece(const Delta &l, const float *in, int64_t tokens, float *st
     for (int g = 0; g < l.groups(); g++) chunk.store_state(padded(g), state + (first_head + g) * d_k * d_v);
 }
 
-// Runs pieces whose states are float32, a row for each sequence. Every thread of a team calls it with `memory` of its
-// own.
-static void mix_pieces(const Delta &l, const float *in, const Piece *pieces, int64_t count, const DeltaState &state,
-                       float *memory, float *out) {
+// Runs pieces whose states are float32, a row for each sequence. Every thread of a team calls it.
+static void mix(const Delta &l, const float *in, const Block &block, const DeltaState &state, Memory memory,
+                float *out) {
     float *const recurrent = (float *)state.recurrent, *const conv = (float *)state.conv;
     const int64_t state_size = l.values() * l.d_k, past_size = l.channels() * l.history();
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < count * l.num_k_heads; i++) {
-        const Piece &p = pieces[i / l.num_k_heads];
+    for (int64_t i = 0; i < block.num_pieces * l.num_k_heads; i++) {
+        const Piece &p = block.pieces[i / l.num_k_heads];
         mix_piece(l, in + p.first * l.width(), p.tokens, recurrent + p.sequence * state_size,
-                  conv + p.sequence * past_size, i % l.num_k_heads, memory, out + p.first * l.values());
+                  conv + p.sequence * past_size, i % l.num_k_heads, memory.own, out + p.first * l.values());
     }
 }

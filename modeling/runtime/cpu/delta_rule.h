@@ -16,8 +16,6 @@
 
 constexpr int CHUNK = 32, BLOCK_ROWS = 8, PADDING = LANES > BLOCK_ROWS ? LANES : BLOCK_ROWS;
 
-static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // ---- small products: vectors along the columns of b, elements of a broadcast
 
 // Computes c = scale c + a b, or with FRESH c = a b, for BLOCK_ROWS rows and VECTORS vectors of columns of c.

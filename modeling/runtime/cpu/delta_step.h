@@ -103,26 +103,27 @@ static void mix_head(const Delta &l, const float *in, S *state, float *scales, C
 
 // Runs all heads of a batch. Every thread of a team calls it with `scratch` of its own.
 template <class S, class C>
-static void mix_rows(const Delta &l, const float *in, int64_t batch, const int64_t *slots, const DeltaState &state,
+static void mix_rows(const Delta &l, const float *in, const Place *places, int64_t batch, const DeltaState &state,
                      float *scratch, float *out) {
     const int64_t state_size = l.values() * l.d_k, past_size = l.channels() * l.history();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < batch * l.num_k_heads; i++) {
-        int64_t b = i / l.num_k_heads, slot = slots[b];
+        int64_t b = i / l.num_k_heads, slot = places[b].slot;
         float *scales = state.scales ? state.scales + slot * l.values() : nullptr;
         mix_head(l, in + b * l.width(), (S *)state.recurrent + slot * state_size, scales,
                  (C *)state.conv + slot * past_size, i % l.num_k_heads, scratch, out + b * l.values());
     }
 }
 
-static void mix(const Delta &l, const float *in, int64_t batch, const int64_t *slots, const DeltaState &state,
-                float *scratch, float *out) {
+static void mix(const Delta &l, const float *in, const Place *places, int64_t batch, const DeltaState &state,
+                Memory memory, float *out) {
     const bool narrow = state.conv_type == BFLOAT16;
     auto rows = narrow ? mix_rows<float, bf16> : mix_rows<float, float>;
     if (state.recurrent_type == BFLOAT16) rows = narrow ? mix_rows<bf16, bf16> : mix_rows<bf16, float>;
     if (state.recurrent_type == INT8) rows = narrow ? mix_rows<int8_t, bf16> : mix_rows<int8_t, float>;
-    rows(l, in, batch, slots, state, scratch, out);
+    rows(l, in, places, batch, state, memory.own, out);
 }
 
-// How many floats `mix` works in.
+// How many floats `mix` works in: each thread by itself, and all together.
 static inline size_t step_floats(const Delta &l) { return 2 * l.d_k + l.d_v; }
+static inline size_t shared_step_floats(const Delta &, int64_t) { return 0; }

@@ -2,15 +2,11 @@
 // (decode), or the tokens of packed sequences (prefill).
 //
 // Compiled for the machine it runs on (build.py) and called through ctypes, so it sees no torch: the structures in
-// layer.h, delta.h, mlp.h and delta_rule.h are mirrored in compiled.py, delta.py, mlp.py and rule.py. Weights are read
-// as they lie in the module, row major [out, in], float32 or bfloat16; activations, norms, gates and the recurrence are
+// layer.h and in the headers of each kind of layer are mirrored in Python, file by file. Weights are read as they lie
+// in the module, row major [out, in], float32 or bfloat16; activations, norms, gates, the recurrence and attention are
 // float32.
 
-#include "delta_prefill.h"
-#include "delta_rule.h"
-#include "delta_step.h"
 #include "layer.h"
-#include "products.h"
 
 #include <cstdlib>
 #include <new>
@@ -55,121 +51,164 @@ struct FlushDenormals {
 #endif
 };
 
-// Adds `added`, if any, to one token's x, and writes the RMSNorm of that to `out`.
-static void norm(float *x, const float *added, const float *weight, float eps, int n, float *out) {
-    if (added)
-        for (int i = 0; i < n; i++) x[i] += added[i];
-    const float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / n + eps);
-    for (int i = 0; i < n; i++) out[i] = x[i] * scale * weight[i];
-}
+// ---- the way through the layers
 
-// Multiplies x by w; `arranged` has room for `batch` rows of depth + LANES.
-template <class W>
-static void linear(const float *x, int64_t batch, int64_t depth, const void *w, int64_t rows, float *arranged,
-                   float *y) {
-    arrange<W>(x, batch, depth, arranged);
-    product(arranged, batch, depth, (const W *)w, rows, y);
-}
+struct Norm {
+    const float *weight = nullptr; // [hidden]; null for no norm
+    float eps = 0;
 
-// The activations of n tokens, and `own` floats for each thread's mixer.
-struct Buffers {
-    float *x, *y, *in, *out, *arranged, *own;
-    size_t own_size;
-
-    bool reserve(const Model &model, int64_t n, int threads, size_t own_floats) {
-        const int64_t size = model.hidden;
-        int64_t wide = 0, narrow = size;
-        for (int i = 0; i < model.num_layers; i++) {
-            const Layer &l = model.layers[i];
-            wide = std::max({wide, l.mixer.width(), l.ffn.width()});
-            narrow = std::max({narrow, l.mixer.values(), (int64_t)l.ffn.intermediate});
-        }
-        own_size = own_floats;
-        if (!scratch.reserve(n * (2 * size + wide + narrow + narrow + LANES) + threads * own_size)) return false;
-        x = scratch.memory, y = x + n * size, in = y + n * size, out = in + n * wide, arranged = out + n * narrow;
-        own = arranged + n * (narrow + LANES);
-        return true;
+    // Writes that of x to y, which may be x.
+    void operator()(const float *x, int n, float *y) const {
+        const float scale = 1.0f / std::sqrt(sum_of_squares(x, n) / n + eps);
+        for (int i = 0; i < n; i++) y[i] = x[i] * scale * weight[i];
     }
 };
 
-// Runs n tokens through all layers. mix(layer, own) turns buffers.in into buffers.out; every thread calls it.
+// Goes from one mixer or feed-forward to the next, for one token: adds what the last one gave, y, to x, and makes y
+// what the next one gets.
+static void pass(Norm last, Norm next, int n, float *x, float *y) {
+    if (last.weight) last(y, n, y);
+    for (int i = 0; i < n; i++) x[i] += y[i];
+    if (next.weight)
+        next(x, n, y);
+    else
+        std::copy_n(x, n, y);
+}
+
+// What a mixer works in between its projections.
+struct MixerMemory {
+    Carver memory;
+    float *in, *out, *arranged, *shared;
+
+    MixerMemory(int64_t width, int64_t outputs, int64_t hidden, int64_t n, int64_t shared_floats, float *base)
+        : memory{base}, in(memory.take(n * width)), out(memory.take(n * outputs)),
+          arranged(memory.take(n * arranged_size(std::max(hidden, outputs)))), shared(memory.take(shared_floats)) {}
+};
+
+// The memory of a call: the activations of n tokens, `work` that mixers and feed-forwards use in turn, and `own_size`
+// floats for each thread's mixer.
+struct Buffers {
+    int64_t n, own_size = 0;
+    float *x, *y, *work, *own;
+
+    // own_floats(mixer) and shared_floats(mixer) say what a mixer works in.
+    template <class Own, class Shared>
+    bool reserve(const Model &model, int64_t tokens, int threads, Own own_floats, Shared shared_floats) {
+        int64_t most = 0;
+        n = tokens;
+        for (int i = 0; i < model.num_layers; i++) {
+            const Layer &l = model.layers[i];
+            with_mixer(l, [&](const auto &mixer) {
+                own_size = std::max<int64_t>(own_size, round_up(own_floats(mixer), 16));
+                most = std::max(most, mixer_memory(mixer, model.hidden, shared_floats(mixer), nullptr).memory.used);
+            });
+            most = std::max(most, with_ffn(l, [&](const auto &ffn) { return ffn_floats(ffn, n, model.hidden); }));
+        }
+        auto carve = [&](Carver memory) {
+            x = memory.take(n * model.hidden), y = memory.take(n * model.hidden), work = memory.take(most);
+            own = memory.take(threads * own_size);
+            return memory.used;
+        };
+        if (!scratch.reserve(carve({nullptr}))) return false;
+        carve({scratch.memory});
+        return true;
+    }
+    template <class Mixer>
+    MixerMemory mixer_memory(const Mixer &mixer, int64_t hidden, int64_t shared_floats, float *base) const {
+        return MixerMemory(mixer.width(), mixer.outputs(), hidden, n, shared_floats, base);
+    }
+};
+
+// Runs n tokens, at most as many as the buffers are for, through all layers. mix(layer, in, memory, out) turns what a
+// mixer's first projection gave into what its last one gets; every thread calls it.
 template <class W, class Mix>
 static void forward(const Model &model, int64_t n, const int64_t *ids, void *hidden, const Buffers &buffers,
                     int threads, Mix mix) {
     const int64_t size = model.hidden;
-    const auto [x, y, in, out, arranged, own, own_size] = buffers;
+    float *const x = buffers.x, *const y = buffers.y;
 #pragma omp parallel num_threads(threads)
     {
         FlushDenormals flush;
+        float *const own = buffers.own + thread_number() * buffers.own_size;
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < n; b++)
-            for (int64_t i = 0; i < size; i++)
-                x[b * size + i] = model.is_part() ? ((const float *)hidden)[b * size + i]
+            for (int64_t i = 0; i < size; i++) {
+                x[b * size + i] = 0;
+                y[b * size + i] = model.is_part() ? ((const float *)hidden)[b * size + i]
                                                   : read((const W *)model.embeddings + ids[b] * size + i);
+            }
+        Norm last;
+        auto pass_to = [&](Norm norm, bool after) {
+#pragma omp for schedule(static)
+            for (int64_t b = 0; b < n; b++) pass(last, after ? Norm() : norm, size, x + b * size, y + b * size);
+            last = after ? norm : Norm();
+        };
         for (int i = 0; i < model.num_layers; i++) {
             const Layer &l = model.layers[i];
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < n; b++)
-                norm(x + b * size, i ? y + b * size : nullptr, l.mixer_norm, l.norm_eps, size, y + b * size);
-            linear<W>(y, n, size, l.mixer.in_proj, l.mixer.width(), arranged, in);
-            mix(i, own + thread_number() * own_size);
-            linear<W>(out, n, l.mixer.values(), l.mixer.o_proj, size, arranged, y);
-#pragma omp for schedule(static)
-            for (int64_t b = 0; b < n; b++)
-                norm(x + b * size, y + b * size, l.ffn_norm, l.norm_eps, size, y + b * size);
-            linear<W>(y, n, size, l.ffn.in_proj, l.ffn.width(), arranged, in);
-            swiglu(l.ffn, in, n, out);
-            linear<W>(out, n, l.ffn.intermediate, l.ffn.out_proj, size, arranged, y);
+            pass_to({l.mixer_norm, l.norm_eps}, l.norm_after);
+            with_mixer(l, [&](const auto &mixer) {
+                const MixerMemory m = buffers.mixer_memory(mixer, size, 0, buffers.work);
+                linear<W>(y, n, size, mixer.in_proj, mixer.width(), m.arranged, m.in);
+                mix(i, m.in, Memory{own, m.shared}, m.out);
+                linear<W>(m.out, n, mixer.outputs(), mixer.o_proj, size, m.arranged, y);
+            });
+            pass_to({l.ffn_norm, l.norm_eps}, l.norm_after);
+            with_ffn(l, [&](const auto &ffn) { feed_forward<W>(ffn, y, n, size, buffers.work, y); });
         }
+        pass_to({model.norm, model.norm_eps}, false);
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < n; b++) {
-            float *const last = y + b * size;
-            if (model.is_part()) {
-                for (int64_t i = 0; i < size; i++) ((float *)hidden)[b * size + i] = x[b * size + i] + last[i];
-                continue;
-            }
-            norm(x + b * size, last, model.norm, model.norm_eps, size, last);
-            for (int64_t i = 0; i < size; i++) write((W *)hidden + b * size + i, last[i]);
-        }
+        for (int64_t b = 0; b < n * size; b++)
+            if (model.is_part())
+                ((float *)hidden)[b] = y[b];
+            else
+                write((W *)hidden + b, y[b]);
     }
 }
 
 template <class W>
-static int decode(const Model &model, const DeltaState *states, int64_t batch, const int64_t *ids, const int64_t *slots,
+static int decode(const Model &model, const LayerState *states, int64_t batch, const Place *places, const int64_t *ids,
                   void *hidden, int threads) {
-    size_t own = 0;
-    for (int i = 0; i < model.num_layers; i++) own = std::max(own, step_floats(model.layers[i].mixer));
     Buffers buffers;
-    if (!buffers.reserve(model, batch, threads, own)) return 3;
-    forward<W>(model, batch, ids, hidden, buffers, threads, [&](int i, float *memory) {
-        mix(model.layers[i].mixer, buffers.in, batch, slots, states[i], memory, buffers.out);
+    if (!buffers.reserve(
+            model, batch, threads, [](const auto &mixer) { return step_floats(mixer); },
+            [&](const auto &mixer) { return shared_step_floats(mixer, places[batch].parts_before); }))
+        return 3;
+    forward<W>(model, batch, ids, hidden, buffers, threads, [&](int i, float *in, Memory memory, float *out) {
+        with_mixer(model.layers[i], states[i],
+                   [&](const auto &mixer, const auto &state) { mix(mixer, in, places, batch, state, memory, out); });
     });
     return 0;
 }
 
 template <class W>
-static int prefill(const Model &model, const DeltaState *states, int64_t sequences, const int64_t *cu_seqlens,
-                   const int64_t *ids, void *hidden, int threads) {
-    size_t own = 0;
-    for (int i = 0; i < model.num_layers; i++) own = std::max(own, piece_floats(model.layers[i].mixer));
+static int prefill(const Model &model, const LayerState *states, int64_t sequences, const int64_t *cu_seqlens,
+                   const int64_t *ids, const int64_t *slots, const int32_t *lengths, void *hidden, int threads) {
     const int64_t tokens = cu_seqlens[sequences];
     const size_t row = model.hidden * (model.is_part() ? sizeof(float) : sizeof(W));
     Buffers buffers;
-    if (!buffers.reserve(model, std::min(tokens, PREFILL_BLOCK), threads, own)) return 3;
+    if (!buffers.reserve(
+            model, std::min(tokens, PREFILL_BLOCK), threads, [](const auto &mixer) { return piece_floats(mixer); },
+            [](const auto &mixer) { return shared_piece_floats(mixer); }))
+        return 3;
     std::vector<Piece> pieces;
+    std::vector<Place> places;
     for (int64_t begin = 0, sequence = 0; begin < tokens; begin += PREFILL_BLOCK) {
         const int64_t end = std::min(begin + PREFILL_BLOCK, tokens);
-        pieces.clear();
+        pieces.clear(), places.clear();
         for (int64_t first = begin; first < end;) {
-            const int64_t last = std::min(end, cu_seqlens[sequence + 1]);
-            pieces.push_back({sequence, first - begin, last - first});
+            const int64_t last = std::min(end, cu_seqlens[sequence + 1]), slot = slots[sequence],
+                          position = (lengths ? lengths[slot] : 0) + first - cu_seqlens[sequence];
+            pieces.push_back({sequence, slot, position, first - begin, last - first});
+            for (int64_t t = 0; t < last - first; t++) places.push_back({slot, position + t, 0});
             if (last == cu_seqlens[sequence + 1]) sequence++;
             first = last;
         }
+        const Block block = {pieces.data(), (int64_t)pieces.size(), places.data(), end - begin};
         forward<W>(model, end - begin, ids + begin, (char *)hidden + begin * row, buffers, threads,
-                   [&](int i, float *memory) {
-                       mix_pieces(model.layers[i].mixer, buffers.in, pieces.data(), pieces.size(), states[i], memory,
-                                  buffers.out);
+                   [&](int i, float *in, Memory memory, float *out) {
+                       with_mixer(model.layers[i], states[i], [&](const auto &mixer, const auto &state) {
+                           mix(mixer, in, block, state, memory, out);
+                       });
                    });
     }
     return 0;
@@ -177,7 +216,7 @@ static int prefill(const Model &model, const DeltaState *states, int64_t sequenc
 
 template <class W>
 static int linear_rows(const W *x, int64_t batch, int64_t depth, const W *w, int64_t rows, float *y, int threads) {
-    if (!scratch.reserve(batch * (2 * depth + LANES))) return 3;
+    if (!scratch.reserve(batch * (depth + arranged_size(depth)))) return 3;
     float *wide = scratch.memory, *arranged = wide + batch * depth;
     for (int64_t i = 0; i < batch * depth; i++) wide[i] = read(x + i);
 #pragma omp parallel num_threads(threads)
@@ -188,28 +227,63 @@ static int linear_rows(const W *x, int64_t batch, int64_t depth, const W *w, int
     return 0;
 }
 
-// ---- what Python calls: 0, or 1: a token id is out of range, 2: a slot is, 3: out of memory
+// ---- what Python calls: 0, or 1: a token id is out of range, 2: a slot is, 3: out of memory, 4: more tokens than a
+// slot may have, 5: the number of a page is out of range
 
 static bool within(const int64_t *values, int64_t n, int64_t end) {
     return std::all_of(values, values + n, [=](int64_t x) { return x >= 0 && x < end; });
 }
 
-// One token of each of `batch` requests. There is a state for each layer, each of `rows` rows, which moves on in place.
-// `hidden` is [batch, hidden] in the weights' dtype; for a part of a model it is float32 and goes in as well as out,
-// and there are no ids.
-extern "C" int lowkey_decode(const Model *model, const DeltaState *states, int64_t rows, int64_t batch,
-                             const int64_t *ids, const int64_t *slots, void *hidden, int threads) {
-    if (!model->is_part() && !within(ids, batch, model->vocab)) return 1;
-    if (!within(slots, batch, rows)) return 2;
-    return (model->bf16_weights ? decode<bf16> : decode<float>)(*model, states, batch, ids, slots, hidden, threads);
+// The pages of the pool; null for a model without attention.
+static const Pages *pages_of(const Model &model, const LayerState *states) {
+    for (int i = 0; i < model.num_layers; i++)
+        if (model.layers[i].mixer_kind == ATTENTION) return states[i].kv.pages;
+    return nullptr;
 }
 
-// Packed sequences. The states are float32, a row for each sequence; `hidden` is as above, [tokens, hidden].
-extern "C" int lowkey_prefill(const Model *model, const DeltaState *states, int64_t sequences,
-                              const int64_t *cu_seqlens, const int64_t *ids, void *hidden, int threads) try {
+// Whether `tokens` more have places in a slot's pages: 0 or an error.
+static int check_room(const Pages &pages, int64_t slot, int64_t tokens) {
+    const int64_t end = pages.lengths[slot] + tokens, used = (end + PAGE_TOKENS - 1) / PAGE_TOKENS;
+    if (pages.lengths[slot] < 0 || used > pages.max_pages) return 4;
+    const int32_t *blocks = pages.blocks + slot * pages.max_pages;
+    return std::all_of(blocks, blocks + used, [&](int32_t n) { return n >= 0 && n <= pages.num_pages; }) ? 0 : 5;
+}
+
+// One token of each of `batch` requests. There is a state for each layer, each of `rows` rows, which moves on in place;
+// so do pages, but for their lengths. `hidden` is [batch, hidden] in the weights' dtype; for a part of a model it is
+// float32 and goes in as well as out, and there are no ids.
+extern "C" int lowkey_decode(const Model *model, const LayerState *states, int64_t rows, int64_t batch,
+                             const int64_t *ids, const int64_t *slots, void *hidden, int threads) try {
+    if (!model->is_part() && !within(ids, batch, model->vocab)) return 1;
+    if (!within(slots, batch, rows)) return 2;
+    const Pages *pages = pages_of(*model, states);
+    std::vector<Place> places;
+    int64_t parts = 0;
+    for (int64_t b = 0; b < batch; b++) {
+        if (const int error = pages ? check_room(*pages, slots[b], 1) : 0) return error;
+        const int64_t position = pages ? pages->lengths[slots[b]] : 0;
+        places.push_back({slots[b], position, parts});
+        parts += position / PART_TOKENS + 1;
+    }
+    places.push_back({0, 0, parts});
+    return (model->bf16_weights ? decode<bf16> : decode<float>)(*model, states, batch, places.data(), ids, hidden,
+                                                                threads);
+} catch (const std::bad_alloc &) {
+    return 3;
+}
+
+// Packed sequences whose slots are of `rows` rows. Delta states are float32, a row for each sequence; pages are the
+// pool's. `hidden` is as above, [tokens, hidden].
+extern "C" int lowkey_prefill(const Model *model, const LayerState *states, int64_t rows, int64_t sequences,
+                              const int64_t *cu_seqlens, const int64_t *ids, const int64_t *slots, void *hidden,
+                              int threads) try {
     if (!model->is_part() && !within(ids, cu_seqlens[sequences], model->vocab)) return 1;
-    return (model->bf16_weights ? prefill<bf16> : prefill<float>)(*model, states, sequences, cu_seqlens, ids, hidden,
-                                                                  threads);
+    if (!within(slots, sequences, rows)) return 2;
+    const Pages *pages = pages_of(*model, states);
+    for (int64_t i = 0; pages && i < sequences; i++)
+        if (const int error = check_room(*pages, slots[i], cu_seqlens[i + 1] - cu_seqlens[i])) return error;
+    return (model->bf16_weights ? prefill<bf16> : prefill<float>)(*model, states, sequences, cu_seqlens, ids, slots,
+                                                                  pages ? pages->lengths : nullptr, hidden, threads);
 } catch (const std::bad_alloc &) {
     return 3;
 }
@@ -235,7 +309,7 @@ extern "C" int lowkey_linear(const void *x, int64_t batch, int64_t depth, const 
                    : linear_rows((const float *)x, batch, depth, (const float *)w, rows, y, threads);
 }
 
-// The sizes of the structures, with which compiled.py compares those of its mirror.
-extern "C" int64_t lowkey_layout() {
-    return (int64_t)sizeof(Layer) << 40 | (int64_t)sizeof(Delta) << 20 | sizeof(Model) << 10 | sizeof(DeltaState);
-}
+// The sizes of the structures, with which layer.py compares those of its mirrors.
+extern "C" const int64_t lowkey_layout[] = {sizeof(Model),     sizeof(Layer),      sizeof(Delta),
+                                            sizeof(Attention), sizeof(Mlp),        sizeof(Moe),
+                                            sizeof(Pages),     sizeof(DeltaState), sizeof(PagedKV)};

@@ -22,21 +22,22 @@ class Parameters:
         self.dtype = dtype
         self._kept: list[Tensor] = []
 
-    def _keep(self, x: Tensor) -> int:
+    def keep(self, x: Tensor) -> int:
+        """A contiguous tensor of any dtype, as it is."""
         self._kept.append(x)
         return x.data_ptr()
 
     def matrix(self, x: Tensor) -> int:
-        """A matrix `[out, in]`, read where it lies. Raises UnavailableError."""
+        """A matrix `[out, in]`, or several of one size `[n, out, in]`, read where they lie. Raises UnavailableError."""
         x = x.detach()
         if x.dtype != self.dtype or x.device.type != "cpu" or not x.is_contiguous():
             raise UnavailableError(
                 f"a {x.dtype} matrix on {x.device} among {self.dtype} ones, or not contiguous"
             )
-        if len(x) < ROWS:
-            raise UnavailableError(f"a matrix of {len(x)} rows; at least {ROWS} would do")
-        return self._keep(x)
+        if x.shape[-2] < ROWS:
+            raise UnavailableError(f"a matrix of {x.shape[-2]} rows; at least {ROWS} would do")
+        return self.keep(x)
 
     def vector(self, x: Tensor | None) -> int | None:
         """A float32 copy of something small, or None."""
-        return None if x is None else self._keep(x.detach().float().contiguous())
+        return None if x is None else self.keep(x.detach().float().contiguous())

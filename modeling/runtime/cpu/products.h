@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 
 constexpr int ROWS = 8, WIDE = LANES == 16 ? 2 * LANES : LANES;
 
@@ -54,22 +55,22 @@ template <class W> static inline uvec read_words(const float *x, int64_t left) {
     return peek<uvec>(halves);
 }
 
-// Copies one tile of x in the order in which `tile` reads it.
-template <int WIDTH, class W> static void arrange_tile(const float *x, int64_t depth, float *out) {
+// Copies one tile of rows, row(i) [depth] each, in the order in which `tile` reads it.
+template <int WIDTH, class W, class Row> static void arrange_tile(Row row, int64_t depth, float *out) {
     const int64_t size = arranged_size(words<W>(depth));
     for (int64_t k = 0; k < size; k += LANES) {
         const int64_t at = k * PER_WORD<W>, left = depth - at;
         if constexpr (WIDTH < LANES) {
             constexpr int GROUP = LANES / WIDTH;
             for (int i = 0; i < WIDTH; i++) {
-                uvec from = read_words<W>(x + i * depth + at, left);
+                uvec from = read_words<W>(row(i) + at, left);
                 for (int j = 0; j < WIDTH; j++)
                     std::memcpy(out + k * WIDTH + j * LANES + i * GROUP, (float *)&from + j * GROUP, GROUP * 4);
             }
         } else
             for (int i = 0; i < WIDTH; i += LANES) {
                 vec square[LANES];
-                for (int j = 0; j < LANES; j++) square[j] = (vec)read_words<W>(x + (i + j) * depth + at, left);
+                for (int j = 0; j < LANES; j++) square[j] = (vec)read_words<W>(row(i + j) + at, left);
                 transpose<LANES>(square);
                 for (int j = 0; j < LANES; j++) store(out + (k + j) * WIDTH + i, square[j]);
             }
@@ -81,7 +82,8 @@ template <class W> static void arrange(const float *x, int64_t batch, int64_t de
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < batch; first += WIDE)
         for_tiles(first, std::min(batch, first + WIDE), [&](int64_t m, auto width) {
-            arrange_tile<width, W>(x + m * depth, depth, out + m * arranged_size(words<W>(depth)));
+            arrange_tile<width, W>([&](int i) { return x + (m + i) * depth; }, depth,
+                                   out + m * arranged_size(words<W>(depth)));
         });
 }
 
@@ -161,16 +163,28 @@ template <int WIDTH, class W>
     }
 }
 
+// Multiplies x, as `arrange` left it, by ROWS rows of w [rows][depth], those from n on; the last ones reach back over
+// rows of those before them.
+template <class W>
+static inline void product_rows(const float *x, int64_t batch, int64_t depth, const W *w, int64_t rows, int64_t n,
+                                float *y) {
+    const int64_t size = arranged_size(words<W>(depth)), first = std::min(n, rows - ROWS);
+    for_tiles(0, batch, [&](int64_t m, auto width) {
+        tile<width>(x + m * size, depth, w + first * depth, y + m * rows + first, rows);
+    });
+}
+
 // Multiplies x, as `arrange` left it, by w. Every thread of a team calls it.
 template <class W>
 static void product(const float *x, int64_t batch, int64_t depth, const W *w, int64_t rows, float *y) {
-    const int64_t size = arranged_size(words<W>(depth));
 #pragma omp for schedule(static)
-    for (int64_t n = 0; n < rows; n += ROWS) {
-        // The last block reaches back over rows of the one before it.
-        int64_t first = n + ROWS <= rows ? n : rows - ROWS;
-        for_tiles(0, batch, [&](int64_t m, auto width) {
-            tile<width>(x + m * size, depth, w + first * depth, y + m * rows + first, rows);
-        });
-    }
+    for (int64_t n = 0; n < rows; n += ROWS) product_rows(x, batch, depth, w, rows, n, y);
+}
+
+// Multiplies x by w; `arranged` has room for `batch` rows of arranged_size(depth). Every thread of a team calls it.
+template <class W>
+static void linear(const float *x, int64_t batch, int64_t depth, const void *w, int64_t rows, float *arranged,
+                   float *y) {
+    arrange<W>(x, batch, depth, arranged);
+    product(arranged, batch, depth, (const W *)w, rows, y);
 }

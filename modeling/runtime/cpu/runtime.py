@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from modeling.model import Model
-from modeling.runtime.cpu.compiled import CompiledModel, knows, states_of
-from modeling.runtime.cpu.delta import State
+from modeling.runtime.cpu.compiled import CompiledModel
+from modeling.runtime.cpu.layer import AnyState, knows, states_of
 from modeling.runtime.interface import UnavailableError
 from modeling.runtime.torch import TorchRuntime
-from modeling.state import DeltaState, LayerState, SequenceState, StatePool
+from modeling.state import DeltaState, LayerState, PagedKV, StatePool
 
 logger = logging.getLogger("lowkey.modeling")
 
@@ -41,7 +41,7 @@ class CpuRuntime(TorchRuntime):
         self._compiled = CompiledModel(model)
         self._dtype = model.embeddings.weight.dtype
         # A pool's tensors stay where they are: their addresses are looked up once.
-        self._addresses: WeakKeyDictionary[StatePool, Array[State]] = WeakKeyDictionary()
+        self._addresses: WeakKeyDictionary[StatePool, Array[AnyState]] = WeakKeyDictionary()
 
     def prefill(self, input_ids: Tensor, cu_seqlens: Sequence[int], pool: StatePool, slots: Tensor) -> Tensor:
         self._check(pool)
@@ -49,9 +49,11 @@ class CpuRuntime(TorchRuntime):
             raise IndexError("a slot is outside the pool")
         if not self._whole:
             return super().prefill(input_ids, cu_seqlens, pool, slots)
-        states = [_float32(state) for state in pool.gather(slots)]
-        hidden = self._compiled.prefill(input_ids, cu_seqlens, states)
-        pool.scatter(slots, states)
+        states = [_taken(layer, slots) for layer in pool.layers]
+        hidden = self._compiled.prefill(input_ids, cu_seqlens, states, pool.num_slots + 1, slots)
+        for layer, state in zip(pool.layers, states, strict=True):
+            _put_back(layer, state, slots)
+        pool.advance(slots, cu_seqlens)
         return hidden
 
     def decode(self, input_ids: Tensor, pool: StatePool, slots: Tensor) -> Tensor:
@@ -59,8 +61,10 @@ class CpuRuntime(TorchRuntime):
         if not self._whole:
             return super().decode(input_ids, pool, slots)
         if pool not in self._addresses:
-            self._addresses[pool] = states_of([_delta(state) for state in pool.layers])
-        return self._compiled.decode(input_ids, self._addresses[pool], pool.num_slots + 1, slots)
+            self._addresses[pool] = states_of(pool.layers)
+        hidden = self._compiled.decode(input_ids, self._addresses[pool], pool.num_slots + 1, slots)
+        pool.advance(slots)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.linear(hidden, self.model.lm_head.weight)
@@ -80,27 +84,40 @@ class CpuRuntime(TorchRuntime):
     ) -> Tensor:
         if not knows(self._blocks[layer]):
             return super()._prefill_block(layer, x.to(self._dtype), cu_seqlens, state, slots).float()
-        moved = _float32(state.gather(slots))
-        x = self._compiled.prefill_layer(layer, x.contiguous(), cu_seqlens, moved)
-        state.scatter(slots, moved)
+        taken = _taken(state, slots)
+        x = self._compiled.prefill_layer(layer, x.contiguous(), cu_seqlens, taken, _rows(state), slots)
+        _put_back(state, taken, slots)
         return x
 
     def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         if not knows(self._blocks[layer]):
             return super()._decode_block(layer, x.to(self._dtype), state, slots).float()
-        return self._compiled.decode_layer(layer, x.contiguous(), _delta(state), slots)
+        return self._compiled.decode_layer(layer, x.contiguous(), state, _rows(state), slots)
 
     def _check(self, pool: StatePool) -> None:
         if pool.spec != self.model.spec:
             raise ValueError("the state pool was made for another model's shapes")
 
 
-def _delta(state: LayerState | SequenceState) -> DeltaState:
+def _rows(state: LayerState) -> int:
+    """Slots of the pool that the state of a layer is of, with the null slot."""
+    return state.pages.rows if isinstance(state, PagedKV) else len(_delta(state).recurrent)
+
+
+def _taken(state: LayerState, slots: Tensor) -> LayerState | DeltaState:
+    """The state that a prefill works on: float32 copies of delta states, a row for each sequence; pages as they are."""
+    if isinstance(state, PagedKV):
+        return state
+    rows = _delta(state).gather(slots)
+    return DeltaState(rows.recurrent.to(torch.float32), rows.conv.to(torch.float32))
+
+
+def _put_back(state: LayerState, taken: LayerState | DeltaState, slots: Tensor) -> None:
+    """Write what was copied, and has moved on, back to the pool."""
+    if taken is not state:
+        _delta(state).scatter(slots, _delta(taken))
+
+
+def _delta(state: LayerState | DeltaState) -> DeltaState:
     assert isinstance(state, DeltaState)
     return state
-
-
-def _float32(state: SequenceState) -> DeltaState:
-    """The state itself where it is float32, else a copy that is."""
-    delta = _delta(state)
-    return DeltaState(delta.recurrent.to(torch.float32), delta.conv.to(torch.float32))

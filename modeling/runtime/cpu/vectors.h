@@ -139,3 +139,19 @@ static inline float sum_of_squares(const float *x, int n) {
     for (int i = 0; i < n; i++) s += x[i] * x[i];
     return s;
 }
+
+// ---- memory
+
+static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Cuts a block of memory into parts, each beginning at a cache line; without a block it counts what would be used.
+struct Carver {
+    float *base;
+    int64_t used = 0;
+
+    float *take(int64_t floats) {
+        float *part = base ? base + used : nullptr;
+        used += round_up(floats, 16);
+        return part;
+    }
+};
