@@ -45,8 +45,7 @@ def saved_bytes(info: Ready, tokens: int) -> int:
 
 
 def saved_layout(info: Ready, tokens: int) -> Layout:
-    """What a saved state of that many tokens holds."""
+    """What a saved state of that many tokens holds: they are the first dimension of keys and values."""
     return {
-        name: (dtype, [size or tokens for size in shape])
-        for name, (dtype, shape) in info.state_layout.items()
+        name: (dtype, [shape[0] or tokens, *shape[1:]]) for name, (dtype, shape) in info.state_layout.items()
     }
