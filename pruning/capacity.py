@@ -102,7 +102,7 @@ LEGEND = (
 
 
 def capacity_table(
-    models: Sequence[tuple[str, ModelSpec]], *, on_server: bool = True
+    models: Sequence[tuple[str, ModelSpec]], *, on_card: bool = True
 ) -> tuple[list[str], list[list[str]]]:
     """Header and rows: a column for each of the models, which have names and differ in d_k, beside one of labels.
 
@@ -110,7 +110,7 @@ def capacity_table(
     card of `GPU_BYTES` without the first model's weights; where those do not fit, only multiples are given.
 
     Args:
-        on_server: whether a server runs them all; without one there are states, and no requests to count.
+        on_card: whether a server runs them all on a GPU; without one there are states, and no requests to count.
     """
     first = models[0][1]
     left = GPU_BYTES - weights_bytes(first)
@@ -118,7 +118,7 @@ def capacity_table(
         [f"state in {dtype}", *(in_units(spec.state_bytes(0, served(dtype))) for _, spec in models)]
         for dtype in STATE_DTYPES
     ]
-    if on_server and first.kv_bytes_per_token(served()):
+    if on_card and first.kv_bytes_per_token(served()):
         rows.append(["vLLM's block", *(f"{block_size(spec):,} tokens" for _, spec in models)])
         rows += [
             [
@@ -127,7 +127,7 @@ def capacity_table(
             ]
             for tokens in LENGTHS
         ]
-    elif on_server:
+    elif on_card:
         rows.append(["requests", *(_fits(first, spec, 0, left) for _, spec in models)])
     return ["", *(f"d_k {name}" for name, _ in models)], rows
 

@@ -16,9 +16,9 @@ from modeling.spec import AttentionSpec, ModelSpec, MoESpec
 from pruning.capacity import GPU, LEGEND, capacity_lines, capacity_table
 from pruning.companions import CARD, CARD_BYTES, CARD_MARK, SOURCE_CARD
 from pruning.criteria import CRITERIA
-from pruning.loaders import MODEL_TYPES, loaders, uneven
+from pruning.loaders import MODEL_TYPES, loaders, on_a_card
 from pruning.record import is_masked
-from pruning.views import apart_from_dense, change, has_server, span
+from pruning.views import apart_from_dense, change, span
 
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _LICENCE = re.compile(
@@ -196,12 +196,12 @@ def _quality(record: Mapping[str, Any]) -> Iterator[str]:
 def _capacity(spec: ModelSpec, record: Mapping[str, Any]) -> Iterator[str]:
     before = spec.with_d_k(tuple(record["source"]["d_k"]))
     models = [before] if is_masked(record) else [before, spec]
-    on_server = has_server(spec)
-    header, rows = capacity_table([(span(model.d_k), model) for model in models], on_server=on_server)
+    on_card = on_a_card(spec)
+    header, rows = capacity_table([(span(model.d_k), model) for model in models], on_card=on_card)
     yield from _table(header, rows)
     yield ""
-    if not on_server:
-        yield "Computed from the shapes. No server runs this checkpoint yet, so no requests are counted."
+    if not on_card:
+        yield "Computed from the shapes. No server runs this checkpoint on a GPU yet, so no requests are counted."
         return
     yield f"Computed from the shapes, for a server on an {GPU}. {LEGEND}"
     yield ""
@@ -219,10 +219,6 @@ def _runs(checkpoint: Checkpoint) -> Iterator[str]:
         ["", "runs it", "how, or why not", "read in", "what was run"],
         [[v.loader.name, "yes" if v.runs else "no", v.how, v.loader.version, v.ran] for v in verdicts],
     )
-    if not has_server(spec):
-        yield ""
-        yield f"Its {uneven(spec)}."
-        return
     yield ""
     yield "DIR is this directory."
     how = {v.loader.name: v.how for v in verdicts if v.runs}

@@ -120,9 +120,7 @@ def _llama_cpp(shapes: Shapes) -> tuple[bool, str]:
 
 
 def _lowkey(shapes: Shapes) -> tuple[bool, str]:
-    if shapes.model_type in (*QWEN, *OLMO):
-        return False, "lowkey-prune evaluates and recovers it, and lowkey-serve has no softmax attention yet"
-    return True, ""
+    return True, "" if shapes.model_type in FLA else "lowkey-serve on a CPU; on a GPU not yet"
 
 
 VLLM_VERSIONS = "0.26.0 to 0.33.0"
@@ -150,7 +148,7 @@ LOADERS = (
         "Lowkey",
         __version__,
         _lowkey,
-        dict.fromkeys(FLA, "on a CPU and a GPU") | dict.fromkeys((*QWEN, *OLMO), "lowkey-prune, on a CPU"),
+        dict.fromkeys(FLA, "on a CPU and a GPU") | dict.fromkeys((*QWEN, *OLMO), _TINY),
         any_widths=True,
     ),
 )
@@ -202,19 +200,18 @@ def _sglang_layers(config: Config, spec: ModelSpec) -> str:
     return "" if found == needed else f"{why} config.json says {found!r:.20} where its layers need {needed}"
 
 
-def runs_uneven(spec: ModelSpec) -> bool:
-    """Whether any server runs this model where its linear layers differ in d_k."""
-    any_widths = Shapes(spec.family, 1, 1, "")
-    return any(loader.any_widths and loader.rule(any_widths)[0] for loader in LOADERS)
+def on_a_card(spec: ModelSpec) -> bool:
+    """Whether any server runs this model on a GPU; only hybrids whose linear layers differ in d_k have none."""
+    return len(set(spec.d_k)) == 1 or spec.family in FLA
 
 
 def uneven(spec: ModelSpec) -> str:
     """What runs this model where its linear layers differ in d_k, in words."""
-    if runs_uneven(spec):
+    if spec.family in FLA:
         return "layers differ in d_k: Lowkey runs this, stock loaders refuse it"
     return (
-        "layers differ in d_k: lowkey-prune evaluates and recovers this; no server runs it yet; --export masked keeps "
-        "such widths in a checkpoint that stock loaders read"
+        "layers differ in d_k: Lowkey runs this, on a CPU only, and stock loaders refuse it; --export masked keeps "
+        "such widths in a checkpoint that they read"
     )
 
 

@@ -19,7 +19,7 @@ from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.states import PerHead
 from pruning.export import config_changes
 from pruning.identifier_cells import IDENTIFIERS_LEGEND, identifier_cells
-from pruning.loaders import runs_uneven, uneven
+from pruning.loaders import on_a_card, uneven
 from pruning.pareto import BITS_LEGEND, PARETO_LEGEND, bits_cells, pareto_table
 from pruning.record import is_masked, record_of
 
@@ -111,8 +111,8 @@ def add_capacity(root: Tree, spec: ModelSpec, record: Mapping[str, Any] | None =
         models = [spec]
     else:
         models = [spec.with_d_k(tuple(record["source"]["d_k"])), spec]
-    on_server = has_server(spec)
-    if on_server:
+    on_card = on_a_card(spec)
+    if on_card:
         branch = root.add("on a server, which keeps weights, convolution inputs and KV cache in bfloat16")
         for line in capacity_lines(models[0]):
             branch.add(line)
@@ -120,20 +120,15 @@ def add_capacity(root: Tree, spec: ModelSpec, record: Mapping[str, Any] | None =
             branch.add(CAPACITY_LEGEND)
     else:
         branch = root.add(
-            "with convolution inputs in bfloat16; no server runs this yet, so requests are not counted"
+            "with convolution inputs in bfloat16; no server runs this on a GPU yet, so requests are not counted"
         )
-    header, rows = capacity_table([(span(model.d_k), model) for model in models], on_server=on_server)
+    header, rows = capacity_table([(span(model.d_k), model) for model in models], on_card=on_card)
     table = Table(box=SIMPLE, pad_edge=False, collapse_padding=True)
     for i, name in enumerate(header):
         table.add_column(name, justify="right" if i else "left")
     for row in rows:
         table.add_row(*row)
     branch.add(table)
-
-
-def has_server(spec: ModelSpec) -> bool:
-    """Whether any server runs a checkpoint of these shapes; only layers of different d_k may lack one."""
-    return len(set(spec.d_k)) == 1 or runs_uneven(spec)
 
 
 def add_written(root: Tree, source: Checkpoint, written: Checkpoint) -> None:

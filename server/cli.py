@@ -74,8 +74,14 @@ def serve(
         str | None,
         typer.Option(
             metavar="SIZE|SHARE",
-            help="Memory of each variant's state slots, as 2GiB or as a share of the free memory like 0.5. "
-            "[default: on a GPU all of it; on a CPU a slot for each of --max-requests, else 64 slots]",
+            help="Memory of each variant's states, as 2GiB or as a share of the free memory like 0.5. "
+            "[default: on a GPU all of it; on a CPU what --max-requests need, else 64 requests]",
+        ),
+    ] = None,
+    context_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that a request of a model with softmax attention is expected to hold. [default: 4096]"
         ),
     ] = None,
     state_dtype: Annotated[
@@ -138,6 +144,7 @@ def serve(
         "dtype": dtype,
         "max_requests": max_requests,
         "state_memory": state_memory,
+        "context_tokens": context_tokens,
         "state_dtype": state_dtype,
         "prefix_cache": prefix_cache,
         "batch_invariant": batch_invariant,

@@ -192,9 +192,16 @@ class Settings(BaseSettings):
     )
     state_memory: StateMemory | None = Field(
         None,
-        description="Memory of each variant's state slots: bytes (2GiB) or a share of what its weights and its work "
-        "leave (0.5); by default on a GPU all of that, on a CPU a slot for each of max_requests, 64 if that isn't "
-        "given either.",
+        description="Memory of each variant's states: bytes (2GiB) or a share of what its weights and its work leave "
+        "(0.5); by default on a GPU all of that, on a CPU what max_requests need, or 64 if that isn't given either.",
+    )
+    context_tokens: int = Field(
+        4096,
+        ge=1,
+        le=2**24,
+        description="Tokens that a request is expected to hold, prompt and answer. It divides the memory for states of "
+        "a model with softmax attention into slots and pages of keys and values; a request may hold more as long as "
+        "there are pages. Other models have no pages.",
     )
     device_memory: DeviceMemory = Field(
         0.9,

@@ -107,7 +107,7 @@ def build() -> Dashboard:
             number(
                 "State per request",
                 "bytes",
-                "What every request holds, whatever its length.",
+                "What every request holds, whatever its length; keys and values of softmax attention come on top.",
                 (f"max by (variant) (lowkey_state_bytes_per_request{CHOSEN})", by_variant),
             ),
             number("Engines up", "short", "", (f"sum by (variant) (lowkey_engine_up{CHOSEN})", by_variant)),
@@ -206,11 +206,37 @@ def build() -> Dashboard:
                 ),
             ),
         ],
+        "Keys and values": [
+            graph(
+                "Pages",
+                "short",
+                "Of 64 tokens each, which only models with softmax attention have. Cached ones hold prefixes and are "
+                "taken when a request needs one.",
+                (f"sum by (variant, state) (lowkey_kv_pages{CHOSEN})", "{{variant}} {{state}}"),
+            ),
+            graph(
+                "Page memory in use",
+                "bytes",
+                "",
+                (
+                    f"sum by (variant, state) (lowkey_kv_pool_bytes{chosen(IN_USE)})",
+                    "{{variant}} {{state}}",
+                ),
+            ),
+            graph(
+                "Preemptions",
+                "short",
+                "Per second: requests that gave their slot and pages away for earlier ones; and how many such requests "
+                "wait now.",
+                (f"sum by (variant) ({rate('lowkey_preemptions_total')})", "{{variant}} a second"),
+                (f"sum by (variant) (lowkey_requests_preempted{CHOSEN})", "{{variant}} waiting"),
+            ),
+        ],
         "Requests": [
             graph(
                 "Waiting",
                 "short",
-                "Requests without a slot.",
+                "Requests without a slot or pages.",
                 (f"sum by (variant) (lowkey_requests_waiting{CHOSEN})", by_variant),
             ),
             graph(

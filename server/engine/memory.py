@@ -1,14 +1,17 @@
-"""What a variant's memory goes to: weights, decode graphs, workspace, and state slots from what is left."""
+"""What a variant's memory goes to: weights, decode graphs, workspace, and from what is left state slots, and pages for
+the keys and values of softmax attention."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
 from modeling.runtime import Runtime
-from modeling.state import StatePool
+from modeling.spec import ModelSpec, StateTypes
+from modeling.state import PAGE_TOKENS, StatePool
 from server.engine.device import Device
 from server.engine.forward import Forward
 from server.engine.sampler import Filters, draw
@@ -19,6 +22,9 @@ logger = logging.getLogger("lowkey.engine")
 
 RESERVED = 2**30
 """Bytes of a GPU for what torch does not count: the CUDA context, kernels, libraries, fragments."""
+
+MOST_D_K = 2**16
+"""Widest d_k of a dense model that is believed where a reduced one's record names it."""
 
 GRAPH_BYTES = 8 * 2**20
 """Bytes of a GPU that each recorded decode step takes."""
@@ -44,6 +50,45 @@ class Needs:
 
 
 @dataclass(frozen=True)
+class Room:
+    """How a model's requests use memory: bytes of a slot, and of the pages of a request of `context_tokens` tokens. A
+    model without softmax attention has pages of 0 bytes, which means that it has none."""
+
+    bytes_per_slot: int
+    bytes_per_page: int
+    context_tokens: int
+
+    @property
+    def pages(self) -> int:
+        """Pages of such a request."""
+        return -(-self.context_tokens // PAGE_TOKENS) if self.bytes_per_page else 0
+
+    @property
+    def request(self) -> int:
+        """Bytes of such a request."""
+        return self.bytes_per_slot + self.pages * self.bytes_per_page
+
+    def size(self, slots: int, pages: int) -> int:
+        """Bytes of a pool, with the slot and the page that belong to nobody."""
+        return (slots + 1) * self.bytes_per_slot + (pages + 1) * self.bytes_per_page
+
+    @property
+    def least(self) -> int:
+        """Bytes of the smallest pool."""
+        return self.size(1, 1 if self.bytes_per_page else 0)
+
+    def split(self, memory: int) -> tuple[int, int]:
+        """Slots and pages of the largest pool in so many bytes: a slot for each request of `context_tokens` tokens, and
+        all the rest in pages. Both are 0 where not even the smallest pool fits."""
+        if memory < self.least:
+            return 0, 0
+        slots = max((memory - self.size(0, 0)) // self.request, 1)
+        if not self.bytes_per_page:
+            return slots, 0
+        return slots, (memory - self.size(slots, 0)) // self.bytes_per_page
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """What one variant takes of its device. `budget` is what it may take in all; None on a CPU, where only what is free
     bounds it."""
@@ -52,24 +97,73 @@ class MemoryPlan:
     budget: int | None
     needs: Needs
     slots: int
-    bytes_per_slot: int
+    pages: int
+    """Pages of 64 tokens' keys and values; 0 for a model without softmax attention."""
+    room: Room
+
+    @property
+    def bytes_per_slot(self) -> int:
+        """Bytes that a request holds whatever its length."""
+        return self.room.bytes_per_slot
+
+    @property
+    def bytes_per_page(self) -> int:
+        """Bytes of a page in all layers; 0 for a model without softmax attention."""
+        return self.room.bytes_per_page
 
     @property
     def states(self) -> int:
-        """Bytes of the pool, its null slot included."""
-        return (self.slots + 1) * self.bytes_per_slot
+        """Bytes of the pool: slots and pages, the null slot and the null page included."""
+        return self.room.size(self.slots, self.pages)
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens that one request can hold; None for a model whose requests do not grow."""
+        return self.pages * PAGE_TOKENS if self.bytes_per_page else None
 
     @property
     def parts(self) -> dict[str, int]:
         """Bytes by what they are for."""
         n = self.needs
-        return {
+        parts = {
             "weights": n.weights,
             "workspace": n.workspace,
             "graphs": n.graphs,
             "reserved": n.reserved,
-            "states": self.states,
+            "states": (self.slots + 1) * self.bytes_per_slot,
         }
+        if self.bytes_per_page:
+            parts["pages"] = (self.pages + 1) * self.bytes_per_page
+        return parts
+
+    @property
+    def counts(self) -> str:
+        """How many slots and pages there are, in words."""
+        pages = f" and {counted(self.pages, 'page')}" if self.bytes_per_page else ""
+        return f"{counted(self.slots, 'slot')}{pages}"
+
+    def meaning(self, spec: ModelSpec, types: StateTypes, dense_d_k: tuple[int, ...] | None = None) -> str:
+        """What the pool means for whoever serves the model, in one line: how many requests it holds.
+
+        Args:
+            spec: the model's.
+            types: dtypes of the states.
+            dense_d_k: the d_k of the model that it was reduced from (`dense_d_k`); None for one that was not. Then the
+                line also says how many requests of that model the same memory would hold.
+        """
+        tokens, most = self.room.context_tokens, min(self.longest or 0, spec.context_length)
+        if self.longest is None:
+            line = f"room for {counted(self.slots, 'request')} of any length"
+        elif self.pages < self.room.pages:
+            line = f"room for 1 request of up to {most:,} tokens"
+        else:
+            line = f"room for {counted(self.slots, 'request')} of {tokens:,} tokens"
+            line += f", at most {most:,} in one" if most > tokens else ""
+        if dense_d_k is not None and dense_d_k != spec.d_k:
+            dense = replace(self.room, bytes_per_slot=spec.with_d_k(dense_d_k).state_bytes(0, types))
+            slots, pages = dense.split(self.states)
+            line += f"; {slots if pages >= self.room.pages else 0:,} if the model were not reduced"
+        return f"{line} ({self.counts})" if self.bytes_per_page else line
 
     def __str__(self) -> str:
         return table(self.device, self.budget, {**self.parts, "total": sum(self.parts.values())})
@@ -101,54 +195,69 @@ def check_weights(config: EngineConfig, device: Device, weights: int) -> None:
 
 
 def plan_memory(
-    config: EngineConfig, device: Device, needs: Needs, bytes_per_slot: int, sharing: int = 1
+    config: EngineConfig,
+    device: Device,
+    needs: Needs,
+    bytes_per_slot: int,
+    bytes_per_page: int,
+    sharing: int = 1,
+    *,
+    context_length: int | None = None,
 ) -> MemoryPlan:
-    """Plan how many slots the pool has.
+    """Plan how many slots and pages the pool has.
 
     Args:
         needs: what is not states; of it, the weights are on the device already.
+        bytes_per_page: bytes of a page in all softmax attention layers; 0 for a model that has none.
         sharing: variants that load on this CPU at the same time and each take as much; a GPU is shared by its budgets.
+        context_length: the model's; no request is expected to hold more tokens.
 
     Raises:
-        DoesNotFitError: not even one slot and the null slot fit, or there is not as much as is asked for.
+        DoesNotFitError: not even one slot, one page and the null ones fit, or there is not as much as is asked for.
     """
+    tokens = min(config.context_tokens, context_length or config.context_tokens)
+    room = Room(bytes_per_slot, bytes_per_page, tokens)
     budget = None if device.name == "cpu" else _budget(config, device)
     free = device.free_memory()
     left = free if budget is None else budget - needs.total
     unclaimed = free // sharing if budget is None else free - needs.workspace - needs.graphs
     asked = config.state_memory
     if asked is None and budget is None:
-        memory = ((config.max_requests or DEFAULT_SLOTS) + 1) * bytes_per_slot
+        requests = config.max_requests or DEFAULT_SLOTS
+        memory = room.size(requests, requests * room.pages)
     elif asked is None:
         memory = left
     else:
         memory = int(asked * left) if isinstance(asked, float) else asked
-    plan = MemoryPlan(device.name, budget, needs, memory // bytes_per_slot - 1, bytes_per_slot)
-    room, least = min(left, unclaimed), 2 * bytes_per_slot
+    plan = MemoryPlan(device.name, budget, needs, *room.split(memory), room)
+    most = min(left, unclaimed)
     make_room = _make_room(config, device, unclaimed - left)
     if plan.slots < 1:
+        least = room.least
         share = isinstance(asked, float) and left > 0
         enough = f"{1.01 * least / left:.3g}" if share else f"{least:,} bytes"  # rounded, it is still enough
-        advice = make_room if asked is None or room < least else f"raise state_memory to {enough} at least"
+        advice = make_room if asked is None or most < least else f"raise state_memory to {enough} at least"
         had = (
             f"{memory:,} bytes are left for states"
             if asked is None
             else f"state_memory={asked} is {memory:,} bytes"
         )
+        two = "states and two pages of keys and values" if bytes_per_page else "states of this model"
         raise DoesNotFitError(
-            f"{had}, and two states of this model, the least that a pool can have, are {least:,} bytes; {advice}\n"
+            f"{had}, and two {two}, the least that a pool can have, are {least:,} bytes; {advice}\n"
             + _without_states(plan)
         )
-    if plan.states > room:
+    if plan.states > most:
         advice = make_room
         if budget is None:
-            most = f"{100 // sharing / 100}" if isinstance(asked, float) else f"{room:,} bytes"
-            advice = f"set state_memory to {most} at most" + ("" if asked else ", or lower max_requests")
+            limit = f"{100 // sharing / 100}" if isinstance(asked, float) else f"{most:,} bytes"
+            fewer = "max_requests or context_tokens" if bytes_per_page else "max_requests"
+            advice = f"set state_memory to {limit} at most" + ("" if asked else f", or lower {fewer}")
         elif isinstance(asked, int):
-            advice = f"lower state_memory to {room:,} bytes at most, or {make_room}"
+            advice = f"lower state_memory to {most:,} bytes at most, or {make_room}"
         each = f" ({free:,} bytes are free, for {sharing} variants)" if sharing > 1 else ""
         raise DoesNotFitError(
-            f"{plan.slots} slots are {plan.states:,} bytes, and {room:,} are left for them{each}; {advice}\n"
+            f"{plan.counts} are {plan.states:,} bytes, and {most:,} are left for them{each}; {advice}\n"
             + _without_states(plan)
         )
     return plan
@@ -169,7 +278,12 @@ def _make_room(config: EngineConfig, device: Device, beyond: int) -> str:
 
 
 def _without_states(plan: MemoryPlan) -> str:
-    return table(plan.device, plan.budget, {**plan.parts, "states": 0})
+    """The table of everything else."""
+    return table(
+        plan.device,
+        plan.budget,
+        plan.parts | dict.fromkeys(("states", "pages") if plan.bytes_per_page else ("states",), 0),
+    )
 
 
 @torch.inference_mode()
@@ -225,6 +339,21 @@ def measure(
     workspace = device.peak_memory(prefill)
     graphs = device.peak_memory(decode) + len(sizes) * GRAPH_BYTES if sizes else 0
     return Needs(weights, workspace, graphs, RESERVED)
+
+
+def dense_d_k(checkpoint: Checkpoint) -> tuple[int, ...] | None:
+    """The d_k of each linear layer of the model that a checkpoint was reduced from, as its `state_reduction.json` says;
+    None for one that was not reduced, or whose file does not say."""
+    source = (checkpoint.reduction or {}).get("source")
+    widths = source.get("d_k") if isinstance(source, dict) else None
+    now = checkpoint.spec.d_k
+    if not isinstance(widths, list) or len(widths) != len(now):
+        return None
+    if not all(
+        type(wide) is int and narrow <= wide <= MOST_D_K for wide, narrow in zip(widths, now, strict=True)
+    ):
+        return None
+    return tuple(widths)
 
 
 def weights_of(checkpoint: Checkpoint, dtype: torch.dtype) -> int:

@@ -193,7 +193,7 @@ def _plan(
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
     needs = measure(config, runtime, pool(1), device, weights, prefill_tokens, sizes)
     bytes_per_slot = spec.state_bytes(0, types)
-    plan = plan_memory(config, device, needs, bytes_per_slot, sharing(config))
+    plan = plan_memory(config, device, needs, bytes_per_slot, 0, sharing(config))
     logger.info("%s: %s", config.variant, plan)
     states = pool(plan.slots)
     if recorder is None:

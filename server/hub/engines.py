@@ -147,6 +147,7 @@ def engine_configs(settings: Settings) -> list[EngineConfig]:
             dtype=own.dtype or settings.dtype,
             max_requests=settings.max_requests,
             state_memory=settings.state_memory,
+            context_tokens=settings.context_tokens,
             device_memory=shares[name],
             devices=[other.device or settings.device for other in settings.variants.values()],
             state_dtype=own.state_dtype or settings.state_dtype,

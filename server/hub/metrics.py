@@ -21,7 +21,8 @@ from server.wire.messages import Occupancy, Phase, Ready, Step, one_or_all
 ENGINE = "0"
 """The label `engine`, which is the index of a variant's engine: each variant has one."""
 
-SLOT_USES = ("used", "cached", "free")
+USES = ("used", "cached", "free")
+"""What a slot or a page may be: a request's, a prefix's that gives way, or nobody's."""
 
 BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -54,12 +55,34 @@ class HubMetrics:
         self.paused = gauge(
             "lowkey_requests_paused", "Running requests that wait for a client who is slow to read.", engine
         )
-        self.waiting = gauge("lowkey_requests_waiting", "Requests that wait for a state slot.", engine)
+        self.waiting = gauge(
+            "lowkey_requests_waiting", "Requests that wait for a state slot or for pages.", engine
+        )
+        self.preempted = gauge(
+            "lowkey_requests_preempted",
+            "Waiting requests that have begun: their states are in the host's memory.",
+            engine,
+        )
+        self.preemptions = counter(
+            "lowkey_preemptions_total",
+            "Times that a running request gave its slot and pages away for others that came earlier.",
+            engine,
+        )
         self.state_bytes_per_request = gauge(
-            "lowkey_state_bytes_per_request", "State memory that every request of the variant holds.", variant
+            "lowkey_state_bytes_per_request",
+            "State memory that every request of the variant holds, whatever its length.",
+            variant,
         )
         self.state_slots = gauge("lowkey_state_slots", "State slots by use.", [*engine, "state"])
-        self.state_pool_bytes = gauge("lowkey_state_pool_bytes", "State memory by use.", [*engine, "state"])
+        self.state_pool_bytes = gauge(
+            "lowkey_state_pool_bytes", "Memory of state slots by use.", [*engine, "state"]
+        )
+        self.kv_pages = gauge(
+            "lowkey_kv_pages", "Pages of 64 tokens' keys and values by use.", [*engine, "state"]
+        )
+        self.kv_pool_bytes = gauge(
+            "lowkey_kv_pool_bytes", "Memory of pages of keys and values by use.", [*engine, "state"]
+        )
         self.step = histogram(
             "lowkey_engine_step_seconds", "One step of the engine.", STEP_SECONDS, [*engine, "phase"]
         )
@@ -100,8 +123,12 @@ class EngineMetrics:
         self._running = metrics.running.labels(*engine)
         self._paused = metrics.paused.labels(*engine)
         self._waiting = metrics.waiting.labels(*engine)
-        self._state_slots = {use: metrics.state_slots.labels(*engine, use) for use in SLOT_USES}
-        self._state_pool_bytes = {use: metrics.state_pool_bytes.labels(*engine, use) for use in SLOT_USES}
+        self._preempted = metrics.preempted.labels(*engine)
+        self._preemptions = metrics.preemptions.labels(*engine)
+        self._state_slots = {use: metrics.state_slots.labels(*engine, use) for use in USES}
+        self._state_pool_bytes = {use: metrics.state_pool_bytes.labels(*engine, use) for use in USES}
+        self._kv_pages = {use: metrics.kv_pages.labels(*engine, use) for use in USES}
+        self._kv_pool_bytes = {use: metrics.kv_pool_bytes.labels(*engine, use) for use in USES}
         self._step = {phase: metrics.step.labels(*engine, phase) for phase in get_args(Phase)}
         self._batch_size = metrics.batch_size.labels(*engine)
         self._engine_up = metrics.engine_up.labels(*engine)
@@ -134,6 +161,7 @@ class EngineMetrics:
         """The engine has run a step."""
         self._prefix_queries.inc(step.cache_queries)
         self._prefix_hits.inc(step.cache_hits)
+        self._preemptions.inc(step.preemptions)
         if not step.batch_size:
             return
         self._step[step.phase].observe(step.step_s)
@@ -144,10 +172,13 @@ class EngineMetrics:
         self._running.set(occupancy.running)
         self._paused.set(occupancy.paused)
         self._waiting.set(occupancy.waiting)
-        used, cached = occupancy.used_slots, occupancy.cached_slots
-        for use, slots in (("used", used), ("cached", cached), ("free", ready.slots - used - cached)):
+        self._preempted.set(occupancy.preempted)
+        for use, slots in by_use(ready.slots, occupancy.used_slots, occupancy.cached_slots):
             self._state_slots[use].set(slots)
             self._state_pool_bytes[use].set(slots * ready.state_bytes_per_request)
+        for use, pages in by_use(ready.pages, occupancy.used_pages, occupancy.cached_pages):
+            self._kv_pages[use].set(pages)
+            self._kv_pool_bytes[use].set(pages * ready.bytes_per_page)
 
     def on_down(self, ready: Ready | None) -> None:
         """The engine is gone."""
@@ -158,6 +189,11 @@ class EngineMetrics:
     def on_restart(self) -> None:
         """The engine will be started again."""
         self._engine_restarts.inc()
+
+
+def by_use(total: int, used: int, cached: int) -> Iterable[tuple[str, int]]:
+    """How many slots or pages there are of each of `USES`."""
+    return zip(USES, (used, cached, total - used - cached), strict=True)
 
 
 def widths_label(widths: list[int]) -> str:

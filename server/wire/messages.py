@@ -12,6 +12,9 @@ CANNOT_LOAD = 78
 DEFAULT_SLOTS = 64
 """State slots of an engine on a CPU that was not told how many."""
 
+PAGE_TOKENS = 64
+"""Tokens of a page of keys and values, as `modeling.state` has them, which imports torch."""
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 Phase = Literal["prefill", "decode", "mixed"]

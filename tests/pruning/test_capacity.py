@@ -209,7 +209,7 @@ def test_no_requests_have_no_multiple(monkeypatch):
 
 def test_what_no_server_runs_has_states_and_no_requests():
     spec = spec_of("27B")
-    _, rows = capacity_table([("128", spec), ("64", with_share(spec, 1 / 2))], on_server=False)
+    _, rows = capacity_table([("128", spec), ("64", with_share(spec, 1 / 2))], on_card=False)
     assert [row[0] for row in rows] == [f"state in {dtype}" for dtype in ("float32", "bfloat16", "int8")]
 
 

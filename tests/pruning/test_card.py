@@ -102,7 +102,7 @@ def commands(text):
             ["VLLM_PLUGINS"],
         ),
         ("olmo", "sliced", ["vllm serve DIR"], ["VLLM_PLUGINS", "sglang", "llama-server"]),
-        ("text-dense-tied", "sliced", ["sglang"], ["mlx_lm", "lowkey-serve"]),
+        ("text-dense-tied", "sliced", ["sglang", "lowkey-serve reduced=DIR"], ["mlx_lm"]),
         (None, "sliced", ["import fla", "lowkey-serve reduced=DIR"], ["vllm", "mlx_lm", "sglang"]),
     ],
 )
@@ -141,21 +141,21 @@ def test_widths_per_layer_are_not_announced_as_transformers(run, dense, tmp_path
     assert not any("vllm" in line or "import" in line for line in commands(body))
 
 
-def test_no_server_is_claimed_for_a_hybrid_of_different_widths(run, tmp_path, card):
+def test_a_hybrid_of_different_widths_runs_in_lowkey_on_a_cpu(run, tmp_path, card):
     write_hybrid(tmp_path / "dense", replace(CASES["vl-dense-tied"], layer_types=(LINEAR, LINEAR, FULL)))
     (tmp_path / "t").write_text(" ".join(f"{i * i}" for i in range(2000)))
     options = ("--method", "random", "--keep", 8, "--per-layer", "--align", 4, "--text", "t", "--tokens", 256)
     said = run("prune", "dense", "out", *options, "--window-length", 64)
     assert len(set(open_checkpoint("out").spec.d_k)) > 1, "the test's premise"
-    no_server = (
-        "lowkey-prune evaluates and recovers this; no server runs it yet; --export masked keeps such widths"
-    )
+    on_cpu = "Lowkey runs this, on a CPU only, and stock loaders refuse it; --export masked keeps such widths"
     plan = next(line for line in said.splitlines() if "note: where layers differ in d_k" in line)
-    assert no_server in plan
+    assert on_cpu in plan
     body = card("out")
-    assert no_server in body and not commands(body) and "| yes |" not in body
+    assert commands(body) == ["lowkey-serve reduced=DIR"] and body.count("| yes |") == 1
+    assert "| Lowkey | yes | lowkey-serve on a CPU; on a GPU not yet |" in body
+    assert "No server runs this checkpoint on a GPU yet" in body
     for shown in (said, run("inspect", "out")):
-        assert no_server in " ".join(shown.split()) and "Lowkey runs this" not in shown
+        assert on_cpu in " ".join(shown.split())
     for text in (body, run("inspect", "out")):
         assert "vLLM's block" not in text and "requests at" not in text and "state in bfloat16" in text
     masked = run("prune", "dense", "masked", *options, "--window-length", 64, "--export", "masked")

@@ -8,19 +8,23 @@ from hybrids import config_of
 from modeling.families import FAMILIES, family_of
 from modeling.vllm_plugin import KNOWN
 from pruning import loaders as module
-from pruning.loaders import LOADERS, MODEL_TYPES, loaders, runs_uneven, uneven, warnings
+from pruning.loaders import LOADERS, MODEL_TYPES, loaders, on_a_card, uneven, warnings
 
 WHERE = {
     # model type, d_k, d_v -> the loaders that run it
-    ("qwen3_5", (128,), 128): "transformers, vLLM, vLLM with Lowkey's plugin, SGLang, mlx-lm, llama.cpp",
-    ("qwen3_5", (96,), 128): "transformers, vLLM, vLLM with Lowkey's plugin, SGLang, mlx-lm",
-    ("qwen3_5_moe", (64,), 128): "transformers, vLLM with Lowkey's plugin, SGLang, mlx-lm",
-    ("qwen3_5_text", (64,), 128): "transformers, vLLM with Lowkey's plugin, SGLang",
-    ("qwen3_next", (64,), 128): "transformers, vLLM with Lowkey's plugin, SGLang, mlx-lm",
-    ("qwen3_next", (96,), 128): "transformers, vLLM, vLLM with Lowkey's plugin, mlx-lm",
-    ("olmo_hybrid", (96,), 192): "transformers, vLLM, vLLM with Lowkey's plugin, mlx-lm",
-    ("olmo_hybrid", (48,), 192): "transformers, vLLM, vLLM with Lowkey's plugin, mlx-lm",
-    ("qwen3_5", (64, 64, 96), 128): "",
+    (
+        "qwen3_5",
+        (128,),
+        128,
+    ): "transformers, vLLM, vLLM with Lowkey's plugin, SGLang, mlx-lm, llama.cpp, Lowkey",
+    ("qwen3_5", (96,), 128): "transformers, vLLM, vLLM with Lowkey's plugin, SGLang, mlx-lm, Lowkey",
+    ("qwen3_5_moe", (64,), 128): "transformers, vLLM with Lowkey's plugin, SGLang, mlx-lm, Lowkey",
+    ("qwen3_5_text", (64,), 128): "transformers, vLLM with Lowkey's plugin, SGLang, Lowkey",
+    ("qwen3_next", (64,), 128): "transformers, vLLM with Lowkey's plugin, SGLang, mlx-lm, Lowkey",
+    ("qwen3_next", (96,), 128): "transformers, vLLM, vLLM with Lowkey's plugin, mlx-lm, Lowkey",
+    ("olmo_hybrid", (96,), 192): "transformers, vLLM, vLLM with Lowkey's plugin, mlx-lm, Lowkey",
+    ("olmo_hybrid", (48,), 192): "transformers, vLLM, vLLM with Lowkey's plugin, mlx-lm, Lowkey",
+    ("qwen3_5", (64, 64, 96), 128): "Lowkey",
     ("gated_deltanet", (64,), 256): "transformers, Lowkey",
     ("delta_net", (64, 80), 128): "Lowkey",
 }
@@ -140,12 +144,13 @@ def test_sglang_has_experts_in_all_layers_of_qwen3_next():
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_a_server_for_layers_of_different_widths_is_not_claimed(model_type):
-    _, spec = config_and_spec(model_type, [16])
-    runs = any(v.runs for v in asked(model_type, [16, 32]))
-    assert runs_uneven(spec) == runs == (model_type in ("gated_deltanet", "delta_net"))
-    assert ("Lowkey runs this" in uneven(spec)) == runs
-    assert ("no server runs it yet; --export masked keeps" in uneven(spec)) != runs
+def test_only_lowkey_runs_layers_of_different_widths_and_hybrids_on_a_cpu(model_type):
+    spec = config_and_spec(model_type, [16, 32])[1]
+    (lowkey,) = [v for v in asked(model_type, [16, 32]) if v.runs]
+    hybrid = model_type not in ("gated_deltanet", "delta_net")
+    assert lowkey.loader.name == "Lowkey" and ("on a GPU not yet" in lowkey.how) == hybrid
+    assert on_a_card(spec) != hybrid and on_a_card(config_and_spec(model_type, [16])[1])
+    assert "Lowkey runs this" in uneven(spec) and ("on a CPU only" in uneven(spec)) == hybrid
 
 
 def test_what_was_run_is_of_the_model_type():
@@ -154,7 +159,7 @@ def test_what_was_run_is_of_the_model_type():
     for model_type in set(MODEL_TYPES) - {"qwen3_5"}:
         assert ran[model_type]["vLLM"] == ran[model_type]["vLLM with Lowkey's plugin"] == "nothing"
     assert ran["gated_deltanet"]["mlx-lm"] == "nothing" and "GPU" in ran["gated_deltanet"]["Lowkey"]
-    assert "lowkey-prune" in ran["olmo_hybrid"]["Lowkey"] and "GPU" not in ran["olmo_hybrid"]["Lowkey"]
+    assert "on a CPU" in ran["olmo_hybrid"]["Lowkey"] and "GPU" not in ran["olmo_hybrid"]["Lowkey"]
 
 
 def test_a_model_type_that_is_not_in_the_table_is_refused(monkeypatch):

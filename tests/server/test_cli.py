@@ -67,6 +67,7 @@ def test_the_environment_counts_where_the_command_line_is_silent(run, model):
         (["a=org/x", "--dtype", "int8"], "dtype"),
         (["a=org/x", "--state-dtype", "fp8"], "state_dtype: Input should be 'float32', 'bfloat16' or 'int8'"),
         (["a=org/x", "--max-requests", "0"], "max_requests"),
+        (["a=org/x", "--context-tokens", "0"], "context_tokens: Input should be greater than or equal to 1"),
         (["a=org/x", "--nonsense"], "nonsense"),
     ],
     ids=lambda x: " ".join(x)[:30] if isinstance(x, list) else None,

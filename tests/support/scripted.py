@@ -37,10 +37,20 @@ FIRST_AT = 1000.0
 STEP_S = 0.25
 """Seconds between the tokens of a request."""
 D_K = {"dense": 32, "reduced": 16}
+KV_NAMES = ("layers.1.keys", "layers.1.values")
+KV_SHAPE = (2, 8)
+"""Key and value heads of the softmax attention layer that scripted hybrids have, and channels of each."""
+CONV_BYTES = 96
+"""Bytes of a scripted hybrid's recurrent state that count as those of convolutions."""
+PAGE_BYTES = 64 * 2 * 2 * 8 * 4
+"""Bytes of a page of scripted hybrids: keys and values of 64 tokens in float32."""
 
 
 class Script:
     """What one engine does: log-probabilities of the next token by the last one `[vocab, vocab]`, and its faults."""
+
+    hybrid = False
+    """Whether the models have a layer of softmax attention beside the linear one (`scripted_api`)."""
 
     def __init__(self, seed: int) -> None:
         generator = np.random.default_rng(seed)
@@ -54,6 +64,8 @@ class Script:
         self.cached_tokens = 0
         self.together = 1
         """How many tokens come at once."""
+        self.pages: int | None = None
+        """Pages that requests hold at their end; None for what their tokens need."""
 
     def top(self, last: int, count: int) -> list[tuple[int, float]]:
         order = np.argsort(-self.logprobs[last], kind="stable")[:count]
@@ -118,6 +130,7 @@ class ScriptedExchange(Exchange):
 def made(script: Script, message: Generate, scripted: list[int] | None) -> Iterator[Token]:
     """The tokens that the script makes for a request, or those that are given. Raises EngineError where it says so."""
     last, how = message.token_ids[-1], message.sampling
+    before = message.state_tokens + len(message.token_ids)
     for position in range(message.max_tokens):
         if script.fail_after == position:
             raise EngineError("the engine broke")
@@ -133,6 +146,9 @@ def made(script: Script, message: Generate, scripted: list[int] | None) -> Itera
         if reason is None and position == message.max_tokens - 1:
             reason = "length"
         wanted = message.logprobs
+        pages = 0
+        if reason is not None and script.hybrid:
+            pages = -(-(before + position) // 64) if script.pages is None else script.pages
         yield Token(
             message.request_id,
             token,
@@ -141,6 +157,7 @@ def made(script: Script, message: Generate, scripted: list[int] | None) -> Itera
             *((0.001, 0.002, script.cached_tokens) if position == 0 else (None, None, 0)),
             logprob=None if wanted is None else float(logprobs[token]),
             top=None if wanted is None else pack_top(script.top(last, wanted)),
+            pages=pages,
         )
         last = token
         if reason is not None:
@@ -168,7 +185,12 @@ class ScriptedEngine:
             checkpoint_path=self.config.source,
             method=None,
             state_bytes_per_request=d_k * 24 * 4,
-            state_layout={"recurrent.0": ("F32", [1, d_k, 24])},
+            conv_bytes_per_request=CONV_BYTES if Script.hybrid else 0,
+            bytes_per_page=PAGE_BYTES if Script.hybrid else 0,
+            state_layout={
+                "recurrent.0": ("F32", [1, d_k, 24]),
+                **({name: ("F32", [0, *KV_SHAPE]) for name in KV_NAMES} if Script.hybrid else {}),
+            },
             state_dtype="float32",
             device="cpu",
             backend="script",
@@ -176,6 +198,7 @@ class ScriptedEngine:
             memory={"weights": 1, "states": 5},
             load_s=0.0,
             slots=4,
+            pages=CONTEXT // 64 if Script.hybrid else 0,
             max_running=4,
         )
         self._on_ready(ready, "nowhere")
@@ -234,7 +257,12 @@ class ScriptedClient:
         self.script.seen.append(message)
         state = np.zeros((1, D_K[self.variant], 24), dtype=np.float32)
         state[0, 0, 0] = message.token_ids[-1]
-        save_file({"recurrent.0": state}, message.path, metadata=message.fingerprint)
+        tensors = {"recurrent.0": state}
+        if Script.hybrid:
+            tensors |= {
+                name: np.full((len(message.token_ids), *KV_SHAPE), 0.5, np.float32) for name in KV_NAMES
+            }
+        save_file(tensors, message.path, metadata=message.fingerprint)
 
 
 def state_in(path: str) -> int:
@@ -244,8 +272,11 @@ def state_in(path: str) -> int:
 
 
 @contextlib.contextmanager
-def scripted_api(directory: Path, monkeypatch: Any, **settings: Any) -> Iterator[TestClient]:
-    """A client of the API over two scripted variants."""
+def scripted_api(
+    directory: Path, monkeypatch: Any, *, hybrid: bool = False, **settings: Any
+) -> Iterator[TestClient]:
+    """A client of the API over two scripted variants; hybrids also keep keys and values."""
+    monkeypatch.setattr(Script, "hybrid", hybrid)
     sources = {}
     for number, name in enumerate(D_K):
         path = directory / name

@@ -273,9 +273,7 @@ class Comparison:
             "top1_agreement": scores.top1_agreement,
             "agree": scores.agree,
             "first_divergence": _first_divergence(base.token_ids, other.token_ids),
-            "state_bytes_ratio": (
-                other.variant.info.state_bytes_per_request / base.variant.info.state_bytes_per_request
-            ),
+            "state_bytes_ratio": other.held.total / base.held.total,
             "tokens_per_second_ratio": (
                 None if self._parallel else _ratio(other.tokens_per_second, base.tokens_per_second)
             ),

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 
 from server.api.serving.service import service_of
+from server.api.serving.sizes import kv_bytes_per_token
 from server.wire.hub import Summarise
 
 router = APIRouter()
@@ -22,6 +23,9 @@ async def summary(
         variant.name: {
             **known["variants"][variant.name],
             "state_bytes": variant.info.state_bytes_per_request if variant.loaded else None,
+            "kv_bytes_per_token": kv_bytes_per_token(variant.info) if variant.loaded else None,
+            "slots": variant.info.slots if variant.loaded else None,
+            "pages": variant.info.pages if variant.loaded else None,
             "state_dtype": variant.info.state_dtype if variant.loaded else None,
         }
         for variant in service.variants

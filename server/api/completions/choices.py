@@ -15,6 +15,9 @@ from server.api.serving.service import Origin, Places
 from server.settings import Settings
 from server.wire.messages import Generate
 
+SIZES = ("state_bytes", "recurrent_bytes", "conv_bytes", "kv_bytes")
+"""What of the `lowkey` block is added up over choices."""
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -102,7 +105,7 @@ class Choices:
         reasons = {block["finish_reason"] for block in blocks}
         return {
             **blocks[0],
-            "state_bytes": sum(block["state_bytes"] for block in blocks),
+            **{size: sum(block[size] for block in blocks) for size in SIZES},
             "queue_s": min((b["queue_s"] for b in blocks if b["queue_s"] is not None), default=None),
             "ttft_s": min((b["ttft_s"] for b in blocks if b["ttft_s"] is not None), default=None),
             "decode_s": decode_s,

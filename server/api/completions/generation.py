@@ -12,6 +12,7 @@ from server.api.completions.schemas import SamplingFields
 from server.api.http.context import current
 from server.api.http.tasks import Stepping
 from server.api.serving.service import Origin
+from server.api.serving.sizes import Held, held, pages_for
 from server.api.serving.variants import Variant
 from server.text.detokenizer import Detokenizer, StopMatcher
 from server.wire.exchange import EngineError, Exchange
@@ -118,6 +119,8 @@ class Generation:
         """When the engine made the last token so far."""
         self._queue_s: float | None = None
         self._saved_tokens = saved_tokens
+        self._pages: int | None = None
+        """Pages that the request held at its end, as the engine said; None before it has."""
         self._decoded = 0
         """Characters so far, those that are held back for a stop string included."""
         stops = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
@@ -243,6 +246,7 @@ class Generation:
             if reason is None:
                 piece = self._detokenizer.add(token.token_id)
             else:
+                self._pages = token.pages
                 piece = self._last_piece(token)
             self._decoded += len(piece)
             if self._matcher is not None and len(ids) >= self._message.min_tokens:
@@ -284,7 +288,7 @@ class Generation:
         metrics.on_end(self.origin.endpoint, reason)
         metrics.request_seconds.observe(time.monotonic() - self.origin.arrived)
         if self.decode_s is not None:
-            metrics.request_state_bytes.observe(self.variant.info.state_bytes_per_request)
+            metrics.request_state_bytes.observe(self.held.total)
             metrics.decode.observe(self.decode_s)
         speed = self.tokens_per_second
         if speed is not None:
@@ -340,17 +344,31 @@ class Generation:
         return self._saved_tokens + len(self.prompt_ids)
 
     @property
+    def held(self) -> Held:
+        """What the request holds, in bytes; once it has ended, what it held then. Pages that choices share count in
+        each of them."""
+        info, pages = self.variant.info, self._pages
+        if (
+            pages is None
+        ):  # not ended yet, or not by its engine: what its tokens need, the last of which was not fed
+            pages = pages_for(info, self.prompt_tokens + max(len(self.token_ids) - 1, 0))
+        return held(info, pages)
+
+    @property
     def usage(self) -> dict[str, Any]:
         return usage(self.prompt_tokens, len(self.token_ids), self.cached_tokens)
 
     @property
     def lowkey(self) -> dict[str, Any]:
         """The block that says what this request held and how fast it was."""
-        info = self.variant.info
+        own = self.held
         return {
             "variant": self.variant.name,
-            "state_bytes": info.state_bytes_per_request,
-            "state_dtype": info.state_dtype,
+            "state_bytes": own.total,
+            "recurrent_bytes": own.recurrent,
+            "conv_bytes": own.conv,
+            "kv_bytes": own.kv,
+            "state_dtype": self.variant.info.state_dtype,
             "d_k": self.variant.d_k,
             "queue_s": self._queue_s,
             "ttft_s": self.ttft_s,

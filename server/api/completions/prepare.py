@@ -114,6 +114,7 @@ def generate_message(
         logprobs=fields.alternatives,
         priority=origin.priority,
         state_path=None if saved is None else str(saved.path),
+        state_tokens=0 if saved is None else saved.header.tokens,
         cache_salt=origin.salt,
     )
 

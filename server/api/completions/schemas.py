@@ -342,7 +342,13 @@ class Lowkey(BaseModel):
 
     variant: str
     state_bytes: int = Field(
-        description="Recurrent states, with the scales of those in int8, and convolutions' inputs, of all choices."
+        description="What the request held at its end, of all choices: the sum of the three that follow."
+    )
+    recurrent_bytes: int = Field(description="Recurrent states, with the scales of those in int8.")
+    conv_bytes: int = Field(description="Last inputs of the short convolutions.")
+    kv_bytes: int = Field(
+        description="Pages of keys and values; 0 for a model without softmax attention. Pages that choices share count "
+        "in each of them."
     )
     state_dtype: StateDType = Field(description="Dtype of the recurrent state.")
     d_k: int | list[int]

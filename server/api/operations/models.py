@@ -5,6 +5,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from server.api.serving.service import Service, service_of
+from server.api.serving.sizes import kv_bytes_per_token
 from server.api.serving.variants import Variant
 
 router = APIRouter()
@@ -31,11 +32,15 @@ def _describe(variant: Variant) -> dict[str, Any]:
             "method": info.method,
             "d_k": variant.d_k,
             "state_bytes": info.state_bytes_per_request,
+            "conv_bytes": info.conv_bytes_per_request,
+            "kv_bytes_per_token": kv_bytes_per_token(info),
+            "kv_bytes_per_page": info.bytes_per_page,
             "state_dtype": info.state_dtype,
             "context_length": info.context_length,
             "device": info.device,
             "backend": info.backend,
             "slots": info.slots,
+            "pages": info.pages,
             "memory": info.memory,
         },
     }

@@ -16,6 +16,7 @@ from server.api.http.errors import APIError, from_engine, unavailable
 from server.api.http.tasks import unless_disconnected
 from server.api.serving.prompts import encode_prompt
 from server.api.serving.service import Service, cache_salt, service_of
+from server.api.serving.sizes import saved_bytes
 from server.api.serving.variants import Variant
 from server.api.states.saved import SavedStates, saved_states, unknown
 from server.api.states.schemas import DeletedState, State, StateList, StateRequest
@@ -53,7 +54,7 @@ async def create_state(body: StateRequest, request: Request) -> dict[str, Any]:
     with await service.admit(variant):
         # One token must have room after it.
         ids = await encode_prompt(variant, body.prompt, 1)
-        _check_budget(store, variant.info.state_bytes_per_request)
+        _check_budget(store, saved_bytes(variant.info, len(ids)))
         salt = cache_salt(request, body.cache_salt)
         path = store.new_file()
         try:

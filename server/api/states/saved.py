@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import Request
 
 from server.api.http.errors import APIError, unavailable
+from server.api.serving.sizes import saved_bytes, saved_layout
 from server.api.serving.variants import Variant
 from server.api.states.store import (
     Fingerprint,
@@ -95,15 +96,16 @@ class SavedStates:
         """Raises OtherModelError or StateFileError unless the variant can go on from this file."""
         (await self.fingerprint(variant)).check(header.metadata, variant.name)
         info = variant.info
-        if (header.tensors, header.data_bytes) != (info.state_layout, info.state_bytes_per_request):
+        layout = saved_layout(info, header.tokens)
+        if (header.tensors, header.data_bytes) != (layout, saved_bytes(info, header.tokens)):
             odd = sorted(
                 name
-                for name in header.tensors.keys() | info.state_layout.keys()
-                if header.tensors.get(name) != info.state_layout.get(name)
+                for name in header.tensors.keys() | layout.keys()
+                if header.tensors.get(name) != layout.get(name)
             )
             told = ""
             if odd:
-                theirs, ours = header.tensors.get(odd[0]), info.state_layout.get(odd[0])
+                theirs, ours = header.tensors.get(odd[0]), layout.get(odd[0])
                 told = f": {odd[0][:80]} is {_tensor(theirs)} there and {_tensor(ours)} here"
             raise StateFileError(f"has other tensors than variant {variant.name!r} keeps{told}")
 

@@ -25,7 +25,13 @@ LINK = SimpleNamespace(front_end="0", started=0)
 
 def variant(name="dense", **info):
     """What the API knows of a variant that is up."""
-    defaults = {"vocab_size": 257, "context_length": 100, "state_bytes_per_request": 1000}
+    defaults = {
+        "vocab_size": 257,
+        "context_length": 100,
+        "state_bytes_per_request": 1000,
+        "conv_bytes_per_request": 0,
+        "bytes_per_page": 0,
+    }
     return SimpleNamespace(
         name=name,
         text=SimpleNamespace(tokenizer=byte_tokenizer(), sha256="a", longest_token=13),

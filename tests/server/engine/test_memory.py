@@ -47,7 +47,7 @@ def bench(tmp_path_factory):
 
 
 def plan(device, needs=Needs(0), sharing=1, **fields):  # noqa: B008 (frozen)
-    return plan_memory(engine_config("x", **fields), device, needs, SLOT, sharing)
+    return plan_memory(engine_config("x", **fields), device, needs, SLOT, 0, sharing)
 
 
 def test_on_a_cpu_the_pool_is_as_large_as_its_memory(monkeypatch):

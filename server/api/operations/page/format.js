@@ -11,9 +11,25 @@ export function bytes(value) {
   return `${unit && value < 100 ? value.toPrecision(3) : Math.round(value)} ${units[unit]}`;
 }
 
-// What one request holds of a variant, by its `lowkey` block.
+// What one request held, by its `lowkey` block.
 export function state(lowkey) {
-  return `${bytes(lowkey.state_bytes)} ${lowkey.state_dtype}`;
+  return `${bytes(lowkey.state_bytes)} ${stateKind(lowkey)}`;
+}
+
+// Of what dtype its state was, and how much of what it held were keys and values.
+export function stateKind(lowkey) {
+  return lowkey.state_dtype + (lowkey.kv_bytes ? `, KV ${bytes(lowkey.kv_bytes)}` : "");
+}
+
+// What requests hold of a variant, and for how many there is memory, by the model's `lowkey` block.
+export function capacity(lowkey) {
+  const tokens = lowkey.kv_bytes_per_token ? ` + ${bytes(lowkey.kv_bytes_per_token)} a token` : "";
+  const pages = lowkey.pages ? `, ${count(lowkey.pages)} pages` : "";
+  return `${bytes(lowkey.state_bytes)} ${lowkey.state_dtype}${tokens} · ${count(lowkey.slots)} slots${pages}`;
+}
+
+function count(value) {
+  return value.toLocaleString("en");
 }
 
 export function seconds(value) {

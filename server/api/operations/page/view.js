@@ -92,7 +92,7 @@ export class Card {
     this.stateBytes = lowkey.state_bytes;
     this.speed.set(format.speed(lowkey.tokens_per_second));
     this.ttft.set(format.seconds(lowkey.ttft_s));
-    this.state.set(format.bytes(lowkey.state_bytes), lowkey.state_dtype);
+    this.state.set(format.bytes(lowkey.state_bytes), format.stateKind(lowkey));
   }
 
   // Charts on the scale that all cards share.
@@ -266,7 +266,7 @@ export function historyRows({ answer, body, timings }, show) {
 export function fleet(models) {
   return models.map((model, i) => {
     const { status, d_k: dK } = model.lowkey;
-    const detail = dK == null ? status : `d_k ${format.width(dK)} · ${format.state(model.lowkey)}${status === "up" ? "" : ` · ${status}`}`;
+    const detail = dK == null ? status : `d_k ${format.width(dK)} · ${format.capacity(model.lowkey)}${status === "up" ? "" : ` · ${status}`}`;
     return el("li", { class: `v${i % 6} ${status}` }, el("span", { class: "lamp", "aria-hidden": "true" }), el("b", {}, model.id), ` ${detail}`);
   });
 }

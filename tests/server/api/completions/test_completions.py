@@ -204,7 +204,8 @@ def test_lowkey_block_and_headers(server, checkpoints):
         )
         lowkey = response.json()["lowkey"]
         assert set(lowkey) == {
-            *("variant", "state_bytes", "state_dtype", "d_k", "queue_s", "ttft_s", "decode_s"),
+            *("variant", "state_bytes", "recurrent_bytes", "conv_bytes", "kv_bytes", "state_dtype", "d_k"),
+            *("queue_s", "ttft_s", "decode_s"),
             *("tokens_per_second", "cached_tokens", "finish_reason"),
         }
         assert (lowkey["variant"], lowkey["d_k"], lowkey["state_dtype"]) == (name, d_k, "float32")

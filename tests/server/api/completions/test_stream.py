@@ -147,7 +147,9 @@ class Case:
             )
             for index, request_id in enumerate(self.ids)
         ]
-        info = SimpleNamespace(state_bytes_per_request=1, state_dtype="float32")
+        info = SimpleNamespace(
+            state_bytes_per_request=1, conv_bytes_per_request=0, bytes_per_page=0, state_dtype="float32"
+        )
         variant = SimpleNamespace(
             name="dense",
             client=engine,

@@ -188,6 +188,45 @@ def test_each_variant_has_its_states_bytes_and_dtype(open_page, lab):
     assert hint == f"{states[1]} of {states[0]} per request"
 
 
+def with_pages(page):
+    """Has the server's answers say that the reduced model is a hybrid, which keeps keys and values as well."""
+
+    def models(route):
+        listed = route.fetch(timeout=PATIENCE_MS).json()
+        told = next(model["lowkey"] for model in listed["data"] if model["id"] == "reduced")
+        told |= {"kv_bytes_per_token": 65_536, "slots": 1062, "pages": 4027}
+        route.fulfill(json=listed)
+
+    def compare(route):
+        *events, last, done, end = route.fetch(timeout=PATIENCE_MS).text().split("\n\n")
+        answer = json.loads(last.removeprefix("data: "))
+        answer["results"][1]["lowkey"] |= {"state_bytes": 4_500_000, "kv_bytes": 4_194_304}
+        text = "\n\n".join([*events, f"data: {json.dumps(answer)}", done, end])
+        route.fulfill(body=text, content_type="text/event-stream")
+
+    page.route("**/v1/models", models)
+    page.route("**/v1/compare", compare)
+
+
+def test_keys_and_values_are_shown_beside_the_state(open_page):
+    page = open_page(key=None)
+    with_pages(page)
+    give_key(page, KEY)
+    fleet = page.locator("#fleet")
+    expect(fleet).to_contain_text("bfloat16 + 65.5 kB a token \u00b7 1,062 slots, 4,027 pages")
+    expect(fleet.locator("li").first).to_contain_text("slots")
+    expect(fleet.locator("li").first).not_to_contain_text("pages")
+    fill(page, max_tokens=5)
+    start(page)
+    expect(page.locator("#status")).to_have_text(DONE)
+    figures = [card(page, name).locator(".figures .figure").nth(2) for name in ("dense", "reduced")]
+    expect(figures[1]).to_contain_text("4.50 MB")
+    expect(figures[1]).to_contain_text("bfloat16, KV 4.19 MB")
+    expect(figures[0]).not_to_contain_text("KV")
+    hint = page.locator(".strip .figure").first.get_attribute("title")
+    assert hint.startswith("4.50 MB bfloat16, KV 4.19 MB of ")
+
+
 def test_a_run_shows_both_answers_and_their_figures(open_page, lab):
     page = open_page()
     fill(page, seed=5)
