@@ -89,10 +89,6 @@ class StatePool:
         """Bytes of tensor that each slot has by itself, without pages."""
         return sum(layer.bytes_per_row for layer in self.layers)
 
-    def bytes_held(self, slot: int) -> int:
-        """Bytes of tensor that a slot really has, its pages included, also those that others share."""
-        return self.bytes_per_slot + len(self.pages.of(slot)) * self.bytes_per_page
-
     def allocate(self, *, zero: bool = True) -> int | None:
         """A slot, or None when all are in use. Not zeroed, it holds anything, for a caller who overwrites it."""
         if not self._free:

@@ -20,12 +20,20 @@ from modeling.families import ConfigError
 from modeling.runtime import Runtime, UnavailableError, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
 from modeling.spec import AttentionSpec, MoESpec, StateTypes
-from modeling.state import StatePool
+from modeling.state import PAGE_TOKENS, StatePool
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
 from server.engine.engine import Engine
-from server.engine.memory import DoesNotFitError, MemoryPlan, check_weights, measure, plan_memory, weights_of
+from server.engine.memory import (
+    DoesNotFitError,
+    MemoryPlan,
+    check_weights,
+    dense_d_k,
+    measure,
+    plan_memory,
+    weights_of,
+)
 from server.engine.output import FrontEnds
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -88,9 +96,10 @@ def pick_prefill_tokens(config: EngineConfig, device: str) -> int:
     return config.prefill_tokens or (128 if device == "cpu" else 4096)
 
 
-def check_served(checkpoint: Checkpoint) -> None:
-    """Refuse a model with layers whose state grows with the request, which slots of a fixed size can't hold, or whose
-    feed-forwards no kernel here computes. Raises CheckpointError."""
+def check_served(checkpoint: Checkpoint, device: str) -> None:
+    """Refuse a model on a GPU with layers of kinds that no kernel there computes. Raises CheckpointError."""
+    if device == "cpu":
+        return
     layers = dict(enumerate(checkpoint.spec.layers))
     for what, found in (
         ("softmax attention", [i for i, layer in layers.items() if isinstance(layer.mixer, AttentionSpec)]),
@@ -100,8 +109,8 @@ def check_served(checkpoint: Checkpoint) -> None:
             some = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
             raise CheckpointError(
                 f"{checkpoint.source} ({checkpoint.spec.family}) has {what} in {counted(len(found), 'layer')} of "
-                f"{len(layers)} ({some}), and lowkey-serve runs models of linear attention and dense feed-forwards "
-                "only; docs/hybrids.md says how transformers, vLLM, SGLang and mlx-lm serve it"
+                f"{len(layers)} ({some}), which lowkey-serve runs on a CPU only: set device to cpu; docs/hybrids.md "
+                "says what serves it on a GPU"
             )
 
 
@@ -118,9 +127,9 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     began = time.monotonic()
     logger.info("%s: loading %s", config.variant, config.source)
     checkpoint: Checkpoint = open_checkpoint(config.source)
-    check_served(checkpoint)
     TokenizerFile(checkpoint.path).open()  # the API process will tokenise with it
     device = device or open_device(config)
+    check_served(checkpoint, device.name)
     dtype = pick_dtype(config, device.name)
     weights = weights_of(checkpoint, dtype)
     check_weights(config, device, weights)
@@ -133,6 +142,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     except UnavailableError as e:
         raise CheckpointError(f"state_dtype={config.state_dtype!r}: {e}") from e
     pool, plan, graphs = _plan(config, device, runtime, types, weights, prefill_tokens)
+    logger.info("%s: %s", config.variant, plan.meaning(checkpoint.spec, types, dense_d_k(checkpoint)))
     max_running = min(pool.num_slots, config.max_requests or pool.num_slots)
     cache = StateCache(pool, prefix_cache=config.prefix_cache, aligned=config.batch_invariant)
     engine = Engine(
@@ -146,11 +156,13 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         d_k=list(spec.d_k),
         d_v=[mixer.d_v for mixer in spec.deltas.values()],
         vocab_size=spec.vocab_size,
-        context_length=spec.context_length,
+        context_length=min(spec.context_length, plan.longest or spec.context_length),
         eos_token_ids=list(spec.eos_token_ids),
         checkpoint_path=str(checkpoint.path.resolve()),
         method=checkpoint.method,
         state_bytes_per_request=pool.bytes_per_slot,
+        conv_bytes_per_request=pool.conv_bytes_per_slot,
+        bytes_per_page=pool.bytes_per_page,
         state_layout=layout(pool),
         state_dtype=config.state_dtype,
         device=device.name,
@@ -159,6 +171,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         memory=plan.parts,
         load_s=time.monotonic() - began,
         slots=pool.num_slots,
+        pages=pool.pages.count,
         max_running=max_running,
     )
     logger.info(
@@ -186,16 +199,23 @@ def _plan(
     """States from the memory that weights, graphs and the work itself leave; says which part is how large."""
     spec = runtime.model.spec
 
-    def pool(slots: int) -> StatePool:
-        return StatePool(spec, slots, device=device.torch_device, types=types)
+    def pool(slots: int, pages: int) -> StatePool:
+        return StatePool(spec, slots, pages=pages, device=device.torch_device, types=types)
 
     recorder = None if config.batch_invariant else device.recorder()
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
-    needs = measure(config, runtime, pool(1), device, weights, prefill_tokens, sizes)
-    bytes_per_slot = spec.state_bytes(0, types)
-    plan = plan_memory(config, device, needs, bytes_per_slot, 0, sharing(config))
+    needs = measure(config, runtime, pool(1, 1), device, weights, prefill_tokens, sizes)
+    plan = plan_memory(
+        config,
+        device,
+        needs,
+        spec.state_bytes(0, types),
+        spec.kv_bytes_per_token(types) * PAGE_TOKENS,
+        sharing(config),
+        context_length=spec.context_length,
+    )
     logger.info("%s: %s", config.variant, plan)
-    states = pool(plan.slots)
+    states = pool(plan.slots, plan.pages)
     if recorder is None:
         return states, plan, None
     sizes = graph_sizes(min(plan.slots, config.max_requests or MAX_BATCH))

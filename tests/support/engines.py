@@ -2,16 +2,18 @@
 
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from checkpoints import write_checkpoint
+from hybrids import Case, write_hybrid
 from torch import Tensor
 
 from modeling.checkpoint import open_checkpoint
 from modeling.model import Model
-from modeling.runtime import TorchRuntime
+from modeling.runtime import Runtime, TorchRuntime
 from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 from server.engine.cache import StateCache
@@ -54,10 +56,15 @@ def prompt(length: int, seed: int = 0, vocab: int = 257) -> list[int]:
 
 
 class Bench:
-    """A model, and engines on it."""
+    """A model, and engines on it.
 
-    def __init__(self, directory: Path, config: dict[str, Any], seed: int = 0) -> None:
-        self.checkpoint = open_checkpoint(write_checkpoint(directory, config, seed=seed))
+    Args:
+        config: that of an fla checkpoint, or a case of a hybrid's.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any] | Case, seed: int = 0) -> None:
+        write = write_hybrid if isinstance(config, Case) else write_checkpoint
+        self.checkpoint = open_checkpoint(write(directory, config, seed=seed))
         self.model: Model = self.checkpoint.load()
 
     def engine(
@@ -70,21 +77,25 @@ class Bench:
         batch_invariant: bool = False,
         state_dtype: StateDType = "float32",
         max_running: int | None = None,
+        pages: int | None = None,
+        runtime: Callable[[Model], Runtime] = TorchRuntime,
     ) -> Engine:
-        pool = StatePool(self.model.spec, slots, types=StateTypes.named(state_dtype, torch.float32))
+        types = StateTypes.named(state_dtype, torch.float32)
+        pool = StatePool(self.model.spec, slots, pages=pages or 8 * slots, types=types)
         cache = StateCache(pool, prefix_cache=prefix_cache, aligned=batch_invariant)
-        runner = Runner(TorchRuntime(self.model), pool, batch_invariant=batch_invariant)
+        runner = Runner(runtime(self.model), pool, batch_invariant=batch_invariant)
         return Engine(Scheduler(cache, prefill_tokens, max_running), runner, depth)
 
     @torch.inference_mode()
     def check_tokens(self, message: Generate, tokens: list[int]) -> int:
         """Hold an engine's tokens against a plain loop at batch 1. At the first difference the loop's own choice must
         be a close one; what follows differs rightly. Returns how many tokens agreed."""
-        pool = StatePool(self.model.spec, 1)
-        slot = torch.tensor([pool.allocate()])
         ids = torch.tensor(message.token_ids)
+        pool = StatePool.with_room(self.model.spec, 1, len(ids) + len(tokens))
+        slot = torch.tensor([pool.allocate()])
         hidden, state = self.model(ids, [0, len(ids)])
         pool.scatter(slot, state)
+        pool.advance(slot, [0, len(ids)])
         hidden = hidden[-1:]
         for position, token in enumerate(tokens):
             expected, gap = _choice(self.model.logits(hidden)[0], message.sampling, position, token)
