@@ -79,10 +79,12 @@ def test_state_bytes_are_what_the_request_held_at_its_end(api, monkeypatch):
 
 def test_what_the_engine_did_not_end_is_counted_by_its_tokens(api, monkeypatch):
     monkeypatch.setattr(SCRIPTS["dense"], "pages", 7)
-    monkeypatch.setattr(SCRIPTS["dense"], "queue", [TOKENIZER.encode("a" * 64 + "b" + "c" * 60).ids])
-    stopped = complete(api, prompt=[5], max_tokens=100, stop="b").json()
-    assert stopped["usage"]["completion_tokens"] == 65
-    assert sizes(stopped["lowkey"]) == expected(2), "1 + 64 tokens were fed"
+    for written, pages in ((63, 1), (64, 2)):
+        ids = TOKENIZER.encode("a" * written + "b" + "c" * 60).ids
+        monkeypatch.setattr(SCRIPTS["dense"], "queue", [ids])
+        stopped = complete(api, prompt=[5], max_tokens=100, stop="b").json()
+        assert stopped["usage"]["completion_tokens"] == written + 1
+        assert sizes(stopped["lowkey"]) == expected(pages), "the prompt and all but the last one were fed"
     only_prompt = complete(api, prompt=[5] * 129, max_tokens=0, echo=True).json()
     assert sizes(only_prompt["lowkey"]) == expected(3)
 
