@@ -105,14 +105,10 @@ static void append(const Attention &l, float *in, const Place *places, int64_t t
 // ---- rows of queries and the keys and values of one page
 
 // Computes scores [rows][PAGE_TOKENS] of rows of queries, as `arrange_tile` left them, and the page's first `count`
-// keys. What lies behind those in the page is read too, as far as the next multiple of ROWS.
-template <class K, class Q>
-static void score_page(const float *q, int d, const K *keys, int count, float *scores, Q for_query_tiles) {
-    const int64_t size = arranged_size(words<K>(d));
-    for (int n = 0; n < count; n += ROWS)
-        for_query_tiles([&](int64_t m, auto width) {
-            tile<width>(q + m * size, d, keys + n * d, scores + m * PAGE_TOKENS + n, PAGE_TOKENS);
-        });
+// keys. What lies behind those in the page may be read too, as far as the next multiple of ROWS.
+template <class K>
+static void score_page(const float *q, int64_t rows, int d, const K *keys, int count, float *scores) {
+    product_rows(q, rows, d, keys, PAGE_TOKENS, 0, count, scores, PAGE_TOKENS);
 }
 
 // A row of the online softmax: the largest score so far, and the sum of exp(score - largest).

@@ -23,7 +23,7 @@ template <class K>
 static void attend_queries(const Attention &l, const float *in, const Piece &piece, int64_t first, int64_t tokens,
                            int64_t head, const PagedKV &kv, float *own, float *out) {
     const int d = l.head_dim, groups = l.groups(), rows = tokens * groups;
-    const int64_t size = arranged_size(words<K>(d)), most = query_rows(l), position = piece.position + first;
+    const int64_t size = arranged_row<K>(d), most = query_rows(l), position = piece.position + first;
     auto take = [&](int64_t n) { return std::exchange(own, own + n); };
     float *arranged = take(most * arranged_size(d)), *scores = take(most * PAGE_TOKENS), *o = take(most * d),
           *factor = take(most), *zeros = take(d);
@@ -31,21 +31,17 @@ static void attend_queries(const Attention &l, const float *in, const Piece &pie
     std::fill_n(o, rows * d, 0.0f);
     std::fill_n(zeros, d, 0.0f);
     std::fill_n(softmax, rows, NOTHING_YET);
-    auto for_query_tiles = [&](auto f) {
-        for (int64_t m = 0; m < rows; m += WIDE) f(m, std::integral_constant<int, WIDE>());
-    };
-    for_query_tiles([&](int64_t m, auto width) {
-        arrange_tile<width, K>(
+    for (int64_t m = 0; m < rows; m += WIDE)
+        arrange_tile<WIDE, K>(
             [&](int i) {
                 const int64_t row = m + i, token = first + row / groups;
                 return row < rows ? in + token * l.width() + (head * groups + row % groups) * d : zeros;
             },
             d, arranged + m * size);
-    });
     const Head<K> keys(kv.keys, l, *kv.pages, piece.slot, head), values(kv.values, l, *kv.pages, piece.slot, head);
     for (int64_t page = 0; page * PAGE_TOKENS < position + tokens; page++) {
         const int count = std::min<int64_t>(PAGE_TOKENS, position + tokens - page * PAGE_TOKENS);
-        score_page(arranged, d, keys.page(page), count, scores, for_query_tiles);
+        score_page(arranged, round_up(rows, WIDE), d, keys.page(page), count, scores);
         for (int r = 0; r < rows; r++) {
             // The keys up to the token's own.
             const int64_t seen = position + r / groups + 1 - page * PAGE_TOKENS;

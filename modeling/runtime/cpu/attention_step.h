@@ -22,7 +22,7 @@ template <class K>
 static void attend_part(const Attention &l, const float *q, const Head<K> &keys, const Head<K> &values, int64_t from,
                         int64_t to, float *own, float *part) {
     const int d = l.head_dim, groups = l.groups();
-    const int64_t size = arranged_size(words<K>(d));
+    const int64_t size = arranged_row<K>(d);
     float *arranged = own, *scores = arranged + groups * arranged_size(d), *factor = scores + groups * PAGE_TOKENS;
     Softmax *softmax = (Softmax *)(part + groups * d);
     for_tiles(0, groups, [&](int64_t m, auto width) {
@@ -33,7 +33,7 @@ static void attend_part(const Attention &l, const float *q, const Head<K> &keys,
     for (int64_t first = from; first < to; first += PAGE_TOKENS) {
         const int64_t page = first / PAGE_TOKENS;
         const int count = std::min<int64_t>(PAGE_TOKENS, to - first);
-        score_page(arranged, d, keys.page(page), count, scores, [&](auto f) { for_tiles(0, groups, f); });
+        score_page(arranged, groups, d, keys.page(page), count, scores);
         for (int g = 0; g < groups; g++) factor[g] = softmax[g].advance(scores + g * PAGE_TOKENS, count);
         add_page(scores, factor, groups, values.page(page), d, count, part);
     }

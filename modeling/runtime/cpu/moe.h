@@ -14,7 +14,7 @@ struct Moe {
 };
 
 // Rows of an expert's matrix that one thread takes at a time.
-constexpr int64_t STRIP = 8 * ROWS;
+constexpr int64_t EXPERT_ROWS = 2 * STRIP;
 
 // What `feed_forward` works in. A choice is one of the experts of one token.
 struct MoeMemory {
@@ -83,7 +83,7 @@ static void sort_by_expert(const Moe &moe, int64_t n, const MoeMemory &m) {
 
 // Arranges row(i) of each row of choices. Every thread of a team calls it.
 template <class W, class Row> static void arrange_experts(const MoeMemory &m, int64_t depth, Row row) {
-    const int64_t size = arranged_size(words<W>(depth));
+    const int64_t size = arranged_row<W>(depth);
 #pragma omp for schedule(dynamic)
     for (int i = 1; i <= m.hit[0]; i++)
         for_tiles(m.first_row[m.hit[i]], m.first_row[m.hit[i] + 1], [&](int64_t first, auto width) {
@@ -93,13 +93,12 @@ template <class W, class Row> static void arrange_experts(const MoeMemory &m, in
 
 // Multiplies the arranged rows of each expert that is taken by its matrix of w [num_experts, rows, depth].
 template <class W> static void multiply_experts(const MoeMemory &m, int64_t depth, const W *w, int64_t rows, float *y) {
-    const int64_t size = arranged_size(words<W>(depth)), strips = (rows + STRIP - 1) / STRIP;
+    const int64_t strips = (rows + EXPERT_ROWS - 1) / EXPERT_ROWS;
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < m.hit[0] * strips; i++) {
-        const int64_t e = m.hit[1 + i / strips], from = i % strips * STRIP, row = m.first_row[e];
-        for (int64_t n = from; n < std::min(rows, from + STRIP); n += ROWS)
-            product_rows(m.arranged + row * size, m.first_row[e + 1] - row, depth, w + e * rows * depth, rows, n,
-                         y + row * rows);
+        const int64_t e = m.hit[1 + i / strips], from = i % strips * EXPERT_ROWS, row = m.first_row[e];
+        product_rows(m.arranged + row * arranged_row<W>(depth), m.first_row[e + 1] - row, depth, w + e * rows * depth,
+                     rows, from, std::min(rows, from + EXPERT_ROWS), y + row * rows, rows);
     }
 }
 
