@@ -85,7 +85,7 @@ class Scheduler:
             cached_slots=self._cache.cached,
             used_pages=self._cache.used_pages,
             cached_pages=self._cache.cached_pages,
-            preempted=sum(request.swapped is not None for request in self._waiting),
+            preempted=sum(r.swapped is not None for r in self._waiting) if self.preemptions else 0,
         )
 
     def pages_of(self, request: Request) -> int:
@@ -259,6 +259,8 @@ class Scheduler:
     def _have_pages(self) -> None:
         """Have a page for the next token of every request that decodes. Where there are not enough, those that come
         last are preempted for those that come first."""
+        if not self._cache.pages_for(1):
+            return
         for request in sorted(
             (r for r in self._decoding if self._cache.pages_for(r.held + 1) > self.pages_of(r)), key=_order
         ):
@@ -293,6 +295,8 @@ class Scheduler:
 
     def _go_on(self) -> None:
         """Let preempted requests go on where they were, as far as their turn has come."""
+        if not self._waiting or self._waiting[0].swapped is None:
+            return
         for request in list(self._waiting):
             if request.swapped is None:
                 return
