@@ -89,6 +89,11 @@ class StatePool:
         """Bytes of tensor that each slot has by itself, without pages."""
         return sum(layer.bytes_per_row for layer in self.layers)
 
+    @property
+    def conv_bytes_per_slot(self) -> int:
+        """The part of `bytes_per_slot` that is the last inputs of short convolutions."""
+        return sum(layer.conv[0].nbytes for layer in self.layers if isinstance(layer, DeltaState))
+
     def allocate(self, *, zero: bool = True) -> int | None:
         """A slot, or None when all are in use. Not zeroed, it holds anything, for a caller who overwrites it."""
         if not self._free:

@@ -47,15 +47,16 @@ def test_bytes_per_slot_are_the_specs(name, state_dtype, conv_dtype):
     # with the null slot
     assert sum(t.nbytes for t in tensors(pool)) == 4 * pool.bytes_per_slot
     # from the definition
-    expected = 0
+    expected = expected_conv = 0
     for layer in spec.layers:
         m = layer.mixer
         expected += m.num_v_heads * m.d_k * m.d_v * state_dtype.itemsize
         width = 2 * m.num_k_heads * m.d_k + m.num_v_heads * m.d_v
-        expected += width * (m.conv_kernel - 1) * conv_dtype.itemsize
+        expected_conv += width * (m.conv_kernel - 1) * conv_dtype.itemsize
         if state_dtype == torch.int8:
             expected += m.num_v_heads * m.d_v * 4
-    assert pool.bytes_per_slot == expected
+    assert pool.bytes_per_slot == expected + expected_conv
+    assert pool.conv_bytes_per_slot == expected_conv
 
 
 def test_half_the_key_channels_halve_the_recurrent_state():
