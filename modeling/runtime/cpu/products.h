@@ -277,8 +277,9 @@ static void product_rows(const float *x, int64_t batch, int64_t depth, const W *
             const int64_t count = std::min(most, all - first);
             if (widest) multiply_panel<2>(x, size, widest, depth, first, count, w, n, end, y, stride);
             if constexpr (NARROW<W> < LANES)
-                multiply_panel<1>(x + widest * size, size, narrow - widest, depth, first, count, w, n, end,
-                                  y + widest * stride, stride);
+                if (narrow > widest)
+                    multiply_panel<1>(x + widest * size, size, narrow - widest, depth, first, count, w, n, end,
+                                      y + widest * stride, stride);
         }
         for_tiles(narrow, batch, [&](int64_t m, auto width) {
             if constexpr (width <= NARROW<W>)
