@@ -188,43 +188,23 @@ def test_each_variant_has_its_states_bytes_and_dtype(open_page, lab):
     assert hint == f"{states[1]} of {states[0]} per request"
 
 
-def with_pages(page):
-    """Has the server's answers say that the reduced model is a hybrid, which keeps keys and values as well."""
-
-    def models(route):
-        listed = route.fetch(timeout=PATIENCE_MS).json()
-        told = next(model["lowkey"] for model in listed["data"] if model["id"] == "reduced")
-        told |= {"kv_bytes_per_token": 65_536, "slots": 1062, "pages": 4027}
-        route.fulfill(json=listed)
-
-    def compare(route):
-        *events, last, done, end = route.fetch(timeout=PATIENCE_MS).text().split("\n\n")
-        answer = json.loads(last.removeprefix("data: "))
-        answer["results"][1]["lowkey"] |= {"state_bytes": 4_500_000, "kv_bytes": 4_194_304}
-        text = "\n\n".join([*events, f"data: {json.dumps(answer)}", done, end])
-        route.fulfill(body=text, content_type="text/event-stream")
-
-    page.route("**/v1/models", models)
-    page.route("**/v1/compare", compare)
-
-
 def test_keys_and_values_are_shown_beside_the_state(open_page):
-    page = open_page(key=None)
-    with_pages(page)
-    give_key(page, KEY)
-    fleet = page.locator("#fleet")
-    expect(fleet).to_contain_text("bfloat16 + 65.5 kB a token \u00b7 1,062 slots, 4,027 pages")
-    expect(fleet.locator("li").first).to_contain_text("slots")
-    expect(fleet.locator("li").first).not_to_contain_text("pages")
-    fill(page, max_tokens=5)
-    start(page)
-    expect(page.locator("#status")).to_have_text(DONE)
-    figures = [card(page, name).locator(".figures .figure").nth(2) for name in ("dense", "reduced")]
-    expect(figures[1]).to_contain_text("4.50 MB")
-    expect(figures[1]).to_contain_text("bfloat16, KV 4.19 MB")
-    expect(figures[0]).not_to_contain_text("KV")
-    hint = page.locator(".strip .figure").first.get_attribute("title")
-    assert hint.startswith("4.50 MB bfloat16, KV 4.19 MB of ")
+    page = open_page()
+    script = page.locator("script[src]").get_attribute("src").replace("app.js", "view.js")
+    show = """async ([file, model, held]) => {
+        const { Card, fleet } = await import(`/${file}`);
+        const card = new Card("reduced", 1, false);
+        card.figures(held);
+        return [fleet([model])[0].textContent, card.state.node.textContent];
+    }"""
+    model = {"status": "up", "d_k": 64, "state_bytes": 77_856_768, "state_dtype": "int8", "slots": 1062}
+    held = {"state_bytes": 4_500_000, "state_dtype": "int8", "kv_bytes": 0}
+    linear = page.evaluate(show, [script, {"id": "a", "lowkey": model}, held])
+    assert linear == ["a d_k 64 \u00b7 77.9 MB int8 \u00b7 1,062 slots", "State4.50 MBint8"]
+    model |= {"kv_bytes_per_token": 65_536, "pages": 4027}
+    hybrid = page.evaluate(show, [script, {"id": "a", "lowkey": model}, held | {"kv_bytes": 4_194_304}])
+    assert hybrid[0].endswith("77.9 MB int8 + 65.5 kB a token \u00b7 1,062 slots, 4,027 pages")
+    assert hybrid[1] == "State4.50 MBint8, KV 4.19 MB"
 
 
 def test_a_run_shows_both_answers_and_their_figures(open_page, lab):
