@@ -8,11 +8,12 @@
 // copied, in the form in which they are multiplied, to where they are at hand.
 #pragma once
 
-#include "vectors.h"
-
 #include <algorithm>
 #include <type_traits>
 #include <utility>
+
+#include "products_amx.h"
+#include "vectors.h"
 
 #if defined(__AVX512BF16__) && defined(__AVX512DQ__)
 constexpr bool MULTIPLIES_BF16 = true;
@@ -24,8 +25,8 @@ constexpr bool MULTIPLIES_BF16 = false;
 constexpr int ROWS = 8, WIDE = 2 * LANES;
 // Rows of w in a wide tile of so many vectors: as many sums as registers hold.
 constexpr int wide_rows(int vectors) { return LANES == 16 || vectors == 1 ? 12 : 6; }
-// Rows of w that are worked on together: whole tiles of all kinds.
-constexpr int STRIP = 24;
+// Rows of w that are worked on together: whole tiles of all kinds, or what the matrix unit takes at a time.
+constexpr int STRIP = HAS_MATRIX_UNIT ? 32 : 24;
 // Words of a row of w that are copied at a time: for batches of few tiles as many as the second-level cache holds, for
 // others so many that those of x stay there as well.
 constexpr int64_t LONG_PANEL = 2048, SHORT_PANEL = 512;
@@ -268,6 +269,10 @@ static void multiply_panel(const float *x, int64_t x_row, int64_t batch, int64_t
 template <class W>
 static void product_rows(const float *x, int64_t batch, int64_t depth, const W *w, int64_t rows, int64_t from,
                          int64_t to, float *y, int64_t stride) {
+    if constexpr (HAS_MATRIX_UNIT && std::is_same_v<W, bf16>) {
+        const int64_t done = product_on_matrix_unit(x, batch, depth, w, rows, from, to, y, stride);
+        x += done * arranged_row<W>(depth), y += done * stride, batch -= done;
+    }
     const int64_t size = arranged_row<W>(depth), all = words<Wide<W>>(depth), widest = batch / WIDE * WIDE,
                   narrow = NARROW<W> < LANES ? batch / LANES * LANES : widest,
                   most = batch > 2 * WIDE ? SHORT_PANEL : LONG_PANEL;
@@ -294,7 +299,7 @@ static void product_rows(const float *x, int64_t batch, int64_t depth, const W *
 // Multiplies x, as `arrange` left it, by w. Every thread of a team calls it.
 template <class W>
 static void product(const float *x, int64_t batch, int64_t depth, const W *w, int64_t rows, float *y) {
-    const int64_t step = batch <= NARROW<W> ? ROWS : STRIP;
+    const int64_t step = batch < (HAS_MATRIX_UNIT ? LANES : NARROW<W> + 1) ? ROWS : STRIP;
 #pragma omp for schedule(static)
     for (int64_t n = 0; n < rows; n += step)
         product_rows(x, batch, depth, w, rows, n, std::min(n + step, rows), y, rows);
