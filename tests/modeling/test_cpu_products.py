@@ -1,5 +1,5 @@
-"""The compiled products against float64, at every kind of tile that a batch, a depth and a number of rows call for. Which
-kernels that runs depends on the machine: vectors of one width or another, or its matrix unit."""
+"""The compiled products against float64, at every kind of tile that a batch, a depth and a number of rows call for.
+Which kernels that runs depends on the machine: vectors of one width or another, or its matrix unit."""
 
 import pytest
 import torch
