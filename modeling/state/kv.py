@@ -97,7 +97,8 @@ class PagedKV:
 
     def tensors(self, row: int) -> dict[str, Tensor]:
         """Copies of a row's keys and values, `[tokens, num_kv_heads, head_dim]` each."""
-        tokens = int(self.pages.lengths[row])
+        # Other threads ask for those of the null slot, whose length is another one for a moment of each padded step.
+        tokens = int(self.pages.lengths[row]) if self.pages.of(row) else 0
         return {
             "keys": self._tokens(self.keys, row, tokens),
             "values": self._tokens(self.values, row, tokens),

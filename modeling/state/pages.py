@@ -85,20 +85,22 @@ class Pages:
         self._append(slot, [self._free.pop() for _ in range(missing)])
         return True
 
-    def share(self, source: int, target: int, tokens: int, *, keep: bool = False) -> bool:
+    def share(self, source: int, target: int, tokens: int, *, keep: bool = False) -> None:
         """Give `target`, which has none, the pages of the first `tokens` tokens of `source`: those that are full, and
-        one of its own for the rest, which the state's copy fills. False, and nothing is changed, if there is none.
+        one of its own for the rest, which the state's copy fills.
 
         Args:
             keep: the target holds a prefix, and runs nothing.
+
+        Raises:
+            RuntimeError: no page is free for the rest.
         """
         full, rest = divmod(tokens, PAGE_TOKENS) if self.count else (0, 0)
         if rest and not self._free:
-            return False
+            raise RuntimeError(f"no page is free for the last {rest} of {tokens} tokens")
         if keep:
             self._kept.add(target)
         self._append(target, self._of[source][:full] + ([self._free.pop()] if rest else []))
-        return True
 
     def run(self, slot: int) -> None:
         """The slot, which held a prefix, is a request's from now on, with all its pages."""

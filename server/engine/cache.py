@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from lowkey.memory import host_memory
 from modeling.spec import TOKEN_BLOCK
 from modeling.state import PAGE_TOKENS, StatePool, to_host
 from server.engine.prefix_cache import TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
@@ -93,9 +94,10 @@ class StateCache:
         """How many pages it has."""
         return len(self._pages.of(allocation.slot))
 
-    def fits(self, tokens: int) -> bool:
-        """Whether a request that has everything to itself could hold that many tokens."""
-        return not self._pages.count or tokens <= self._pages.longest
+    @property
+    def longest(self) -> int | None:
+        """The most tokens that a request which has everything to itself could hold; None for any number."""
+        return self._pages.longest if self._pages.count else None
 
     def prefix(self, token_bytes: bytes, limit: int, salt: bytes) -> Prefix | None:
         """A prompt of which up to `limit` tokens may be taken from what the cache has of its salt; None for one that it
@@ -171,17 +173,28 @@ class StateCache:
     def swap_out(self, allocation: Allocation, tokens: int) -> SwappedState:
         """Free a state of `tokens` tokens and keep it in the host's memory. Raises MemoryError, and it stays."""
         slot = allocation.slot
-        tensors = {name: to_host(t) for name, t in self._pool.tensors(slot).items()}
+        needed = self._pool.bytes_per_slot + tokens * self._pool.bytes_per_page // PAGE_TOKENS
+        free = host_memory()
+        if needed > free:  # the system would end this process, and all requests with it
+            raise MemoryError(f"{needed:,} bytes are needed, and {free:,} are free")
+        tensors = self._pool.tensors(slot)
+        for name in tensors:
+            tensors[name] = to_host(tensors[name])
         state = SwappedState(slot, tensors, tokens, self.pages_of(allocation))
         self._pool.free(slot)
         return state
 
     def swap_in(self, state: SwappedState, cached: int, tokens: int) -> Allocation | None:
-        """A state that was swapped out, with pages for `tokens` tokens. None when there is no room."""
+        """A state that was swapped out, with pages for `tokens` tokens. None when there is no room. Raises MemoryError,
+        and nothing is allocated."""
         allocation = self.allocate(tokens=tokens)
         if allocation is None:
             return None
-        self._pool.load(allocation.slot, state.tensors, state.tokens)
+        try:
+            self._pool.load(allocation.slot, state.tensors, state.tokens)
+        except MemoryError:
+            self._pool.free(allocation.slot)
+            raise
         return Allocation(allocation.slot, cached)
 
     def load(self, allocation: Allocation, path: Path, tokens: int) -> Callable[[], None]:

@@ -46,7 +46,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}
         self._waiting: list[Request] = []
         """Requests that have no slot, in order: new ones, and those that have been preempted, which have a state in the
-    host's memory and go on from there."""
+        host's memory and go on from there."""
         self._prefilling: list[Request] = []
         """Requests that have a slot and a part of their prompt still to feed, in order; those that go on from a saved
         state only once it is in the slot."""
@@ -99,8 +99,11 @@ class Scheduler:
         here."""
         if request.id in self._requests:
             raise ValueError(f"request id {request.id!r} is already in use")
-        if not self._cache.fits(request.longest):
-            error = f"its state of up to {request.longest} tokens is longer than this engine can hold"
+        most = self._cache.longest
+        if most is not None and request.longest > most:
+            error = (
+                f"its state of up to {request.longest} tokens is too long: this engine holds at most {most}"
+            )
             self.failed.append(Failed(request_id=request.id, reason="memory", error=error))
             return
         message = request.message
@@ -178,7 +181,7 @@ class Scheduler:
         """
         loads: list[tuple[Request, Callable[[], None]]] = []
         pages = self._cache.available_pages
-        for request in self._waiting[: max(self._room, 0)]:
+        for request in self._next_in_line():
             pages -= self._cache.pages_for(request.to_start)
             if pages < 0:
                 break  # whoever goes first is not to lack them
@@ -284,9 +287,12 @@ class Scheduler:
         try:
             request.swapped = self._cache.swap_out(request.allocation, request.held)
         except MemoryError as e:
-            self.fail(
-                request, "memory", f"the host has no memory left for the state of a preempted request: {e}"
-            )
+            # Freed at once, also while a launched step uses it (that step goes first on the device): else all others
+            # would be preempted, and fail, for a page that is free after the step.
+            self._cache.free(request.allocation)
+            request.allocation = None
+            self._fail_preempted(request, e)
+            self._forget(request)
             return
         request.allocation = None
         self._swaps.append(Swap(request, slot, out=True))
@@ -305,7 +311,11 @@ class Scheduler:
             if self._room <= 0:
                 return
             tokens = request.to_start
-            allocation = self._cache.swap_in(request.swapped, request.cached, tokens)
+            try:
+                allocation = self._cache.swap_in(request.swapped, request.cached, tokens)
+            except MemoryError as e:
+                self._fail_preempted(request, e)
+                continue
             if allocation is None:
                 return
             self._waiting.remove(request)
@@ -316,23 +326,31 @@ class Scheduler:
             else:
                 insort(self._prefilling, request, key=_order)
 
+    def _fail_preempted(self, request: Request, e: MemoryError) -> None:
+        error = f"the host has no memory left for the state of a preempted request: {e}"
+        self.fail(request, "memory", error)
+
     def _reader_is_behind(self, request: Request) -> bool:
         """Whether a preempted request would decode nothing if it went on."""
-        return request.swapped is not None and request.id in self._paused
+        return request.swapped is not None and request.prefill_done and request.id in self._paused
+
+    def _next_in_line(self) -> list[Request]:
+        """As many waiting requests as can get a slot now: the first ones that have use for it."""
+        able = (request for request in self._waiting if not self._reader_is_behind(request))
+        return list(itertools.islice(able, max(self._room, 0)))
 
     def _plan_prefills(self) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         budget = self._prefill_tokens
-        # No more than these can get a slot now. Those that go on from a saved state get theirs in `start_loads`.
-        first = self._waiting[: max(self._room, 0)]
+        # Those that go on from a saved state get their slot in `start_loads`.
         lacking = False
-        for request in sorted(self._prefilling + first, key=_order):
+        for request in sorted(self._prefilling + self._next_in_line(), key=_order):
             if not budget or len(chunks) == MAX_PROMPTS:
                 break
             if request.prefill_done and request.allocation is not None:  # a fork of one before it
                 continue
             if request.allocation is None:
-                if lacking or self._twins.wait_for_another(request) or self._reader_is_behind(request):
+                if lacking or self._twins.wait_for_another(request):
                     continue
                 if request.swapped is not None or request.state_path is not None or not self._admit(request):
                     # Those after it are not to take the pages that it waits for, bit by bit.
@@ -390,14 +408,13 @@ class Scheduler:
         assert chunk.request.allocation is not None
         key = chunk.request.twin_key
         seen = chunk.request.state_tokens + chunk.end
-        slots, pages = 0, 0  # those that are left for requests which came before
-        for request in list(self._waiting):
+        pages = 0  # those that are left for requests which came before
+        for request in self._next_in_line():
             allocation = None
-            if request.twin_key == key and request.swapped is None and self._room > slots:
+            if request.twin_key == key and request.swapped is None:
                 tokens = request.to_start
                 allocation = self._cache.fork(chunk.request.allocation, seen, chunk.end, tokens, pages)
             if allocation is None:
-                slots += 1
                 pages += self._cache.pages_for(request.to_start)
             else:
                 self._start(request, allocation)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modeling.state import StatePool
+from server.wire.messages import StateLayout, layout_after
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8"}
 """The dtypes of a pool, as safetensors calls them."""
@@ -23,8 +24,8 @@ class StateLoadError(Exception):
     """A saved state that can't be read, or is of another model."""
 
 
-def layout(pool: StatePool) -> dict[str, tuple[str, list[int]]]:
-    """Dtype and shape of each tensor in a file, by name; of keys and values, that of a state without tokens."""
+def layout(pool: StatePool) -> StateLayout:
+    """What a file holds, for a state without tokens."""
     tensors = pool.tensors(pool.null_slot)
     return {name: (_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()}
 
@@ -66,12 +67,11 @@ def load_state(pool: StatePool, slot: int, path: Path, tokens: int) -> None:
         raise StateLoadError("the saved state can't be read; it may have expired or been deleted") from e
     except SafetensorError as e:
         raise StateLoadError(f"the saved state can't be read: {e}") from e
-    ours = layout(pool)
+    ours = layout_after(layout(pool), tokens)
     if loaded.keys() != ours.keys():
         odd = min(loaded.keys() ^ ours.keys())
         raise StateLoadError(f"the saved state is of another model: {odd} is in one of the two only")
-    for name, (dtype, shape) in ours.items():
-        needed = [size or tokens for size in shape] if pool.bytes_per_page else shape
+    for name, (dtype, needed) in ours.items():
         theirs = loaded[name]
         if (list(theirs.shape), _DTYPES.get(theirs.dtype)) != (needed, dtype):
             raise StateLoadError(

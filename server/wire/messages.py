@@ -173,6 +173,16 @@ class FrontEndGone(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 Received = Input | FrontEndGone
 
 
+StateLayout = dict[str, tuple[str, list[int]]]
+"""Dtype, as safetensors calls it, and shape of each tensor of a saved state by name. A first dimension of 0 is as long
+as the state has seen tokens."""
+
+
+def layout_after(layout: StateLayout, tokens: int) -> StateLayout:
+    """The layout of a state of that many tokens, none of its first dimensions left at 0."""
+    return {name: (dtype, [shape[0] or tokens, *shape[1:]]) for name, (dtype, shape) in layout.items()}
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The engine has loaded its model. Sizes in bytes, times in seconds."""
 
@@ -194,9 +204,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     bytes_per_page: int = 0
     """What each 64 tokens of a request add to it, the keys and values of the softmax attention layers; 0 for a model
     that has none."""
-    state_layout: dict[str, tuple[str, list[int]]] = {}
-    """What a saved state holds: dtype, as safetensors calls it, and shape of each tensor by name. A dimension of 0 is
-    as long as the state has seen tokens."""
+    state_layout: StateLayout = {}
+    """What a saved state holds."""
     state_dtype: StateDType
     device: str
     backend: str

@@ -62,6 +62,17 @@ class WatchedScheduler(Scheduler):
         return self.batch
 
 
+class WatchedCache(StateCache):
+    """The host has memory for preempted requests for as long as `memory` says so."""
+
+    memory = True
+
+    def swap_out(self, allocation, tokens):
+        if not self.memory:
+            raise MemoryError
+        return super().swap_out(allocation, tokens)
+
+
 class EngineMachine(RuleBasedStateMachine):
     @initialize(
         slots=st.integers(1, 5),
@@ -87,7 +98,7 @@ class EngineMachine(RuleBasedStateMachine):
     def make_engine(self):
         slots, self.depth, prefill_tokens, prefix_cache, aligned, limit = self.options
         self.pool = StatePool(HYBRID if self.pages else SPEC, slots, pages=self.pages, max_tokens=10_000)
-        self.cache = StateCache(self.pool, prefix_cache=prefix_cache, aligned=aligned)
+        self.cache = WatchedCache(self.pool, prefix_cache=prefix_cache, aligned=aligned)
         self.scheduler = WatchedScheduler(self.cache, prefill_tokens, limit)
         self.runner = FakeRunner(self.pool, prefill_tokens)
         self.runner.base = self.saved
@@ -257,7 +268,8 @@ class EngineMachine(RuleBasedStateMachine):
             assert failure.request_id not in self.ended and failure.request_id not in self.aborted
             message = self.added[failure.request_id]
             if failure.reason == "memory":
-                assert self.pages and self.longest(message) > self.pages * 64
+                too_long = self.longest(message) > self.pages * 64
+                assert self.pages and (too_long or "preempted" in failure.error)
             else:
                 assert failure.reason == "state" and "can't be read" in failure.error
                 assert message.state_path.endswith("none")

@@ -4,9 +4,6 @@ from typing import NamedTuple
 
 from server.wire.messages import PAGE_TOKENS, Ready
 
-Layout = dict[str, tuple[str, list[int]]]
-"""Dtype, as safetensors calls it, and shape of each tensor of a saved state by name."""
-
 
 class Held(NamedTuple):
     """Bytes that a request holds, by what they are for."""
@@ -42,10 +39,3 @@ def kv_bytes_per_token(info: Ready) -> int:
 def saved_bytes(info: Ready, tokens: int) -> int:
     """Bytes of the tensors of a saved state of that many tokens, whose last page is not padded."""
     return info.state_bytes_per_request + tokens * kv_bytes_per_token(info)
-
-
-def saved_layout(info: Ready, tokens: int) -> Layout:
-    """What a saved state of that many tokens holds: they are the first dimension of keys and values."""
-    return {
-        name: (dtype, [shape[0] or tokens, *shape[1:]]) for name, (dtype, shape) in info.state_layout.items()
-    }

@@ -9,7 +9,7 @@ from pathlib import Path
 from fastapi import Request
 
 from server.api.http.errors import APIError, unavailable
-from server.api.serving.sizes import saved_bytes, saved_layout
+from server.api.serving.sizes import saved_bytes
 from server.api.serving.variants import Variant
 from server.api.states.store import (
     Fingerprint,
@@ -22,7 +22,7 @@ from server.api.states.store import (
 )
 from server.settings import ConfigurationError, Settings
 from server.wire.exchange import StateError
-from server.wire.messages import Ready, SaveState
+from server.wire.messages import Ready, SaveState, layout_after
 
 logger = logging.getLogger("lowkey.states")
 
@@ -96,7 +96,7 @@ class SavedStates:
         """Raises OtherModelError or StateFileError unless the variant can go on from this file."""
         (await self.fingerprint(variant)).check(header.metadata, variant.name)
         info = variant.info
-        layout = saved_layout(info, header.tokens)
+        layout = layout_after(info.state_layout, header.tokens)
         if (header.tensors, header.data_bytes) != (layout, saved_bytes(info, header.tokens)):
             odd = sorted(
                 name

@@ -2,7 +2,6 @@
 
 import json
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +11,8 @@ from safetensors.numpy import save as safetensors_bytes
 from scripted import CONTEXT, CONV_BYTES, D_K, KV_NAMES, KV_SHAPE, PAGE_BYTES, SCRIPTS, scripted_api
 
 from modeling.state import PAGE_TOKENS as MODEL_PAGE_TOKENS
-from server.api.serving.sizes import saved_layout
 from server.api.states.schemas import State
-from server.wire.messages import PAGE_TOKENS
+from server.wire.messages import PAGE_TOKENS, layout_after
 
 TOKENIZER = byte_tokenizer()
 FIXED = {name: d_k * 24 * 4 for name, d_k in D_K.items()}
@@ -60,8 +58,7 @@ def test_a_page_has_as_many_tokens_everywhere():
 def test_only_the_dimension_of_tokens_is_filled_in():
     # A short convolution of one token has no last inputs: its tensor is empty, and stays so.
     layout = {"keys": ("F32", [0, 2, 8]), "conv": ("F32", [96, 0]), "recurrent": ("F32", [1, 4, 4])}
-    found = saved_layout(SimpleNamespace(state_layout=layout), 9)
-    assert found == {**layout, "keys": ("F32", [9, 2, 8])}
+    assert layout_after(layout, 9) == {**layout, "keys": ("F32", [9, 2, 8])}
 
 
 def test_state_bytes_are_what_the_request_held_at_its_end(api, monkeypatch):

@@ -3,10 +3,12 @@
 import errno
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoints import GATED
+from engine_machine import HYBRID
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from states import tensors
@@ -14,7 +16,7 @@ from states import tensors
 from modeling.families import family_of
 from modeling.spec import StateTypes
 from modeling.state import StatePool, transfer
-from server.engine.state_file import StateLoadError, host_tensors, load_state, save_state
+from server.engine.state_file import StateLoadError, host_tensors, layout, load_state, save_state
 
 SPEC = family_of(GATED).spec({**GATED, "head_dim": [32, 8, 20], "expand_v": [0.75, 3.0, 1.2]})
 
@@ -146,6 +148,32 @@ def test_pinned_memory_that_is_not_there_is_a_memory_error(monkeypatch):
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(MemoryError, match="out of memory"):
         transfer.pinned_like(torch.zeros(3))
+
+
+def test_the_length_of_keys_and_values_is_that_of_the_state_and_of_nothing_else(tmp_path):
+    """A short convolution of one token has no last inputs: its tensor is empty in any state."""
+    delta = replace(HYBRID.layers[0], mixer=replace(HYBRID.layers[0].mixer, conv_kernel=1))
+    pool = StatePool(replace(HYBRID, layers=(delta, HYBRID.layers[1])), 2, pages=4)
+    slot, tokens = pool.allocate(), 70
+    pool.grow(slot, tokens)
+    pool.advance(torch.tensor([slot]), [0, tokens])
+    assert layout(pool)["layers.0.conv"][1][1] == 0
+    save_state(host_tensors(pool, slot), tmp_path / "a", {})
+    other = pool.allocate()
+    pool.grow(other, tokens)
+    load_state(pool, other, tmp_path / "a", tokens)
+    assert pool.pages.lengths[other] == tokens
+    for wrong in (69, 71):
+        with pytest.raises(StateLoadError, match=rf"keys is .*\[70, 1, 2\], and torch.float32 \[{wrong}, 1, 2\]"):
+            load_state(pool, other, tmp_path / "a", wrong)
+
+
+def test_a_padded_step_does_not_change_what_a_file_is_to_hold():
+    """A file is read in a thread of its own, and each step that is padded moves the null slot on and back."""
+    pool = StatePool(HYBRID, 2, pages=4)
+    before = layout(pool)
+    pool.pages.lengths[pool.null_slot] += 1
+    assert layout(pool) == before and before["layers.1.keys"] == ("F32", [0, 1, 2])
 
 
 def test_a_file_is_read_and_written_without_more_threads(tmp_path):

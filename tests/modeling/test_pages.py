@@ -1,0 +1,46 @@
+"""Which slot has which pages: by hand, where the tests of engines go through all orders at random."""
+
+import pytest
+
+from modeling.state import PAGE_TOKENS, Pages
+
+
+@pytest.fixture
+def pages():
+    """Five pages of three slots, and the null slot; slot 0 has seen a page and a half."""
+    pages = Pages(4, 5, 1000, "cpu")
+    assert pages.longest == 5 * PAGE_TOKENS
+    assert pages.grow(0, 96)
+    return pages
+
+
+def table(pages, slot):
+    return [page for page in pages.blocks[slot].tolist() if page != pages.null_page]
+
+
+def test_full_pages_are_shared_and_the_last_one_is_not(pages):
+    pages.share(0, 1, 96, keep=True)
+    assert pages.of(1)[0] == pages.of(0)[0] and pages.of(1)[1] != pages.of(0)[1]
+    assert pages.differing(0, 1) == [(pages.of(0)[1], pages.of(1)[1])]
+    assert (pages.used, pages.cached, pages.free) == (2, 1, 2)
+    assert [table(pages, slot) for slot in range(4)] == [[*pages.of(slot)] for slot in range(4)]
+    assert (pages.only_kept(1, 1), pages.only_kept(1, 2)) == (0, 1)
+    pages.release(0)
+    assert (pages.used, pages.cached, pages.free) == (0, 2, 3) and table(pages, 0) == []
+    pages.run(1)
+    assert (pages.used, pages.cached, pages.free) == (2, 0, 3)
+    pages.release(1)
+    assert (pages.used, pages.cached, pages.free) == (0, 0, 5)
+
+
+def test_what_there_are_no_pages_for_changes_nothing(pages):
+    pages.share(0, 1, 64)
+    assert pages.grow(1, 256) and pages.free == 0
+    before = pages.blocks.clone()
+    assert not pages.grow(0, 129) and pages.grow(0, 128)
+    with pytest.raises(RuntimeError, match="no page is free for the last 32 of 96 tokens"):
+        pages.share(0, 2, 96)
+    with pytest.raises(ValueError, match="321 tokens; at most 320"):
+        pages.grow(0, 321)
+    pages.share(0, 2, 64)
+    assert pages.of(2) == pages.of(0)[:1] and (pages.blocks[:2] == before[:2]).all()
