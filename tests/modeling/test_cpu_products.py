@@ -37,3 +37,9 @@ def test_products_are_those_of_float64(runtime, threads):
                     assert y.isfinite().all() and error < 4e-6, (batch, depth, rows, float(error))
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_weight_of_too_few_rows_is_refused(runtime):
+    dtype = runtime.model.embeddings.weight.dtype
+    with pytest.raises(ValueError, match="a weight of 1 rows; products take 8 or more"):
+        runtime.linear(torch.ones(2, 16, dtype=dtype), torch.ones(1, 16, dtype=dtype))

@@ -11,7 +11,7 @@ from modeling.model import Model
 from modeling.runtime.cpu.build import compiled
 from modeling.runtime.cpu.calls import check, offsets_of
 from modeling.runtime.cpu.layer import AnyState, Layer, ModelStructure, check_layout, knows, states_of
-from modeling.runtime.cpu.parameters import Parameters
+from modeling.runtime.cpu.parameters import ROWS, Parameters
 from modeling.state import DeltaState, LayerState
 
 
@@ -180,8 +180,14 @@ class CompiledModel:
         return hidden
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`x [n, in]` times `weight [out, in]` transposed, in float32."""
+        """`x [n, in]` times `weight [out, in]` transposed, in float32.
+
+        Raises:
+            ValueError: shapes or dtypes that the C++ does not take; a weight has `ROWS` rows or more.
+        """
         x = x.contiguous()
+        if len(weight) < ROWS:
+            raise ValueError(f"a weight of {len(weight)} rows; products take {ROWS} or more")
         if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] or not weight.is_contiguous():
             raise ValueError(
                 f"can't multiply {x.dtype} {list(x.shape)} by {weight.dtype} {list(weight.shape)} transposed"

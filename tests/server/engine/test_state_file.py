@@ -164,7 +164,9 @@ def test_the_length_of_keys_and_values_is_that_of_the_state_and_of_nothing_else(
     load_state(pool, other, tmp_path / "a", tokens)
     assert pool.pages.lengths[other] == tokens
     for wrong in (69, 71):
-        with pytest.raises(StateLoadError, match=rf"keys is .*\[70, 1, 2\], and torch.float32 \[{wrong}, 1, 2\]"):
+        with pytest.raises(
+            StateLoadError, match=rf"keys is .*\[70, 1, 2\], and torch.float32 \[{wrong}, 1, 2\]"
+        ):
             load_state(pool, other, tmp_path / "a", wrong)
 
 
