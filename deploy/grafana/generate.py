@@ -226,7 +226,7 @@ def build() -> Dashboard:
             graph(
                 "Preemptions",
                 "short",
-                "Per second: requests that gave their slot and pages away for earlier ones; and how many such requests "
+                "Per second: requests that gave their slot and pages away for others; and how many such requests "
                 "wait now.",
                 (f"sum by (variant) ({rate('lowkey_preemptions_total')})", "{{variant}} a second"),
                 (f"sum by (variant) (lowkey_requests_preempted{CHOSEN})", "{{variant}} waiting"),

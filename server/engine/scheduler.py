@@ -260,8 +260,9 @@ class Scheduler:
         self._release_if_idle(request)
 
     def _have_pages(self) -> None:
-        """Have a page for the next token of every request that decodes. Where there are not enough, those that come
-        last are preempted for those that come first."""
+        """Have a page for the next token of every request that decodes. Where there are not enough, requests whose
+        reader is behind are preempted, which make no use of theirs, and then those that come last for those that come
+        first."""
         if not self._cache.pages_for(1):
             return
         for request in sorted(
@@ -269,9 +270,9 @@ class Scheduler:
         ):
             # It may have been preempted itself: by one before it, or as the last one of all.
             while request in self._decoding and not self._grow(request):
-                readers_behind = (self._requests[request_id] for request_id in self._paused)
-                held = [r for r in readers_behind if r.decodable and r.allocation is not None]
-                self._preempt(max(self._decoding + self._prefilling + held, key=_order))
+                paused = (self._requests[request_id] for request_id in self._paused)
+                behind = [r for r in paused if r.decodable and r.allocation is not None]
+                self._preempt(max(behind or self._decoding + self._prefilling, key=_order))
 
     def _grow(self, request: Request) -> bool:
         assert request.allocation is not None

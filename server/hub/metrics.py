@@ -65,7 +65,7 @@ class HubMetrics:
         )
         self.preemptions = counter(
             "lowkey_preemptions_total",
-            "Times that a running request gave its slot and pages away for others that came earlier.",
+            "Times that a running request gave its slot and pages away for others.",
             engine,
         )
         self.state_bytes_per_request = gauge(

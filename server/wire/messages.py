@@ -148,8 +148,8 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Decode no further tokens of a request until it is resumed: its reader is behind. It keeps its state slot, and
-    tokens of steps that have been launched still come."""
+    """Decode no further tokens of a request until it is resumed: its reader is behind. It keeps its state slot,
+    unless others need its pages, and tokens of steps that have been launched still come."""
 
     request_id: str
 
@@ -325,7 +325,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     cache_hits: int = 0
     """Prompt tokens among them whose state was there."""
     preemptions: int = 0
-    """How many requests gave their slot and pages away before it, for others that came earlier."""
+    """How many requests gave their slot and pages away before it, for others."""
 
 
 Report = Ready | Step | Occupancy

@@ -137,3 +137,18 @@ def test_a_request_that_is_too_long_is_told_how_long_it_may_be():
     outputs = run(engine, {0: [generate([1] * 100, 30, request_id="long")]})
     (failed,) = (failed for output in outputs for failed in output.failed)
     assert "129 tokens" in failed.error and "at most 128" in failed.error
+
+
+def test_those_whose_reader_is_behind_give_way_first():
+    """They make no use of their pages, and a slow reader may take hours."""
+    engine, _ = engine_of(2, 4)
+    ended = []
+    engine.handle(generate([1] * 60, 130, request_id="slow"))
+    engine.handle(generate([2] * 60, 130, request_id="fast"))
+    step(engine, 5, ended)
+    engine.handle(Pause(request_id="slow"))
+    step(engine, 130, ended)
+    assert ended == ["fast"]
+    engine.handle(Resume(request_id="slow"))
+    step(engine, 130, ended)
+    assert ended == ["fast", "slow"] and engine.idle
