@@ -18,7 +18,8 @@ PAGE_TOKENS = TOKEN_BLOCK
 
 
 class Pages:
-    """The pages of a pool. For a model without softmax attention there are none, and none are ever needed.
+    """The pages of a pool. For a model without softmax attention there are none, none are ever needed, and no lengths
+    are kept.
 
     Args:
         rows: slots of the pool, the null slot among them, which is the last one and has no pages.
@@ -129,11 +130,13 @@ class Pages:
 
     def set_length(self, slot: int, tokens: int) -> None:
         """Say how many tokens a slot's state has."""
-        self.lengths[slot] = tokens
+        if self.count:
+            self.lengths[slot] = tokens
 
     def copy_length(self, source: int, target: int) -> None:
         """The target's state has as many tokens as the source's, once all launched steps are done."""
-        self.lengths[target] = self.lengths[source]
+        if self.count:
+            self.lengths[target] = self.lengths[source]
 
     def advance(self, slots: Tensor, cu_seqlens: Sequence[int] | None = None) -> None:
         """The states of `slots` int64 `[n]` have the tokens of packed sequences more, whose offsets are `cu_seqlens`;

@@ -15,8 +15,8 @@ ROWS = 16
 
 
 def rows_of(spec: ModelSpec) -> int:
-    """The same for a model: which rows an expert's product has depends on what the tokens of the others are, so that
-    with experts each request goes alone."""
+    """Rows of every product of a decode step of this model in `InvariantForward`. Which rows an expert's product has
+    depends on what the tokens of the others are, so that with experts each request goes alone."""
     return 1 if any(isinstance(layer.ffn, MoESpec) for layer in spec.layers) else ROWS
 
 

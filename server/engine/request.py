@@ -4,6 +4,7 @@ from array import array
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from modeling.spec import TOKEN_BLOCK
 from modeling.state import PAGE_TOKENS
 from server.engine.cache import Allocation, SwappedState
 from server.engine.prefix_cache import CachedPrefix, Prefix
@@ -94,6 +95,16 @@ class Request:
     @property
     def prefill_done(self) -> bool:
         return self.prefilled == self.prompt_length
+
+    def chunk_end(self, budget: int) -> int:
+        """Where its prompt's next chunk, of at most `budget` tokens, ends: where the prompt does, at its cut, or at a
+        multiple of TOKEN_BLOCK. Where it begins, if that is too far."""
+        start, end = self.prefilled, self.prompt_length
+        if start < self.cut < end:
+            end = self.cut
+        if end - start > budget:
+            end = (start + budget) // TOKEN_BLOCK * TOKEN_BLOCK
+        return max(start, end)
 
     @property
     def decodable(self) -> bool:

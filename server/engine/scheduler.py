@@ -358,7 +358,7 @@ class Scheduler:
                     lacking = self._cache.pages_for(request.to_start) > 0
                     continue
                 insort(self._prefilling, request, key=_order)
-            end = self._chunk_end(request, budget)
+            end = request.chunk_end(budget)
             if end == request.prefilled:
                 break
             chunk = PrefillChunk(request, request.prefilled, end)
@@ -367,16 +367,6 @@ class Scheduler:
             if chunk.is_last and self._twins.fed(request):
                 self._fork(chunk)
         return chunks
-
-    def _chunk_end(self, request: Request, budget: int) -> int:
-        """Where the request's next chunk ends: at its end, at its cut, or at a multiple of TOKEN_BLOCK."""
-        start = request.prefilled
-        end = request.prompt_length
-        if start < request.cut < end:
-            end = request.cut
-        if end - start > budget:
-            end = (start + budget) // TOKEN_BLOCK * TOKEN_BLOCK
-        return max(start, end)
 
     @property
     def _room(self) -> int:

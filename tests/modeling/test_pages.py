@@ -44,3 +44,11 @@ def test_what_there_are_no_pages_for_changes_nothing(pages):
         pages.grow(0, 321)
     pages.share(0, 2, 64)
     assert pages.of(2) == pages.of(0)[:1] and (pages.blocks[:2] == before[:2]).all()
+
+
+def test_a_model_without_softmax_attention_pays_for_no_lengths():
+    pages = Pages(3, 0, 1000, "cpu")
+    pages.set_length(0, 5)
+    pages.copy_length(0, 1)
+    pages.share(0, 1, 70)
+    assert pages.grow(0, 10**6) and not pages.lengths.any() and pages.of(1) == []

@@ -348,9 +348,8 @@ class Generation:
         """What the request holds, in bytes; once it has ended, what it held then. Pages that choices share count in
         each of them."""
         info, pages = self.variant.info, self._pages
-        if (
-            pages is None
-        ):  # not ended yet, or not by its engine: what its tokens need, the last of which was not fed
+        if pages is None:
+            # It has not ended yet, or its engine did not end it: what its tokens need, the last of which was not fed.
             pages = pages_for(info, self.prompt_tokens + max(len(self.token_ids) - 1, 0))
         return held(info, pages)
 

@@ -16,7 +16,7 @@ export function state(lowkey) {
   return `${bytes(lowkey.state_bytes)} ${stateKind(lowkey)}`;
 }
 
-// Of what dtype its state was, and how much of what it held were keys and values.
+// The dtype of a request's state, and how much of what it held were keys and values.
 export function stateKind(lowkey) {
   return lowkey.state_dtype + (lowkey.kv_bytes ? `, KV ${bytes(lowkey.kv_bytes)}` : "");
 }
