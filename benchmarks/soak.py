@@ -1,11 +1,12 @@
 """Mixed traffic for a long time, with clients that leave and engines that are killed; then: is everything as it was?
 
     python benchmarks/soak.py --minutes 30 --json soak.json
+    python benchmarks/soak.py --model demo/hybrid --context-tokens 64 --state-memory 14MiB    # preempts all the time
 
 Streams and single answers, short and long prompts that often begin alike, on a real `lowkey-serve` with a dense and a
 reduced variant. One client in eight leaves at a random moment. Two engines die of SIGKILL on the way. At the end, with
-no load: no slot is in use, nothing waits, every request has been answered or has failed in time, and the memory of
-each process is flat over the second half.
+no load: no slot and no page is in use, the pages that prefixes have and the free ones are all there are, nothing waits,
+every request has been answered or has failed in time, and the memory of each process is flat over the second half.
 """
 
 import argparse
@@ -53,13 +54,15 @@ class Tally:
     memory: Memory = field(default_factory=dict)
 
 
-def request_body(draw: random.Random, names: list[str]) -> dict[str, Any]:
+def request_body(draw: random.Random, names: list[str], longest: int) -> dict[str, Any]:
     shared = [1 + i % 200 for i in range(512)]
+    prompt = shared[: draw.choice((0, 64, 200, 512))]
+    prompt += [draw.randrange(1, 250) for _ in range(draw.randint(1, 60))]
+    max_tokens = draw.choice((1, 8, 40, 120))
     return {
         "model": draw.choice(names),
-        "prompt": shared[: draw.choice((0, 64, 200, 512))]
-        + [draw.randrange(1, 250) for _ in range(draw.randint(1, 60))],
-        "max_tokens": draw.choice((1, 8, 40, 120)),
+        "prompt": prompt[: longest - max_tokens],
+        "max_tokens": max_tokens,
         "temperature": draw.choice((0, 0.8)),
         "stream": draw.random() < 0.7,
         "ignore_eos": draw.random() < 0.5,
@@ -88,11 +91,18 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any], tally: Tally) -> 
         return "error event" if error else "200"
 
 
-async def client_loop(server: Server, names: list[str], seed: int, until: float, tally: Tally) -> None:
+def longest_request(server: Server, name: str) -> int:
+    """Tokens of the longest request that a variant takes."""
+    return int(server.http.get(f"/v1/models/{name}").json()["lowkey"]["context_length"])
+
+
+async def client_loop(
+    server: Server, names: list[str], longest: int, seed: int, until: float, tally: Tally
+) -> None:
     draw = random.Random(seed)
     async with httpx.AsyncClient(base_url=server.url, timeout=REQUEST_S) as client:
         while time.monotonic() < until:
-            body = request_body(draw, names)
+            body = request_body(draw, names, longest)
             work = asyncio.create_task(ask(client, body, tally))
             leaves = draw.random() < LEAVE
             patience = draw.expovariate(2.0) if leaves else REQUEST_S
@@ -139,7 +149,8 @@ async def kill_engines(server: Server, names: list[str], seconds: float) -> None
 async def soak(server: Server, names: list[str], options: argparse.Namespace, tally: Tally) -> None:
     seconds = options.minutes * 60
     until = time.monotonic() + seconds
-    loops = [client_loop(server, names, seed, until, tally) for seed in range(options.clients)]
+    longest = min(longest_request(server, name) for name in names)
+    loops = [client_loop(server, names, longest, seed, until, tally) for seed in range(options.clients)]
 
     async def report() -> None:
         while (left := until - time.monotonic()) > 0:
@@ -151,21 +162,42 @@ async def soak(server: Server, names: list[str], options: argparse.Namespace, ta
     )
 
 
+Samples = dict[tuple[str, str, str], float]
+"""Value of each gauge and counter of an engine, by its name, its variant, and the label `state` (or nothing)."""
+
+
+def samples(server: Server) -> Samples:
+    """What /metrics says of the engines now."""
+    found: Samples = {}
+    for line in server.http.get("/metrics").text.splitlines():
+        match = re.fullmatch(r"(\w+)\{(.*)\} (\S+)", line)
+        if match and 'engine="0"' in match[2]:
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
+            found[match[1], labels["variant"], labels.get("state", "")] = float(match[3])
+    return found
+
+
 def settled(server: Server, names: list[str]) -> list[str]:
     """What is still held once nobody asks for anything, after up to 30 s."""
+    pages = {name: server.http.get(f"/v1/models/{name}").json()["lowkey"].get("pages") or 0 for name in names}
     deadline = time.monotonic() + 30
     while True:
-        text = server.http.get("/metrics").text
+        found = samples(server)
         wrong = []
         for name in names:
-            for series in (
-                f'lowkey_state_slots{{engine="0",state="used",variant="{name}"}}',
-                f'lowkey_requests_running{{engine="0",variant="{name}"}}',
-                f'lowkey_requests_waiting{{engine="0",variant="{name}"}}',
+            for series, state in (
+                ("lowkey_state_slots", "used"),
+                ("lowkey_kv_pages", "used"),
+                ("lowkey_requests_running", ""),
+                ("lowkey_requests_waiting", ""),
+                ("lowkey_requests_preempted", ""),
             ):
-                value = re.search(rf"^{re.escape(series)} (\S+)$", text, re.MULTILINE)
-                if value is None or float(value[1]) != 0:
-                    wrong.append(f"{series} is {value[1] if value else 'missing'}")
+                value = found.get((series, name, state))
+                if value != 0:
+                    wrong.append(f"{series} {state} of {name} is {'missing' if value is None else value}")
+            unused = sum(found.get(("lowkey_kv_pages", name, state), 0) for state in ("cached", "free"))
+            if unused != pages[name]:
+                wrong.append(f"{unused:g} pages of {name} are cached or free, of {pages[name]}")
         if not wrong or time.monotonic() > deadline:
             return wrong
         time.sleep(0.5)
@@ -210,7 +242,9 @@ def verdict(server: Server, names: list[str], options: argparse.Namespace, tally
         f"{n} requests ended as {o!r}" for o, n in tally.outcomes.items() if o not in expected | {"stuck"}
     ]
     for name in names:
-        body = {"model": name, "prompt": [5], "max_tokens": 2, "ignore_eos": True}
+        # The longest request that there may be: of a hybrid with few pages, it needs all of them.
+        longest = longest_request(server, name)
+        body = {"model": name, "prompt": [5] * (longest - 2), "max_tokens": 2, "ignore_eos": True}
         if (status := server.http.post("/v1/completions", json=body).status_code) != 200:
             wrong.append(f"{name} answers {status}")
     wrong += grown(tally.memory, options.minutes * 60)
@@ -231,21 +265,35 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--model", type=Path, default=MODEL)
+    parser.add_argument("--state-memory", default="24MiB", help="Of each variant.")
+    parser.add_argument(
+        "--context-tokens",
+        type=int,
+        default=4096,
+        help="Few of them are few pages for a hybrid. Requests have up to 692 tokens, or as many as fit.",
+    )
     parser.add_argument("--json", type=figures_file)
     options = parser.parse_args()
     tally = Tally()
     with tempfile.TemporaryDirectory() as directory:
         checkpoints = variants(Path(directory), options.model)
         names = list(checkpoints)
-        server = Server(checkpoints, "--max-requests", "8", "--state-memory", "24MiB", "--max-queue", "16")
+        server = Server(
+            checkpoints,
+            *("--max-requests", "8", "--max-queue", "16"),
+            *("--state-memory", options.state_memory, "--context-tokens", str(options.context_tokens)),
+        )
         try:
             asyncio.run(soak(server, names, options, tally))
             wrong = verdict(server, names, options, tally)
+            at_the_end = samples(server)
         finally:
             server.stop()
     print("\n" + memory_table(tally.memory))
     print("\n" + table(("requests ended", "n"), [(o, str(n)) for o, n in tally.outcomes.most_common()]))
     print(f"\n{tally.tokens} tokens and events in {options.minutes:g} minutes")
+    preemptions = {name: at_the_end.get(("lowkey_preemptions_total", name, ""), 0) for name in names}
+    print("preemptions: " + ", ".join(f"{name} {n:,.0f}" for name, n in preemptions.items()))
     for problem in wrong:
         print(f"WRONG: {problem}")
     print("all as it should be" if not wrong else f"{counted(len(wrong), 'fault')}")
@@ -254,6 +302,7 @@ def main() -> None:
         "clients": options.clients,
         "outcomes": tally.outcomes,
         "tokens": tally.tokens,
+        "preemptions": preemptions,
         "memory": tally.memory,
         "wrong": wrong,
     }
