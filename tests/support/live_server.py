@@ -11,6 +11,9 @@ from typing import Any
 import psutil
 import torch
 from checkpoints import CHATML, GATED, byte_tokenizer, random_tensors, write_checkpoint
+from hybrid_cases import BYTES, FULL, LINEAR, Case
+from hybrid_tensors import hybrid_tensors
+from hybrids import config_of
 from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.server_process import ServerProcess
@@ -24,33 +27,54 @@ E_ID = byte_tokenizer().token_to_id("e")
 CONTEXT = 2**16
 ENDLESS = CONTEXT - 500
 """Tokens that no engine gets through while a test does a few other things; who must be sure holds the engine."""
-CONFIG = {**GATED, "max_position_embeddings": CONTEXT, "eos_token_id": [0, E_ID]}
+OVERRIDES = {"max_position_embeddings": CONTEXT, "eos_token_id": [0, E_ID]}
 """The letter e ends a text, as the end-of-text token does: random models then have a reason to stop."""
 
+MODEL = os.environ.get("LOWKEY_TEST_MODEL", "fla")
+"""Which models `write_variants` makes: "fla", of linear attention alone, or "qwen", hybrids with softmax attention."""
+HYBRID = MODEL == "qwen"
+FAMILY = "qwen3_5_text" if HYBRID else "gated_deltanet"
+QWEN = Case("qwen3_5_text", 2, 4, 32, 24, layer_types=(LINEAR, FULL, LINEAR), hidden=64, kv_heads=1)
 
 PATIENT = {
     f"LOWKEY_{name}_S": str(DEADLINE_S)
     for name in ("HANG", "HEADER_TIMEOUT", "BODY_TIMEOUT", "WRITE_TIMEOUT", "DRAIN")
 }
 """Time limits of the server."""
+ROOMY = {"LOWKEY_CONTEXT_TOKENS": str(CONTEXT)}
+"""Pages for requests of any length, or else hybrids would have a shorter context than the other models. They take
+memory only once they are used."""
 
 
-def write_variants(directory: Path) -> dict[str, Path]:
-    """A dense checkpoint that writes mostly printable ASCII, and the same with 16 of 32 key channels."""
+def write_variants(directory: Path, model: str = MODEL) -> dict[str, Path]:
+    """A dense checkpoint that writes mostly printable ASCII, and the same with 16 of 32 key channels.
+
+    Args:
+        model: "fla" or "qwen", as `MODEL`.
+    """
+    if model == "qwen":
+        config, tensors = {**config_of(QWEN), "vocab_size": BYTES}, hybrid_tensors(QWEN, seed=2)
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:BYTES].clone()
+    elif model == "fla":
+        config, tensors = GATED, random_tensors(GATED)
+    else:
+        raise ValueError(f"LOWKEY_TEST_MODEL={model!r}: it is fla or qwen")
     tokenizer = byte_tokenizer()
-    tensors = random_tensors(CONFIG)
-    scale = torch.full((257, 1), 0.05)
+    scale = torch.full((config["vocab_size"], 1), 0.05)
     scale[[tokenizer.token_to_id(chr(c)) for c in range(ord("!"), ord("~") + 1)]] = 4.0
     scale[0] = 2.0
     tensors["lm_head.weight"] *= scale
-    dense = write_checkpoint(directory / "dense", CONFIG, tensors)
+    dense = write_checkpoint(directory / "dense", {**config, **OVERRIDES}, tensors)
     (dense / "chat_template.jinja").write_text(CHATML)
     checkpoint = open_checkpoint(dense)
     reduced = directory / "reduced"
     reduced.mkdir()
-    heads = checkpoint.spec.layers[0].mixer.num_k_heads
-    keep = [torch.arange(0, 32, 2).expand(heads, -1).contiguous() for _ in checkpoint.spec.layers]
-    write_reduced(checkpoint, [Cut(i, k) for i, k in enumerate(keep)], reduced)
+    cuts = [
+        Cut(i, torch.arange(0, 32, 2).expand(mixer.num_k_heads, -1).contiguous())
+        for i, mixer in checkpoint.spec.deltas.items()
+    ]
+    write_reduced(checkpoint, cuts, reduced)
     return {"dense": dense, "reduced": reduced}
 
 
@@ -93,7 +117,9 @@ class LiveServer(ServerProcess):
     """A server whose own time limits are the tests': a busy machine is no failure."""
 
     def __init__(self, log: Path, *arguments: str, **environment: str) -> None:
-        super().__init__(arguments, log, environment={**PATIENT, **environment}, timeout_s=DEADLINE_S)
+        super().__init__(
+            arguments, log, environment={**PATIENT, **ROOMY, **environment}, timeout_s=DEADLINE_S
+        )
 
     def wait_ready(self, *variants: str) -> "LiveServer":
         super().wait_ready(*variants)

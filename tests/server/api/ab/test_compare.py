@@ -9,12 +9,11 @@ import pytest
 import torch
 from checkpoints import byte_tokenizer
 from live_server import DEADLINE_S, ENDLESS, suspended
-from states import tensors
 
 from modeling.checkpoint import open_checkpoint
 from modeling.runtime import TorchRuntime
 from modeling.spec import StateTypes
-from modeling.state import StatePool
+from modeling.state import PAGE_TOKENS, StatePool
 
 PROMPT = "Once upon a time there was a small model"
 FIELDS = {"prompt": PROMPT, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
@@ -28,10 +27,12 @@ def models(checkpoints):
 
 @torch.inference_mode()
 def greedy(model, ids, n):
-    pool = StatePool(model.spec, 1, types=StateTypes(torch.float64, torch.float64))
-    slot = torch.tensor([pool.allocate()])
+    types = StateTypes(torch.float64, torch.float64)
+    pool = StatePool.with_room(model.spec, 1, len(ids) + n, types=types)
+    slot = torch.tensor([0])
     hidden, state = model(torch.tensor(ids), [0, len(ids)])
     pool.scatter(slot, state)
+    pool.advance(slot, [0, len(ids)])
     tokens = []
     hidden = hidden[-1:]
     while True:
@@ -39,6 +40,11 @@ def greedy(model, ids, n):
         if len(tokens) == n:
             return tokens
         hidden = TorchRuntime(model).decode(torch.tensor(tokens[-1:]), pool, slot)
+
+
+def state_bytes(spec, tokens):
+    """Bytes of a request that has fed so many tokens; its pages are whole."""
+    return spec.state_bytes(-(-tokens // PAGE_TOKENS) * PAGE_TOKENS)
 
 
 @torch.inference_mode()
@@ -87,8 +93,8 @@ def test_the_figures_are_those_of_the_checkpoints(server, models, baseline):
     assert against["top1_agreement"] == pytest.approx(agreement)
     divergence = next(i for i, (a, b) in enumerate(zip(*tokens.values(), strict=True)) if a != b)
     assert against["first_divergence"] == divergence
-    spec = {name: models[name].spec.state_bytes(0) for name in models}
-    assert against["state_bytes_ratio"] == pytest.approx(spec[other] / spec[baseline])
+    held = {name: state_bytes(models[name].spec, len(ids) - 1) for name in models}
+    assert against["state_bytes_ratio"] == pytest.approx(held[other] / held[baseline])
     speeds = [r["lowkey"]["tokens_per_second"] for r in answer["results"]]
     assert against["tokens_per_second_ratio"] == pytest.approx(speeds[1] / speeds[0])
 
@@ -242,10 +248,11 @@ def test_models(server, checkpoints, models):
         )
         assert lowkey["context_length"] == models[name].spec.context_length
         # What one request really holds, in tensors.
-        pool = StatePool(models[name].spec, 1)
-        held = sum(t[0].nbytes for t in tensors(pool))
+        pool = StatePool(models[name].spec, 1, pages=1)
+        held = sum(t.nbytes for t in pool.tensors(0).values())
         assert lowkey["state_bytes"] == held == models[name].spec.state_bytes(0)
-        assert server.complete(model=name, max_tokens=1)["lowkey"]["state_bytes"] == held
+        told = server.complete(model=name, max_tokens=1)["lowkey"]
+        assert told["state_bytes"] == held + pool.bytes_per_page and told["kv_bytes"] == pool.bytes_per_page
 
 
 def test_probes(server):

@@ -5,10 +5,11 @@ import urllib.parse
 
 import httpx
 import pytest
-from live_server import CONTEXT, DEADLINE_S, ENDLESS, poll
+from live_server import CONTEXT, DEADLINE_S, ENDLESS, FAMILY, poll
 from prometheus_client.parser import text_string_to_metric_families
 
 from modeling.checkpoint import open_checkpoint
+from modeling.state import PAGE_TOKENS
 
 SERIES = {
     "lowkey_requests": "counter",
@@ -110,9 +111,10 @@ def test_one_completion_moves_exactly_its_own_samples(server):
 
 def test_state_bytes_are_the_variants(server, checkpoints):
     for name, path in checkpoints.items():
-        held = open_checkpoint(path).spec.state_bytes(0)
+        spec = open_checkpoint(path).spec
+        held = spec.state_bytes(0)
         changes = moved(server, lambda name=name: server.complete(model=name, max_tokens=1))
-        assert changes[key("lowkey_request_state_bytes_sum", variant=name)] == held
+        assert changes[key("lowkey_request_state_bytes_sum", variant=name)] == spec.state_bytes(PAGE_TOKENS)
         assert server.sample("lowkey_state_bytes_per_request", variant=name) == held
         labels = {"variant": name, "engine": "0"}
         for metric, each in (("lowkey_state_pool_bytes", held), ("lowkey_state_slots", 1)):
@@ -155,7 +157,7 @@ def test_info_says_what_a_variant_is(server, checkpoints):
     info = [dict(labels) for name, labels in server.samples() if name == "lowkey_variant_info"]
     assert sorted(i["variant"] for i in info) == ["dense", "reduced"]
     dense = next(i for i in info if i["variant"] == "dense")
-    assert dense["model"] == str(checkpoints["dense"]) and dense["family"] == "gated_deltanet"
+    assert dense["model"] == str(checkpoints["dense"]) and dense["family"] == FAMILY
     assert (dense["d_k"], dense["d_v"], dense["method"]) == ("32", "24", "none")
     assert (dense["state_dtype"], dense["device"]) == ("float32", "cpu") and dense["backend"]
 
