@@ -11,6 +11,7 @@ from safetensors.torch import load, save
 
 from modeling.checkpoint import open_checkpoint
 from modeling.spec import StateTypes
+from modeling.state import PAGE_TOKENS
 
 CONFIG = """
 batch_invariant = true
@@ -47,36 +48,37 @@ def lab(checkpoints, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def held(checkpoints):
-    """Bytes of a request's state by variant."""
+    """Bytes of a request's state, by variant and tokens: those of its pages, which a hybrid has besides its slot."""
     spec = open_checkpoint(checkpoints["dense"]).spec
-    return {name: spec.state_bytes(0, StateTypes.named(d, torch.float32)) for name, d in DTYPES.items()}
+    types = {name: StateTypes.named(state_dtype, torch.float32) for name, state_dtype in DTYPES.items()}
+    return lambda name, tokens=0: spec.state_bytes(tokens, types[name])
 
 
 def test_every_place_tells_the_same_bytes(lab, held):
     samples = lab.samples()
     for name, state_dtype in DTYPES.items():
         told = lab.http.get(f"/v1/models/{name}").json()["lowkey"]
-        assert (told["state_dtype"], told["state_bytes"]) == (state_dtype, held[name])
-        assert told["memory"]["states"] == (told["slots"] + 1) * held[name]
+        assert (told["state_dtype"], told["state_bytes"]) == (state_dtype, held(name))
+        assert told["memory"]["states"] == (told["slots"] + 1) * held(name)
         body = {"model": name, "prompt": "Once", "max_tokens": 2, "n": 2}
         answer = lab.http.post("/v1/completions", json=body)
         block = answer.json()["lowkey"]
-        assert (block["state_dtype"], block["state_bytes"]) == (state_dtype, 2 * held[name])
-        assert answer.headers["x-lowkey-state-bytes"] == str(2 * held[name])
-        assert lab.sample("lowkey_state_bytes_per_request", variant=name) == held[name]
+        assert (block["state_dtype"], block["state_bytes"]) == (state_dtype, 2 * held(name, PAGE_TOKENS))
+        assert answer.headers["x-lowkey-state-bytes"] == str(2 * held(name, PAGE_TOKENS))
+        assert lab.sample("lowkey_state_bytes_per_request", variant=name) == held(name)
         pool = [
             value
             for (metric, labels), value in samples.items()
             if metric == "lowkey_state_pool_bytes" and ("variant", name) in labels
         ]
-        assert sum(pool) == told["slots"] * held[name]
+        assert sum(pool) == told["slots"] * held(name)
         (info,) = (
             dict(labels)
             for metric, labels in samples
             if metric == "lowkey_variant_info" and ("variant", name) in labels
         )
         assert info["state_dtype"] == state_dtype
-    assert held["narrow"] < held["full"] / 2.5
+    assert held("narrow") < held("full") / 2.5
 
 
 def test_int8_completions_are_the_same_whatever_else_runs(lab):
@@ -116,7 +118,7 @@ def test_going_on_from_a_saved_int8_state_is_going_on(lab, held):
     whole = lab.complete(**fields, prompt=PROMPT)
     state_id = saved(lab, "narrow", PROMPT[:128])
     data = content(lab, state_id)
-    assert 0 < len(data) - held["narrow"] < 4096
+    assert 0 < len(data) - held("narrow", 128) < 4096
     again = imported(lab, data).json()
     assert again["variant"] == "narrow"
     for each in (state_id, again["id"]):
@@ -195,7 +197,8 @@ def test_both_are_compared_and_one_is_the_others_shadow(lab, held):
     body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "baseline": "full"}
     _, narrow = lab.http.post("/v1/compare", json=body).json()["results"]
     against = narrow["against_baseline"]
-    assert against["state_bytes_ratio"] == pytest.approx(held["narrow"] / held["full"])
+    pages = 3 * PAGE_TOKENS  # of a prompt of 136 tokens and twelve more
+    assert against["state_bytes_ratio"] == pytest.approx(held("narrow", pages) / held("full", pages))
     assert 0 < against["mean_kl"] < 0.1
     lab.complete(model="full", prompt="Hi", max_tokens=4)
     labels = dict(variant="narrow", baseline="full", outcome="scored")

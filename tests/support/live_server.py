@@ -34,7 +34,7 @@ MODEL = os.environ.get("LOWKEY_TEST_MODEL", "fla")
 """Which models `write_variants` makes: "fla", of linear attention alone, or "qwen", hybrids with softmax attention."""
 HYBRID = MODEL == "qwen"
 FAMILY = "qwen3_5_text" if HYBRID else "gated_deltanet"
-QWEN = Case("qwen3_5_text", 2, 4, 32, 24, layer_types=(LINEAR, FULL, LINEAR), hidden=64, kv_heads=1)
+QWEN = Case("qwen3_5_text", 2, 4, 32, 24, layer_types=(LINEAR, LINEAR, LINEAR, FULL), hidden=64, kv_heads=1)
 
 PATIENT = {
     f"LOWKEY_{name}_S": str(DEADLINE_S)

@@ -189,7 +189,9 @@ def test_more_memory_than_there_is_ends_the_server_with_the_numbers(checkpoints,
     )
     assert done.returncode == 1
     *_, reason = re.findall(r"variant 'dense' could not be loaded: (.*)", done.stderr)
-    assert re.search(r"slots are 109,951,162,\d{3},\d{3} bytes, and [\d,]+ are left", reason), reason
+    assert re.search(
+        r"slots( and [\d,]+ pages)? are 109,951,162,\d{3},\d{3} bytes, and [\d,]+ are left", reason
+    ), reason
     assert re.search(r"set state_memory to [\d,]+ bytes at most", reason)
 
 

@@ -1,15 +1,21 @@
-"""An engine's process ends when it is told to, whatever its other threads wait for."""
+"""An engine's process ends when it is told to, whatever its other threads wait for; what it does not begin to load."""
 
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import msgspec
 import pytest
 import zmq
 from engine_process import START_S, engine_config
 from engines import generate
+from hybrid_cases import CASES, LINEAR
+from hybrids import write_hybrid
 
+from modeling.checkpoint import CheckpointError, open_checkpoint
+from server.engine.process import check_served
 from server.wire.messages import encoder, report_decoder
 
 
@@ -48,3 +54,21 @@ def test_a_read_that_never_ends_does_not_keep_the_process(checkpoints, tmp_path,
             process.kill()
             process.wait()
             process.stdin.close()
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (CASES["text-dense-tied"], "(qwen3_5_text) has softmax attention in 2 layers of 8 (3, 7)"),
+        (
+            replace(CASES["text-moe-fused"], layer_types=(LINEAR, LINEAR)),
+            "(qwen3_5_moe_text) has experts in 2 layers of 2 (0, 1)",
+        ),
+    ],
+    ids=["softmax", "experts"],
+)
+def test_a_hybrid_is_refused_on_a_gpu_and_not_on_a_cpu(tmp_path, case, reason):
+    checkpoint = open_checkpoint(write_hybrid(tmp_path / "hybrid", case))
+    check_served(checkpoint, "cpu")
+    with pytest.raises(CheckpointError, match=re.escape(reason) + ".* set device to cpu"):
+        check_served(checkpoint, "cuda:0")

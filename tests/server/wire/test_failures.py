@@ -8,14 +8,11 @@ import shutil
 import signal
 import threading
 import time
-from dataclasses import replace
 
 import httpx
 import psutil
 import pytest
 from checkpoints import GATED, random_tensors, write_checkpoint
-from hybrid_cases import CASES, LINEAR
-from hybrids import write_hybrid
 from live_server import DEADLINE_S, ENDLESS, LiveServer, poll, suspended, withheld
 
 from server.hub.engines import RuntimeDir
@@ -224,29 +221,6 @@ def test_a_server_whose_checkpoint_cannot_be_loaded_ends_with_1(tmp_path):
     last = log.splitlines()[-1]
     assert "variant 'bad' could not be loaded" in last and "shape" in last, "the reason is what is seen"
     assert "Traceback" not in log
-
-
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        (CASES["text-dense-tied"], "(qwen3_5_text) has softmax attention in 2 layers of 8 (3, 7)"),
-        (
-            replace(CASES["text-moe-fused"], layer_types=(LINEAR, LINEAR)),
-            "(qwen3_5_moe_text) has experts in 2 layers of 2 (0, 1)",
-        ),
-    ],
-    ids=["softmax", "experts"],
-)
-def test_a_hybrid_is_refused_with_what_serves_it(tmp_path, case, reason):
-    path = write_hybrid(tmp_path / "hybrid", case)
-    server = LiveServer(tmp_path / "log", f"hybrid={path}")
-    try:
-        assert server.process.wait(DEADLINE_S) == 1
-    finally:
-        server.stop()
-    last = server.log.read_text().splitlines()[-1]
-    assert "variant 'hybrid' could not be loaded" in last and reason in last
-    assert "docs/hybrids.md says how transformers, vLLM, SGLang and mlx-lm serve it" in last
 
 
 def test_a_burst_gets_the_places_that_there_are(arguments, tmp_path):
