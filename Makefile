@@ -48,7 +48,7 @@ LOADTEST := .cache/loadtest
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
-	@echo "make test-all  as test, with the slow tests"
+	@echo "make test-all  as test, with the slow tests, and those of the server once more on a hybrid"
 	@echo "make compat    tests with other people's clients: openai (Python, and JavaScript in a browser), lm-eval, guidellm, schemathesis, mlx-lm"
 	@echo "make deploy-check  the Dockerfiles, compose.yaml and the Helm chart against linters and schemas"
 	@echo "make loadtest  the same load on each variant of a running \`make demo\` (or URL=...), in turns"
@@ -151,6 +151,7 @@ test: lint
 
 test-all: lint $(CLIENTS) $(JS_CLIENTS) $(RAY) $(TOOLS)
 	$(BIN)/pytest
+	LOWKEY_TEST_MODEL=qwen $(BIN)/pytest tests/server
 
 compat: $(DEV) $(CLIENTS) $(JS_CLIENTS)
 	$(BIN)/pytest tests/compat
