@@ -35,24 +35,30 @@ MINIMUM_ROUNDS, MAXIMUM_ROUNDS = 5, 200
 
 
 def interleave(
-    sides: dict[str, Callable[[], object]], seconds: float, calls: int = 1
+    sides: dict[str, Callable[[], object]],
+    seconds: float,
+    calls: int = 1,
+    *,
+    rounds: int = MINIMUM_ROUNDS,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, list[float]]:
-    """CPU seconds of a call, round by round, for about `seconds` in all after one round of warming up.
+    """Seconds of a call by `clock`, round by round, for about `seconds` in all after one round of warming up.
 
-    A side's turn is `calls` calls: all but the first find their weights where their own last call left them.
+    A side's turn is `calls` calls: all but the first find their weights where their own last call left them. There are
+    `rounds` rounds at least. With several threads the CPU's time says nothing: then `clock` is the wall's.
     """
     for side in sides.values():
         side()
     samples: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds
     for n in range(MAXIMUM_ROUNDS):
-        if n >= MINIMUM_ROUNDS and time.perf_counter() > end:
+        if n >= rounds and time.perf_counter() > end:
             break
         for name, side in sides.items():
-            began = time.process_time()
+            began = clock()
             for _ in range(calls):
                 side()
-            samples[name].append((time.process_time() - began) / calls)
+            samples[name].append((clock() - began) / calls)
     return samples
 
 
@@ -123,9 +129,9 @@ def load(source: str, d_k: int | None, dtype: torch.dtype) -> Model:
     return model.to(dtype)
 
 
-def quiet() -> None:
-    """One thread, and none of transformers' warnings that it has no GPU kernels."""
-    torch.set_num_threads(1)
+def quiet(threads: int = 1) -> None:
+    """None of transformers' warnings that it has no GPU kernels, and no other threads than these."""
+    torch.set_num_threads(threads)
     transformers.logging.set_verbosity_error()
 
 

@@ -6,6 +6,7 @@ it), and a cache that counts tokens itself, which stock caches leave to the atte
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 sys.modules["fla"] = None  # type: ignore[assignment]
@@ -46,6 +47,11 @@ class LinearOnlyCache(DynamicCache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         return self._seen + query_length, 0
+
+
+def stock(path: Path, dtype: torch.dtype) -> Any:
+    """A checkpoint's language model as transformers itself loads it."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
 
 
 def peer_of(model: Model) -> Any:

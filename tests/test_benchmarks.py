@@ -222,17 +222,105 @@ print(measure.load("hybrid", 16, torch.float32).spec.d_k)
 """
 
 
-def test_speed_is_of_linear_layers_wherever_they_are():
-    """In a process of its own: the peer hides fla."""
+def in_benchmarks(code):
+    """What code prints that imports benchmarks, in a process of its own: the peer hides fla."""
     result = subprocess.run(
-        [sys.executable, "-c", HYBRID],
+        [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "benchmarks", SUPPORT)))},
         capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    *refused, sides, d_k = result.stdout.splitlines()
+    return result.stdout
+
+
+def test_speed_is_of_linear_layers_wherever_they_are():
+    *refused, sides, d_k = in_benchmarks(HYBRID).splitlines()
     assert len(refused) == 2 and all("linear attention and a dense feed-forward" in line for line in refused)
     assert sides == "['rule_ours', 'rule_transformers']" and d_k == "(16, 16, 16)"
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-experts"])
+def test_hybrids_are_compared_with_what_transformers_computes(shape, tmp_path):
+    """The benchmark itself ends where the logits of both sides differ; here it must also not call them the same
+    without having looked."""
+    output, found = run(
+        "hybrids.py", shape, "--d-k", 128, "--d-k", 64, "--dtype", "float32", "--prefill", "2x70", "--context", 70,
+        "--batch", 3, "--seconds", 0, json_file=tmp_path / "hybrids.json",
+    )  # fmt: skip
+    cases = found["cases"]
+    assert [(c["d_k"], c["phase"]) for c in cases] == [
+        (d_k, phase) for d_k in (128, 64) for phase in ("prefill", "decode")
+    ]
+    assert all(0 < c["logits_difference"] < 1e-5 and c["speedup"]["median"] > 0 for c in cases)
+    dense, reduced = cases[1], cases[3]
+    # Three layers of 2 heads: a matrix of d_k x 128 each, and three columns of the short convolution, all float32.
+    states = [3 * 3 * (2 * d_k * 128 + 3 * (4 * d_k + 256)) * 4 for d_k in (128, 64)]
+    assert [dense["recurrent_bytes"], reduced["recurrent_bytes"]] == states
+    assert dense["kv_bytes"] == 3 * 70 * 2 * 2 * 64 * 4
+    assert (dense["experts_hit"] > 2) == (shape == "tiny-experts") and "2 x 70" in output
+
+
+def test_a_benchmark_of_experts_counts_the_bytes_of_those_that_are_hit():
+    code = """
+from hybrids import weight_bytes
+from hybrid_models import config_of
+from modeling.families import family_of
+from modeling.model import Model
+
+config = config_of("tiny-experts")
+model = Model(family_of(config).spec(config))
+print(weight_bytes(model, 8), weight_bytes(model, 2))
+"""
+    every, two = map(float, in_benchmarks(code).split())
+    # Four layers of 8 experts with three matrices of 32 x 64, of which 6 are left out.
+    assert every - two == 4 * 6 * 3 * 32 * 64 * 4
+
+
+def test_requests_that_fit_are_counted(tmp_path):
+    _, found = run(
+        "capacity_hybrids.py", "--budget", "4GiB", "--shape", "0.8B", json_file=tmp_path / "capacity.json"
+    )
+    slot = {d_k: 18 * (16 * d_k * 128 * 4 + 3 * (2 * 16 * d_k + 16 * 128) * 2) for d_k in (128, 64)}
+    page = 64 * 6 * 2 * 2 * 256 * 2
+    counted = {
+        (r["tokens"], r["d_k"]): (2**32 - slot[r["d_k"]] - page)
+        // (slot[r["d_k"]] + r["tokens"] // 64 * page)
+        for r in found["results"]
+    }
+    assert counted == {(r["tokens"], r["d_k"]): r["requests"] for r in found["results"]}
+    assert counted[512, 128] == 165 and counted[512, 64] == 264
+
+
+def test_requests_that_fit_run_together(tmp_path):
+    output, found = run(
+        "capacity_hybrids.py", "--budget", "90MiB", "--shape", "0.8B", "--tokens", 128, "--run",
+        json_file=tmp_path / "capacity.json",
+    )  # fmt: skip
+    assert [(r["requests"], r["run"]["running"]) for r in found["results"]] == [(3, 3), (7, 7)]
+    assert [r["run"]["largest_used_pages"] for r in found["results"]] == [6, 14] and "ran together" in output
+
+
+def test_conversations_are_really_run(tmp_path):
+    output, found = run("prefix_blocks.py", "--workload", "tiny", json_file=tmp_path / "prefix.json")
+    computed = found["tiny"]["computed"]
+    assert found["tiny"]["prompts"] == 6 and "6 prompts" in output
+    assert computed["at most"] < computed["ours"] < found["tiny"]["tokens"] == computed["blocks of 272"]
+
+
+def test_blocks_hit_at_their_multiples_only(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from prefix_blocks import WORKLOADS, Blocks, turns
+
+    blocks, tokens = Blocks(4), Blocks(1)
+    for cache in (blocks, tokens):
+        cache.add([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    prompts = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [2, 2, 3, 4, 5], [1]]
+    assert [blocks.cached(p) for p in prompts] == [4, 0, 8, 0, 0]
+    assert [tokens.cached(p) for p in prompts] == [5, 3, 9, 0, 0]
+    first, second = (list(turns(WORKLOADS["tiny"], 512, seed)) for seed in (0, 0))
+    assert first == second and sorted(user for user, _, _ in first) == [0, 0, 0, 1, 1, 1]
+    starts = [next(message for user, message, _ in first if user == u) for u in (0, 1)]
+    assert starts[0][:100] == starts[1][:100] and starts[0][100:120] != starts[1][100:120]
 
 
 @pytest.mark.slow
