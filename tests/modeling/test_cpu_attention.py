@@ -217,6 +217,21 @@ def test_a_requests_bits_depend_on_nothing_else(name, kept):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("kept", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("width", [13, 24, 80])
+def test_a_prompt_cut_elsewhere_is_the_same_bits(width, kept):
+    """Products are of whole tiles each time. With three heads the last rows that share a page's values are other
+    tokens' in each cut, and fewer rows are computed together there."""
+    model = model_of(AttentionSpec(3, 1, width, None, "none", False, 1e-6))
+    runtime, ids, results = CpuRuntime(model), (torch.arange(128) * 11) % VOCABULARY, []
+    for lengths in ((128,), (64, 64), (32, 96)):
+        pool, _ = pool_of(model, (1, 200), StateTypes(inputs=kept))
+        pieces = ids.split(lengths)
+        slot = torch.tensor([1])
+        results.append(torch.cat([runtime.prefill(x, [0, len(x)], pool, slot) for x in pieces]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 def test_positions_far_out_are_turned_as_exactly_as_near_ones():
     """Position 262,143: an angle in float32 would be off by a hundredth."""
     spec, length = AttentionSpec(2, 1, 16, RopeSpec(16, 1e7), "head", False, 1e-6), 64 * 4096 - 1

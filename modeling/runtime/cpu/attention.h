@@ -105,7 +105,7 @@ static void append(const Attention &l, float *in, const Place *places, int64_t t
 // ---- rows of queries and the keys and values of one page
 
 // Computes scores [rows][PAGE_TOKENS] of rows of queries, as `arrange_tile` left them, and the page's first `count`
-// keys. What lies behind those in the page may be read too, as far as the next multiple of ROWS.
+// keys. Whole tiles are computed, so what lies behind those in the page may be read too, and scores of it written.
 template <class K>
 static void score_page(const float *q, int64_t rows, int d, const K *keys, int count, float *scores) {
     product_rows(q, rows, d, keys, PAGE_TOKENS, 0, count, scores, PAGE_TOKENS);
@@ -147,7 +147,8 @@ static inline void add_values(const float *p, const float *factor, const K *valu
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
-            for (int v = 0; v < VECTORS; v++) sum[r][v] += value[v] * p[r * PAGE_TOKENS + j];
+            for (int v = 0; v < VECTORS; v++)
+                sum[r][v] = multiply_add(sum[r][v], value[v], p[r * PAGE_TOKENS + j] - vec{});
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -166,7 +167,7 @@ static void add_values(const float *p, const float *factor, const K *values, int
     for (; c < d; c++)
         for (int r = 0; r < R; r++) {
             float sum = o[r * d + c] * factor[r];
-            for (int j = 0; j < count; j++) sum += read(values + j * d + c) * p[r * PAGE_TOKENS + j];
+            for (int j = 0; j < count; j++) sum = multiply_add(sum, read(values + j * d + c), p[r * PAGE_TOKENS + j]);
             o[r * d + c] = sum;
         }
 }

@@ -11,7 +11,7 @@ constexpr int QUERY_ROWS = 64;
 static inline int query_tokens(const Attention &l) { return std::max(1, QUERY_ROWS / l.groups()); }
 static inline int64_t query_rows(const Attention &l) { return round_up(query_tokens(l) * l.groups(), WIDE); }
 
-// How many floats `mix_pieces` works in: each thread by itself, and all together.
+// How many floats `mix` works in: each thread by itself, and all together.
 static inline size_t piece_floats(const Attention &l) {
     return query_rows(l) * (arranged_size(l.head_dim) + PAGE_TOKENS + l.head_dim + 3) + l.head_dim;
 }

@@ -3,6 +3,9 @@
 
 #include "vectors.h"
 
+#include <algorithm>
+#include <atomic>
+
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512DQ__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -29,6 +32,8 @@ struct MatrixUnit {
     MatrixUnit() {
         static constexpr Shapes shapes;
         _tile_loadconfig(&shapes);
+        // GCC 12 is not told that loads of tiles read memory: what was written to it before must be there by now.
+        std::atomic_signal_fence(std::memory_order_seq_cst);
     }
     ~MatrixUnit() { _tile_release(); }
 };

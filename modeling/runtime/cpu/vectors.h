@@ -92,6 +92,25 @@ static inline void store(bf16 *p, vec x) {
 }
 static inline vec load(const int8_t *p) { return __builtin_convertvector(widen(peek<bvec>(p)), vec); }
 
+// sum + a b, rounded once where the CPU can. Of sum + a * b compilers make one rounding in some loops and two in
+// others, so that an element's bits would depend on what is computed beside it.
+static inline vec multiply_add(vec sum, vec a, vec b) {
+#if defined(__AVX512DQ__)
+    return (vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+#else
+    return sum + a * b;
+#endif
+}
+static inline float multiply_add(float sum, float a, float b) {
+#ifdef __FP_FAST_FMAF
+    return __builtin_fmaf(a, b, sum);
+#else
+    return sum + a * b;
+#endif
+}
+
 // N vectors, a matrix [N][LANES], become [LANES][N], in as many vectors. Each round interleaves the halves of the
 // whole.
 template <int N> static inline void transpose(vec *x) {
