@@ -208,10 +208,7 @@ def test_few_pages_change_no_text(roomy, tight, name):
         enough = list(threads.map(lambda request: complete(roomy, **request), requests))
     assert [told(answer) for answer in few] == [told(answer) for answer in enough]
     check_unused(tight)
-    if name not in (
-        "one prompt",
-        "just as many as fit",
-    ):  # its pages are shared; the second waits for the first
+    if name in ("many at once", "priorities", "logprobs"):  # others may end before, or share their pages
         assert tight.sample("lowkey_preemptions_total", **DENSE) > before
 
 
