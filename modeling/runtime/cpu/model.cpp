@@ -16,8 +16,14 @@
 #endif
 
 // Tokens of a prefill that go through the model at a time: few, so that their activations stay in the second-level
-// cache.
-constexpr int64_t PREFILL_BLOCK = 128;
+// cache. With experts more: each block reads all experts that one of its tokens takes, which is nearly all of them.
+constexpr int64_t PREFILL_BLOCK = 128, PREFILL_BLOCK_OF_EXPERTS = 512;
+
+static int64_t prefill_block(const Model &model) {
+    for (int i = 0; i < model.num_layers; i++)
+        if (model.layers[i].ffn_kind == MOE) return PREFILL_BLOCK_OF_EXPERTS;
+    return PREFILL_BLOCK;
+}
 
 static int thread_number() {
 #ifdef _OPENMP
@@ -185,15 +191,16 @@ static int prefill(const Model &model, const LayerState *states, int64_t sequenc
                    const int64_t *ids, const int64_t *slots, const int32_t *lengths, void *hidden, int threads) {
     const int64_t tokens = cu_seqlens[sequences];
     const size_t row = model.hidden * (model.is_part() ? sizeof(float) : sizeof(W));
+    const int64_t block = prefill_block(model);
     Buffers buffers;
     if (!buffers.reserve(
-            model, std::min(tokens, PREFILL_BLOCK), threads, [](const auto &mixer) { return piece_floats(mixer); },
+            model, std::min(tokens, block), threads, [](const auto &mixer) { return piece_floats(mixer); },
             [](const auto &mixer) { return shared_piece_floats(mixer); }))
         return 3;
     std::vector<Piece> pieces;
     std::vector<Place> places;
-    for (int64_t begin = 0, sequence = 0; begin < tokens; begin += PREFILL_BLOCK) {
-        const int64_t end = std::min(begin + PREFILL_BLOCK, tokens);
+    for (int64_t begin = 0, sequence = 0; begin < tokens; begin += block) {
+        const int64_t end = std::min(begin + block, tokens);
         pieces.clear(), places.clear();
         for (int64_t first = begin; first < end;) {
             const int64_t last = std::min(end, cu_seqlens[sequence + 1]), slot = slots[sequence],
