@@ -3,35 +3,14 @@
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from ready import ready
 
 from server.hub.metrics import EngineMetrics, HubMetrics
-from server.wire.messages import Occupancy, Ready, Step
+from server.wire.messages import Occupancy, Step
 
 BUSY = Occupancy(
     running=5, waiting=4, preempted=3, used_slots=6, cached_slots=1, used_pages=70, cached_pages=20
 )
-
-
-def ready(**fields):
-    return Ready(
-        family="x",
-        d_k=[4],
-        d_v=[4],
-        vocab_size=8,
-        context_length=100,
-        eos_token_ids=[],
-        checkpoint_path="x",
-        method=None,
-        state_bytes_per_request=64,
-        state_dtype="float32",
-        device="cpu",
-        backend="none",
-        weights_bytes=1,
-        load_s=0.0,
-        slots=8,
-        max_running=8,
-        **fields,
-    )
 
 
 HYBRID = ready(bytes_per_page=1000, pages=100)

@@ -6,6 +6,7 @@ import contextlib
 import pytest
 from engine_process import until
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from ready import ready
 
 from server.api.serving.metrics import Metrics
 from server.handover import from_json
@@ -34,35 +35,14 @@ from server.wire.hub import (
     Totals,
 )
 from server.wire.link import LinkServer, RemoteLink
-from server.wire.messages import Occupancy, Ready, Step
-
-
-def ready(max_running=2):
-    return Ready(
-        family="deltanet",
-        d_k=[4],
-        d_v=[4],
-        vocab_size=8,
-        context_length=100,
-        eos_token_ids=[],
-        checkpoint_path="x",
-        method=None,
-        state_bytes_per_request=64,
-        state_dtype="float32",
-        device="cpu",
-        backend="none",
-        weights_bytes=1,
-        load_s=0.0,
-        slots=max_running,
-        max_running=max_running,
-    )
+from server.wire.messages import Occupancy, Step
 
 
 @pytest.fixture
 def hub():
     hub = Hub(Settings(variants={"a": "x/a", "b": "x/b"}, max_queue=3, tokens_per_minute=60), print)
     for engine in hub.engines.values():
-        engine.process.ready, engine.process.up = ready(), True
+        engine.process.ready, engine.process.up = ready(slots=2, max_running=2), True
     yield hub
     hub._runtime_dir.remove()
 
@@ -317,7 +297,7 @@ def test_metrics_have_all_steps_of_which_a_front_end_has_answers(hub):
         # Nothing more comes of an engine that is gone, nor from the one after it of the steps of that one.
         engine.last_step = 1.0
         assert await steps_in((gone,)) == 2
-        engine.process.on_ready(ready(), "address")
+        engine.process.on_ready(ready(slots=2, max_running=2), "address")
         engine.process.up = True
         assert await steps_in() == 2
 
