@@ -239,6 +239,7 @@ def test_speed_is_of_linear_layers_wherever_they_are():
     assert sides == "['rule_ours', 'rule_transformers']" and d_k == "(16, 16, 16)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny", "tiny-experts"])
 def test_hybrids_are_compared_with_what_transformers_computes(shape, tmp_path):
     """The benchmark itself ends where the logits of both sides differ; here it must also not call them the same
