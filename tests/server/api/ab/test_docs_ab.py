@@ -53,7 +53,8 @@ def test_the_python_in_order(place, capsys):
         server.stop()
     assert len(blocks("python")) == 5
     printed = capsys.readouterr().out
-    assert "KL " in printed and "too little data" in printed and "reduced length" in printed
+    assert "KL " in printed and "too little data" in printed
+    assert "reduced length" in printed or "reduced stop" in printed  # a random model may end by itself
     assert names["summary"]["variants"][names["answer"]["baseline"]]["errors"] == 0
 
 
