@@ -73,7 +73,7 @@ class Ours:
 
 
 class Theirs:
-    """As `Ours`, by transformers."""
+    """The same as `Ours`, computed by transformers."""
 
     def __init__(self, peer: Any, cache: DynamicCache, ids: Tensor) -> None:
         self.peer, self.ids = peer, ids
@@ -280,8 +280,8 @@ def main(
     context: Annotated[list[int], typer.Option(help="Tokens before the first decoded.")] = [128, 2048],  # noqa: B006
     prefill: Annotated[list[str], typer.Option(help="Prompts, as in 8x128.")] = ["1x128", "8x128", "1x2048"],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32, of both sides' weights.")] = "bfloat16",
-    threads: Annotated[int, typer.Option(min=1, help="Of each side.")] = 1,
-    seconds: Annotated[float, typer.Option(help="Per case, about; five rounds are taken at least.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Seconds of a case, about; five rounds at least.")] = 15,
     models: Annotated[
         Path | None, typer.Option(help="Keep the checkpoints in this folder for the next run.")
     ] = None,

@@ -85,7 +85,7 @@ class LlamaCpp:
         return self._answer()
 
     def logits(self, do: str, **command: Any) -> Tensor:
-        """As a call; the logits of the last prompt's last token, `[1, vocab]`, or of all sequences."""
+        """Calls, and gives the logits of the last prompt's last token, `[1, vocab]`, or those of all sequences."""
         with tempfile.TemporaryDirectory() as folder:
             file = f"{folder}/logits.npy"
             self(do, **command, logits=file)
@@ -190,7 +190,7 @@ def llama_turn(llama: LlamaCpp, steps: int, batch: int, vocab: int) -> float:
 def prefill_sides(
     runtimes: dict[str, Runtime], llamas: dict[str, LlamaCpp], batch: int, length: int
 ) -> tuple[Sides, dict[str, float]]:
-    """As `decode_sides`, a turn being `batch` prompts of `length` tokens."""
+    """The same as `decode_sides`, but that a turn is `batch` prompts of `length` tokens."""
     prompts = torch.randint(1, runtimes[DENSE].model.spec.vocab_size, (batch, length))
     expected = prefill_ours(runtimes[DENSE], prompts)[0]
     sides: Sides = {name: partial(prefill_turn, runtime, prompts) for name, runtime in runtimes.items()}
@@ -239,10 +239,10 @@ def main(
     batch: Annotated[list[int], typer.Option(help="May be given several times.")] = [1, 8, 32],  # noqa: B006
     context: Annotated[list[int], typer.Option(help="Tokens before the first decoded.")] = [128, 2048],  # noqa: B006
     prefill: Annotated[list[str], typer.Option(help="Prompts, as in 8x128.")] = ["1x128", "8x128", "1x2048"],  # noqa: B006
-    outtype: Annotated[list[str], typer.Option(help="Of the GGUF: bf16 or f16.")] = ["bf16", "f16"],  # noqa: B006
+    outtype: Annotated[list[str], typer.Option(help="Dtype of the GGUF: bf16 or f16.")] = ["bf16", "f16"],  # noqa: B006
     reduced: Annotated[int, typer.Option(help="Key channels of the reduced model.")] = 64,
-    threads: Annotated[int, typer.Option(min=1, help="Of each side.")] = 1,
-    seconds: Annotated[float, typer.Option(help="Per case, about; five rounds are taken at least.")] = 15,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Seconds of a case, about; five rounds at least.")] = 15,
     bench: Annotated[Path | None, typer.Option("--batched-bench", help="llama-batched-bench.")] = None,
     models: Annotated[
         Path | None, typer.Option(help="Keep the checkpoints in this folder for the next run.")

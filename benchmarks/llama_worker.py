@@ -78,7 +78,7 @@ class Context:
         llama_cpp.llama_synchronize(self._context)
 
     def logits(self, row: int) -> np.ndarray:
-        """Of the token that was in place `row` of the last batch."""
+        """The logits after the token that was in place `row` of the last batch, `[vocab]`."""
         pointer = llama_cpp.llama_get_logits_ith(self._context, row)
         return np.ctypeslib.as_array(pointer, shape=(self.vocab_size,)).copy()
 

@@ -136,7 +136,7 @@ def run(engine: Engine, workload: Workload, vocab_size: int, seed: int) -> dict[
 
 def main(
     workload: Annotated[list[str], typer.Option(help=f"Of {', '.join(WORKLOADS)}.")] = ["chat", "agents"],  # noqa: B006
-    seed: Annotated[int, typer.Option(help="Of the conversations.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
     json: Annotated[
         Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
     ] = None,

@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--model", type=Path, default=MODEL)
-    parser.add_argument("--state-memory", default="24MiB", help="Of each variant.")
+    parser.add_argument("--state-memory", default="24MiB", help="Memory for the states of each variant.")
     parser.add_argument(
         "--context-tokens",
         type=int,

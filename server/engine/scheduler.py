@@ -336,7 +336,7 @@ class Scheduler:
         return request.swapped is not None and request.prefill_done and request.id in self._paused
 
     def _next_in_line(self) -> list[Request]:
-        """As many waiting requests as can get a slot now: the first ones that have use for it."""
+        """The waiting requests that can get a slot now: the first ones that have use for it."""
         able = (request for request in self._waiting if not self._reader_is_behind(request))
         return list(itertools.islice(able, max(self._room, 0)))
 

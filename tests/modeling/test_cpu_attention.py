@@ -131,7 +131,7 @@ def difference(a, b):
 
 
 def tolerance(*dtypes):
-    # Of bfloat16 that is: queries rounded for their products with keys in bfloat16, and what is returned.
+    # With bfloat16, queries are rounded for their products with keys, and so is what is returned.
     return 2e-2 if BFLOAT16 in dtypes else 2e-5
 
 
