@@ -10,7 +10,9 @@ from server_process import LOWKEY_SERVE, ServerProcess
 from loadtest.client import Completion
 from modeling.checkpoint import open_checkpoint
 from pruning.surgery import Cut, write_reduced
+from server.wire.messages import Sampling
 
+GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 MODEL = Path(__file__).parents[1] / "demo" / "model"
 
 

@@ -18,16 +18,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-from _serving import MODEL, table, variants
+from _serving import GREEDY, MODEL, table, variants
 from outputs import figures_file, write_figures
 from pydantic import ByteSize, TypeAdapter
 
 from modeling.state_dtype import STATE_DTYPES, StateDType
 from server.engine.engine import Engine
 from server.engine.process import build
-from server.wire.messages import EngineConfig, Generate, Ready, Sampling
-
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
+from server.wire.messages import EngineConfig, Generate, Ready
 
 
 def load(path: Path, state_dtype: StateDType, options: argparse.Namespace) -> tuple[Engine, Ready]:

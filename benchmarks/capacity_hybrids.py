@@ -21,19 +21,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-from _serving import table
+from _serving import GREEDY, table
 from hybrid_models import SHAPES, config_of, random_checkpoint
 from outputs import figures_file, write_figures
 from pydantic import ByteSize, TypeAdapter
 
 from modeling.families import family_of
 from modeling.spec import StateTypes
-from modeling.state import PAGE_TOKENS
+from modeling.state import page_bytes
 from server.engine.memory import Room
 from server.engine.process import build
-from server.wire.messages import EngineConfig, Generate, Pause, Resume, Sampling
+from server.wire.messages import EngineConfig, Generate, Pause, Resume
 
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 DECODED = 4
 """Tokens of a request that are decoded; all others are its prompt."""
 
@@ -43,7 +42,7 @@ def room_of(shape: str, d_k: int, tokens: int) -> Room:
     config = config_of(shape, d_k)
     spec = family_of(config).spec(config)
     types = StateTypes(inputs=torch.bfloat16)
-    return Room(spec.state_bytes(0, types), PAGE_TOKENS * spec.kv_bytes_per_token(types), tokens)
+    return Room(spec.state_bytes(0, types), page_bytes(spec, types), tokens)
 
 
 def run(shape: str, d_k: int, tokens: int, expected: int, budget: int, threads: int) -> dict[str, Any]:

@@ -13,12 +13,22 @@ over the step's. Caches may hold a small model's weights, and then the share may
 matrix products alone, by torch and by our kernel.
 """
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
-from measure import copy_memory, interleave, load, machine, quiet, ratios, read_memory, spread, summary
-from outputs import figures_file, write_figures
+from measure import (
+    copy_memory,
+    difference,
+    interleave,
+    load,
+    machine,
+    products,
+    quiet,
+    ratios,
+    read_memory,
+    spread,
+    summary,
+)
+from outputs import FiguresFile, write_figures
 from peer import LinearOnlyCache, peer_of
 
 # isort: split
@@ -71,27 +81,6 @@ class Theirs:
         ]
         self.ids = logits.argmax(-1)
         return logits
-
-
-def products(
-    model: nn.Module, batch: int, multiply: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[], None]:
-    weights = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    inputs = {n: torch.randn(batch, n).to(weights[0].dtype) for n in {w.shape[1] for w in weights}}
-
-    def run() -> None:
-        for w in weights:
-            multiply(inputs[w.shape[1]], w)
-
-    return run
-
-
-def difference(a: Tensor, b: Tensor, tolerance: float) -> float:
-    """Our logits' difference from the peer's, relative in norm; ends the run where both can't be the same function."""
-    result = float((a.float() - b.float()).norm() / b.float().norm())
-    if not result < tolerance:
-        raise SystemExit(f"our logits differ from the peer's by {result:.2g}: figures of what?")
-    return result
 
 
 def compare(ours: Ours, theirs: Theirs, tolerance: float) -> float:
@@ -188,9 +177,7 @@ def main(
         ),
     ] = ["float32"],  # noqa: B006
     seconds: Annotated[float, typer.Option(help="Per batch size, about.")] = 15,
-    json: Annotated[
-        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
-    ] = None,
+    json: FiguresFile = None,
 ) -> None:
     quiet()
     console = Console()

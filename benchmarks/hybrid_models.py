@@ -126,6 +126,10 @@ def config_of(shape: str, d_k: int = 128) -> dict[str, Any]:
     return config | {"layer_types": [LINEAR if (i + 1) % 4 else FULL for i in layers]}
 
 
+Kept = Annotated[Path | None, typer.Option(help="Keep the checkpoints in this folder for the next run.")]
+"""The option of a benchmark that makes checkpoints; `kept_in` gives the folder."""
+
+
 @contextmanager
 def kept_in(folder: Path | None) -> Iterator[Path]:
     """The folder, made if it is not there; for None one that is removed in the end."""

@@ -18,11 +18,21 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
-from measure import MAXIMUM_ROUNDS, interleave, machine, quiet, ratios, read_memory, spread, summary
-from outputs import figures_file, write_figures
+from measure import (
+    MAXIMUM_ROUNDS,
+    difference,
+    interleave,
+    machine,
+    products,
+    quiet,
+    ratios,
+    read_memory,
+    spread,
+    summary,
+)
+from outputs import FiguresFile, write_figures
 from peer import stock
 
 # isort: split
@@ -30,10 +40,10 @@ from peer import stock
 import torch
 import torch.nn.functional as F
 import typer
-from hybrid_models import SHAPES, kept_in, random_checkpoint
+from hybrid_models import SHAPES, Kept, kept_in, random_checkpoint
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache
 
 from modeling.checkpoint import open_checkpoint
@@ -108,14 +118,6 @@ def prefill_theirs(peer: Any, prompts: Tensor) -> tuple[Tensor, DynamicCache]:
     return output.logits[:, -1], cache
 
 
-def difference(a: Tensor, b: Tensor, tolerance: float, peer: str = "transformers") -> float:
-    """Our logits' difference from the peer's, relative in norm; ends the run where both can't be the same function."""
-    result = float((a.float() - b.float()).norm() / b.float().norm())
-    if not result < tolerance:
-        raise SystemExit(f"our logits differ from those of {peer} by {result:.2g}: figures of what?")
-    return result
-
-
 @contextmanager
 def counting_experts(peer: Any) -> Iterator[list[int]]:
     """Experts that each layer's router hits, in each forward, in a list that grows meanwhile."""
@@ -130,26 +132,6 @@ def counting_experts(peer: Any) -> Iterator[list[int]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def products(model: nn.Module, rows: int, multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
-    """The matrix products of `rows` tokens, whose experts are drawn at random."""
-    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
-    # The gate of the expert that all tokens take is one row, too few for our kernel by themselves.
-    work = [(rows, w) for w in linears if len(w) > 1]
-    for m in model.modules():
-        if isinstance(m, MoE):
-            drawn = torch.rand(rows, m.spec.num_experts).topk(m.spec.top_k, dim=-1).indices
-            for e, n in zip(*drawn.unique(return_counts=True), strict=True):
-                work += [(int(n), m.in_proj[e]), (int(n), m.out_proj[e])]
-    dtype = work[0][1].dtype
-    inputs = {size: torch.randn(size).to(dtype) for size in {(n, w.shape[1]) for n, w in work}}
-
-    def run() -> None:
-        for n, w in work:
-            multiply(inputs[n, w.shape[1]], w)
-
-    return run
 
 
 def weight_bytes(model: Model, experts: float) -> float:
@@ -282,12 +264,8 @@ def main(
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32, of both sides' weights.")] = "bfloat16",
     threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = 1,
     seconds: Annotated[float, typer.Option(help="Seconds of a case, about; five rounds at least.")] = 15,
-    models: Annotated[
-        Path | None, typer.Option(help="Keep the checkpoints in this folder for the next run.")
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
-    ] = None,
+    models: Kept = None,
+    json: FiguresFile = None,
 ) -> None:
     quiet(threads)
     how = {"seconds": seconds, "clock": time.process_time if threads == 1 else time.perf_counter}

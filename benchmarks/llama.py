@@ -25,16 +25,16 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from measure import MAXIMUM_ROUNDS, machine, quiet, ratios, spread, summary
-from outputs import figures_file, write_figures
+from measure import difference, machine, quiet, ratios, spread, summary, turns
+from outputs import FiguresFile, write_figures
 
 # isort: split
 
 import numpy as np
 import torch
 import typer
-from hybrid_models import SHAPES, kept_in, random_checkpoint
-from hybrids import MANY, ROOM, STEPS, Ours, difference, prefill_ours
+from hybrid_models import SHAPES, Kept, kept_in, random_checkpoint
+from hybrids import MANY, ROOM, STEPS, Ours, prefill_ours
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -44,7 +44,6 @@ from modeling.runtime import Runtime, compile_model
 from modeling.state import SequenceState
 
 DENSE, REDUCED = "ours dense", "ours reduced"
-ROUNDS = 5
 MOST_OF_BENCH = 1024
 """Prompt tokens of a case that llama-batched-bench runs too: unlike us, it feeds the prompt of each request."""
 TOLERANCE = 0.1
@@ -125,20 +124,6 @@ def convert(source: Path, checkpoint: Path, outtype: str) -> Path:
     if done.returncode:
         raise SystemExit(f"llama.cpp's converter failed:\n{done.stderr[-3000:]}")
     return out
-
-
-def turns(sides: dict[str, Callable[[], float]], seconds: float) -> dict[str, list[float]]:
-    """What each side says that its turns took, after one turn of warming up, for about `seconds` in all."""
-    samples: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()
-    end = time.perf_counter() + seconds
-    for n in range(MAXIMUM_ROUNDS):
-        if n >= ROUNDS and time.perf_counter() > end:
-            break
-        for name, side in sides.items():
-            samples[name].append(side())
-    return samples
 
 
 Sides = dict[str, Callable[[], float]]
@@ -244,12 +229,8 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads of each side.")] = 1,
     seconds: Annotated[float, typer.Option(help="Seconds of a case, about; five rounds at least.")] = 15,
     bench: Annotated[Path | None, typer.Option("--batched-bench", help="llama-batched-bench.")] = None,
-    models: Annotated[
-        Path | None, typer.Option(help="Keep the checkpoints in this folder for the next run.")
-    ] = None,
-    json: Annotated[
-        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
-    ] = None,
+    models: Kept = None,
+    json: FiguresFile = None,
 ) -> None:
     quiet(threads)
     console = Console(width=150)
@@ -266,6 +247,8 @@ def main(
         }
 
         def done(phase: str, size: int, length: int, sides: Sides, differences: dict[str, float]) -> None:
+            for side in sides.values():  # warm up
+                side()
             times = turns(sides, seconds)
             tokens = size * (length if phase == "prefill" else 1)
             row = {

@@ -14,16 +14,19 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from loadtest.facts import processor
 from lowkey import how_to_install
 from modeling.checkpoint import open_checkpoint
 from modeling.families import family_of
 from modeling.huge_pages import zeros
+from modeling.layers import MoE
 from modeling.model import Model
 
 try:
@@ -47,19 +50,58 @@ def interleave(
     A side's turn is `calls` calls: all but the first find their weights where their own last call left them. There are
     `rounds` rounds at least. With several threads the CPU's time says nothing: then `clock` is the wall's.
     """
+
+    def turn(side: Callable[[], object]) -> float:
+        began = clock()
+        for _ in range(calls):
+            side()
+        return (clock() - began) / calls
+
     for side in sides.values():
         side()
+    return turns({name: partial(turn, side) for name, side in sides.items()}, seconds, rounds)
+
+
+def turns(
+    sides: dict[str, Callable[[], float]], seconds: float, rounds: int = MINIMUM_ROUNDS
+) -> dict[str, list[float]]:
+    """What each side says that its turns took, round by round, for about `seconds` in all and `rounds` at least."""
     samples: dict[str, list[float]] = {name: [] for name in sides}
     end = time.perf_counter() + seconds
     for n in range(MAXIMUM_ROUNDS):
         if n >= rounds and time.perf_counter() > end:
             break
         for name, side in sides.items():
-            began = clock()
-            for _ in range(calls):
-                side()
-            samples[name].append((clock() - began) / calls)
+            samples[name].append(side())
     return samples
+
+
+def difference(a: Tensor, b: Tensor, tolerance: float, peer: str = "transformers") -> float:
+    """Our logits' difference from the peer's, relative in norm; ends the run where both can't be the same function."""
+    result = float((a.float() - b.float()).norm() / b.float().norm())
+    if not result < tolerance:
+        raise SystemExit(f"our logits differ from those of {peer} by {result:.2g}: figures of what?")
+    return result
+
+
+def products(model: nn.Module, rows: int, multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
+    """The matrix products of `rows` tokens, whose experts are drawn at random."""
+    linears = [m.weight for m in model.modules() if isinstance(m, nn.Linear)]
+    # The gate of the expert that all tokens take is one row, too few for our kernel by themselves.
+    work = [(rows, w) for w in linears if len(w) > 1]
+    for m in model.modules():
+        if isinstance(m, MoE):
+            drawn = torch.rand(rows, m.spec.num_experts).topk(m.spec.top_k, dim=-1).indices
+            for e, n in zip(*drawn.unique(return_counts=True), strict=True):
+                work += [(int(n), m.in_proj[e]), (int(n), m.out_proj[e])]
+    dtype = work[0][1].dtype
+    inputs = {size: torch.randn(size).to(dtype) for size in {(n, w.shape[1]) for n, w in work}}
+
+    def run() -> None:
+        for n, w in work:
+            multiply(inputs[n, w.shape[1]], w)
+
+    return run
 
 
 def summary(values: Sequence[float]) -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
+
+import typer
 
 from lowkey.files import Found, OutputError, check_new_file, found_at, write_or_keep
 from lowkey.publishing import new_json, remove_working_directories
@@ -20,6 +22,12 @@ def figures_file(given: str | Path) -> Path:
     except OutputError as e:
         _end(e)
     return path
+
+
+FiguresFile = Annotated[
+    Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
+]
+"""The option `--json` of a benchmark whose options are Typer's."""
 
 
 def write_figures(file: Path | None, figures: Any) -> None:

@@ -9,11 +9,10 @@ with no padding as they are of one length. "Rule" is the gated delta rule of one
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
-from measure import interleave, load, machine, quiet, ratios, spread, summary
-from outputs import figures_file, write_figures
+from measure import difference, interleave, load, machine, products, quiet, ratios, spread, summary
+from outputs import FiguresFile, write_figures
 from peer import LinearOnlyCache, peer_of
 
 # isort: split
@@ -21,7 +20,7 @@ from peer import LinearOnlyCache, peer_of
 import torch
 import torch.nn.functional as F
 import typer
-from decode import difference, products
+from decode import TOLERANCE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -83,7 +82,7 @@ def measure(runtime: CpuRuntime, peer: Any, batch: int, length: int, seconds: fl
         logits: Tensor = peer(prompts, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         return logits
 
-    distance = difference(ours(), theirs(), model.embeddings.weight.dtype)
+    distance = difference(ours(), theirs(), TOLERANCE[model.embeddings.weight.dtype])
     sides = {
         "transformers": theirs,
         "ours": ours,
@@ -111,9 +110,7 @@ def main(
     d_k: Annotated[list[int], typer.Option(help="Widths; weights are random where not of that width.")] = [],  # noqa: B006
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16, of both sides' weights.")] = "float32",
     seconds: Annotated[float, typer.Option(help="Per case, about.")] = 20,
-    json: Annotated[
-        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
-    ] = None,
+    json: FiguresFile = None,
 ) -> None:
     quiet()
     console = Console()

@@ -23,18 +23,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from _serving import GREEDY
 from hybrid_models import random_checkpoint
-from outputs import figures_file, write_figures
+from outputs import FiguresFile, write_figures
 from rich.console import Console
 from rich.table import Table
 
 from server.engine.engine import Engine
 from server.engine.process import build
-from server.wire.messages import EngineConfig, Generate, Sampling
+from server.wire.messages import EngineConfig, Generate
 
 BLOCKS = {"27B": 784, "4B, 9B": 528, "27B, d_k 64": 400, "4B, 9B, d_k 64": 272}
 """Tokens of vLLM's blocks, by model; docs/hybrids.md says where they come from."""
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 
 
 @dataclass(frozen=True)
@@ -137,9 +137,7 @@ def run(engine: Engine, workload: Workload, vocab_size: int, seed: int) -> dict[
 def main(
     workload: Annotated[list[str], typer.Option(help=f"Of {', '.join(WORKLOADS)}.")] = ["chat", "agents"],  # noqa: B006
     seed: Annotated[int, typer.Option(help="Seed of the conversations.")] = 0,
-    json: Annotated[
-        Path | None, typer.Option(parser=figures_file, metavar="FILE", help="Also write the figures here.")
-    ] = None,
+    json: FiguresFile = None,
 ) -> None:
     console = Console(width=150)
     table = Table(

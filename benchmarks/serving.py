@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import torch
-from _serving import MODEL, Server, table, variants, workload
+from _serving import GREEDY, MODEL, Server, table, variants, workload
 from outputs import figures_file, write_figures
 
 from loadtest.client import Completion, closed_loop, summarise
@@ -30,10 +30,9 @@ from modeling.checkpoint import open_checkpoint
 from modeling.state_dtype import STATE_DTYPES, StateDType
 from server.engine.engine import Engine
 from server.engine.process import build
-from server.wire.messages import EngineConfig, Generate, Sampling
+from server.wire.messages import EngineConfig, Generate
 
 PROMPTS, NEW = (128, 512), (64, 128)
-GREEDY = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
 
 
 def config(path: Path, streams: int, prefill_tokens: int | None, state_dtype: StateDType) -> EngineConfig:

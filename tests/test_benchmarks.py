@@ -240,6 +240,13 @@ def test_speed_is_of_linear_layers_wherever_they_are():
 
 
 @pytest.mark.slow
+def test_prompts_are_compared_with_what_transformers_computes(tmp_path):
+    _, found = run("prefill.py", "demo/model", "--seconds", 0, json_file=tmp_path / "prefill.json")
+    assert found["cases"]
+    assert all(0 < c["logits_difference"] < 1e-5 and c["speedup"]["median"] > 0 for c in found["cases"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["tiny", "tiny-experts"])
 def test_hybrids_are_compared_with_what_transformers_computes(shape, tmp_path):
     """The benchmark itself ends where the logits of both sides differ; here it must also not call them the same
