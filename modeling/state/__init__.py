@@ -3,7 +3,7 @@
 from modeling.state.base import LayerState, SequenceState
 from modeling.state.delta import DeltaState
 from modeling.state.kv import KVState, PagedKV
-from modeling.state.pages import PAGE_TOKENS, Pages
+from modeling.state.pages import PAGE_TOKENS, Pages, page_bytes, pages_for
 from modeling.state.pool import StatePool
 from modeling.state.transfer import to_host
 
@@ -16,5 +16,7 @@ __all__ = [
     "Pages",
     "SequenceState",
     "StatePool",
+    "page_bytes",
+    "pages_for",
     "to_host",
 ]

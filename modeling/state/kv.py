@@ -8,7 +8,7 @@ from torch import Tensor
 
 from modeling.huge_pages import zeros
 from modeling.spec import AttentionSpec, StateTypes
-from modeling.state.pages import PAGE_TOKENS, Pages
+from modeling.state.pages import PAGE_TOKENS, Pages, pages_for
 from modeling.state.transfer import put
 
 
@@ -110,5 +110,5 @@ class PagedKV:
                 put(part.transpose(0, 1), ours[page, :, : len(part)])
 
     def _tokens(self, t: Tensor, row: int, tokens: int) -> Tensor:
-        pages = self.pages.blocks[row, : -(-tokens // PAGE_TOKENS)].long()
+        pages = self.pages.blocks[row, : pages_for(tokens)].long()
         return t[pages].transpose(1, 2).flatten(0, 1)[:tokens]

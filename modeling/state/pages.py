@@ -11,10 +11,20 @@ import torch
 from torch import Tensor
 
 from modeling.device import upload
-from modeling.spec import TOKEN_BLOCK
+from modeling.spec import TOKEN_BLOCK, ModelSpec, StateTypes
 
 PAGE_TOKENS = TOKEN_BLOCK
 """Tokens of a page: prefixes are kept at its multiples, so that they share all their pages."""
+
+
+def pages_for(tokens: int) -> int:
+    """How many pages that many tokens take."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+def page_bytes(spec: ModelSpec, types: StateTypes) -> int:
+    """Bytes of a page in all softmax attention layers of a model; 0 if it has none."""
+    return PAGE_TOKENS * spec.kv_bytes_per_token(types)
 
 
 class Pages:
@@ -35,7 +45,7 @@ class Pages:
         """One page more than there are: what no slot has a page for is written to it, and means nothing."""
         self.longest = min(longest, count * PAGE_TOKENS)
         """Most tokens of one slot."""
-        width = -(-self.longest // PAGE_TOKENS)
+        width = pages_for(self.longest)
         self.blocks = torch.full((rows, width), self.null_page, dtype=torch.int32, device=device)
         """Number of the page of each `PAGE_TOKENS` tokens of each slot, int32 `[rows, width]`."""
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -62,7 +72,11 @@ class Pages:
 
     def needed(self, tokens: int) -> int:
         """How many pages a state of that many tokens has."""
-        return -(-tokens // PAGE_TOKENS) if self.count else 0
+        return pages_for(tokens) if self.count else 0
+
+    def full(self, tokens: int) -> int:
+        """How many of these pages are full."""
+        return tokens // PAGE_TOKENS if self.count else 0
 
     def of(self, slot: int) -> Sequence[int]:
         """Numbers of a slot's pages, those of its first tokens first."""
@@ -96,9 +110,10 @@ class Pages:
         Raises:
             RuntimeError: no page is free for the rest.
         """
-        full, rest = divmod(tokens, PAGE_TOKENS) if self.count else (0, 0)
-        if rest and not self._free:
-            raise RuntimeError(f"no page is free for the last {rest} of {tokens} tokens")
+        full = self.full(tokens)
+        rest = self.needed(tokens) - full
+        if rest > self.free:
+            raise RuntimeError(f"no page is free for the last {tokens % PAGE_TOKENS} of {tokens} tokens")
         if keep:
             self._kept.add(target)
         self._append(target, self._of[source][:full] + ([self._free.pop()] if rest else []))

@@ -9,7 +9,7 @@ from modeling.spec import FLOAT32_STATES, AttentionSpec, DeltaSpec, ModelSpec, S
 from modeling.state.base import LayerState, SequenceState
 from modeling.state.delta import DeltaState
 from modeling.state.kv import PagedKV
-from modeling.state.pages import PAGE_TOKENS, Pages
+from modeling.state.pages import Pages, page_bytes, pages_for
 
 MAKERS: dict[type, Callable[..., LayerState]] = {
     DeltaSpec: lambda spec, pages, types, device: DeltaState.zeros(spec, pages.rows, types, device),
@@ -44,7 +44,7 @@ class StatePool:
     ) -> None:
         if slots < 1:
             raise ValueError(f"a state pool needs at least 1 slot, got {slots}")
-        self.bytes_per_page = PAGE_TOKENS * spec.kv_bytes_per_token(types)
+        self.bytes_per_page = page_bytes(spec, types)
         if self.bytes_per_page and pages < 1:
             raise ValueError(f"the state pool of a model with softmax attention needs pages, got {pages}")
         self.spec = spec
@@ -70,7 +70,7 @@ class StatePool:
         types: StateTypes = FLOAT32_STATES,
     ) -> "StatePool":
         """A pool each of whose slots has pages for `tokens` tokens already."""
-        pages = slots * -(-tokens // PAGE_TOKENS)
+        pages = slots * pages_for(tokens)
         pool = cls(spec, slots, pages=pages, max_tokens=tokens, device=device, types=types)
         for slot in range(slots):
             pool.grow(slot, tokens)

@@ -13,7 +13,7 @@ def put(host: Tensor, target: Tensor) -> None:
         # copied from it are past that.
         pinned = pinned_like(host)
         _copy(host, pinned)
-        target.copy_(pinned.to(target.device, non_blocking=True))
+        target.copy_(pinned, non_blocking=True)
     else:
         _copy(host, target)
 

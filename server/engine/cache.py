@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.memory import host_memory
 from modeling.spec import TOKEN_BLOCK
-from modeling.state import PAGE_TOKENS, StatePool, to_host
+from modeling.state import StatePool, to_host
 from server.engine.prefix_cache import TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
 from server.engine.state_file import host_tensors, load_state, save_state
 
@@ -120,7 +120,7 @@ class StateCache:
         """
         entry = None if prefix is None else self._index.find(prefix)
         length = 0 if entry is None else entry.length
-        shared = length // PAGE_TOKENS if self._pages.count else 0
+        shared = self._pages.full(length)
         needed = self._pages.needed(tokens) - shared
         taken_along = 0 if entry is None else self._pages.only_kept(entry.slot, shared)
         if not self.available or needed > self.available_pages - taken_along:
@@ -150,7 +150,7 @@ class StateCache:
             tokens: how many it has pages for from the beginning.
             spare: how many pages are to be left for others.
         """
-        needed = self._pages.needed(tokens) - (seen // PAGE_TOKENS if self._pages.count else 0)
+        needed = self._pages.needed(tokens) - self._pages.full(seen)
         if not self.available or needed > self.available_pages - spare:
             return None
         self._evict(1, needed)
@@ -173,7 +173,7 @@ class StateCache:
     def swap_out(self, allocation: Allocation, tokens: int) -> SwappedState:
         """Free a state of `tokens` tokens and keep it in the host's memory. Raises MemoryError, and it stays."""
         slot = allocation.slot
-        needed = self._pool.bytes_per_slot + tokens * self._pool.bytes_per_page // PAGE_TOKENS
+        needed = self._pool.spec.state_bytes(tokens, self._pool.types)
         free = host_memory()
         if needed > free:  # the system would end this process, and all requests with it
             raise MemoryError(f"{needed:,} bytes are needed, and {free:,} are free")
@@ -216,7 +216,7 @@ class StateCache:
             or self._index.exact(prefix, length)
         ):
             return None
-        partial_page = 1 if self._pages.needed(length % PAGE_TOKENS) else 0
+        partial_page = self._pages.needed(length) - self._pages.full(length)
         if not self.available or partial_page > self.available_pages:
             return None
         self._evict(1, partial_page)

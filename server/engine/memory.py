@@ -11,7 +11,7 @@ from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
 from modeling.runtime import Runtime
 from modeling.spec import ModelSpec, StateTypes
-from modeling.state import PAGE_TOKENS, StatePool
+from modeling.state import PAGE_TOKENS, StatePool, pages_for
 from server.engine.device import Device
 from server.engine.forward import Forward
 from server.engine.sampler import Filters, draw
@@ -61,7 +61,7 @@ class Room:
     @property
     def pages(self) -> int:
         """Pages of such a request."""
-        return -(-self.context_tokens // PAGE_TOKENS) if self.bytes_per_page else 0
+        return pages_for(self.context_tokens) if self.bytes_per_page else 0
 
     @property
     def request(self) -> int:

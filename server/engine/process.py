@@ -20,7 +20,7 @@ from modeling.families import ConfigError
 from modeling.runtime import Runtime, UnavailableError, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
 from modeling.spec import AttentionSpec, MoESpec, StateTypes
-from modeling.state import PAGE_TOKENS, StatePool
+from modeling.state import StatePool, page_bytes
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
@@ -210,7 +210,7 @@ def _plan(
         device,
         needs,
         spec.state_bytes(0, types),
-        spec.kv_bytes_per_token(types) * PAGE_TOKENS,
+        page_bytes(spec, types),
         sharing(config),
         context_length=spec.context_length,
     )

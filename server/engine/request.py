@@ -125,7 +125,7 @@ class Request:
     @property
     def to_start(self) -> int:
         """How many tokens it must have pages for when it gets its slot: those of its prompt, or, if it was preempted,
-        those that it has seen, and a page of more, unless it can't use it."""
+        those that it has seen, and a page more, unless it can't use it."""
         seen = self.held if self.swapped is not None else 0
         tokens = max(seen, self.state_tokens + self.prompt_length)
         return min(tokens + PAGE_TOKENS, self.longest)

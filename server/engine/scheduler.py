@@ -311,9 +311,8 @@ class Scheduler:
                 continue
             if self._room <= 0:
                 return
-            tokens = request.to_start
             try:
-                allocation = self._cache.swap_in(request.swapped, request.cached, tokens)
+                allocation = self._cache.swap_in(request.swapped, request.cached, request.to_start)
             except MemoryError as e:
                 self._fail_preempted(request, e)
                 continue
@@ -376,8 +375,7 @@ class Scheduler:
 
     def _admit(self, request: Request) -> Allocation | None:
         """Give a waiting request a slot, with as much of its prompt as is cached. None when there is no slot."""
-        tokens = request.to_start
-        allocation = self._cache.allocate(request.prefix, tokens) if self._room > 0 else None
+        allocation = self._cache.allocate(request.prefix, request.to_start) if self._room > 0 else None
         if allocation is None:
             return None
         self._start(request, allocation)

@@ -11,7 +11,7 @@ class Held(NamedTuple):
     recurrent: int
     """The recurrent states, with the scales of those in int8. They are as large after any number of tokens."""
     conv: int
-    """The last inputs of the short convolutions, likewise."""
+    """The last inputs of the short convolutions, as many after any number of tokens too."""
     kv: int
     """The pages of keys and values of softmax attention, which come with the tokens."""
 
