@@ -120,9 +120,9 @@ def compare_prompt_states(
     before = rows_of(narrowed, others)
     assert narrowed.scales is not None
     wide = DeltaState(widen(narrowed.recurrent, narrowed.scales), narrowed.conv.clone())
-    x, normed = torch.randn(2, offsets[-1], 8, device=run.device, dtype=dtype)
+    x, residual = torch.randn(2, offsets[-1], 8, device=run.device, dtype=dtype)
     made, expected = (
-        add_delta_prefill(mixer, x.clone(), normed, offsets, state, at, run.rule)
+        add_delta_prefill(mixer, x, None, residual.clone(), offsets, state, at, run.rule)
         for state in (narrowed, wide)
     )
     codes, scales = narrow(wide.recurrent[at].cpu())

@@ -11,9 +11,8 @@ from modeling.layers import Block
 from modeling.layers.attention import AttentionMixer, attend, rotate
 from modeling.layers.moe import MoE
 from modeling.model import Model
-from modeling.runtime import TorchRuntime, UnavailableError
+from modeling.runtime import TorchRuntime
 from modeling.runtime.cpu import CpuRuntime
-from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import (
     AttentionSpec,
     LayerSpec,
@@ -192,18 +191,6 @@ def test_what_grows_with_tokens_is_counted():
     assert spec.kv_bytes_per_token(bf16) == 2 * 2 * (2 * 16 + 4 * 8)
     assert spec.state_bytes(10, bf16) - spec.state_bytes(0, bf16) == 10 * spec.kv_bytes_per_token(bf16)
     assert spec.linear_layers == (0, 2) and spec.with_d_k((4, 4)).layers[1] == spec.layers[1]
-
-
-def test_a_gpu_refuses_kinds_that_it_has_no_kernels_for():
-    norm, delta = NormSpec(1e-6), mixer_spec(d_k=16, d_v=16)
-    for layer, reason in (
-        (LayerSpec(SPECS["qwen"], MLPSpec(8), norm), "layer 0 has a AttentionMixer"),
-        (LayerSpec(delta, MOE, norm), "layer 0 has a MoE"),
-        (LayerSpec(delta, MLPSpec(8), norm, norm_after=True), "layer 0 has its norms behind"),
-    ):
-        model = model_of(layer)
-        with pytest.raises(UnavailableError, match=reason):
-            GpuRuntime(model, lambda inputs: None)
 
 
 @pytest.mark.parametrize(

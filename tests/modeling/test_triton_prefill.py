@@ -236,9 +236,10 @@ def test_a_prompt_that_goes_on_from_states_in_8_bits():
     narrow_state, slots = DeltaState(codes, conv.clone(), scales), torch.tensor([2, 0])
     wide_state = DeltaState(widen(codes, scales), conv.clone())
     tokens, before = TOKEN_BLOCK + 9, (codes.clone(), scales.clone())
-    x, normed = torch.randn(2, tokens, mixer.in_proj.in_features)
+    x, residual = torch.randn(2, tokens, mixer.in_proj.in_features)
+    where = [0, 7, tokens]
     y, expected = (
-        add_delta_prefill(mixer, x.clone(), normed, [0, 7, tokens], state, slots, chunked_gated_delta_rule)
+        add_delta_prefill(mixer, x, None, residual.clone(), where, state, slots, chunked_gated_delta_rule)
         for state in (narrow_state, wide_state)
     )
     assert torch.equal(y, expected) and torch.equal(narrow_state.conv, wide_state.conv)

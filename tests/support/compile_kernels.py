@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 from modeling import vllm_plugin
 from modeling.model import Model
 from modeling.ops import chunked_gated_delta_rule
-from modeling.runtime.gpu import delta, delta_int8, mlp, norms, prefill, rounding
+from modeling.runtime.gpu import delta, delta_int8, norms, prefill, products, rounding
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import StatePool
@@ -77,7 +77,7 @@ def main() -> None:
         (prefill, ["convolve_packed", "gated_norm", "gates"]),
         (rounding, ["narrow_rows", "widen_rows"]),
         (norms, ["rms_norm"]),
-        (mlp, ["swiglu"]),
+        (products, ["swiglu"]),
         (vllm_plugin, ["prepare"]),
     ):
         for name in names:
@@ -93,8 +93,11 @@ def main() -> None:
             norm_eps=1e-6,
         )
         norm = NormSpec(eps=1e-6)
-        layer = LayerSpec(mixer=spec, ffn=MLPSpec(intermediate_size=64), norm=norm)
-        model = Model(ModelSpec("test", 64, 32, (layer,), norm, True, 64, ())).requires_grad_(False)
+        layers = tuple(
+            LayerSpec(mixer=spec, ffn=MLPSpec(intermediate_size=64), norm=norm, norm_after=norm_after)
+            for norm_after in (False, True)
+        )
+        model = Model(ModelSpec("test", 64, 32, layers, norm, True, 64, ())).requires_grad_(False)
         for p in model.parameters():
             if p.ndim == 2:
                 p.data = p.data.bfloat16()

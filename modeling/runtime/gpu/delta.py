@@ -7,9 +7,10 @@ d_k * d_v` elements), and everything else it touches is a few percent of that.
 import torch
 from torch import Tensor
 
-from modeling.layers import L2_EPS, DeltaMixer
+from modeling.layers import L2_EPS, DeltaMixer, RMSNorm
 from modeling.runtime.gpu.delta_int8 import delta_step_int8
 from modeling.runtime.gpu.kernels.delta import mixer_step
+from modeling.runtime.gpu.products import product
 from modeling.runtime.gpu.sizes import power_of_2
 from modeling.state import DeltaState
 
@@ -71,7 +72,15 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     return out
 
 
-def add_delta(mixer: DeltaMixer, x: Tensor, normed: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
-    """x `[B, hidden]` plus the mixer's decode step of `normed`, in x's memory; the states move on in place."""
-    y = delta_step(mixer, mixer.in_proj(normed), state, slots)
-    return x.addmm_(y, mixer.o_proj.weight.t())
+def add_delta(
+    mixer: DeltaMixer,
+    x: Tensor,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
+    state: DeltaState,
+    slots: Tensor,
+) -> Tensor:
+    """A decode step of x `[B, hidden]`, added to the residual, as `modeling.runtime.gpu.runtime` says; the states move
+    on in place."""
+    y = delta_step(mixer, product(x, mixer.in_proj.weight, norm), state, slots)
+    return product(y, mixer.o_proj.weight, residual=residual)

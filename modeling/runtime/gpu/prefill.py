@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from modeling.layers import L2_EPS, DeltaMixer
+from modeling.layers import L2_EPS, DeltaMixer, RMSNorm
 from modeling.ops import GatedDeltaRule, RuleInputs
 from modeling.runtime.gpu.kernels.delta import convolve_packed, gated_norm, gates
 from modeling.runtime.gpu.packing import packing
+from modeling.runtime.gpu.products import product
 from modeling.runtime.gpu.rounding import narrow_into, widened
 from modeling.runtime.gpu.sizes import ceil_div, power_of_2
 from modeling.spec import TOKEN_BLOCK
@@ -27,15 +28,16 @@ NORM_ELEMENTS = 4096
 def add_delta_prefill(
     mixer: DeltaMixer,
     x: Tensor,
-    normed: Tensor,
+    norm: RMSNorm | None,
+    residual: Tensor | None,
     cu_seqlens: Sequence[int],
     state: DeltaState,
     slots: Tensor,
     rule: GatedDeltaRule,
 ) -> Tensor:
-    """x `[tokens, hidden]` plus `DeltaMixer.prefill` of `normed` with the given rule, in x's memory; the states move on
-    in place."""
-    projected = mixer.in_proj(normed)
+    """`DeltaMixer.prefill` of x `[tokens, hidden]` with the given rule, added to the residual, as
+    `modeling.runtime.gpu.runtime` says; the states move on in place."""
+    projected = product(x, mixer.in_proj.weight, norm)
     q, k, v, conv = delta_heads(mixer, projected, cu_seqlens, state.conv, slots)
     beta, g = delta_gates(mixer, projected)
     is_wide = state.scales is None
@@ -46,7 +48,7 @@ def add_delta_prefill(
     else:
         narrow_into(state, slots, after)
     state.conv.index_copy_(0, slots, conv)
-    return x.addmm_(normed_output(mixer, o, projected), mixer.o_proj.weight.t())
+    return product(normed_output(mixer, o, projected), mixer.o_proj.weight, residual=residual)
 
 
 def delta_heads(

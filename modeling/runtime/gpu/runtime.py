@@ -1,18 +1,24 @@
-"""A model on an NVIDIA GPU: Triton kernels for decode steps and for what surrounds the chunk kernels of prompts."""
+"""A model on an NVIDIA GPU: Triton kernels for decode steps and for what surrounds the chunk kernels of prompts.
+
+Each kind of mixer and of feed-forward has functions that take x `[tokens, hidden]`, the norm that comes before it (None
+for none) and the residual. They add what they compute to the residual, in its memory, which may be that of x, and
+return it; where it is None, they return what they compute alone.
+"""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from modeling.layers import MLP, DeltaMixer
+from modeling.layers import MLP, Block, DeltaMixer, RMSNorm
 from modeling.model import Model
 from modeling.ops import GatedDeltaRule
 from modeling.runtime.gpu.compiling import compile_ahead
 from modeling.runtime.gpu.delta import add_delta
 from modeling.runtime.gpu.delta_int8 import WORD
 from modeling.runtime.gpu.mlp import add_mlp
-from modeling.runtime.gpu.norms import normed
+from modeling.runtime.gpu.norms import add_normed, normed
 from modeling.runtime.gpu.prefill import add_delta_prefill
 from modeling.runtime.interface import UnavailableError
 from modeling.runtime.torch import TorchRuntime
@@ -22,16 +28,16 @@ from modeling.state import LayerState
 MIXERS: dict[type, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     DeltaMixer: (add_delta_prefill, add_delta)
 }
-"""What adds each kind of mixer to the residual: its prefill, and its decode step."""
+"""The prefill of each kind of mixer, which also takes (cu_seqlens, state, slots, rule), and its decode step, which also
+takes (state, slots)."""
 
 FEED_FORWARDS: dict[type, Callable[..., Tensor]] = {MLP: add_mlp}
-"""What adds each kind of feed-forward to the residual."""
+"""The function of each kind of feed-forward."""
 
 
 class GpuRuntime(TorchRuntime):
-    """`modeling.runtime.Runtime` with the small work between a block's products fused: one kernel each for a mixer's
-    step (three with states in int8), a norm and SwiGLU, which would cost more to launch than to do, and the residual
-    sums inside the products.
+    """`modeling.runtime.Runtime` with the small work between a block's products fused, which would cost more to launch
+    than to do, and the residual sums inside the products.
 
     Args:
         model: on the GPU.
@@ -47,8 +53,6 @@ class GpuRuntime(TorchRuntime):
         super().__init__(model)
         self._rule = rule
         for i, block in enumerate(self._blocks):
-            if block.norm_after:
-                raise UnavailableError(f"layer {i} has its norms behind, for which there are no kernels")
             for part in (block.mixer, block.ffn):
                 if type(part) not in (*MIXERS, *FEED_FORWARDS):
                     raise UnavailableError(
@@ -66,16 +70,28 @@ class GpuRuntime(TorchRuntime):
     def compile_ahead(self, work: Callable[[], object]) -> None:
         compile_ahead(work)
 
+    def _finish(self, x: Tensor) -> Tensor:
+        return normed(self.model.norm, x)
+
     def _prefill_block(
         self, layer: int, x: Tensor, cu_seqlens: Sequence[int], state: LayerState, slots: Tensor
     ) -> Tensor:
         block = self._blocks[layer]
         add_prefill, _ = MIXERS[type(block.mixer)]
-        x = add_prefill(block.mixer, x, normed(block.mixer_norm, x), cu_seqlens, state, slots, self._rule)
-        return FEED_FORWARDS[type(block.ffn)](block.ffn, x, normed(block.ffn_norm, x))
+        x = _add(add_prefill, block, block.mixer, block.mixer_norm, x, cu_seqlens, state, slots, self._rule)
+        return _add(FEED_FORWARDS[type(block.ffn)], block, block.ffn, block.ffn_norm, x)
 
     def _decode_block(self, layer: int, x: Tensor, state: LayerState, slots: Tensor) -> Tensor:
         block = self._blocks[layer]
-        _, add_mixer = MIXERS[type(block.mixer)]
-        x = add_mixer(block.mixer, x, normed(block.mixer_norm, x), state, slots)
-        return FEED_FORWARDS[type(block.ffn)](block.ffn, x, normed(block.ffn_norm, x))
+        _, add_step = MIXERS[type(block.mixer)]
+        x = _add(add_step, block, block.mixer, block.mixer_norm, x, state, slots)
+        return _add(FEED_FORWARDS[type(block.ffn)], block, block.ffn, block.ffn_norm, x)
+
+
+def _add(
+    function: Callable[..., Tensor], block: Block, part: nn.Module, norm: RMSNorm, x: Tensor, *further: Any
+) -> Tensor:
+    """x plus a part of the block, in x's memory, the norm being where the block has it."""
+    if block.norm_after:
+        return add_normed(norm, function(part, x, None, None, *further), x)
+    return function(part, x, norm, x, *further)
