@@ -62,6 +62,12 @@ class Runtime(Protocol):
         """Raises UnavailableError where it has nothing that computes states of these types."""
         ...
 
+    @property
+    def recordable(self) -> bool:
+        """Whether a decode step can be recorded and replayed (`modeling.runtime.gpu.graphs`): it does the same for
+        every batch of a size and never waits for the device."""
+        ...
+
     def compile_ahead(self, work: Callable[[], object]) -> None:
         """Have ready what `work`, calls of this runtime, would be held up by: kernels that are compiled when they are
         first launched. `work` may run in the course of it, and what it then computes means nothing."""

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from modeling.layers import MLP, DeltaMixer
 from modeling.model import Model
 from modeling.spec import StateTypes
 from modeling.state import LayerState, StatePool
@@ -38,6 +39,11 @@ class TorchRuntime:
 
     def check_states(self, types: StateTypes) -> None:
         """Nothing: all that a pool can hold is computed."""
+
+    @property
+    def recordable(self) -> bool:
+        """Softmax attention asks the device how long each sequence is, and experts which of them are hit."""
+        return all(type(b.mixer) is DeltaMixer and type(b.ffn) is MLP for b in self._blocks)
 
     def compile_ahead(self, work: Callable[[], object]) -> None:
         """Nothing: all is compiled."""

@@ -5,7 +5,6 @@ from modeling.state.delta import DeltaState
 from modeling.state.kv import KVState, PagedKV
 from modeling.state.pages import PAGE_TOKENS, Pages, page_bytes, pages_for
 from modeling.state.pool import StatePool
-from modeling.state.transfer import to_host
 
 __all__ = [
     "PAGE_TOKENS",
@@ -18,5 +17,4 @@ __all__ = [
     "StatePool",
     "page_bytes",
     "pages_for",
-    "to_host",
 ]

@@ -35,11 +35,16 @@ class LayerState(Protocol):
         """Write the states of n packed sequences to `rows` int64 `[n]`, rounded to what rows are kept in."""
         ...
 
-    def tensors(self, row: int) -> dict[str, Tensor]:
-        """A row's state by the names that its tensors have in a file: where they lie, or copies."""
+    def tensors(self, row: int, tokens: int) -> dict[str, Tensor]:
+        """A row's state of so many tokens by the names that its tensors have in a file: where they lie, or copies."""
+        ...
+
+    def to_host(self, row: int, tokens: int) -> dict[str, Tensor]:
+        """Copies of `tensors` on the host; from a GPU they are only queued, in pinned memory. Raises MemoryError."""
         ...
 
     def load(self, row: int, tensors: Mapping[str, Tensor]) -> None:
         """Make a row the state of `tensors`, on the host, as `Self.tensors` names them; on a GPU behind all work that
-        the device has been given. It may be called in any thread. Raises MemoryError."""
+        the device has been given, which may be the very copies to the host that fill them. It may be called in any
+        thread. Raises MemoryError."""
         ...

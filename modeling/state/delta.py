@@ -9,7 +9,7 @@ from torch import Tensor
 from modeling.huge_pages import zeros
 from modeling.spec import DeltaSpec, StateTypes
 from modeling.state.rounding import narrow, widen
-from modeling.state.transfer import put
+from modeling.state.transfer import put, to_host
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,12 @@ class DeltaState:
         self.recurrent[rows] = recurrent.to(self.recurrent.dtype)
         self.conv[rows] = state.conv.to(self.conv.dtype)
 
-    def tensors(self, row: int) -> dict[str, Tensor]:
+    def tensors(self, row: int, tokens: int) -> dict[str, Tensor]:
         return {name: t[row] for name, t in self._all.items()}
 
+    def to_host(self, row: int, tokens: int) -> dict[str, Tensor]:
+        return {name: to_host(t[row]) for name, t in self._all.items()}
+
     def load(self, row: int, tensors: Mapping[str, Tensor]) -> None:
-        for name, t in self.tensors(row).items():
-            put(tensors[name], t)
+        for name, t in self._all.items():
+            put(tensors[name], t[row])

@@ -9,7 +9,10 @@ from torch import Tensor
 from modeling.huge_pages import zeros
 from modeling.spec import AttentionSpec, StateTypes
 from modeling.state.pages import PAGE_TOKENS, Pages, pages_for
-from modeling.state.transfer import put
+from modeling.state.transfer import empty, put
+
+STAGED = 64
+"""Pages that are gathered at a time on their way to the host, and back."""
 
 
 @dataclass(frozen=True)
@@ -95,20 +98,47 @@ class PagedKV:
             for ours, theirs in ((self.keys, state.keys[i]), (self.values, state.values[i])):
                 ours[page, :, place] = theirs[past:].to(ours.dtype)
 
-    def tensors(self, row: int) -> dict[str, Tensor]:
+    def tensors(self, row: int, tokens: int) -> dict[str, Tensor]:
         """Copies of a row's keys and values, `[tokens, num_kv_heads, head_dim]` each."""
-        # Other threads ask for those of the null slot, whose length is another one for a moment of each padded step.
-        tokens = int(self.pages.lengths[row]) if self.pages.of(row) else 0
-        return {
-            "keys": self._tokens(self.keys, row, tokens),
-            "values": self._tokens(self.values, row, tokens),
-        }
+        return {name: self._tokens(t, row, tokens) for name, t in self._all.items()}
+
+    def to_host(self, row: int, tokens: int) -> dict[str, Tensor]:
+        return {name: self._tokens_to_host(t, row, tokens) for name, t in self._all.items()}
 
     def load(self, row: int, tensors: Mapping[str, Tensor]) -> None:
-        for ours, theirs in ((self.keys, tensors["keys"]), (self.values, tensors["values"])):
-            for page, part in zip(self.pages.of(row), theirs.split(PAGE_TOKENS), strict=False):
-                put(part.transpose(0, 1), ours[page, :, : len(part)])
+        load = self._load_staged if self.keys.is_cuda else self._load
+        for name, t in self._all.items():
+            load(tensors[name], t, row)
+
+    @property
+    def _all(self) -> dict[str, Tensor]:
+        return {"keys": self.keys, "values": self.values}
 
     def _tokens(self, t: Tensor, row: int, tokens: int) -> Tensor:
         pages = self.pages.blocks[row, : pages_for(tokens)].long()
-        return t[pages].transpose(1, 2).flatten(0, 1)[:tokens]
+        # Of a single page the rest is a view, and files take no tensor with gaps.
+        return t[pages].transpose(1, 2).flatten(0, 1)[:tokens].contiguous()
+
+    def _tokens_to_host(self, t: Tensor, row: int, tokens: int) -> Tensor:
+        """`_tokens` on the host, gathered a few pages at a time: there may be no memory on a GPU for all of a long
+        one."""
+        _, heads, _, channels = t.shape
+        host = empty((tokens, heads, channels), t.dtype, pin_memory=t.is_cuda)
+        pages = self.pages.blocks[row, : pages_for(tokens)].long().split(STAGED)
+        for part, chosen in zip(host.split(STAGED * PAGE_TOKENS), pages, strict=True):
+            part.copy_(t[chosen].transpose(1, 2).flatten(0, 1)[: len(part)], non_blocking=True)
+        return host
+
+    def _load(self, host: Tensor, t: Tensor, row: int) -> None:
+        for page, part in zip(self.pages.of(row), host.split(PAGE_TOKENS), strict=False):
+            put(part.transpose(0, 1), t[page, :, : len(part)])
+
+    def _load_staged(self, host: Tensor, t: Tensor, row: int) -> None:
+        """`_load` through copies on the device, where a page at a time would be a thousand small transfers."""
+        pages = self.pages.blocks[row].split(STAGED)
+        for part, chosen in zip(host.split(STAGED * PAGE_TOKENS), pages, strict=False):
+            count = pages_for(len(part))
+            # What is behind the last token means nothing.
+            staged = t.new_empty(count * PAGE_TOKENS, *part.shape[1:])
+            put(part, staged[: len(part)])
+            t[chosen[:count].long()] = staged.unflatten(0, (count, PAGE_TOKENS)).transpose(1, 2)

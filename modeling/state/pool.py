@@ -1,6 +1,6 @@
 """The states of all requests of an engine: a slot for each, and pages of keys and values."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from modeling.state.base import LayerState, SequenceState
 from modeling.state.delta import DeltaState
 from modeling.state.kv import PagedKV
 from modeling.state.pages import Pages, page_bytes, pages_for
+from modeling.state.transfer import device_memory_errors
 
 MAKERS: dict[type, Callable[..., LayerState]] = {
     DeltaSpec: lambda spec, pages, types, device: DeltaState.zeros(spec, pages.rows, types, device),
@@ -48,6 +49,7 @@ class StatePool:
         if self.bytes_per_page and pages < 1:
             raise ValueError(f"the state pool of a model with softmax attention needs pages, got {pages}")
         self.spec = spec
+        self.device = torch.device(device)
         self.num_slots = slots
         self.null_slot = slots
         self.types = types
@@ -139,14 +141,16 @@ class StatePool:
         None for one token each. To be called once all layers' states have."""
         self.pages.advance(slots, cu_seqlens)
 
-    def tensors(self, slot: int) -> dict[str, Tensor]:
-        """One slot's whole state by the names that its tensors have in a file, `layers.{i}.{name}`: where they lie, or
-        copies."""
-        return {
-            f"layers.{i}.{name}": t
-            for i, layer in enumerate(self.layers)
-            for name, t in layer.tensors(slot).items()
-        }
+    def tensors(self, slot: int, tokens: int) -> dict[str, Tensor]:
+        """One slot's whole state, of so many tokens, by the names that its tensors have in a file, `layers.{i}.{name}`:
+        where they lie, or copies."""
+        return _named(layer.tensors(slot, tokens) for layer in self.layers)
+
+    def to_host(self, slot: int, tokens: int) -> dict[str, Tensor]:
+        """Copies of `tensors` on the host; from a GPU they are only queued, in pinned memory, and whole once the device
+        has done all that it had been given. Raises MemoryError."""
+        with device_memory_errors():
+            return _named(layer.to_host(slot, tokens) for layer in self.layers)
 
     def load(self, slot: int, tensors: Mapping[str, Tensor], tokens: int) -> None:
         """Make a slot, which has pages for it, the state of `tokens` tokens that `tensors` holds, on the host and named
@@ -154,8 +158,11 @@ class StatePool:
         thread. Raises MemoryError."""
         for i, layer in enumerate(self.layers):
             of_layer = f"layers.{i}."
-            layer.load(
-                slot,
-                {name.removeprefix(of_layer): t for name, t in tensors.items() if name.startswith(of_layer)},
-            )
+            own = {name.removeprefix(of_layer): t for name, t in tensors.items() if name.startswith(of_layer)}
+            with device_memory_errors():
+                layer.load(slot, own)
         self.pages.set_length(slot, tokens)
+
+
+def _named(layers: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"layers.{i}.{name}": t for i, tensors in enumerate(layers) for name, t in tensors.items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lowkey.memory import host_memory
 from modeling.spec import TOKEN_BLOCK
-from modeling.state import StatePool, to_host
+from modeling.state import StatePool
 from server.engine.prefix_cache import TOKEN_BYTES, CachedPrefix, Prefix, PrefixIndex
 from server.engine.state_file import host_tensors, load_state, save_state
 
@@ -177,10 +177,7 @@ class StateCache:
         free = host_memory()
         if needed > free:  # the system would end this process, and all requests with it
             raise MemoryError(f"{needed:,} bytes are needed, and {free:,} are free")
-        tensors = self._pool.tensors(slot)
-        for name in tensors:
-            tensors[name] = to_host(tensors[name])
-        state = SwappedState(slot, tensors, tokens, self.pages_of(allocation))
+        state = SwappedState(slot, self._pool.to_host(slot, tokens), tokens, self.pages_of(allocation))
         self._pool.free(slot)
         return state
 
@@ -202,10 +199,12 @@ class StateCache:
         as nothing else is done with the allocation, and raises StateLoadError and MemoryError."""
         return partial(load_state, self._pool, allocation.slot, path, tokens)
 
-    def save(self, allocation: Allocation, path: Path, metadata: dict[str, str]) -> Callable[[], None]:
-        """The function that writes the state to a file. It may be called in any thread, for as long as nothing else is
-        done with the allocation, and raises OSError."""
-        return partial(save_state, host_tensors(self._pool, allocation.slot), path, metadata)
+    def save(
+        self, allocation: Allocation, tokens: int, path: Path, metadata: dict[str, str]
+    ) -> Callable[[], None]:
+        """The function that writes the state, of `tokens` tokens, to a file. It may be called in any thread, for as
+        long as nothing else is done with the allocation, and raises OSError. Raises MemoryError."""
+        return partial(save_state, host_tensors(self._pool, allocation.slot, tokens), path, metadata)
 
     def snapshot(self, prefix: Prefix, length: int, allocation: Allocation) -> CachedPrefix | None:
         """Keep the state of `allocation`, which has seen the first `length` tokens. None when it is kept already, or

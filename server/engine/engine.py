@@ -155,7 +155,10 @@ class Engine:
         scored = [self._scored(request) for request in done if isinstance(request.message, Score)]
         for request in done:
             if isinstance(request.message, SaveState):
-                self._writes.begin(request, self._scheduler.save(request, request.message))
+                try:
+                    self._writes.begin(request, self._scheduler.save(request, request.message))
+                except MemoryError as e:
+                    self._scheduler.fail(request, "memory", f"no memory is left to save the state: {e}")
         for request in batch.requests:
             self._scheduler.work_done(request)
         return self._output(tokens, scored, batch, step_s)

@@ -14,13 +14,12 @@ import msgspec
 import torch
 import zmq
 
-from lowkey.words import counted
 from modeling.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from modeling.families import ConfigError
 from modeling.runtime import Runtime, UnavailableError, compile_model, prepare
 from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
-from modeling.spec import AttentionSpec, MoESpec, StateTypes
-from modeling.state import StatePool, page_bytes
+from modeling.spec import StateTypes
+from modeling.state import StatePool, page_bytes, pages_for
 from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
@@ -96,24 +95,6 @@ def pick_prefill_tokens(config: EngineConfig, device: str) -> int:
     return config.prefill_tokens or (128 if device == "cpu" else 4096)
 
 
-def check_served(checkpoint: Checkpoint, device: str) -> None:
-    """Refuse a model on a GPU with layers of kinds that no kernel there computes. Raises CheckpointError."""
-    if device == "cpu":
-        return
-    layers = dict(enumerate(checkpoint.spec.layers))
-    for what, found in (
-        ("softmax attention", [i for i, layer in layers.items() if isinstance(layer.mixer, AttentionSpec)]),
-        ("experts", [i for i, layer in layers.items() if isinstance(layer.ffn, MoESpec)]),
-    ):
-        if found:
-            some = ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-            raise CheckpointError(
-                f"{checkpoint.source} ({checkpoint.spec.family}) has {what} in {counted(len(found), 'layer')} of "
-                f"{len(layers)} ({some}), which lowkey-serve runs on a CPU only: set device to cpu; docs/hybrids.md "
-                "says what serves it on a GPU"
-            )
-
-
 def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, Ready]:
     """Load the checkpoint and make an engine of it.
 
@@ -129,7 +110,6 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     checkpoint: Checkpoint = open_checkpoint(config.source)
     TokenizerFile(checkpoint.path).open()  # the API process will tokenise with it
     device = device or open_device(config)
-    check_served(checkpoint, device.name)
     dtype = pick_dtype(config, device.name)
     weights = weights_of(checkpoint, dtype)
     check_weights(config, device, weights)
@@ -202,9 +182,12 @@ def _plan(
     def pool(slots: int, pages: int) -> StatePool:
         return StatePool(spec, slots, pages=pages, device=device.torch_device, types=types)
 
-    recorder = None if config.batch_invariant else device.recorder()
+    recorder = device.recorder() if runtime.recordable and not config.batch_invariant else None
     sizes = [] if recorder is None else graph_sizes(config.max_requests or MAX_BATCH)
-    needs = measure(config, runtime, pool(1, 1), device, weights, prefill_tokens, sizes)
+    # The null slot of a pool has a place in the tables for each page that others may have, and so for a whole step.
+    small = pool(1, pages_for(prefill_tokens))
+    needs = measure(config, runtime, small, device, weights, prefill_tokens, sizes)
+    del small
     plan = plan_memory(
         config,
         device,

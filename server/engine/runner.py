@@ -137,15 +137,16 @@ class Runner:
         """Start a step: move the states on, sample a token for each decode and each prompt that ends.
 
         Out of memory, prompts fail and decodes go on; or, if it was the decodes that had none, all of the batch fails.
+        A request that is preempted, or goes on, fails alone.
         """
         sampled: list[tuple[Plan, Sampled]] = []
         scores: list[ScoreRows] = []
         failed: list[Request] = []
-        for swap in batch.swaps:
-            self._swap(swap)
+        lost = self._swap_all(batch.swaps)
+        decodes = [r for r in batch.decodes if r not in lost]
         try:
-            hidden = self._decode(batch.decodes)
-            requests = list(batch.decodes)
+            hidden = self._decode(decodes)
+            requests = list(decodes)
             try:
                 ends, scores = self._prefill(batch.prefills)
                 for request, row in ends:
@@ -157,9 +158,20 @@ class Runner:
                 sampled = self._sample(torch.cat(hidden), requests)
         except torch.OutOfMemoryError:
             sampled, scores, failed = [], [], batch.requests
+        failed += [r for r in lost if r not in failed]
         if failed:  # here, not in a handler, where the exception still holds tensors
             self._device.release_memory()
         return PendingStep(batch, sampled, scores, self._device.download(), failed)
+
+    def _swap_all(self, swaps: list[Swap]) -> list[Request]:
+        """The requests for which there was no memory."""
+        lost: list[Request] = []
+        for swap in swaps:
+            try:
+                self._swap(swap)
+            except torch.OutOfMemoryError:
+                lost.append(swap.request)
+        return lost
 
     def _swap(self, swap: Swap) -> None:
         """Copy where a request's sampling is, out of the slot that it had or into the one that it has now."""

@@ -247,11 +247,12 @@ class Scheduler:
 
     def save(self, request: Request, message: SaveState) -> Callable[[], None]:
         """The function that writes the state of a request whose prompt has been fed (`StateCache.save`); that is work
-        in flight. To be asked for before the request's last step is `work_done`."""
+        in flight. To be asked for before the request's last step is `work_done`. Raises MemoryError."""
         if request.allocation is None:
             raise RuntimeError(f"request {request.id} has no state to save")
+        write = self._cache.save(request.allocation, request.held, Path(message.path), message.fingerprint)
         request.in_flight += 1
-        return self._cache.save(request.allocation, Path(message.path), message.fingerprint)
+        return write
 
     def work_done(self, request: Request) -> None:
         """A piece of work in flight no longer uses the request's slot: a launched step has been collected, or the

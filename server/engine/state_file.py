@@ -26,13 +26,18 @@ class StateLoadError(Exception):
 
 def layout(pool: StatePool) -> StateLayout:
     """What a file holds, for a state without tokens."""
-    tensors = pool.tensors(pool.null_slot)
+    tensors = pool.tensors(pool.null_slot, 0)
     return {name: (_DTYPES[t.dtype], list(t.shape)) for name, t in tensors.items()}
 
 
-def host_tensors(pool: StatePool, slot: int) -> dict[str, Tensor]:
-    """The tensors of the state in `slot` by their names in a file: on a CPU those of the slot itself, else copies."""
-    return {name: t.cpu() for name, t in pool.tensors(slot).items()}
+def host_tensors(pool: StatePool, slot: int, tokens: int) -> dict[str, Tensor]:
+    """The tensors of the state of `tokens` tokens in `slot`, by their names in a file: on a CPU those of the slot
+    itself, else copies, which are waited for. Raises MemoryError."""
+    if pool.device.type == "cpu":
+        return pool.tensors(slot, tokens)
+    tensors = pool.to_host(slot, tokens)
+    torch.cuda.current_stream(pool.device).synchronize()
+    return tensors
 
 
 def save_state(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -114,9 +114,9 @@ def test_attention_is_its_definition_alone_packed_in_pieces_and_token_by_token(s
     torch.testing.assert_close(step, expected[3:4], **EXACT)
     table.advance(torch.tensor([3]))
     assert table.lengths.tolist() == [8, 0, 3, 4, 0]
-    assert [t.shape for t in rows.tensors(3).values()] == [(4, spec.num_kv_heads, spec.head_dim)] * 2
+    assert [t.shape for t in rows.tensors(3, 4).values()] == [(4, spec.num_kv_heads, spec.head_dim)] * 2
     torch.testing.assert_close(
-        rows.tensors(3), {"keys": state.keys[0][:4], "values": state.values[0][:4]}, **EXACT
+        rows.tensors(3, 4), {"keys": state.keys[0][:4], "values": state.values[0][:4]}, **EXACT
     )
 
 

@@ -46,7 +46,7 @@ def spec():
 
 
 def slot_tensors(pool, slot):
-    return list(pool.tensors(slot).values())
+    return list(pool.tensors(slot, 0).values())
 
 
 def test_a_spec_speaks_of_linear_layers_where_it_means_them(spec):
@@ -63,7 +63,7 @@ def test_a_spec_speaks_of_linear_layers_where_it_means_them(spec):
 def test_a_pool_holds_what_the_spec_counts(spec, types):
     pool = StatePool(spec, 3, types=types)
     assert pool.bytes_per_slot == spec.state_bytes(5, types) == sum(t.nbytes for t in slot_tensors(pool, 1))
-    assert list(pool.tensors(0)) == [
+    assert list(pool.tensors(0, 0)) == [
         *("layers.0.recurrent", "layers.0.conv", "layers.1.average"),
         *("layers.2.recurrent", "layers.2.conv", "layers.3.average"),
     ]
@@ -112,8 +112,8 @@ def test_prompts_in_pieces_and_decode_steps_are_the_forward_in_float64(spec, kin
     tolerance = 1e-5 if weights == FLOAT32 else 3e-2
     assert difference(torch.cat([*hidden[0], *hidden[1]]), expected) < tolerance
     for i, layer in enumerate(final):
-        ours = [pool.layers[i].tensors(slot) for slot in slots.tolist()]
-        theirs = [layer.tensors(row) for row in (0, 1)]
+        ours = [pool.layers[i].tensors(slot, 0) for slot in slots.tolist()]
+        theirs = [layer.tensors(row, 0) for row in (0, 1)]
         assert ours[0].keys() == theirs[0].keys()
         for name in ours[0]:
             assert difference(*(torch.stack([t[name] for t in side]) for side in (ours, theirs))) < tolerance

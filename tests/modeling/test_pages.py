@@ -1,8 +1,10 @@
 """Which slot has which pages: by hand, where the tests of engines go through all orders at random."""
 
 import pytest
+import torch
 
-from modeling.state import PAGE_TOKENS, Pages
+from modeling.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
+from modeling.state import PAGE_TOKENS, PagedKV, Pages, StatePool, kv
 
 
 @pytest.fixture
@@ -52,3 +54,43 @@ def test_a_model_without_softmax_attention_pays_for_no_lengths():
     pages.copy_length(0, 1)
     pages.share(0, 1, 70)
     assert pages.grow(0, 10**6) and not pages.lengths.any() and pages.of(1) == []
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 64, 129, 300])
+def test_keys_and_values_go_to_the_host_and_back_a_few_pages_at_a_time(monkeypatch, tokens):
+    """The way of a GPU, whose copies are staged: here of pools on a CPU."""
+    monkeypatch.setattr(kv, "STAGED", 2)
+    spec = AttentionSpec(4, 2, 8, None, "none", False, 1e-6)
+    pages = Pages(4, 12, 400, "cpu")
+    state = PagedKV.zeros(spec, pages, StateTypes(inputs=torch.bfloat16), "cpu")
+    written = torch.randn(2, tokens, 2, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert pages.grow(2, 70) and pages.grow(0, tokens) and pages.grow(1, tokens)
+    state.scatter(torch.tensor([0]), kv.KVState([written[0]], [written[1]]))
+    others = state.keys[pages.of(2)].clone()
+    host = state.to_host(0, tokens)
+    assert torch.equal(host["keys"], written[0]) and torch.equal(host["values"], written[1])
+    state._load_staged(host["keys"], state.keys, 1)
+    state._load_staged(host["values"], state.values, 1)
+    pages.set_length(1, tokens)
+    found = state.tensors(1, tokens)
+    assert all(t.is_contiguous() for t in (*found.values(), *host.values()))
+    assert torch.equal(found["keys"], written[0]) and torch.equal(found["values"], written[1])
+    assert torch.equal(state.keys[pages.of(2)], others)
+
+
+def test_a_device_without_memory_is_a_memory_error(monkeypatch):
+    layer = LayerSpec(AttentionSpec(4, 2, 8, None, "none", False, 1e-6), MLPSpec(8), NormSpec(1e-6))
+    pool = StatePool(ModelSpec("test", 9, 8, (layer,), NormSpec(1e-6), False, 512, ()), 2, pages=4)
+    slot = pool.allocate()
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert pool.grow(slot, 5)
+    tensors = pool.to_host(slot, 5)
+    monkeypatch.setattr(PagedKV, "to_host", no_memory)
+    monkeypatch.setattr(PagedKV, "load", no_memory)
+    with pytest.raises(MemoryError, match="no memory on the device"):
+        pool.to_host(slot, 5)
+    with pytest.raises(MemoryError, match="no memory on the device"):
+        pool.load(slot, tensors, 5)

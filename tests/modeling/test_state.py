@@ -198,7 +198,7 @@ def test_a_state_in_8_bits_is_scattered_narrow_and_gathered_wide():
         assert not layer.recurrent[[0, 2, 4]].any() and not layer.scales[[0, 2, 4]].any()
         assert torch.equal(got.recurrent, widen(codes, scales)) and got.scales is None
         assert torch.equal(got.conv, given.conv)
-    assert {name.rpartition(".")[2] for name in pool.tensors(0)} == {"recurrent", "conv", "scales"}
+    assert {name.rpartition(".")[2] for name in pool.tensors(0, 0)} == {"recurrent", "conv", "scales"}
 
 
 def test_scatter_refuses_a_state_with_other_layers():

@@ -81,7 +81,7 @@ class FakeRunner:
         if self._pool.pages.count:
             of_layer = self._pool.layers[1]
             assert isinstance(of_layer, PagedKV)
-            kept = of_layer.tensors(slot)["keys"][:, 0, 0].int().tolist()
+            kept = of_layer.tensors(slot, count)["keys"][:, 0, 0].int().tolist()
             assert fed((0, 0), kept) == (count, value), "the pages hold other tokens than the state has seen"
         return count, value
 

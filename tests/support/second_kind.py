@@ -72,8 +72,11 @@ class AverageState:
     def scatter(self, rows, state):
         self.average[rows] = state.average.to(self.average.dtype)
 
-    def tensors(self, row):
+    def tensors(self, row, tokens):
         return {"average": self.average[row]}
+
+    def to_host(self, row, tokens):
+        return {"average": self.average[row].clone()}
 
     def load(self, row, tensors):
         self.average[row].copy_(tensors["average"])

@@ -67,6 +67,10 @@ class GpuRuntime(TorchRuntime):
                     f"{mixer.d_v}; bfloat16 would do"
                 )
 
+    @property
+    def recordable(self) -> bool:
+        return True
+
     def compile_ahead(self, work: Callable[[], object]) -> None:
         compile_ahead(work)
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from modeling.runtime import TorchRuntime
 from modeling.runtime.cpu import CpuRuntime
+from server.engine.sampler import Sampler
 from server.wire.messages import Pause, Resume, SaveState
 
 NAMES = ["vl-dense-three-value-heads", "vl-moe-fused", "next-some-dense", "olmo-odd-irregular"]
@@ -86,6 +87,53 @@ def check_preemption(bench, runtime, depth):
         ends = {t.request_id: t.pages for o in outputs for t in o.tokens if t.finish_reason}
         assert ends == {m.request_id: -(-(len(m.token_ids) + 149) // 64) for m in messages}
     assert sorted(found[8], key=lambda t: t[0]) == sorted(found[60], key=lambda t: t[0])
+
+
+@pytest.mark.parametrize("out", [True, False])
+def test_a_device_without_memory_for_a_preempted_request_s_sampling_fails_no_others(dense, monkeypatch, out):
+    """Penalties have rows over the whole vocabulary: where these are copied, memory may be short."""
+    engine = dense.engine(slots=3, depth=1, runtime=CpuRuntime, pages=8)
+    name, seen = "save" if out else "load", []
+    original = getattr(Sampler, name)
+
+    def fails_once(sampler, *arguments):
+        seen.append(arguments)
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(sampler, *arguments)
+
+    monkeypatch.setattr(Sampler, name, fails_once)
+    first = [generate(prompt(40 + 20 * i, seed=i), 150, request_id=f"r{out}{i}") for i in range(3)]
+    later = generate(prompt(30, seed=9), 20)
+    outputs = run(engine, {0: first, 600: [later]})
+    failed = {f.request_id: f.reason for o in outputs for f in o.failed}
+    tokens: dict[str, list[int]] = {}
+    for token in (t for o in outputs for t in o.tokens):
+        tokens.setdefault(token.request_id, []).append(token.token_id)
+    assert seen and list(failed.values()) == ["memory"]
+    ended = {t.request_id for o in outputs for t in o.tokens if t.finish_reason}
+    assert ended | set(failed) == {m.request_id for m in (*first, later)} and not ended & set(failed)
+    for message in (*first, later):
+        if message.request_id in ended:
+            dense.check_tokens(message, tokens[message.request_id])
+    assert later.request_id in ended
+    assert engine.idle and engine.occupancy.used_pages == engine.occupancy.used_slots == 0
+
+
+def test_a_state_for_whose_copy_there_is_no_memory_is_not_saved_and_nothing_else_is_lost(
+    dense, monkeypatch, tmp_path
+):
+    def no_memory(*_):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr("server.engine.cache.host_tensors", no_memory)
+    engine, other = dense.engine(slots=2), generate(prompt(40), 9)
+    saved = SaveState(request_id="s", token_ids=prompt(70), path=str(tmp_path / "state"), fingerprint={})
+    outputs = run(engine, {0: [other, saved]})
+    (failed,) = (f for o in outputs for f in o.failed)
+    assert (failed.request_id, failed.reason) == ("s", "memory") and "none left" in failed.error
+    assert dense.check_tokens(other, tokens_of(outputs)[other.request_id]) == 9
+    assert engine.idle and engine.occupancy.used_pages == 0 and not list(tmp_path.iterdir())
 
 
 def test_a_request_whose_reader_is_behind_is_preempted_too_and_goes_on_once_it_reads(dense):

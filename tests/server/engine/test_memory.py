@@ -350,12 +350,12 @@ def test_what_compiling_leaves_behind_is_not_measured(bench, monkeypatch):
         done.append("compiled")
         work()
         for layer in pool.layers:
-            for tensor in layer.tensors(pool.null_slot).values():
+            for tensor in layer.tensors(pool.null_slot, 0).values():
                 tensor.fill_(torch.nan)
 
     class Measuring(FakeDevice):
         def peak_memory(self, work) -> int:
-            states = [t for layer in pool.layers for t in layer.tensors(pool.null_slot).values()]
+            states = [t for layer in pool.layers for t in layer.tensors(pool.null_slot, 0).values()]
             assert done == ["compiled"] and all(bool(t.isfinite().all()) for t in states)
             return super().peak_memory(work)
 

@@ -40,7 +40,7 @@ def no_memory(*_):
 @pytest.mark.parametrize("depth", [0, 1])
 def test_one_request_fails_where_the_host_has_no_memory_for_it(depth, monkeypatch):
     """Its pages serve the others at once, also while a step that uses them is under way."""
-    monkeypatch.setattr("server.engine.cache.to_host", no_memory)
+    monkeypatch.setattr(StatePool, "to_host", no_memory)
     engine, _ = engine_of(3, 6, depth)
     for name in "abc":
         engine.handle(generate([ord(name)] * 64, 120, request_id=name))

@@ -1,21 +1,25 @@
 """An engine's process ends when it is told to, whatever its other threads wait for; what it does not begin to load."""
 
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
+from unittest.mock import Mock
 
 import msgspec
 import pytest
 import zmq
+from checkpoints import GATED, write_checkpoint
 from engine_process import START_S, engine_config
-from engines import generate
-from hybrid_cases import CASES, LINEAR
+from engines import generate, prompt, run
+from fake_device import FakeDevice
+from hybrid_cases import CASES, FULL, LINEAR
 from hybrids import write_hybrid
 
-from modeling.checkpoint import CheckpointError, open_checkpoint
-from server.engine.process import check_served
+from modeling.runtime import TorchRuntime
+from modeling.runtime.gpu.graphs import DecodeGraphs
+from server.engine import process
+from server.engine.memory import RESERVED
 from server.wire.messages import encoder, report_decoder
 
 
@@ -56,19 +60,20 @@ def test_a_read_that_never_ends_does_not_keep_the_process(checkpoints, tmp_path,
             process.stdin.close()
 
 
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        (CASES["text-dense-tied"], "(qwen3_5_text) has softmax attention in 2 layers of 8 (3, 7)"),
-        (
-            replace(CASES["text-moe-fused"], layer_types=(LINEAR, LINEAR)),
-            "(qwen3_5_moe_text) has experts in 2 layers of 2 (0, 1)",
-        ),
-    ],
-    ids=["softmax", "experts"],
-)
-def test_a_hybrid_is_refused_on_a_gpu_and_not_on_a_cpu(tmp_path, case, reason):
-    checkpoint = open_checkpoint(write_hybrid(tmp_path / "hybrid", case))
-    check_served(checkpoint, "cpu")
-    with pytest.raises(CheckpointError, match=re.escape(reason) + ".* set device to cpu"):
-        check_served(checkpoint, "cuda:0")
+@pytest.mark.parametrize("kind", ["linear", "softmax", "experts"])
+def test_steps_that_wait_for_the_device_are_not_recorded(tmp_path, monkeypatch, kind):
+    """Plain torch, where there are no kernels: it serves all kinds of layers, but not all of them by recorded steps."""
+    monkeypatch.setattr(process, "compile_model", TorchRuntime)
+    if kind == "linear":
+        checkpoint = write_checkpoint(tmp_path / "c", GATED)
+    else:
+        layers = {"softmax": (LINEAR, FULL), "experts": (LINEAR, LINEAR)}[kind]
+        case = CASES["text-dense-tied" if kind == "softmax" else "text-moe-fused"]
+        checkpoint = write_hybrid(tmp_path / "c", replace(case, layer_types=layers))
+    device = FakeDevice(total=2 * (RESERVED + 2**28), peak=2**20, logit_rows=64)
+    recorded = Mock(wraps=DecodeGraphs)
+    monkeypatch.setattr(process, "DecodeGraphs", recorded)
+    engine, ready = process.build(engine_config(checkpoint, max_requests=2), device)
+    assert recorded.called == (kind == "linear") and ready.backend == "torch"
+    outputs = run(engine, {0: [generate(prompt(5), 3)]})
+    assert len([token for output in outputs for token in output.tokens]) == 3

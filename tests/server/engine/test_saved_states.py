@@ -173,7 +173,7 @@ def state(bench, tmp_path):
     slot = torch.tensor([pool.allocate()])
     with torch.inference_mode():
         pool.scatter(slot, bench.model(torch.tensor(ids), [0, len(ids)])[1])
-    save_state(host_tensors(pool, int(slot)), tmp_path / "state", {})
+    save_state(host_tensors(pool, int(slot), 0), tmp_path / "state", {})
     return ids, str(tmp_path / "state")
 
 

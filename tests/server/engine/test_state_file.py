@@ -31,7 +31,7 @@ def random_pool(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_a_state_comes_back_as_it_was_into_its_slot_only(tmp_path, dtype):
     pool = random_pool(dtype)
-    save_state(host_tensors(pool, 1), tmp_path / "a", {"model": "x"})
+    save_state(host_tensors(pool, 1, 0), tmp_path / "a", {"model": "x"})
     before = [t.clone() for t in tensors(pool)]
     load_state(pool, 2, tmp_path / "a", 0)
     for t, old in zip(tensors(pool), before, strict=True):
@@ -100,7 +100,7 @@ CHANGES_OF_INT8 = {
 )
 def test_a_state_of_another_model_is_refused_and_nothing_written(tmp_path, dtype, change, mention):
     pool = random_pool(dtype)
-    save_state(host_tensors(pool, 1), tmp_path / "a", {})
+    save_state(host_tensors(pool, 1, 0), tmp_path / "a", {})
     loaded = load_file(tmp_path / "a")
     change(loaded)
     save_file(loaded, tmp_path / "a")
@@ -122,11 +122,11 @@ def test_what_is_no_state_is_refused(tmp_path, content):
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     pool = random_pool()
     with pytest.raises(OSError, match="none"):
-        save_state(host_tensors(pool, 0), tmp_path / "none" / "a", {})
+        save_state(host_tensors(pool, 0, 0), tmp_path / "none" / "a", {})
     (tmp_path / "dir").mkdir()
     (tmp_path / "dir" / "x").touch()
     with pytest.raises(OSError, match="dir"):
-        save_state(host_tensors(pool, 0), tmp_path / "dir", {})
+        save_state(host_tensors(pool, 0, 0), tmp_path / "dir", {})
     assert sorted(os.listdir(tmp_path)) == ["dir"]
 
 
@@ -136,7 +136,7 @@ def test_a_disk_that_is_full_after_all_is_an_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        save_state(host_tensors(random_pool(), 0), tmp_path / "a", {})
+        save_state(host_tensors(random_pool(), 0, 0), tmp_path / "a", {})
     assert os.listdir(tmp_path) == []
 
 
@@ -147,7 +147,7 @@ def test_pinned_memory_that_is_not_there_is_a_memory_error(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", empty)
     with pytest.raises(MemoryError, match="out of memory"):
-        transfer.pinned_like(torch.zeros(3))
+        transfer.pinned(torch.zeros(3))
 
 
 def test_the_length_of_keys_and_values_is_that_of_the_state_and_of_nothing_else(tmp_path):
@@ -158,7 +158,7 @@ def test_the_length_of_keys_and_values_is_that_of_the_state_and_of_nothing_else(
     pool.grow(slot, tokens)
     pool.advance(torch.tensor([slot]), [0, tokens])
     assert layout(pool)["layers.0.conv"][1][1] == 0
-    save_state(host_tensors(pool, slot), tmp_path / "a", {})
+    save_state(host_tensors(pool, slot, tokens), tmp_path / "a", {})
     other = pool.allocate()
     pool.grow(other, tokens)
     load_state(pool, other, tmp_path / "a", tokens)
@@ -187,7 +187,7 @@ def test_a_file_is_read_and_written_without_more_threads(tmp_path):
     def work():
         torch.set_num_threads(4)
         counts.append(len(os.listdir("/proc/self/task")))
-        save_state(host_tensors(pool, 0), tmp_path / "a", {})
+        save_state(host_tensors(pool, 0, 0), tmp_path / "a", {})
         load_state(pool, 1, tmp_path / "a", 0)
         counts.append(len(os.listdir("/proc/self/task")))
 

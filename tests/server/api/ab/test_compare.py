@@ -249,7 +249,7 @@ def test_models(server, checkpoints, models):
         assert lowkey["context_length"] == models[name].spec.context_length
         # What one request really holds, in tensors.
         pool = StatePool(models[name].spec, 1, pages=1)
-        held = sum(t.nbytes for t in pool.tensors(0).values())
+        held = sum(t.nbytes for t in pool.tensors(0, 0).values())
         assert lowkey["state_bytes"] == held == models[name].spec.state_bytes(0)
         told = server.complete(model=name, max_tokens=1)["lowkey"]
         assert told["state_bytes"] == held + pool.bytes_per_page and told["kv_bytes"] == pool.bytes_per_page
