@@ -68,6 +68,12 @@ class Runtime(Protocol):
         every batch of a size and never waits for the device."""
         ...
 
+    @property
+    def independent_rows(self) -> bool:
+        """Whether what a decode step makes of a request depends on how many requests there are, but on nothing of the
+        others: always the same bits beside as many."""
+        ...
+
     def compile_ahead(self, work: Callable[[], object]) -> None:
         """Have ready what `work`, calls of this runtime, would be held up by: kernels that are compiled when they are
         first launched. `work` may run in the course of it, and what it then computes means nothing."""

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from modeling.layers import MLP, DeltaMixer
+from modeling.layers import MLP, DeltaMixer, MoE
 from modeling.model import Model
 from modeling.spec import StateTypes
 from modeling.state import LayerState, StatePool
@@ -44,6 +44,11 @@ class TorchRuntime:
     def recordable(self) -> bool:
         """Softmax attention asks the device how long each sequence is, and experts which of them are hit."""
         return all(type(b.mixer) is DeltaMixer and type(b.ffn) is MLP for b in self._blocks)
+
+    @property
+    def independent_rows(self) -> bool:
+        """Each expert is a product of as many rows as there are tokens that take it."""
+        return not any(isinstance(b.ffn, MoE) for b in self._blocks)
 
     def compile_ahead(self, work: Callable[[], object]) -> None:
         """Nothing: all is compiled."""

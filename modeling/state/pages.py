@@ -17,6 +17,12 @@ PAGE_TOKENS = TOKEN_BLOCK
 """Tokens of a page: prefixes are kept at its multiples, so that they share all their pages."""
 
 
+LEAST_WIDTH = 4096
+"""Columns of the table that there are even with less pages, where the context is so long. What a decode step launches
+depends on the columns, and must be the same for the few pages with which an engine compiles its kernels and measures
+their memory as for those it then has."""
+
+
 def pages_for(tokens: int) -> int:
     """How many pages that many tokens take."""
     return -(-tokens // PAGE_TOKENS)
@@ -45,7 +51,7 @@ class Pages:
         """One page more than there are: what no slot has a page for is written to it, and means nothing."""
         self.longest = min(longest, count * PAGE_TOKENS)
         """Most tokens of one slot."""
-        width = pages_for(self.longest)
+        width = min(pages_for(longest), max(count, LEAST_WIDTH)) if count else 0
         self.blocks = torch.full((rows, width), self.null_page, dtype=torch.int32, device=device)
         """Number of the page of each `PAGE_TOKENS` tokens of each slot, int32 `[rows, width]`."""
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
@@ -146,7 +152,8 @@ class Pages:
     def set_length(self, slot: int, tokens: int) -> None:
         """Say how many tokens a slot's state has."""
         if self.count:
-            self.lengths[slot] = tokens
+            # Assigned to one place of a tensor, a number would be copied from the host, which waits for the device.
+            self.lengths[slot : slot + 1].fill_(tokens)
 
     def copy_length(self, source: int, target: int) -> None:
         """The target's state has as many tokens as the source's, once all launched steps are done."""
@@ -163,7 +170,7 @@ class Pages:
         else:
             offsets = upload(torch.tensor(cu_seqlens, dtype=torch.int32), self.lengths.device)
             self.lengths[slots] += offsets.diff()
-        self.lengths[-1] = 0
+        self.lengths[-1:].zero_()
 
     def _append(self, slot: int, pages: list[int]) -> None:
         own = self._of[slot]

@@ -47,7 +47,9 @@ def device_memory_errors() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as e:
-        raise MemoryError(f"no memory on the device: {e}") from e
+        raise MemoryError(
+            "no memory on the device"
+        ) from e  # what torch says of other processes is not for clients
 
 
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checkpoints import DELTA, GATED, write_checkpoint
+from recorders import CallingRecorder
 from states import tensors
 
 from modeling.checkpoint import open_checkpoint
@@ -11,25 +12,6 @@ from modeling.runtime.gpu.graphs import MAX_BATCH, DecodeGraphs, graph_sizes
 from modeling.state import StatePool
 
 NULL_SLOT = 5
-
-
-class CallingRecorder:
-    """What a CUDA graph does, done by calling: reads the same inputs and overwrites the same output each time."""
-
-    def __init__(self):
-        self.sizes = []
-        self.replayed = []
-
-    def __call__(self, function):
-        output = function()
-        size = output.shape[0]
-        self.sizes.append(size)
-
-        def replay():
-            self.replayed.append(size)
-            output.copy_(function())
-
-        return replay, output
 
 
 @pytest.fixture(params=[GATED, DELTA], ids=["gated", "delta"])

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from fake_device import NoWaitingMode
 
 from modeling.spec import AttentionSpec, LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
 from modeling.state import PAGE_TOKENS, PagedKV, Pages, StatePool, kv
+from modeling.state.pages import LEAST_WIDTH
 
 
 @pytest.fixture
@@ -33,6 +35,29 @@ def test_full_pages_are_shared_and_the_last_one_is_not(pages):
     assert (pages.used, pages.cached, pages.free) == (2, 0, 3)
     pages.release(1)
     assert (pages.used, pages.cached, pages.free) == (0, 0, 5)
+
+
+@pytest.mark.parametrize("context", [100, 5000, 2**18])
+def test_steps_over_few_pages_are_those_over_many(context):
+    """What a step launches depends on the columns of the table."""
+    few, many = (Pages(2, count, context, "cpu") for count in (1, 10_000))
+    assert few.blocks.shape == many.blocks.shape == (2, -(-context // PAGE_TOKENS))
+    assert few.longest == PAGE_TOKENS
+
+
+def test_a_context_beyond_all_memory_takes_no_table_for_it():
+    assert Pages(2, 8, 10**12, "cpu").blocks.shape == (2, LEAST_WIDTH)
+
+
+def test_nothing_waits_for_the_device(pages):
+    with NoWaitingMode():
+        pages.set_length(0, 96)
+        pages.share(0, 1, 96)
+        pages.copy_length(0, 1)
+        pages.advance(torch.tensor([0, 1]))
+        pages.advance(torch.tensor([0, 3]), [0, 5, 7])
+        pages.release(0)
+    assert pages.lengths.tolist() == [102, 97, 0, 0]
 
 
 def test_what_there_are_no_pages_for_changes_nothing(pages):
@@ -90,7 +115,7 @@ def test_a_device_without_memory_is_a_memory_error(monkeypatch):
     tensors = pool.to_host(slot, 5)
     monkeypatch.setattr(PagedKV, "to_host", no_memory)
     monkeypatch.setattr(PagedKV, "load", no_memory)
-    with pytest.raises(MemoryError, match="no memory on the device"):
+    with pytest.raises(MemoryError, match="^no memory on the device$"):
         pool.to_host(slot, 5)
-    with pytest.raises(MemoryError, match="no memory on the device"):
+    with pytest.raises(MemoryError, match="^no memory on the device$"):
         pool.load(slot, tensors, 5)

@@ -12,7 +12,7 @@ from modeling.ops import chunked_gated_delta_rule
 from modeling.runtime import TorchRuntime, UnavailableError
 from modeling.runtime.gpu import delta as module
 from modeling.runtime.gpu import delta_int8
-from modeling.runtime.gpu.delta import delta_step
+from modeling.runtime.gpu.delta import delta_step, zero_counters
 from modeling.runtime.gpu.runtime import GpuRuntime
 from modeling.spec import StateTypes
 from modeling.state import DeltaState, StatePool
@@ -113,6 +113,14 @@ def test_matches_the_float64_step(name):
 @pytest.mark.parametrize("name", ["gated-value-groups", "delta"])
 def test_bfloat16_activations_and_states(name, state_dtype):
     check(make_mixer(SPECS[name], torch.bfloat16), torch.bfloat16, state_dtype)
+
+
+@pytest.mark.parametrize("most", [0, 8], ids=["in-turns", "in-programs-of-their-own"])
+def test_value_heads_of_a_key_head_share_its_history(monkeypatch, most):
+    """One of their programs moves it on, when all have read it."""
+    monkeypatch.setattr(module, "MOST_ROWS_IN_PARALLEL", most)
+    check(make_mixer({"num_k_heads": 2, "num_v_heads": 6}), torch.float32, torch.float32, steps=3)
+    assert not zero_counters(torch.device("cpu"), len(SLOTS) * 2).any()
 
 
 @pytest.mark.parametrize("name", SPECS)

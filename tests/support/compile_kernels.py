@@ -2,10 +2,14 @@
 tests use runs much that the compiler refuses (a variable that changes its type within an `if`, for one).
 
 Each kernel is compiled as the runtime would launch it: the launch is caught, and the kernel's signature made of the
-arguments.
+arguments. With --every each is compiled in all its variants.
 """
 
 import os
+import re
+import subprocess
+import sys
+import tempfile
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -16,12 +20,22 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from modeling import vllm_plugin
+from modeling.layers import AttentionMixer, MoE, RMSNorm
 from modeling.model import Model
 from modeling.ops import chunked_gated_delta_rule
-from modeling.runtime.gpu import delta, delta_int8, norms, prefill, products, rounding
-from modeling.runtime.gpu.runtime import GpuRuntime
-from modeling.spec import LayerSpec, MLPSpec, ModelSpec, NormSpec, StateTypes
-from modeling.state import StatePool
+from modeling.runtime.gpu import attention, delta, delta_int8, moe, norms, prefill, products, rounding
+from modeling.runtime.gpu.runtime import SHARED_MEMORY, GpuRuntime
+from modeling.spec import (
+    AttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    MoESpec,
+    NormSpec,
+    RopeSpec,
+    StateTypes,
+)
+from modeling.state import PagedKV, Pages, StatePool
 
 TYPES = {
     torch.float32: "fp32",
@@ -32,7 +46,17 @@ TYPES = {
 }
 PLUGIN_WIDTHS = ((64, 128), (32, 128), (96, 192), (48, 192), (16, 128), (80, 128), (128, 128), (24, 128))
 """d_k and d_v of the models that vLLM runs with our plugin, and odd ones."""
+ATTENTION = (
+    (AttentionSpec(16, 4, 256, RopeSpec(64, 1e7), "head", True, 1e-6), torch.bfloat16),
+    (AttentionSpec(30, 30, 128, None, "whole", False, 1e-6), torch.bfloat16),
+    (AttentionSpec(6, 2, 24, RopeSpec(12, 1e4), "none", True, 1e-6), torch.float32),
+)
+"""Of Qwen3.5-4B, of OLMo-Hybrid-7B, and an odd one."""
 H100 = GPUTarget("cuda", 90, 32)
+STACK = {"prepare_heads": 32, "attend_packed": 64, "attend_step": 32}
+"""Bytes that a thread may have in memory: for sines of angles over 100,000, which the library has a slow way for; for
+addresses and row numbers, which wait there while heads of 256 channels are in the registers (the loops over blocks have
+none of it)."""
 
 
 class Caught:
@@ -44,7 +68,7 @@ class Caught:
     def __getitem__(self, grid):
         return self.launch
 
-    def launch(self, *args, num_warps=4, **constants):
+    def launch(self, *args, num_warps=4, num_stages=3, maxnreg=None, **constants):
         names = self.kernel.arg_names
         values = dict(zip(names, args, strict=False)) | constants
         assert list(values) == names, "the launch and the kernel disagree about their arguments"
@@ -66,8 +90,48 @@ class Caught:
                 if value % 16 == 0 and name not in free:
                     attributes[i,] = [["tt.divisibility", 16]]
         source = ASTSource(fn=self.kernel, signature=signature, constexprs=constexprs, attrs=attributes)
-        compiled = triton.compile(source, target=H100, options={"num_warps": num_warps})
-        print(self.kernel.__name__, len(compiled.asm["cubin"]))
+        options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": maxnreg}
+        compiled = triton.compile(source, target=H100, options=options)
+        name, cubin = self.kernel.__name__, compiled.asm["cubin"]
+        assert compiled.metadata.shared <= SHARED_MEMORY, f"{name} takes {compiled.metadata.shared} bytes"
+        assert stack_bytes(cubin) <= STACK.get(name, 0), f"{name} does not have enough registers"
+        print(name, len(cubin))
+
+
+def stack_bytes(cubin):
+    """Bytes of a thread that are in memory, since its registers do not hold them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return max(map(int, re.findall(r"(?:STACK|LOCAL):(\d+)", usage)))
+
+
+def compile_experts(every):
+    """At the sizes of a real model: each way, with `every` tile or one."""
+    more = ((1024, torch.bfloat16), (9000, torch.bfloat16), (9, torch.float32)) if every else ()
+    for rows, dtype in ((1, torch.bfloat16), (64, torch.bfloat16), *more):
+        with torch.device("meta"):
+            experts = MoE(MoESpec(256, 8, 512, 512), 2048).to(dtype).requires_grad_(False)
+            x, norm = torch.empty(rows, 2048, dtype=dtype), RMSNorm(2048, 1e-6).requires_grad_(False)
+        moe.add_moe(experts, x, norm, x)
+
+
+def compile_products():
+    """One row, at the sizes of a real model."""
+    norm = RMSNorm(2560, 1e-6).requires_grad_(False)
+    with torch.device("meta"):
+        x, inner = (torch.empty(1, width, dtype=torch.bfloat16) for width in (2560, 9216))
+        mlp_in, mlp_out, mixer_in, reduced_in = (
+            torch.empty(size, width, dtype=torch.bfloat16)
+            for size, width in ((18432, 2560), (2560, 9216), (12352, 2560), (10304, 2560))
+        )
+    products.gated_product(x, mlp_in, norm)
+    products.product(inner, mlp_out, residual=torch.empty_like(x))
+    products.product(x, mixer_in, norm)
+    products.product(x, reduced_in, norm)
+    products.product(x, mixer_in)
 
 
 def main() -> None:
@@ -76,8 +140,10 @@ def main() -> None:
         (delta_int8, ["convolve_step", "move_states_on"]),
         (prefill, ["convolve_packed", "gated_norm", "gates"]),
         (rounding, ["narrow_rows", "widen_rows"]),
+        (moe, ["combine", "experts_in", "experts_out", "few_in", "few_out", "few_scores", "route"]),
+        (attention, ["prepare_heads", "attend_step", "join_splits", "attend_packed"]),
         (norms, ["rms_norm"]),
-        (products, ["swiglu"]),
+        (products, ["one_row", "swiglu"]),
         (vllm_plugin, ["prepare"]),
     ):
         for name in names:
@@ -105,7 +171,21 @@ def main() -> None:
             pool = StatePool(model.spec, 2, types=StateTypes(recurrent, torch.bfloat16))
             runtime = GpuRuntime(model, chunked_gated_delta_rule)
             runtime.prefill(torch.zeros(70, dtype=torch.long), [0, 3, 70], pool, torch.arange(2))
-            runtime.decode(torch.arange(2), pool, torch.arange(2))
+            for rows in (2, 100):  # value heads in programs of their own, and in turns
+                runtime.decode(torch.zeros(rows, dtype=torch.long), pool, torch.zeros(rows, dtype=torch.long))
+    every = "--every" in sys.argv
+    compile_experts(every)
+    compile_products()
+    for spec, dtype in ATTENTION if every else ATTENTION[:1]:
+        mixer = AttentionMixer(spec, 8, 0).to(dtype)
+        for longest in (128, 2**18) if every else (2**18,):
+            # As wide a table as for pages that a state of so many tokens would have.
+            pages = Pages(3, 4, longest, "cpu")
+            state = PagedKV.zeros(spec, pages, StateTypes(inputs=dtype), "cpu")
+            for batch in (1, 32, 256, 1000) if every else (1, 256):
+                projected = torch.zeros(batch, sum(spec.in_proj_sizes), dtype=dtype)
+                attention.attention_step(mixer, projected, state, torch.zeros(batch, dtype=torch.long))
+        attention.attention_prompts(mixer, projected[:70], [0, 3, 70], state, torch.arange(2))
     for d_k, d_v in PLUGIN_WIDTHS:
         for tokens, k_heads, v_heads in ((1, 2, 2), (64, 16, 48)):
             bfloat16 = torch.bfloat16

@@ -134,4 +134,9 @@ class NoWaitingMode(torch.overrides.TorchFunctionMode):
             index = args[1] if isinstance(args[1], tuple) else (args[1],)
             masks = [i for i in index if isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8)]
             assert not masks, "indexing by a mask waits for the device"
+            if name == "__setitem__" and not isinstance(args[2], torch.Tensor):
+                # What only slices choose, and is more than one number, is filled by the device.
+                one = all(isinstance(i, int) for i in index) and len(index) == args[0].dim()
+                listed = any(isinstance(i, torch.Tensor) for i in index)
+                assert not one and not listed, "a number that is assigned is copied from the host, and waits"
         return func(*args, **kwargs)

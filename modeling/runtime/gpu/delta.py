@@ -4,6 +4,8 @@ It is bound by memory: per request and layer it reads and writes the recurrent s
 d_k * d_v` elements), and everything else it touches is a few percent of that.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ TILES = {4: 16384, 2: 8192}
 way; with half the bytes on their way from memory, more programs must run at once to hide its latency."""
 ELEMENTS_PER_WARP = 4096
 """More warps hold less each, but wait for each other more: measured, docs/gpu.md."""
+MOST_ROWS_IN_PARALLEL = 8
+"""Requests up to which each value head has a program of its own: fewer leave much of a GPU idle."""
 
 
 def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: Tensor) -> Tensor:
@@ -38,8 +42,10 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
     block_k = power_of_2(s.d_k)
     width = power_of_2(s.d_v)
     block_v = min(width, max(TILES[state.recurrent.element_size()] // block_k, 16))
-    out = projected.new_empty(projected.shape[0], s.value_dim)
-    mixer_step[(s.num_k_heads, projected.shape[0])](
+    rows, groups = projected.shape[0], s.num_v_heads // s.num_k_heads
+    turns = 1 if rows <= MOST_ROWS_IN_PARALLEL else groups
+    out = projected.new_empty(rows, s.value_dim)
+    mixer_step[(s.num_v_heads // turns, rows)](
         projected,
         out,
         state.recurrent,
@@ -50,6 +56,7 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
         mixer.A_log if s.has_decay else None,
         mixer.dt_bias if s.has_decay else None,
         mixer.o_norm.weight,
+        zero_counters(projected.device, rows * s.num_k_heads) if turns < groups else None,
         projected.stride(0),
         s.d_k,
         s.d_k**-0.5,
@@ -57,7 +64,8 @@ def delta_step(mixer: DeltaMixer, projected: Tensor, state: DeltaState, slots: T
         s.norm_eps,
         L2_EPS,
         num_k_heads=s.num_k_heads,
-        groups=s.num_v_heads // s.num_k_heads,
+        groups=groups,
+        turns=turns,
         d_v=s.d_v,
         taps=s.conv_kernel,
         has_decay=s.has_decay,
@@ -84,3 +92,10 @@ def add_delta(
     on in place."""
     y = delta_step(mixer, product(x, mixer.in_proj.weight, norm), state, slots)
     return product(y, mixer.o_proj.weight, residual=residual)
+
+
+@cache
+def zero_counters(device: torch.device, count: int) -> Tensor:
+    """Zeros that programs of a step count themselves in, and leave as zeros for the next step: steps run one after the
+    other, on one stream."""
+    return torch.zeros(count, dtype=torch.int32, device=device)

@@ -1,8 +1,9 @@
 """Triton kernels of the (gated) delta rule mixer, for a decode step and for prompts; `modeling.runtime.gpu.delta` and
 `prefill` launch them and say what they compute.
 
-The state of a key head's value heads belongs to one program: they take turns in it, so that nobody else reads the
-convolution's history of q and k while it moves on. A state is worked on in columns `[d_k, block_v]` held in registers;
+The states of a key head's value heads belong to one program, in which they take turns, so that nobody else reads the
+convolution's history of q and k while it moves on. For few requests each belongs to a program of its own, and the last
+of them to have read the history moves it on. A state is worked on in columns `[d_k, block_v]` held in registers;
 a column needs nothing of its neighbours until the output norm, for which the whole head's o stays in registers.
 Arithmetic is float32 whatever the tensors' dtypes are.
 
@@ -63,6 +64,7 @@ def mixer_step(
     a_log,
     dt_bias,
     norm_weight,
+    counters,  # a zero for each row and key head, and zero again in the end; or None where value heads take turns
     row_stride,
     d_k,
     scale,
@@ -71,6 +73,7 @@ def mixer_step(
     l2_eps,
     num_k_heads: tl.constexpr,
     groups: tl.constexpr,
+    turns: tl.constexpr,
     d_v: tl.constexpr,
     taps: tl.constexpr,
     has_decay: tl.constexpr,
@@ -82,7 +85,8 @@ def mixer_step(
     columns: tl.constexpr,
 ):
     num_v_heads: tl.constexpr = num_k_heads * groups
-    head = tl.program_id(0)
+    first_head = tl.program_id(0) * turns
+    head = first_head // groups
     row = tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + row).to(tl.int64)
     key_dim = num_k_heads * d_k
@@ -110,8 +114,8 @@ def mixer_step(
     # o of a head, [blocks, block_v]: a block's row is filled when its columns are done.
     o_index = tl.arange(0, blocks)[:, None] * block_v + tl.arange(0, block_v)[None, :]
     o_mask = o_index < d_v
-    for group in tl.static_range(groups):
-        v_head = head * groups + group
+    for turn in tl.static_range(turns):
+        v_head = first_head + turn
         if has_beta:
             beta_in = tl.load(beta_at + v_head)
         if has_decay:
@@ -140,7 +144,7 @@ def mixer_step(
                     beta = tl.sigmoid(beta_in.to(tl.float32)) * beta_scale
                 if has_decay:
                     decay = tl.exp(log_decay_of(decay_in, shift, log_rate))
-            if group == 0 and block == 0:
+            if turn == 0 and block == 0:
                 qk, qk_window = convolve(
                     qk_old, qk_new, qk_weight, conv_bias, qk_channels, qk_mask, taps, columns
                 )
@@ -153,8 +157,12 @@ def mixer_step(
             v = tl.sum(v_column, axis=1)
             tl.debug_barrier()
             move_history_on(v_window, history, v_channels, v_mask, taps, columns)
-            if group == 0 and block == 0:
-                move_history_on(qk_window, history, qk_channels, qk_mask, taps, columns)
+            if turn == 0 and block == 0:
+                if turns < groups:
+                    # All programs of the key head have read its history when the last one counts itself.
+                    done = tl.atomic_add(counters + row * num_k_heads + head, 1)
+                else:
+                    move_history_on(qk_window, history, qk_channels, qk_mask, taps, columns)
             if has_decay:
                 state *= decay
             u = beta * (v - tl.sum(state * k[:, None], axis=0))
@@ -162,15 +170,23 @@ def mixer_step(
             tl.store(recurrent + tile, state.to(recurrent.dtype.element_ty), mask=tile_mask)
             o_block = tl.sum(state * q[:, None], axis=0)
             o = tl.where(tl.arange(0, blocks)[:, None] == block, o_block[None, :], o)
+        o_weight = tl.load(
+            norm_weight + o_index, mask=o_mask, other=0.0
+        )  # before the sum, which waits for all
         mean_square = tl.sum(tl.sum(tl.where(o_mask, o * o, 0.0), axis=1), axis=0) / d_v
         o *= tl.rsqrt(mean_square + norm_eps)
-        o *= tl.load(norm_weight + o_index, mask=o_mask, other=0.0).to(tl.float32)
+        o *= o_weight.to(tl.float32)
         if gate != "none":
             z = z.to(tl.float32)
             o *= tl.sigmoid(z)
             if gate == "silu":
                 o *= z
         tl.store(out + v_head * d_v + o_index, o.to(out.dtype.element_ty), mask=o_mask)
+    if turns < groups:
+        is_last = done == groups // turns - 1
+        if is_last:
+            move_history_on(qk_window, history, qk_channels, qk_mask, taps, columns)
+            tl.store(counters + row * num_k_heads + head, 0)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -11,8 +11,11 @@ def rms_norm(x, weight, residual, out, eps, size: tl.constexpr, block: tl.conste
     index = tl.arange(0, block)
     mask = index < size
     y = tl.load(x + row * size + index, mask=mask, other=0.0).to(tl.float32)
-    y *= tl.rsqrt(tl.sum(y * y, axis=0) / size + eps)
-    y *= tl.load(weight + index, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.load(weight + index, mask=mask, other=0.0)  # before the sum, which waits for all threads
     if residual is not None:
-        y += tl.load(residual + row * size + index, mask=mask, other=0.0).to(tl.float32)
+        before = tl.load(residual + row * size + index, mask=mask, other=0.0)
+    y *= tl.rsqrt(tl.sum(y * y, axis=0) / size + eps)
+    y *= scale.to(tl.float32)
+    if residual is not None:
+        y += before.to(tl.float32)
     tl.store(out + row * size + index, y.to(out.dtype.element_ty), mask=mask)
