@@ -174,6 +174,8 @@ class StateCache:
         """Free a state of `tokens` tokens and keep it in the host's memory. Raises MemoryError, and it stays."""
         slot = allocation.slot
         needed = self._pool.spec.state_bytes(tokens, self._pool.types)
+        if self._pool.device.type == "cuda":
+            needed *= 2  # of pinned memory torch takes powers of two
         free = host_memory()
         if needed > free:  # the system would end this process, and all requests with it
             raise MemoryError(f"{needed:,} bytes are needed, and {free:,} are free")

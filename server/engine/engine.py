@@ -239,7 +239,7 @@ class Engine:
         elif isinstance(failure, StateLoadError):
             self._scheduler.fail(request, "state", str(failure))
         else:
-            self._scheduler.fail(request, "memory", "the host has no memory left to read the saved state")
+            self._scheduler.fail(request, "memory", f"no memory is left to read the saved state: {failure}")
         self._scheduler.work_done(request)
 
     def _saved(self, request: Request, failure: OSError | None) -> StateSaved | None:

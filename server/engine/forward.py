@@ -7,17 +7,11 @@ from torch import Tensor
 from modeling.device import upload
 from modeling.runtime import Runtime
 from modeling.runtime.gpu.graphs import DecodeGraphs
-from modeling.spec import TOKEN_BLOCK, ModelSpec, MoESpec
+from modeling.spec import TOKEN_BLOCK
 from modeling.state import StatePool
 
 ROWS = 16
-"""Rows of every product of a decode step in `InvariantForward`."""
-
-
-def rows_of(spec: ModelSpec) -> int:
-    """Rows of every product of a decode step of this model in `InvariantForward`. Which rows an expert's product has
-    depends on what the tokens of the others are, so that with experts each request goes alone."""
-    return 1 if any(isinstance(layer.ffn, MoESpec) for layer in spec.layers) else ROWS
+"""Rows of every product of a decode step in `InvariantForward`, where rows are independent."""
 
 
 class Forward:
@@ -52,17 +46,18 @@ class Forward:
         return list(hidden.split([len(piece) for piece in pieces]))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[n, hidden]` -> float32 `[n, vocab]`."""
-        return self.runtime.logits(hidden).float()
+        """`[n, hidden]` -> `[n, vocab]`, in the parameters' dtype or float32."""
+        return self.runtime.logits(hidden)
 
 
 class InvariantForward(Forward):
     """Products of fixed sizes only: a request's logits are the same bits whatever else runs, and however its prompt
-    was cut. A row's result does not depend on the other rows of a product, but on how many there are."""
+    was cut. A row's result does not depend on the other rows of a product, but on how many there are. Where it does
+    depend on them (`Runtime.independent_rows`), each request goes alone."""
 
     def __init__(self, runtime: Runtime, pool: StatePool, graphs: DecodeGraphs | None = None) -> None:
         super().__init__(runtime, pool, graphs)
-        self._rows = rows_of(runtime.model.spec)
+        self._rows = ROWS if runtime.independent_rows else 1
 
     def decode(self, ids: Tensor, slots: Tensor) -> Tensor:
         return torch.cat(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from lowkey.words import counted
 from modeling.checkpoint import Checkpoint
@@ -13,8 +14,8 @@ from modeling.runtime import Runtime
 from modeling.spec import ModelSpec, StateTypes
 from modeling.state import PAGE_TOKENS, StatePool, pages_for
 from server.engine.device import Device
-from server.engine.forward import Forward
-from server.engine.sampler import Filters, draw
+from server.engine.forward import ROWS, Forward
+from server.engine.sampler import Filters, draw, rows_at_once
 from server.engine.scheduler import MAX_PROMPTS
 from server.wire.messages import DEFAULT_SLOTS, EngineConfig
 
@@ -308,26 +309,46 @@ def measure(
         return Needs(weights)
     forward = Forward(runtime, pool)
     at, null, tokens = forward.device, pool.null_slot, prefill_tokens
-    sequences = min(tokens, MAX_PROMPTS, config.max_requests or tokens)
+    longest = min(tokens, pool.pages.longest or tokens)  # a context may be shorter than a step
+    sequences = max(min(tokens, MAX_PROMPTS, config.max_requests or tokens), -(-tokens // longest))
     rows = min(device.logit_rows, tokens)
+    drawn = min(rows, rows_at_once(runtime.model.spec.vocab_size))
 
     def shortest() -> None:
-        """What launches every kernel of prompts and decode steps."""
-        forward.prefill([[0] * tokens], [null])
-        forward.decode(torch.zeros(1, dtype=torch.long, device=at), torch.tensor([null], device=at))
+        """What launches every kernel of prompts and decode steps: some depend on how many rows there are, and some of
+        prompts with experts are others for half the length."""
+        length = tokens
+        while length:
+            fed(length)
+            length //= 2
+        for size in sizes or (ROWS,):
+            hidden = forward.decode(*idle(size))
+        forward.logits(hidden[:1])
+
+    def fed(total: int) -> list[Tensor]:
+        """Hidden states of a step of so many tokens, in prompts as long as they may be."""
+        prompts = [[0] * min(longest, total - start) for start in range(0, total, longest)]
+        return forward.prefill(prompts, [null] * len(prompts))
+
+    def idle(size: int) -> tuple[Tensor, Tensor]:
+        """Ids and slots of a decode step in which nobody is."""
+        slots = torch.full((size,), null, dtype=torch.long, device=at)
+        return torch.zeros_like(slots), slots
 
     def prefill() -> None:
-        """A step of one prompt, one of as many as there may be, and a sample with all filters."""
-        hidden = forward.prefill([[0] * tokens], [null])[0]
+        """A step of the longest prompts, one of as many as there may be, log-probabilities, and a sample with all
+        filters."""
+        hidden = torch.cat([of_prompt[:rows] for of_prompt in fed(tokens)])
         forward.prefill([[0] * (tokens // sequences)] * sequences, [null] * sequences)
-        ones = torch.ones(rows, dtype=torch.float64, device=at)
-        every = torch.arange(rows, device=at)
+        logits = forward.logits(hidden[:rows])
+        logits.float().log_softmax(-1)  # as much as copies of all rows take that have some adjusted
+        ones = torch.ones(drawn, dtype=torch.float64, device=at)
+        every = torch.arange(drawn, device=at)
         filters = Filters(every, every * 0 + 1, ones * 0.5, ones * 0.1)
-        draw(forward.logits(hidden[:rows]), ones, ones * 0.5, filters)
+        draw(logits[:drawn], ones, ones * 0.5, filters)
 
     def decode() -> None:
-        slots = torch.full((max(sizes),), null, dtype=torch.long, device=at)
-        forward.decode(torch.zeros_like(slots), slots)
+        forward.decode(*idle(max(sizes)))
 
     logger.info(
         "%s: weights are loaded; compiling the kernels that are not in Triton's cache", config.variant

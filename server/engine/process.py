@@ -188,6 +188,7 @@ def _plan(
     small = pool(1, pages_for(prefill_tokens))
     needs = measure(config, runtime, small, device, weights, prefill_tokens, sizes)
     del small
+    device.release_memory()  # what torch keeps of its pages would not be free
     plan = plan_memory(
         config,
         device,

@@ -234,6 +234,7 @@ class Runner:
             logits = self._forward.logits(hidden[start : start + most])
             sampled = self._sampler.sample(logits, plan)
             self._last_token[plan.slots] = sampled.tokens
-            sampled.tokens.masked_fill_(~logits.isfinite().all(-1), BROKEN)
+            least, most_likely = logits.aminmax(dim=-1)  # in one pass; NaN if any is
+            sampled.tokens.masked_fill_(~(least.isfinite() & most_likely.isfinite()), BROKEN)
             result.append((plan, sampled))
         return result

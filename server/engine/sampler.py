@@ -6,6 +6,9 @@ only where the number falls that close to a boundary.
 
 A request's parameters are written into tables on the device, in its slot's row, when it starts. A step then only
 indexes them: nothing is built per request.
+
+No number of the host's is assigned to chosen places of a tensor: torch would copy it from memory that may be swapped
+out, and wait for the device.
 """
 
 from dataclasses import dataclass
@@ -18,12 +21,20 @@ from server.engine.request import Request
 from server.engine.sampler_row import SamplerRow
 from server.wire.messages import Generate, Sampling
 
+PIECE = 2**24
+"""Logits of a piece: to draw from one, in float64 and with filters, takes up to 100 bytes for a while."""
+
 _FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
 
 
 def _signed(x: int) -> int:
     """The 64-bit pattern of x as the int64 that torch has."""
     return (x + 2**63) % 2**64 - 2**63
+
+
+def rows_at_once(vocab: int) -> int:
+    """How many rows of logits are adjusted or drawn from at a time."""
+    return max(PIECE // vocab, 1)
 
 
 def _integers(values: list[int] | list[list[int]], device: torch.device) -> Tensor:
@@ -99,7 +110,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The rows that are not greedy, int64 `[m]`, with their temperature and the key of their draws."""
+    """A piece of the rows that are not greedy, int64 `[m]`, with their temperature and the key of their draws."""
 
     rows: Tensor
     slots: Tensor
@@ -110,7 +121,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Adjusted:
-    """The rows whose logits are changed before anything is drawn: rows of the batch, and of the tables."""
+    """A piece of the rows whose logits are changed before anything is drawn: rows of the batch, and of the tables."""
 
     rows: Tensor
     slots: Tensor
@@ -127,8 +138,8 @@ class Plan:
 
     requests: list[Request]
     slots: Tensor
-    drawn: Drawn | None
-    adjusted: Adjusted | None
+    drawn: list[Drawn]
+    adjusted: list[Adjusted]
     reported: Tensor | None
     reported_rows: list[int]
     wanted: list[int]
@@ -192,13 +203,14 @@ class TokenTables:
         row = self._take(slot)
         for table in self._all:
             table[row].zero_()
-        self.seen[row, _integers(message.token_ids, self._device)] = True
+        self.seen[row].index_fill_(0, _integers(message.token_ids, self._device), True)
         # Ids that the model does not have can't be drawn anyway.
         stops = [t for t in message.stop_token_ids if 0 <= t < self._vocab]
-        self.stops[row, _integers(stops, self._device)] = True
+        self.stops[row].index_fill_(0, _integers(stops, self._device), True)
         if message.sampling.allowed_token_ids:
             self.bias[row].fill_(float("-inf"))
-            self.bias[row, _integers(message.sampling.allowed_token_ids, self._device)] = 0
+            allowed = _integers(message.sampling.allowed_token_ids, self._device)
+            self.bias[row].index_fill_(0, allowed, 0)
         bias = {t: x for t, x in message.sampling.logit_bias.items() if 0 <= t < self._vocab}
         values = torch.tensor(list(bias.values()), dtype=torch.float32)
         self.bias[row, _integers(list(bias), self._device)] += upload(values, self._device)
@@ -249,6 +261,7 @@ class Sampler:
         self._min_tokens = torch.zeros(slots, dtype=torch.long, device=device)
         self._positions = torch.zeros(slots, dtype=torch.long, device=device)
         """Index of the token that each slot samples next."""
+        self._true = torch.ones((), dtype=torch.bool, device=device)
         self._tables = TokenTables(vocab, device)
 
     def start(self, requests: list[Request]) -> None:
@@ -272,7 +285,7 @@ class Sampler:
         self._top_k[slots] = ints[0]
         self._keys[slots] = stream_key(ints[1], ints[2])
         self._min_tokens[slots] = ints[3]
-        self._positions[slots] = 0
+        self._positions.index_fill_(0, slots, 0)
         for request, message in zip(requests, messages, strict=True):
             self._tables.release(request.slot)
             if _adjusts(message):
@@ -305,13 +318,17 @@ class Sampler:
         return Plan(
             requests=requests,
             slots=slots,
-            drawn=self._plan_drawn(slots, messages, drawn) if drawn else None,
-            adjusted=self._plan_adjusted(slots, requests, adjusted) if adjusted else None,
+            drawn=[self._plan_drawn(slots, messages, piece) for piece in self._pieces(drawn)],
+            adjusted=[self._plan_adjusted(slots, requests, piece) for piece in self._pieces(adjusted)],
             reported=_integers(reported, self._device) if reported else None,
             reported_rows=reported,
             wanted=wanted,
             top=min(max(wanted, default=0), self._vocab),
         )
+
+    def _pieces(self, rows: list[int]) -> list[list[int]]:
+        size = rows_at_once(self._vocab)
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _plan_drawn(self, slots: Tensor, messages: list[Generate], drawn: list[int]) -> Drawn:
         rows = _integers(drawn, self._device)
@@ -331,28 +348,33 @@ class Sampler:
         return Adjusted(rows, slots[rows], table)
 
     def sample(self, logits: Tensor, plan: Plan) -> Sampled:
-        """The next token of each row of float32 logits `[n, vocab]`; moves each slot's position on."""
-        raw = None if plan.reported is None else logits[plan.reported].log_softmax(-1)
-        if plan.adjusted is not None:
-            logits = self._adjust(logits, plan.adjusted)
+        """The next token of each row of logits `[n, vocab]`; moves each slot's position on.
+
+        The logits are widened only where something is computed of them: a pass over a large vocabulary takes as long as
+        a layer.
+        """
+        raw = None if plan.reported is None else logits[plan.reported].float().log_softmax(-1)
+        if plan.adjusted:
+            logits = logits.to(torch.float32, copy=True)
+        for a in plan.adjusted:
+            logits.index_copy_(0, a.rows, self._adjusted(logits, a))
         tokens = logits.argmax(-1)
-        if plan.drawn is not None:
-            d = plan.drawn
+        for d in plan.drawn:
             u = uniform(d.keys, self._positions[d.slots])
             tokens[d.rows] = draw(logits[d.rows], d.temperature, u, d.filters)
         self._positions[plan.slots] += 1
-        if plan.adjusted is not None:
-            new = tokens[plan.adjusted.rows]
-            self._tables.counts[plan.adjusted.table, new] += 1
-            self._tables.seen[plan.adjusted.table, new] = True
+        for a in plan.adjusted:
+            new = tokens[a.rows]
+            self._tables.counts[a.table, new] += 1
+            self._tables.seen[a.table, new] = self._true
         if raw is None or plan.reported is None:
             return Sampled(tokens, None, None, None)
         own = raw.gather(1, tokens[plan.reported][:, None]).squeeze(1)
         top = raw.topk(plan.top, dim=-1) if plan.top else None
         return Sampled(tokens, own, None if top is None else top.values, None if top is None else top.indices)
 
-    def _adjust(self, logits: Tensor, a: Adjusted) -> Tensor:
-        """Biases, then no end before the least length, then penalties, in vLLM's order."""
+    def _adjusted(self, logits: Tensor, a: Adjusted) -> Tensor:
+        """The rows of a piece with biases, then no end before the least length, then penalties, in vLLM's order."""
         tables = self._tables
         presence, frequency, repetition = self._floats[a.slots, 3:].float()[..., None].unbind(1)
         x = logits[a.rows] + tables.bias[a.table]
@@ -360,5 +382,4 @@ class Sampler:
         x = x.masked_fill(tables.stops[a.table] & too_early, float("-inf"))
         x = torch.where(tables.seen[a.table], torch.where(x > 0, x / repetition, x * repetition), x)
         counts = tables.counts[a.table]
-        x = x - frequency * counts - presence * (counts > 0)
-        return logits.index_copy(0, a.rows, x)
+        return x - frequency * counts - presence * (counts > 0)

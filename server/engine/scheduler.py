@@ -328,7 +328,7 @@ class Scheduler:
                 insort(self._prefilling, request, key=_order)
 
     def _fail_preempted(self, request: Request, e: MemoryError) -> None:
-        error = f"the host has no memory left for the state of a preempted request: {e}"
+        error = f"no memory is left for the state of a preempted request: {e}"
         self.fail(request, "memory", error)
 
     def _reader_is_behind(self, request: Request) -> bool:

@@ -68,7 +68,8 @@ def score(forward: Forward, request: Request, start: int, end: int, hidden: Tens
     result: list[ScoreRows] = []
     for row in range(first, last, LOGIT_ROWS):
         stop = min(row + LOGIT_ROWS, last)
-        logprobs = forward.logits(hidden[row - 1 - start : stop - 1 - start]).log_softmax(-1)
+        logits = forward.logits(hidden[row - 1 - start : stop - 1 - start])
+        logprobs = logits.float().log_softmax(-1)
         targets = upload(torch.tensor(message.token_ids[row:stop]), logprobs.device)
         own = logprobs.gather(1, targets[:, None]).squeeze(1)
         kl, agree = _against_reference(message, row, logprobs)

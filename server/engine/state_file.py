@@ -63,7 +63,7 @@ def load_state(pool: StatePool, slot: int, path: Path, tokens: int) -> None:
     Raises:
         StateLoadError: the file can't be read, or its state is not one of this pool. Its message goes to the client: it
             names no path.
-        MemoryError: the host has no memory left for it.
+        MemoryError: the host or the device has no memory left for it.
     """
     try:
         _read_ahead(path)

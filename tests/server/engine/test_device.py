@@ -28,10 +28,12 @@ def bench(tmp_path_factory):
 class Setup:
     """An engine on a fake device, with recorded steps for up to `largest` requests."""
 
-    def __init__(self, bench, *, slots=8, largest=(1, 2, 4, 8), depth=1, prefix_cache=False):
+    def __init__(
+        self, bench, *, slots=8, largest=(1, 2, 4, 8), depth=1, prefix_cache=False, kind=TorchRuntime
+    ):
         self.device = FakeDevice()
         self.pool = StatePool(bench.model.spec, slots)
-        runtime = TorchRuntime(bench.model)
+        runtime = kind(bench.model)
         graphs = DecodeGraphs(runtime, self.pool, largest, self.device.recorder())
         self.device.events.clear()
         self.runner = Runner(runtime, self.pool, device=self.device, graphs=graphs)
@@ -117,6 +119,23 @@ def test_a_batch_above_the_largest_size_is_launched_by_itself(bench):
     assert [size for _, size in setup.of("replay")] == [2, 1]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("token", [0, 5, 256])
+def test_a_single_logit_that_is_no_number_ends_its_own_request_only(bench, token, dtype, value):
+    class Breaks(TorchRuntime):
+        def logits(self, hidden):
+            logits = super().logits(hidden).to(dtype)
+            if len(logits) == 3:
+                logits[1, token] = value
+            return logits
+
+    messages = [generate(prompt(5, seed=i), 4) for i in range(3)]
+    outputs = Setup(bench, kind=Breaks).run({0: messages})
+    ends = {t.request_id: t.finish_reason for o in outputs for t in o.tokens if t.finish_reason}
+    assert [ends[m.request_id] for m in messages] == ["length", "error", "length"]
+
+
 def test_a_slot_is_freed_only_when_no_launched_step_uses_it(bench, monkeypatch):
     setup = Setup(bench, slots=3)
     flying: list[set[int]] = []
@@ -174,6 +193,7 @@ def test_nothing_in_a_launch_waits_for_the_device(bench, monkeypatch):
     penalised = sampling(seed=4, top_k=5, top_p=0.9, min_p=0.01, presence_penalty=0.5, logit_bias={3: 1.0})
     more = [
         generate(prompt(80, seed=9), 5, sampling=penalised, min_tokens=2, stop_token_ids=[0]),
+        generate(prompt(70, seed=8), 5, sampling=sampling(seed=3, allowed_token_ids=[1, 2, 3])),
         score(prompt(90), top_logprobs=2),
     ]
     twins = [generate(prompt(64, seed=7), 4, sampling=sampling(seed=1, choice=i)) for i in range(2)]
@@ -181,7 +201,15 @@ def test_nothing_in_a_launch_waits_for_the_device(bench, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "call", [lambda t: t.item(), lambda t: t.tolist(), lambda t: bool(t), lambda t: t[t > 0]]
+    "call",
+    [
+        lambda t: t.item(),
+        lambda t: t.tolist(),
+        lambda t: bool(t),
+        lambda t: t[t > 0],
+        lambda t: t.__setitem__(0, 1.0),
+        lambda t: t.__setitem__(torch.tensor([0]), 1.0),
+    ],
 )
 def test_the_guard_sees_what_waits(call):
     with NoWaitingMode(), pytest.raises(AssertionError, match="waits"):

@@ -6,8 +6,12 @@ from engines import Bench, generate, prompt, run, sampling, score, tokens_of
 from hybrids import CASES
 from safetensors.torch import load_file
 
+from modeling.layers import MoE
+from modeling.ops import chunked_gated_delta_rule
 from modeling.runtime import TorchRuntime
 from modeling.runtime.cpu import CpuRuntime
+from modeling.runtime.gpu.runtime import GpuRuntime
+from server.engine.forward import ROWS
 from server.engine.sampler import Sampler
 from server.wire.messages import Pause, Resume, SaveState
 
@@ -213,6 +217,36 @@ def test_batch_invariant_tokens_do_not_depend_on_what_else_runs(bench):
 
     alone = reported([target])
     assert len(alone) == 12 and reported([*others, target]) == alone
+
+
+class SeesRows(TorchRuntime):
+    """Notes how many rows its decode steps have."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.rows = set()
+
+    def decode(self, input_ids, pool, slots):
+        self.rows.add(len(input_ids))
+        return super().decode(input_ids, pool, slots)
+
+
+class SeesIndependentRows(SeesRows):
+    """Says that its rows are independent, whatever the layers are."""
+
+    independent_rows = True
+
+
+def test_batch_invariant_requests_go_alone_only_where_their_rows_would_depend_on_others(bench):
+    messages = [generate(prompt(30 + i, seed=i), 5) for i in range(3)]
+    runtimes = SeesRows(bench.model), SeesIndependentRows(bench.model)
+    for runtime in runtimes:
+        engine = bench.engine(batch_invariant=True, runtime=lambda model, runtime=runtime: runtime)
+        tokens = tokens_of(run(engine, {0: messages}))
+        assert [bench.check_tokens(m, tokens[m.request_id]) for m in messages] == [5, 5, 5]
+    has_experts = any(isinstance(block.ffn, MoE) for block in bench.model.blocks)
+    assert [runtime.rows for runtime in runtimes] == [{1} if has_experts else {ROWS}, {ROWS}]
+    assert GpuRuntime(bench.model, chunked_gated_delta_rule).independent_rows
 
 
 def test_a_state_in_bfloat16_keeps_its_keys_so_too(dense):

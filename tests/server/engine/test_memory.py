@@ -1,6 +1,7 @@
 """What a variant's memory goes to, on a device that says what it has; and what is said when it does not suffice."""
 
 import asyncio
+import itertools
 import logging
 import re
 import subprocess
@@ -15,7 +16,10 @@ from checkpoints import GATED, write_checkpoint
 from engine_process import engine_config, generated, until
 from engines import Bench, generate, prompt, run, score, tokens_of
 from fake_device import FakeDevice
+from hybrid_cases import CASES
+from hybrids import write_hybrid
 
+from modeling.checkpoint import open_checkpoint
 from modeling.runtime import TorchRuntime
 from modeling.spec import StateTypes
 from modeling.state import StatePool
@@ -363,6 +367,49 @@ def test_what_compiling_leaves_behind_is_not_measured(bench, monkeypatch):
     device = Measuring(peak=2**20, logit_rows=64)
     needs = measure(engine_config("x"), TorchRuntime(bench.model), pool, device, 7, 16, [1, 2])
     assert needs == Needs(7, 2**20, 2**20 + 2 * GRAPH_BYTES, RESERVED)
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(100, [1, 2]), (64, [])])
+def test_kernels_of_short_prompts_are_compiled_ahead_too(bench, tokens, sizes):
+    """Which kernels a prompt takes depends on its length: by factors of 2, and one token has kernels of its own."""
+    lengths: set[int] = set()
+
+    class Compiles(TorchRuntime):
+        compiling = False
+
+        def compile_ahead(self, work):
+            self.compiling = True
+            work()
+            self.compiling = False
+
+        def prefill(self, input_ids, cu_seqlens, pool, slots):
+            if self.compiling:
+                lengths.add(len(input_ids))
+            return super().prefill(input_ids, cu_seqlens, pool, slots)
+
+    pool = StatePool(bench.model.spec, 1)
+    device = FakeDevice(peak=2**20, logit_rows=64)
+    measure(engine_config("x"), Compiles(bench.model), pool, device, 7, tokens, sizes)
+    assert 1 in lengths
+    assert all(any(n <= length <= 2 * n for length in lengths) for n in range(1, tokens + 1))
+
+
+@pytest.mark.parametrize("most", [1, None])
+def test_a_context_may_be_shorter_than_a_step(tmp_path, most):
+    """No prompt that is measured is longer than a request may be."""
+    model = open_checkpoint(str(write_hybrid(tmp_path / "c", CASES["text-dense-tied"]))).load()
+    pool = StatePool(model.spec, 1, pages=8, max_tokens=100)
+    device = FakeDevice(peak=2**20, logit_rows=128)
+    measured = []
+
+    class Runtime(TorchRuntime):
+        def prefill(self, input_ids, cu_seqlens, pool, slots):
+            measured.append((len(input_ids), max(b - a for a, b in itertools.pairwise(cu_seqlens))))
+            return super().prefill(input_ids, cu_seqlens, pool, slots)
+
+    needs = measure(engine_config("x", max_requests=most), Runtime(model), pool, device, 7, 256, [])
+    assert needs == Needs(7, 2**20, 0, RESERVED)
+    assert measured[:2] == [(256, 100), (255 if most else 256, 85 if most else 1)]
 
 
 def test_models_say_what_memory_goes_to(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import time
 
 import pytest
+import torch
 from engine_machine import HYBRID
 from engines import generate, run
 from fake_runner import FakeRunner
@@ -74,6 +75,19 @@ def test_a_state_is_not_kept_in_memory_that_the_host_does_not_have(monkeypatch):
         step(engine, 400, ended, failed)
         assert [f.request_id for f in failed] == expected
         assert engine.idle and not free
+
+
+def test_pinned_memory_is_taken_in_powers_of_two(monkeypatch):
+    pool = StatePool(HYBRID, 2, pages=2)
+    cache = StateCache(pool)
+    allocation = cache.allocate(tokens=70)
+    enough = HYBRID.state_bytes(70, pool.types)
+    monkeypatch.setattr("server.engine.cache.host_memory", lambda: 2 * enough - 1)
+    pool.device = torch.device("cuda")
+    with pytest.raises(MemoryError, match=f"{2 * enough:,} bytes are needed"):
+        cache.swap_out(allocation, 70)
+    pool.device = torch.device("cpu")
+    assert cache.swap_out(allocation, 70).tokens == 70
 
 
 def behind(engine, ended):

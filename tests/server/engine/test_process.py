@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -18,6 +19,7 @@ from hybrids import write_hybrid
 
 from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu.graphs import DecodeGraphs
+from modeling.state import StatePool
 from server.engine import process
 from server.engine.memory import RESERVED
 from server.wire.messages import encoder, report_decoder
@@ -58,6 +60,27 @@ def test_a_read_that_never_ends_does_not_keep_the_process(checkpoints, tmp_path,
             process.kill()
             process.wait()
             process.stdin.close()
+
+
+def test_what_memory_was_measured_with_is_free_again_when_it_is_planned(tmp_path, monkeypatch):
+    pools = []
+
+    class Asked(FakeDevice):
+        def free_memory(self) -> int:
+            if pools:
+                assert pools[0]() is None and self.released == 1
+            return super().free_memory()
+
+    class Weak(StatePool):
+        def __init__(self, *args, **fields) -> None:
+            super().__init__(*args, **fields)
+            pools.append(weakref.ref(self))
+
+    monkeypatch.setattr(process, "compile_model", TorchRuntime)
+    monkeypatch.setattr(process, "StatePool", Weak)
+    device = Asked(total=2 * (RESERVED + 2**28), peak=2**20, logit_rows=64)
+    process.build(engine_config(write_checkpoint(tmp_path / "c", GATED), max_requests=2), device)
+    assert len(pools) == 2
 
 
 @pytest.mark.parametrize("kind", ["linear", "softmax", "experts"])

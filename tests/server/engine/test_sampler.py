@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
+from server.engine import sampler
 from server.engine.cache import Allocation
 from server.engine.request import Request
 from server.engine.sampler import Sampler, draw, filter_logits, stream_key, uniform
@@ -280,6 +281,9 @@ ADJUSTMENTS = [
 ]
 
 
+FILTERED = [{"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.2}, {"top_k": 5, "top_p": 0.9}, {}]
+
+
 def test_draws_are_among_the_allowed_tokens():
     allowed = [1, 4, 6]
     tokens = draws(torch.zeros(9), 3000, allowed_token_ids=allowed, logit_bias={4: math.log(2), 5: 100.0})
@@ -314,6 +318,24 @@ def test_adjusted_greedy_tokens_are_the_definitions_beside_other_rows():
             generated[i].append(tokens[i])
     assert all(not set(stops) & set(tokens[:10]) for tokens in generated)
     assert len({tuple(tokens) for tokens in generated}) == len(ADJUSTMENTS), "each does something"
+
+
+def test_what_is_adjusted_and_drawn_in_pieces_is_what_it_is_at_once(monkeypatch):
+    """A large vocabulary has few rows at a time."""
+    vocab, generator = 13, torch.Generator().manual_seed(4)
+    how = [
+        row(temperature=0.9 * (i % 3), seed=i, **fields) for i, fields in enumerate(ADJUSTMENTS + FILTERED)
+    ]
+    steps = [torch.randn(len(how), vocab, generator=generator) * 2 for _ in range(8)]
+    tokens, pieces = [], []
+    for piece in (2**24, 3 * vocab, 1):
+        monkeypatch.setattr(sampler, "PIECE", piece)
+        rows = Rows(how, vocab)
+        pieces.append((len(rows.plan.drawn), len(rows.plan.adjusted)))
+        tokens.append([rows.sample(logits).tokens.tolist() for logits in steps])
+    drawn, changed = (sum(map(bool, counted)) for counted in ((h.temperature for h in how), ADJUSTMENTS))
+    assert pieces == [(1, 1), (-(-drawn // 3), -(-changed // 3)), (drawn, changed)]
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def test_a_slots_next_request_inherits_no_counts():
@@ -358,3 +380,27 @@ def test_log_probabilities_are_the_models_own_and_the_tokens_is_the_one_in_the_l
         assert values == sorted(values, reverse=True) and sorted(ids) == list(range(vocab))
         assert values[ids.index(token)] == sampled.logprobs[at].item()  # the very same float
     assert sampled.tokens[4] == 1, "the bias decides, and the log-probability does not know of it"
+
+
+def test_logits_in_bfloat16_give_the_bits_of_the_same_logits_in_float32():
+    """Greedy rows of which several logits are the largest, drawn ones, changed ones and reported ones."""
+    hows = [
+        row(temperature=[0.0, 0.9][i % 2], seed=i, top_k=[0, 4][i // 2 % 2], **ADJUSTMENTS[i])
+        for i in range(len(ADJUSTMENTS))
+    ]
+    hows += [row(temperature=0.0), row(temperature=0.7, seed=9)]
+    for some in (hows, hows[-2:]):  # with rows that are changed, and without
+        logits = torch.randn(len(some), 301, generator=torch.Generator().manual_seed(6)).bfloat16()
+        logits[-2, [300, 8, 90]] = 7.0
+        found = []
+        for given_logits in (logits, logits.float()):
+            rows = Rows(some, logits.shape[1])
+            for request, how in zip(rows.requests, some, strict=True):
+                request.message = generate([1, 2], 99, sampling=how, logprobs=3)
+            rows.sampler.start(rows.requests)
+            rows.plan = rows.sampler.plan(rows.requests)
+            found.append([rows.sample(given_logits) for _ in range(3)])
+        for narrow, wide in zip(*found, strict=True):
+            assert narrow.logprobs.dtype == torch.float32 and narrow.tokens[-2] == 8
+            for name, tensor in vars(wide).items():
+                assert torch.equal(getattr(narrow, name), tensor), name
