@@ -8,7 +8,7 @@ What they hold loads in transformers, in Lowkey, and, where d_k is d_v, in llama
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -92,6 +92,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 24,
         "num_key_value_heads": 2,
     },
+    "2B": {
+        **DENSE,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "linear_num_value_heads": 16,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+    },
     "4B": {
         **DENSE,
         "hidden_size": 2560,
@@ -101,6 +110,27 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32,
         "num_key_value_heads": 4,
     },
+    "9B": {
+        **DENSE,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "linear_num_value_heads": 32,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    "27B": {
+        **DENSE,
+        "hidden_size": 5120,
+        "intermediate_size": 17408,
+        "linear_num_value_heads": 48,
+        "num_attention_heads": 24,
+        "num_hidden_layers": 64,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    "35B-A3B": {**EXPERTS, "num_hidden_layers": 40, "vocab_size": 248320},
     "35B-A3B-4-layers": {**EXPERTS, "num_hidden_layers": 4, "vocab_size": 4096},
     "tiny": {**DENSE, **TINY, "intermediate_size": 96},
     "tiny-experts": {
@@ -114,9 +144,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 NARROW: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 512}
 SHAPES |= {f"{name}-narrow": SHAPES[name] | NARROW for name in ("0.8B", "4B")}
-"""What config.json of the public models says, by a readable name. The 35B-A3B has 40 layers and 248,320 tokens; with 4
-layers so large a vocabulary would be most of the work, so that it is small. A "narrow" model has the states of the one
-that it is named after, and hardly any weights."""
+"""What config.json of the public models says, by a readable name. The 35B-A3B of 4 layers has a small vocabulary, for
+that of the public model would be most of the work. A "narrow" model has the states of the one that it is named after,
+and hardly any weights."""
 
 
 def config_of(shape: str, d_k: int = 128) -> dict[str, Any]:
@@ -163,18 +193,47 @@ def _write(path: Path, shape: str, d_k: int) -> None:
     )
 
 
+def random_model(
+    config: dict[str, Any], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Model:
+    """A model in eval mode with weights as those of `random_checkpoint`, drawn where it is to be, in the dtypes that
+    `Checkpoint.load` gives."""
+    spec = family_of(config).spec(config)
+    with torch.device("meta"):
+        model = Model(spec)
+    wide = torch.promote_types(dtype, torch.float32)
+    state = {
+        m.ours: tensor
+        for m, tensor in _drawn(config, lambda m: wide if m.role in ("norm", "decay") else dtype, device)
+    }
+    if spec.tie_embeddings:
+        state["lm_head.weight"] = state["embeddings.weight"]
+    model.load_state_dict(state, assign=True)
+    if spec.tie_embeddings:
+        model.lm_head.weight = model.embeddings.weight  # `assign` has made two parameters of one tensor
+    return model.eval().requires_grad_(False)
+
+
 def _tensors(config: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor of the checkpoint, one of our parameters at a time."""
+    for m, drawn in _drawn(config, lambda m: torch.float32, "cpu"):
+        for name, tensor in zip(m.theirs, m.split(drawn), strict=True):
+            yield name, tensor.to(torch.bfloat16)
+
+
+def _drawn(
+    config: dict[str, Any], dtype_of: Callable[[TensorMap], torch.dtype], device: torch.device | str
+) -> Iterator[tuple[TensorMap, Tensor]]:
+    """Each of our parameters, with what it is made of in a checkpoint."""
     family = family_of(config)
     spec = family.spec(config)
     with torch.device("meta"):
         shapes = {name: t.shape for name, t in Model(spec).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     for m in family.tensors(spec):
         mean, std = _distribution(m, shapes[m.ours], tied=spec.tie_embeddings)
-        drawn = torch.empty(shapes[m.ours]).normal_(mean, std, generator=generator)
-        for name, tensor in zip(m.theirs, m.split(drawn), strict=True):
-            yield name, tensor.to(torch.bfloat16)
+        tensor = torch.empty(shapes[m.ours], dtype=dtype_of(m), device=device)
+        yield m, tensor.normal_(mean, std, generator=generator)
 
 
 def _distribution(m: TensorMap, shape: torch.Size, *, tied: bool) -> tuple[float, float]:

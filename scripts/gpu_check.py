@@ -1,7 +1,8 @@
-"""Is this GPU right, and how fast is it? Two commands on a machine with CUDA, no network needed.
+"""Is this GPU right, and how fast is it? Three commands on a machine with CUDA, no network needed.
 
     bash scripts/gpu_check.sh --part correctness [--out correctness.json]
     bash scripts/gpu_check.sh --part speed [--out speed.json]
+    bash scripts/gpu_check.sh --part hybrids [--shapes 4B] [--out hybrids.json]
 
 Sections of the first part, each on its own, so that the failure of one loses none of the others:
 
@@ -9,8 +10,10 @@ Sections of the first part, each on its own, so that the failure of one loses no
                prompts against torch, bit for bit
     parity     whole models against stock fla: greedy text in float32, logits in bfloat16
     texts      the server's engine: text by recorded steps, launched steps and a CPU
+    hybrids    whole models of every hybrid family against stock transformers, as `parity`; attention, experts and
+               products against float64; the engine's texts, with requests that wait for pages in between
 
-and of the second:
+of the second:
 
     bandwidth  bytes per second of the decode kernel beside a copy on the same device
     engine     tokens per second of the server's engine
@@ -22,6 +25,21 @@ and of the second:
     tuning     other tiles and numbers of warps for the decode kernel
     startup    lowkey-serve until it is ready, with empty and with warm caches
     prompts    prefill with the fixed configurations of fla's kernels, and with fla's own tuning
+
+and of the third, of Qwen3.5 shapes with random weights (`--shapes`, `--main-shape`, `--widths`):
+
+    hybrid_speed    decode steps in graphs and prompts, beside what their bytes take
+    hybrid_peer     the main shape by transformers with fla's kernels
+    hybrid_experts  the 35B-A3B with as many layers as fit
+    hybrid_engine   tokens per second of the server's engine with the main shape
+    hybrid_server   lowkey-serve with the main shape dense and reduced: start-up, streams over HTTP beside the engine
+                    alone, and how many requests fit
+    pruning         lowkey-prune on the card: calibration and evaluation of the main shape, and of 27B in a stream
+
+and of the fourth, which look for the best way of launching kernels:
+
+    products        of few rows, by libraries and by our kernels, alone and in whole layers
+    attention       decode steps and prompts over pages
 
 Before them `warm` compiles what they need. `--only` runs some sections of either part. `--state-dtype` says in which
 dtypes recurrent states are kept: each section that they matter to has rows for each.
@@ -48,7 +66,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 from modeling.state_dtype import STATE_DTYPES
 
 PARTS = {
-    "correctness": {"warm": 150, "kernels": 50, "parity": 200, "texts": 60},
+    "correctness": {"warm": 150, "kernels": 50, "parity": 150, "texts": 60, "hybrids": 90},
     "speed": {
         "warm": 60,
         "bandwidth": 15,
@@ -61,9 +79,19 @@ PARTS = {
         "startup": 40,
         "prompts": 10,
     },
+    "hybrids": {
+        "warm": 60,
+        "hybrid_speed": 150,
+        "hybrid_peer": 50,
+        "hybrid_experts": 60,
+        "hybrid_engine": 100,
+        "hybrid_server": 130,
+        "pruning": 150,
+    },
+    "launches": {"products": 100, "attention": 60},
 }
 """Shares of the time box, in seconds, in the order in which they run."""
-SECONDS = PARTS["correctness"] | PARTS["speed"]
+SECONDS = PARTS["correctness"] | PARTS["speed"] | PARTS["hybrids"] | PARTS["launches"]
 BOX_S = 500.0
 """With the installation of wheels and the imports less than nine minutes."""
 GRACE_S = 10.0
@@ -84,6 +112,11 @@ def arguments() -> argparse.Namespace:
         default=["float32", "int8"],
         help="dtypes of recurrent states (default: float32 int8)",
     )
+    parser.add_argument("--shapes", nargs="+", default=["4B", "2B", "9B"], help="hybrids (default: 4B 2B 9B)")
+    parser.add_argument("--main-shape", help="hybrid of the sections that take one (default: the first)")
+    parser.add_argument(
+        "--widths", nargs="+", type=int, default=[128, 64], help="d_k of hybrids (default: 128 64)"
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="tiny shapes (to test the script on a CPU)")
     parser.add_argument("--seconds", type=float, default=BOX_S, help=f"time box (default: {BOX_S:.0f})")
@@ -100,11 +133,21 @@ def main() -> int:
         )
     import torch
     import triton
+    from gpu_attention import check_attention_speed
     from gpu_bandwidth import check_bandwidth, check_tuning
     from gpu_common import Run, SkippedError
     from gpu_engine import check_engine_speed, check_engine_text
+    from gpu_hybrid_kernels import check_attention, check_experts, check_products
+    from gpu_hybrid_peer import check_hybrid_peer
+    from gpu_hybrid_server import check_hybrid_engine, check_hybrid_server
+    from gpu_hybrid_speed import check_hybrid_experts, check_hybrid_speed
+    from gpu_hybrid_texts import check_experts_alone, check_hybrid_texts, check_preemption
+    from gpu_hybrids import check_hybrids
     from gpu_kernels import check_inputs, check_rule, check_step
     from gpu_models import check_capacity, check_decode, check_parity, check_peer
+    from gpu_products import check_few_requests, check_layers
+    from gpu_products import check_products as check_products_speed
+    from gpu_pruning import check_pruning
     from gpu_server import check_server
     from gpu_startup import check_prompts, check_startup
     from gpu_states import check_prompt_states, check_rounding
@@ -128,6 +171,10 @@ def main() -> int:
         "kernels": (check_step, check_rounding, check_prompt_states, check_inputs, check_rule),
         "parity": (check_parity,),
         "texts": (check_engine_text,),
+        "hybrids": (
+            *(check_attention, check_experts, check_products),
+            *(check_hybrids, check_hybrid_texts, check_preemption, check_experts_alone),
+        ),
         "bandwidth": (check_bandwidth,),
         "engine": (check_engine_speed,),
         "server": (check_server,),
@@ -137,6 +184,14 @@ def main() -> int:
         "tuning": (check_tuning,),
         "startup": (check_startup,),
         "prompts": (check_prompts,),
+        "hybrid_speed": (check_hybrid_speed,),
+        "hybrid_peer": (check_hybrid_peer,),
+        "hybrid_experts": (check_hybrid_experts,),
+        "hybrid_engine": (check_hybrid_engine,),
+        "hybrid_server": (check_hybrid_server,),
+        "pruning": (check_pruning,),
+        "products": (check_products_speed, check_layers, check_few_requests),
+        "attention": (check_attention_speed,),
     }
     part = SECONDS if args.part is None else PARTS[args.part]
     sections = [name for name in SECONDS if name in (args.only or part)]
@@ -145,6 +200,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         run = Run(args.device, args.small, began + args.seconds, Path(folder))
         run.sections, run.api_processes = sections, args.api_processes
+        run.shapes, run.main_shape = tuple(args.shapes), args.main_shape
+        run.widths = tuple(args.widths)
         run.state_dtypes = tuple(name for name in STATE_DTYPES if name in args.state_dtype)
         if run.cuda:
             run.own_configs = use_fixed(torch.cuda.get_device_capability())

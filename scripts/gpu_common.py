@@ -56,6 +56,12 @@ class Run:
     """Those that run."""
     state_dtypes: tuple[StateDType, ...] = STATE_DTYPES
     """Those that are measured and checked, the widest first."""
+    shapes: tuple[str, ...] = ("4B",)
+    """Hybrids that are measured, as `benchmarks.hybrid_models` names them."""
+    main_shape: str | None = None
+    """The hybrid of the sections that take one; None for the first of them."""
+    widths: tuple[int, ...] = (128, 64)
+    """Their d_k, the widest first."""
     api_processes: int | None = None
     """The server's option of this name."""
     own_configs: fla_kernels.Tuned = field(default_factory=dict)

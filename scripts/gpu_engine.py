@@ -2,7 +2,6 @@
 
 import gc
 import itertools
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from gpu_common import FAMILIES, EagerRecorder, Run, config, large_checkpoint, make_checkpoint
+from gpu_loads import closed_loop_speed, full_speed, random_prompts, request
 from gpu_models import TIE, free, parity_size, same_text
 
 from modeling.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from modeling.state import StatePool
 from server.engine.device import Cuda, Device, Host
 from server.engine.engine import Engine
 from server.engine.process import build
-from server.wire.messages import EngineConfig, Generate, Ready, Sampling, SaveState
+from server.wire.messages import EngineConfig, Generate, Ready, SaveState
 
 PROMPT, NEW_TOKENS = 128, 256
 """Tokens of the closed loop, here and over HTTP."""
@@ -68,7 +68,9 @@ def make_engine(
     requests: int,
     graphs: bool = True,
     state_memory: int | None = None,
+    **further: Any,
 ) -> tuple[Engine, Ready]:
+    """An engine and what it says of itself; `further` are fields of `EngineConfig`."""
     engine_config = EngineConfig(
         variant="check",
         source=str(checkpoint.path),
@@ -80,25 +82,9 @@ def make_engine(
         prefill_tokens=64 if run.small else None,
         prefix_cache=False,
         threads=1,
+        **further,
     )
     return build(engine_config, device_of(run, graphs=graphs))
-
-
-def request(name: str, ids: list[int], new_tokens: int, state: Path | None = None) -> Generate:
-    greedy = Sampling(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0, seed=0)
-    return Generate(
-        request_id=name,
-        token_ids=ids,
-        max_tokens=new_tokens,
-        sampling=greedy,
-        stop_token_ids=[],
-        state_path=None if state is None else str(state),
-    )
-
-
-def random_prompts(lengths: list[int], vocab: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
 def run_all(engine: Engine, messages: list[Generate | SaveState]) -> dict[str, list[int]]:
@@ -133,7 +119,7 @@ def texts_from_saved_states(
         if half:
             save = SaveState(request_id=f"save {i}", token_ids=ids[:half], path=str(file), fingerprint={})
             saves.append(save)
-        going_on.append(request(str(i), ids[half:], new_tokens, file if half else None))
+        going_on.append(request(str(i), ids[half:], new_tokens, file if half else None, half))
     run_all(engine, saves)
     tokens = run_all(engine, going_on)
     return [tokens[str(i)] for i in range(len(prompts))]
@@ -146,7 +132,9 @@ def references(
     """Greedy tokens `[n]` and their logits `[n, vocab]` behind each prompt by plain torch on the CPU. A prompt comes in
     parts: behind each the state is rounded, as one is that is saved."""
     runtime = TorchRuntime(model)
-    pool = StatePool(model.spec, len(prompts), types=StateTypes.named(state_dtype, torch.float32))
+    longest = max(sum(map(len, parts)) for parts in prompts) + tokens
+    types = StateTypes.named(state_dtype, torch.float32)
+    pool = StatePool.with_room(model.spec, len(prompts), longest, types=types)
     slots = torch.arange(len(prompts))
     last: list[torch.Tensor] = []
     for slot, parts in zip(slots.split(1), prompts, strict=True):
@@ -187,8 +175,7 @@ def waits_counted(run: Run, engine: Engine) -> Iterator[dict[str, int]]:
 
 
 def check_engine_text(run: Run) -> Iterator[list[str]]:
-    """Both ways of launching, and the CPU, give the same text, also from saved states; launches of decode steps wait
-    for nothing."""
+    """Both ways of launching, and the CPU, give the same text, also from saved states; launches wait for nothing."""
     lengths = [1, 9, 30] if run.small else [1, 63, 64, 65, 150, 7, 200, 31]
     for family in FAMILIES[:1] if run.small else FAMILIES:
         width = parity_size(run)["d_v"]
@@ -240,7 +227,7 @@ def compare_texts(
         result[way] = against(whole, made)
         result[f"saved {way}"] = against(halves, texts_from_saved_states(engine, prompts, new, run.folder))
         same = [*result[way], *result[f"saved {way}"]]
-        good = all(s.startswith("equal") for s in same) and not waits["decode"]
+        good = all(s.startswith("equal") for s in same) and not any(waits.values())
         what = f"engine {name} {way}"
         details = (
             f"text against the CPU: {', '.join(result[way])}; from saved states: "
@@ -249,18 +236,6 @@ def compare_texts(
         yield [what, run.check(good, what), details]
         del engine
         free(run)
-
-
-def full_speed(engine: Engine, batch: int, vocab: int, new_tokens: int) -> float:
-    """Tokens per second while all of `batch` requests decode."""
-    for i, ids in enumerate(random_prompts([16] * batch, vocab)):
-        engine.handle(request(str(i), ids, new_tokens))
-    times: list[float] = []
-    while not engine.idle:
-        output = engine.step()
-        if output is not None and output.phase == "decode" and output.batch_size == batch:
-            times.append(time.perf_counter())
-    return batch * (len(times) - 1) / (times[-1] - times[0])
 
 
 def lengths(run: Run) -> tuple[int, int]:
@@ -299,36 +274,13 @@ def closed_loop(run: Run, engine: Engine, kind: Kind, vocab: int, streams: int) 
     next request when one has ended, and the same window. A row of the table."""
     prompt, new = lengths(run)
     ramp, seconds = window(run, streams)
-    prompts = random_prompts([prompt] * 32, vocab)
-    left: dict[str, int] = {}
-
-    def send(number: int) -> None:
-        left[str(number)] = new
-        engine.handle(request(str(number), prompts[number % len(prompts)], new))
-
-    for number in range(streams):
-        send(number)
-    sent, tokens = streams, 0
-    begin = time.monotonic() + ramp
-    end = begin + seconds
-    while not engine.idle:
-        output = engine.step()
-        now = time.monotonic()
-        for token in output.tokens if output else ():
-            tokens += begin <= now < end
-            left[token.request_id] -= 1
-            if not left[token.request_id] and now < end:
-                send(sent)
-                sent += 1
+    speed = closed_loop_speed(engine, streams, vocab, prompt, new, ramp, seconds)
     name = f"{named(kind)}, {streams} streams"
-    run.report.setdefault("engine", {})[name] = {
-        "state_dtype": kind[0],
-        "tokens_per_second": tokens / seconds,
-    }
+    run.report.setdefault("engine", {})[name] = {"state_dtype": kind[0], "tokens_per_second": speed}
     return [
         f"engine {name}",
         "",
-        f"{tokens / seconds:.0f} tok/s in a closed loop, prompts of {prompt}, {new} new tokens",
+        f"{speed:.0f} tok/s in a closed loop, prompts of {prompt}, {new} new tokens",
     ]
 
 

@@ -53,13 +53,27 @@ class CpuClock:
 def serve(
     run: Run, variants: dict[str, Kind], streams: int, environment: dict[str, str] | None = None
 ) -> ServerProcess:
-    """A `lowkey-serve` of this checkout, which need not be installed."""
+    """A server with these models."""
+    settings = {
+        name: {
+            "source": str(large_checkpoint(run, FAMILIES[0], d_k).path),
+            "state_dtype": state_dtype,
+        }
+        for name, (state_dtype, d_k) in variants.items()
+    }
+    return start_server(run, settings, streams, environment)
+
+
+def start_server(
+    run: Run, variants: dict[str, dict[str, str]], streams: int, environment: dict[str, str] | None = None
+) -> ServerProcess:
+    """A `lowkey-serve` of this checkout, which need not be installed. `variants` has the settings of each."""
     settings = run.folder / "lowkey.toml"
-    tables = []
-    for name, (state_dtype, d_k) in variants.items():
-        source = json.dumps(str(large_checkpoint(run, FAMILIES[0], d_k).path))
-        tables.append(f'[variants.{name}]\nsource = {source}\nstate_dtype = "{state_dtype}"\n')
-    settings.write_text("\n".join(tables))
+    tables = [
+        "\n".join([f"[variants.{name}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())])
+        for name, fields in variants.items()
+    ]
+    settings.write_text("\n\n".join(tables) + "\n")
     arguments = ["--config", str(settings), "--device", run.device, "--max-requests", str(streams)]
     arguments += ["--max-queue", str(4 * streams), "--no-prefix-cache"]
     arguments += ["--prefill-tokens", "64"] if run.small else []

@@ -21,6 +21,7 @@ from gpu_common import (
     tuned_by_fla,
     untuned,
 )
+from gpu_hybrid_warm import hybrid_jobs
 from gpu_kernels import (
     compare_inputs,
     compare_rule,
@@ -127,6 +128,8 @@ def jobs(run: Run, section: str) -> Iterator[Job]:
     elif section == "tuning":
         for d_k, state_dtype in itertools.product((128, 64), run.state_dtypes):
             yield from (partial(step, run, d_k, state_dtype, v) for v in variants(run, d_k))
+    else:
+        yield from hybrid_jobs(run, section)
 
 
 def check_warm(run: Run) -> Iterator[list[str]]:

@@ -17,23 +17,35 @@ from specs import mixer_spec
 from modeling.state import DeltaState
 
 ROOT = Path(__file__).parents[1]
+HYBRIDS = (
+    *("hybrids", "hybrid_speed", "hybrid_peer", "hybrid_experts", "hybrid_engine", "hybrid_server"),
+    "pruning",
+)
+"""Sections of hybrid models."""
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_every_section_runs_and_says_what_it_found(tmp_path):
-    out = tmp_path / "gpu_check.json"
+def check(directory, *options):
+    """The report of a run through Triton's interpreter."""
+    out = directory / "gpu_check.json"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = ROOT / "scripts" / "gpu_check.py"
     result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "gpu_check.py", "--device", "cpu", "--small", "--out", out],
-        cwd=tmp_path,
+        [sys.executable, script, "--device", "cpu", "--small", "--out", out, *options],
+        cwd=directory,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=1100,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    report = json.loads(out.read_text())
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_section_runs_and_says_what_it_found(tmp_path):
+    sections = ("kernels", "parity", "texts", "bandwidth", "engine", "server", "decode", "peer", "capacity")
+    report = check(tmp_path, "--only", "warm", *sections, "tuning", "startup", "prompts")
     assert report["failures"] == [] and set(report["skipped"]) == {
         "check_peer",
         "check_capacity",
@@ -82,6 +94,89 @@ def test_every_section_runs_and_says_what_it_found(tmp_path):
         "first steps",
         "states and graphs",
     }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_every_section_of_hybrids_runs_and_says_what_it_found(tmp_path):
+    report = check(tmp_path, "--only", "warm", *HYBRIDS)
+    assert report["failures"] == [] and "skipped" not in report and report["warm"]["failed"] == []
+    kernels = report["hybrid_kernels"]
+    for kind, cases in (("attention", 12), ("experts", 4), ("product", 24)):
+        assert sum(name.startswith(kind) for name in kernels) >= cases
+    assert all(0 <= row["ours"] < 0.03 for row in kernels.values())
+    assert {name.split()[1] for name in report["hybrids"]} == {"qwen3_5_moe_text", "olmo_hybrid"}
+    assert all(row["fp32_logits"] < 1e-5 for row in report["hybrids"].values())
+    texts = report["engine"]["text qwen3_5_moe_text d_k 128 state float32"]
+    assert texts["graphs"] == texts["eager"] == texts["saved graphs"] == ["equal"]
+    assert all(report["hybrid_texts"][way]["different"] == [] for way in ("invariant", "experts"))
+    assert all(report["hybrid_texts"][way]["preempted"] > 0 for way in ("invariant", "graphs"))
+    speed = report["hybrid_speed"]
+    for d_k in (16, 8):
+        for batch in (1, 3):
+            row = speed[f"tiny d_k {d_k} B {batch} prompt 5"]
+            assert row["step_s"]["q1"] <= row["step_s"]["median"] <= row["step_s"]["q3"]
+            assert row["share_of_bound"] > 0 and row["ttft_s"] > 0
+            assert report["hybrid_engine"][f"tiny d_k {d_k} B {batch}"]["tokens_per_second"] > 0
+    assert (
+        speed["tiny d_k 8 B 1 prompt 5"]["bytes"]["states"]
+        < speed["tiny d_k 16 B 1 prompt 5"]["bytes"]["states"]
+    )
+    assert report["hybrid_peer"]["logits_difference"] < 1e-5
+    assert 2 <= report["hybrid_experts"]["tiny-experts d_k 16 B 3 prompt 5"]["experts_hit"] <= 6
+    server = report["hybrid_server"]
+    assert all(len(server[f"{name}, 2 streams"]) == 2 for name in ("k16", "k8"))
+    fit = [server[f"k16, requests of {n} tokens"]["alone"] for n in (256, 1024, 4096)]
+    assert fit == sorted(fit, reverse=True) and fit[-1] > 0
+    assert all(row["seconds"] > 0 and row["tokens_per_second"] > 0 for row in report["pruning"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_ways_of_launching_are_compared(tmp_path):
+    report = check(tmp_path, "--only", "products", "attention")
+    assert report["failures"] == [] and "skipped" not in report and report["products"]
+    step = report["attention"]["tiny step B 2 x 5"]
+    assert len(step["seconds"]) == 2 and all(s > 0 for s in step["seconds"].values())
+    assert step["bound_s"] > 0 and report["attention"]["tiny prompts 2 x 9 behind 5"]["multiplications"] > 0
+
+
+def test_a_step_of_a_hybrid_moves_what_its_shapes_say(monkeypatch):
+    """The sizes of Qwen3.5-4B, computed by hand: 4.2 billion weights of 2 bytes, states of 51.5 MB (26.1 at d_k 64),
+    and 32,768 bytes of keys and values for each token."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gpu_hybrid_speed import step_bytes
+
+    from benchmarks.hybrid_models import config_of
+    from modeling.families import family_of
+    from modeling.model import Model
+    from modeling.spec import StateTypes
+
+    types = StateTypes(inputs=torch.bfloat16)
+    for d_k, state, weights in ((128, 51.51e6, 8.41e9), (64, 26.05e6, 8.16e9)):
+        config = config_of("4B", d_k)
+        with torch.device("meta"):
+            model = Model(family_of(config).spec(config)).to(torch.bfloat16)
+            model.lm_head.weight = model.embeddings.weight
+        pool = MagicMock(types=types, bytes_per_slot=model.spec.state_bytes(0, types))
+        moved = step_bytes(model, pool, 32, 192)
+        assert moved["kv"] == 32 * 192 * 32768
+        assert moved["states"] == pytest.approx(2 * 32 * state, rel=1e-3)
+        assert moved["weights"] == pytest.approx(weights, rel=5e-3)
+
+
+def test_experts_that_no_token_goes_to_are_not_read(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from gpu_hybrid_speed import weight_bytes
+
+    from benchmarks.hybrid_models import config_of, random_model
+
+    model = random_model(config_of("tiny-experts", 16))
+    of_experts = sum(p.nbytes for name, p in model.named_parameters() if p.ndim == 3 and "ffn" in name)
+    assert weight_bytes(model, 8) - weight_bytes(model, 2) == pytest.approx(of_experts * 6 / 8)
+    assert (
+        weight_bytes(model, 8) == sum(p.nbytes for p in model.parameters()) - model.embeddings.weight.nbytes
+    )
 
 
 def test_codes_of_a_state_may_be_those_on_either_side_of_a_middle_only(monkeypatch):
