@@ -37,7 +37,7 @@ PROMPT_VARIANTS: list[dict[str, Any]] = [
     *({"tile": tile} for tile in ((64, 2, 16384), (64, 1, 16384), (64, 1, 32768), (32, 4, 32768))),
     {"PACKED_STAGES": 3},
 ]
-"""Likewise for prompts; `tile` is that of 2 bytes an element in `PACKED_TILES`."""
+"""Ways of launching prompts; `tile` is that of elements of 2 bytes in `PACKED_TILES`."""
 
 
 def specs(run: Run) -> dict[str, AttentionSpec]:

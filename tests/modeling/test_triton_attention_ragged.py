@@ -93,7 +93,7 @@ def test_a_long_row_does_not_depend_on_the_others(monkeypatch, programs):
 
 @triton.jit
 def shares(out, splits, most_splits, whole: tl.constexpr, count: tl.constexpr):
-    """Of rows of 1 to `count` blocks, in pieces of a block at least."""
+    """The splits of rows of 1 to `count` blocks, in pieces of a block at least."""
     at = tl.arange(0, count)
     tl.store(out + at, share_of(at + 1, splits, most_splits, whole, 1))
 

@@ -51,7 +51,7 @@ ATTENTION = (
     (AttentionSpec(30, 30, 128, None, "whole", False, 1e-6), torch.bfloat16),
     (AttentionSpec(6, 2, 24, RopeSpec(12, 1e4), "none", True, 1e-6), torch.float32),
 )
-"""Of Qwen3.5-4B, of OLMo-Hybrid-7B, and an odd one."""
+"""The attention of Qwen3.5-4B and of OLMo-Hybrid-7B, and an odd one."""
 H100 = GPUTarget("cuda", 90, 32)
 STACK = {"prepare_heads": 32, "attend_packed": 64, "attend_step": 32}
 """Bytes that a thread may have in memory: for sines of angles over 100,000, which the library has a slow way for; for

@@ -54,23 +54,27 @@ JOINS = {8: (256, 4), 16: (256, 4), MOST_LONG_SPLITS: (256, 8), MOST_SPLITS: (64
 STEP_BYTES = 16384
 """Bytes of keys that a program of a decode step reads at a time, at most."""
 STEP_WARPS = 4
+"""Warps of a program of a decode step."""
 STEP_STAGES = 2
 """Stages of a step's loop over blocks where tokens are not split: there are programs enough to have blocks on their
 way (measured, docs/gpu.md)."""
 SPLIT_STAGES = 3
-"""Likewise where they are split."""
+"""Stages of that loop where tokens are split."""
 PACKED_TILES = {2: (64, 2, 32768), 4: (16, 1, 16384)}
 """Query tokens of a program of prompts, its query heads, at most, and the bytes of keys that it reads at a time, at
 most; by the bytes of an element. What tensor cores do not multiply must be small, or it does not fit the registers."""
 PACKED_ROWS_PER_WARP = 16
+"""Pairs of a query token and a head that a warp of such a program takes."""
 PACKED_STAGES = 2
+"""Stages of its loop over blocks."""
 PREPARED_PER_WARP = 1024
 """Elements of queries or keys that a warp of `prepare_heads` holds."""
 LOG2_E = 1.4426950408889634
+"""The logarithm of e to base 2: kernels take powers of 2."""
 
 
 def attention_step(mixer: AttentionMixer, projected: Tensor, state: PagedKV, slots: Tensor) -> Tensor:
-    """What the output projection takes, of a decode step.
+    """Softmax attention of a decode step, as the output projection takes it.
 
     Slots that occur more than once get keys, values and outputs of no meaning (`DecodeGraphs`' null slot), nobody
     else's do.
@@ -164,7 +168,7 @@ def attention_step(mixer: AttentionMixer, projected: Tensor, state: PagedKV, slo
 def attention_prompts(
     mixer: AttentionMixer, projected: Tensor, cu_seqlens: Sequence[int], state: PagedKV, slots: Tensor
 ) -> Tensor:
-    """What the output projection takes, of packed prompts that go on from what is in the pages.
+    """Softmax attention of packed prompts that go on from what is in the pages, as the output projection takes it.
 
     Args:
         projected: rows `q | k | v | gate`, `[tokens, sum(in_proj_sizes)]`.

@@ -21,6 +21,7 @@ from torch import Tensor
 from modeling.layers import MoE, RMSNorm
 from modeling.runtime.gpu.kernels.moe import combine, experts_in, experts_out, route
 from modeling.runtime.gpu.kernels.moe_few import few_in, few_out, few_scores
+from modeling.runtime.gpu.norms import normed
 from modeling.runtime.gpu.products import product
 from modeling.runtime.gpu.sizes import ceil_div, power_of_2
 
@@ -170,25 +171,21 @@ def _add_sorted(
     z: Tensor,
     sizes: dict[str, int],
 ) -> Tensor:
-    """Each expert with the list of its pairs. The norm is computed again, in a launch that there is anyway: that of the
-    router's product stays inside the product."""
+    """Each expert with the list of its pairs."""
     rows, hidden = x.shape
     experts, pairs = moe.spec.num_experts, rows * moe.spec.top_k
-    normed = x if norm is None else torch.empty_like(x)
+    inputs = x if norm is None else normed(norm, x)
     weights = x.new_empty(rows, moe.spec.top_k + 1, dtype=torch.float32)
     counts = x.new_zeros(experts, dtype=torch.int32)
     table = x.new_empty(experts, rows, dtype=torch.int32)
     route[(rows,)](
-        product(x, moe.router.weight, norm),
-        x,
-        None if norm is None else norm.weight,
+        product(inputs, moe.router.weight),
+        inputs,
         moe.shared_gate.weight,
-        None if norm is None else normed,
         weights,
         counts,
         table,
         rows,
-        0.0 if norm is None else norm.eps,
         hidden=hidden,
         experts=experts,
         top_k=moe.spec.top_k,
@@ -200,7 +197,7 @@ def _add_sorted(
     y = z.new_empty(len(z), hidden)
     tiles_in, tiles_out = tiles(pairs / experts, z.dtype)
     for kernel, source, target, matrices, shared, t in (
-        (experts_in, normed, z, moe.in_proj, moe.shared.in_proj.weight, tiles_in),
+        (experts_in, inputs, z, moe.in_proj, moe.shared.in_proj.weight, tiles_in),
         (experts_out, z, y, moe.out_proj, moe.shared.out_proj.weight, tiles_out),
     ):
         # No more blocks than this: each expert that is hit has one that is not full at most.

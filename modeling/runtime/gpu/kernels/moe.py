@@ -57,14 +57,11 @@ def choices_of(
 def route(
     logits,  # [rows, experts]
     x,  # [rows, hidden]
-    norm,  # [hidden], or None
     gate,  # [hidden]
-    normed,  # like x; None without `norm`
     weights,  # [rows, top_k + 1], float32
     counts,  # [experts], int32 zeros
     table,  # [experts, rows], int32
     rows,
-    eps,
     hidden: tl.constexpr,
     experts: tl.constexpr,
     top_k: tl.constexpr,
@@ -72,7 +69,7 @@ def route(
     block_e: tl.constexpr,
     block_j: tl.constexpr,
 ):
-    """One token: its norm, the weights of its experts and of the one that all take, and its places in the lists of the
+    """One token: the weights of its experts and of the one that all take, and its places in the lists of the
     tokens that each expert gets.
 
     Programs take places in the lists in whatever order they run, on which nothing depends but the order of rows within
@@ -81,12 +78,6 @@ def route(
     token = tl.program_id(0).to(tl.int64)
     h = tl.arange(0, block_h)
     y = tl.load(x + token * hidden + h, mask=h < hidden, other=0.0)
-    if norm is not None:
-        wide = y.to(tl.float32)
-        wide *= tl.rsqrt(tl.sum(wide * wide, axis=0) / hidden + eps)
-        wide *= tl.load(norm + h, mask=h < hidden, other=0.0).to(tl.float32)
-        y = wide.to(normed.dtype.element_ty)
-        tl.store(normed + token * hidden + h, y, mask=h < hidden)
     of_gate = tl.load(gate + h, mask=h < hidden, other=0.0).to(tl.float32)
     of_shared = tl.sigmoid(tl.sum(y.to(tl.float32) * of_gate, axis=0))
 
