@@ -22,6 +22,7 @@ from torch import Tensor
 from lowkey.publishing import replacing
 from modeling.checkpoint import write_safetensors
 from modeling.families import TensorMap, family_of
+from modeling.layers import MoE
 from modeling.model import Model
 
 LINEAR, FULL = "linear_attention", "full_attention"
@@ -259,6 +260,17 @@ def _distribution(m: TensorMap, shape: torch.Size, *, tied: bool) -> tuple[float
             return 0.0, 2 * scale  # sure of its choice
         case _:
             return 0.0, (0.3 if "out_proj" in m.ours or "o_proj" in m.ours else 1.0) * scale
+
+
+def weight_bytes(model: Model, experts: float = 0.0) -> float:
+    """Bytes of the weights that a decode step reads, `experts` of each layer of experts in the mean."""
+    total: float = sum(p.nbytes for p in model.parameters())
+    if not model.spec.tie_embeddings:
+        total -= model.embeddings.weight.nbytes  # of which a step reads a row for each request
+    for m in model.modules():
+        if isinstance(m, MoE):
+            total -= (m.in_proj.nbytes + m.out_proj.nbytes) * (1 - experts / m.spec.num_experts)
+    return total
 
 
 def _tokenizer() -> Tokenizer:

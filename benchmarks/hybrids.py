@@ -40,14 +40,13 @@ from peer import stock
 import torch
 import torch.nn.functional as F
 import typer
-from hybrid_models import SHAPES, Kept, kept_in, random_checkpoint
+from hybrid_models import SHAPES, Kept, kept_in, random_checkpoint, weight_bytes
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache
 
 from modeling.checkpoint import open_checkpoint
-from modeling.layers import MoE
 from modeling.model import Model
 from modeling.runtime import Runtime, compile_model
 from modeling.runtime.cpu import CpuRuntime
@@ -132,17 +131,6 @@ def counting_experts(peer: Any) -> Iterator[list[int]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def weight_bytes(model: Model, experts: float) -> float:
-    """Bytes of the weights that a step reads, `experts` of each layer of experts in the mean."""
-    total: float = sum({p.data_ptr(): p.nbytes for p in model.parameters()}.values())
-    if not model.spec.tie_embeddings:
-        total -= model.embeddings.weight.nbytes  # of which a step reads a row for each request
-    for m in model.modules():
-        if isinstance(m, MoE):
-            total -= (m.in_proj.nbytes + m.out_proj.nbytes) * (1 - experts / m.spec.num_experts)
-    return total
 
 
 def measure_decode(

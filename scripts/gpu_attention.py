@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from gpu_bandwidth import copy_rate
-from gpu_common import Run, median_seconds
+from gpu_common import Run, graph_seconds, median_seconds
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -96,16 +96,7 @@ def time_step(run: Run, layers: Layers) -> float:
         for state in layers.states:
             attention_step(layers.mixer, projected, state, layers.slots)
 
-    all_layers()
-    replay = all_layers
-    if run.cuda:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            all_layers()
-        replay = graph.replay
-        replay()
-    return median_seconds(run, replay, 1 if run.small else 8) / len(layers.states)
+    return graph_seconds(run, all_layers) / len(layers.states)
 
 
 @torch.inference_mode()

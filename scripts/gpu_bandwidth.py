@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 import triton
-from gpu_common import Run, median_seconds
+from gpu_common import Run, graph_seconds, median_seconds
 from gpu_kernels import large_mixer, make_mixer, random_state
 from torch import Tensor
 
@@ -71,17 +71,7 @@ def time_step(run: Run, d_k: int, batch: int, state_dtype: StateDType) -> dict[s
         for projected, state in made:
             delta_step(mixer, projected, state, slots)
 
-    all_layers()
-    replay = all_layers
-    if run.cuda:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            all_layers()
-        replay = graph.replay
-    for _ in range(3):
-        replay()
-    taken = median_seconds(run, replay, 3 if run.small else 20) / layers
+    taken = graph_seconds(run, all_layers, 20) / layers
     return {
         "state_dtype": state_dtype,
         "microseconds": taken * 1e6,

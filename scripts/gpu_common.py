@@ -298,6 +298,21 @@ def median_seconds(run: Run, function: Callable[[], object], repeats: int) -> fl
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
 
 
+def graph_seconds(run: Run, function: Callable[[], object], repeats: int = 7) -> float:
+    """Seconds of one call, recorded as a CUDA graph."""
+    function()
+    replay: Callable[[], object] = function
+    if run.cuda:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            function()
+        replay = graph.replay
+    for _ in range(2):
+        replay()
+    return median_seconds(run, replay, 2 if run.small else repeats)
+
+
 def error(a: Tensor, b: Tensor) -> float:
     """Relative, in the Euclidean norm; NaN where a holds one."""
     return float((a.double() - b.double()).norm() / b.double().norm())

@@ -15,6 +15,7 @@ from gpu_hybrid_speed import (
     decode_figures,
     dtype_of,
     filled_pool,
+    first_tokens_s,
     main_shape,
     prompts,
     spread,
@@ -133,9 +134,7 @@ def check_hybrid_peer(run: Run) -> Iterator[list[str]]:
         run.need(4)
         theirs = time_stock(run, stock, batch, length)
         ours = decode_figures(run, runtime, graphs, pool, batch, length, new, rate)
-        ours["ttft_s"] = (
-            first["one"] if batch == 1 else -(-batch // int(first["prompts_of_a_step"])) * first["step"]
-        )
+        ours["ttft_s"] = first_tokens_s(first, batch)
         ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
         results[f"{shape} B {batch}"] = {"theirs": theirs, "ours": ours, "ratio": ratio}
         told = "; ".join(

@@ -13,7 +13,7 @@ from gpu_common import Run, recorder, seconds, synchronise
 from gpu_models import free
 from torch import Tensor
 
-from benchmarks.hybrid_models import config_of, random_model
+from benchmarks.hybrid_models import config_of, random_model, weight_bytes
 from modeling.families import family_of
 from modeling.layers import MoE
 from modeling.model import Model
@@ -58,17 +58,6 @@ def dtype_of(run: Run) -> torch.dtype:
     return torch.float32 if run.small else torch.bfloat16
 
 
-def weight_bytes(model: Model, experts: float = 0.0) -> int:
-    """Bytes of weights that a decode step reads, `experts` of each layer of experts in the mean."""
-    total = sum(p.nbytes for p in model.parameters())
-    if not model.spec.tie_embeddings:
-        total -= model.embeddings.weight.nbytes  # of which a step reads a row for each request
-    for m in model.modules():
-        if isinstance(m, MoE):
-            total -= round((m.in_proj.nbytes + m.out_proj.nbytes) * (1 - experts / m.spec.num_experts))
-    return total
-
-
 def step_bytes(
     model: Model, pool: StatePool, batch: int, tokens: int, experts: float = 0.0
 ) -> dict[str, int]:
@@ -76,7 +65,7 @@ def step_bytes(
     of its `tokens` tokens in."""
     kv = model.spec.kv_bytes_per_token(pool.types)
     return {
-        "weights": weight_bytes(model, experts),
+        "weights": round(weight_bytes(model, experts)),
         "states": 2 * batch * pool.bytes_per_slot,
         "kv": batch * tokens * kv,
     }
@@ -185,6 +174,11 @@ def time_prompts(run: Run, runtime: Runtime, pool: StatePool, length: int) -> di
     return found
 
 
+def first_tokens_s(first: dict[str, float], batch: int) -> float:
+    """Seconds until the first tokens of a whole batch, by the figures of `time_prompts`."""
+    return first["one"] if batch == 1 else -(-batch // int(first["prompts_of_a_step"])) * first["step"]
+
+
 def told_prompts(first: dict[str, float], length: int) -> str:
     """The figures of `time_prompts` in words."""
     many, step = first["prompts_of_a_step"], first["step"]
@@ -215,8 +209,7 @@ def measure_shape(run: Run, shape: str, d_k: int, model: Model, rate: float) -> 
         for batch in wanted:
             run.need(2)
             figures = decode_figures(run, runtime, graphs, pool, batch, length, new, rate)
-            steps = -(-batch // int(first["prompts_of_a_step"]))
-            figures["ttft_s"] = first["one"] if batch == 1 else steps * first["step"]
+            figures["ttft_s"] = first_tokens_s(first, batch)
             yield speed_row(run, results, shape, d_k, batch, length, figures)
         del graphs, pool
         free(run)

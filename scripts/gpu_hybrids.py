@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import torch
 from gpu_common import Run, error, recorder, untuned, write_checkpoint
-from gpu_models import BF16_FACTOR, FP32_TOLERANCE, free, same_text
+from gpu_models import free, parity_row, same_text
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -235,13 +235,4 @@ def check_hybrids(run: Run) -> Iterator[list[str]]:
             result = compare_hybrid(run, small_checkpoint(run, family, d_k))
         free(run)
         run.report.setdefault("hybrids", {})[label] = result
-        good = (
-            result["fp32_text"].startswith("equal")
-            and result["fp32_logits"] < FP32_TOLERANCE
-            and result["bf16_logits"] < BF16_FACTOR * result["bf16_logits_stock"]
-        )
-        details = (
-            f"fp32 text {result['fp32_text']}, logits {result['fp32_logits']:.1e}; bf16 logits "
-            f"{result['bf16_logits']:.1e} (theirs {result['bf16_logits_stock']:.1e})"
-        )
-        yield [label, run.check(good, f"parity {label}"), details]
+        yield parity_row(run, label, result)

@@ -36,11 +36,12 @@ def make_mixer(spec: DeltaSpec, device: str, dtype: torch.dtype) -> DeltaMixer:
     return mixer.to(device).requires_grad_(False)
 
 
-def large_mixer(run: Run, d_k: int) -> DeltaSpec:
+def large_mixer(run: Run, d_k: int, groups: int = 1) -> DeltaSpec:
+    """The mixer of DeltaNet-1.3B with decay and gate; of Qwen3.5-4B with 2 `groups`, value heads to a key head."""
     heads, width = (2, 16) if run.small else (16, 128)
     return DeltaSpec(
         num_k_heads=heads,
-        num_v_heads=heads,
+        num_v_heads=groups * heads,
         d_k=d_k // (8 if run.small else 1),
         d_v=width,
         conv_kernel=4,

@@ -141,16 +141,22 @@ def check_parity(run: Run) -> Iterator[list[str]]:
             with untuned():
                 result = parity(run, checkpoint, ours=not run.cuda or isinstance(d_k, list))
             run.report.setdefault("parity", {})[label] = result
-            good = (
-                result["fp32_text"].startswith("equal")
-                and result["fp32_logits"] < FP32_TOLERANCE
-                and result["bf16_logits"] < BF16_FACTOR * result["bf16_logits_stock"]
-            )
-            details = (
-                f"fp32 text {result['fp32_text']}, logits {result['fp32_logits']:.1e}; bf16 logits "
-                f"{result['bf16_logits']:.1e} (theirs {result['bf16_logits_stock']:.1e}); against {result['against']}"
-            )
-            yield [label, run.check(good, f"parity {label}"), details]
+            name, good, details = parity_row(run, label, result)
+            yield [name, good, f"{details}; against {result['against']}"]
+
+
+def parity_row(run: Run, label: str, result: dict[str, Any]) -> list[str]:
+    """What a comparison with a stock model found, and whether it is good enough."""
+    good = (
+        result["fp32_text"].startswith("equal")
+        and result["fp32_logits"] < FP32_TOLERANCE
+        and result["bf16_logits"] < BF16_FACTOR * result["bf16_logits_stock"]
+    )
+    details = (
+        f"fp32 text {result['fp32_text']}, logits {result['fp32_logits']:.1e}; bf16 logits "
+        f"{result['bf16_logits']:.1e} (theirs {result['bf16_logits_stock']:.1e})"
+    )
+    return [label, run.check(good, f"parity {label}"), details]
 
 
 @torch.inference_mode()

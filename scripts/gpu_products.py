@@ -12,8 +12,8 @@ from unittest.mock import patch
 
 import torch
 from gpu_bandwidth import copy_rate, launched_as, step_bytes
-from gpu_common import Run, error, median_seconds
-from gpu_kernels import make_mixer, random_state
+from gpu_common import Run, error, graph_seconds
+from gpu_kernels import large_mixer, make_mixer, random_state
 from torch import Tensor
 
 from modeling.layers import RMSNorm
@@ -22,7 +22,6 @@ from modeling.runtime.gpu import products
 from modeling.runtime.gpu.compiling import compile_ahead
 from modeling.runtime.gpu.delta import delta_step
 from modeling.runtime.gpu.products import Tile, launch
-from modeling.spec import DeltaSpec
 from modeling.state import DeltaState
 
 TOLERANCE = 2e-2
@@ -135,21 +134,6 @@ def ways(run: Run, shape: Shape, rows: int) -> dict[str, tuple[Way, Tile | None]
     return found | {told(tile): (partial(by_tile, tile), tile) for tile in tiles(run, shape, rows)}
 
 
-def graph_seconds(run: Run, function: Callable[[], object], repeats: int = 7) -> float:
-    """Seconds of one call, recorded as a CUDA graph."""
-    function()
-    replay: Callable[[], object] = function
-    if run.cuda:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph):
-            function()
-        replay = graph.replay
-    for _ in range(2):
-        replay()
-    return median_seconds(run, replay, 2 if run.small else repeats)
-
-
 def over(parts: Sequence[Tensor], way: Way, shape: Shape, x: Tensor, norm: RMSNorm, out: Tensor) -> None:
     """The same product with one weight after the other."""
     for weight in parts:
@@ -234,24 +218,6 @@ def by_runtime(shape: Shape, x: Tensor, weight: Tensor, norm: RMSNorm, out: Tens
     return products.product(x, weight, norm if shape.has_norm else None, out if shape.adds else None)
 
 
-def delta_of(run: Run, d_k: int) -> DeltaSpec:
-    """The mixer of Qwen3.5-4B."""
-    heads, width = (2, 16) if run.small else (16, 128)
-    return DeltaSpec(
-        num_k_heads=heads,
-        num_v_heads=2 * heads,
-        d_k=d_k // (8 if run.small else 1),
-        d_v=width,
-        conv_kernel=4,
-        conv_bias=False,
-        has_decay=True,
-        has_beta=True,
-        beta_scale=1.0,
-        gate="silu",
-        norm_eps=1e-6,
-    )
-
-
 class Layers:
     """Layers of Gated DeltaNet as in Qwen3.5-4B, each with weights of its own."""
 
@@ -262,7 +228,7 @@ class Layers:
         by_name = {shape.name: shape for shape in shapes(run)}
         self.products = [by_name[name] for name in self.names]
         self.hidden = self.products[0].width
-        self.spec = delta_of(run, 128)
+        self.spec = large_mixer(run, 128, groups=2)
         self.mixer = make_mixer(self.spec, run.device, torch.bfloat16)
         self._norm = norm_of(run, self.hidden)
         numbers = sum(shape.weight_rows * shape.width for shape in self.products)
@@ -339,7 +305,7 @@ class Steps:
     """Decode steps of as many layers as a cache can't hold the states of."""
 
     def __init__(self, run: Run, d_k: int, rows: int, layers: int | None = None) -> None:
-        spec = delta_of(run, d_k)
+        spec = large_mixer(run, d_k, groups=2)
         self._mixer = make_mixer(spec, run.device, torch.bfloat16)
 
         def state() -> DeltaState:
