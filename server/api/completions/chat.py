@@ -10,12 +10,13 @@ from fastapi.responses import Response
 
 from server.api.completions import logprobs
 from server.api.completions.answer import answer
+from server.api.completions.answer_schemas import STREAMED, ChatCompletion
+from server.api.completions.chat_schemas import ChatRequest
 from server.api.completions.choices import Choices
 from server.api.completions.conversation import conversation
 from server.api.completions.format import Format
 from server.api.completions.generation import Chunk
 from server.api.completions.prepare import Prompts, generate_messages, per_choice
-from server.api.completions.schemas import STREAMED, ChatCompletion, ChatRequest
 from server.api.http.bodies import JSONRoute
 from server.api.serving.prompts import encode_prompt
 from server.api.serving.service import origin_of, service_of, sticky_identity

@@ -11,11 +11,12 @@ from fastapi.responses import Response
 
 from server.api.completions import logprobs
 from server.api.completions.answer import answer
+from server.api.completions.answer_schemas import STREAMED, Completion
 from server.api.completions.choices import Choices
 from server.api.completions.format import Format
 from server.api.completions.generation import Chunk
 from server.api.completions.prepare import Prompts, generate_messages
-from server.api.completions.schemas import STREAMED, Completion, CompletionRequest
+from server.api.completions.schemas import CompletionRequest
 from server.api.http.auth import owner_of
 from server.api.http.bodies import JSONRoute
 from server.api.http.tasks import together

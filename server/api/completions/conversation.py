@@ -4,7 +4,7 @@ import asyncio
 import json
 from typing import Any, NoReturn
 
-from server.api.completions.schemas import Message, TemplateFields
+from server.api.completions.chat_schemas import Message, TemplateFields
 from server.api.http.errors import APIError, echo
 from server.api.serving.variants import Variant
 from server.text.chat_template import ChatTemplate, TemplateRefusedError

@@ -1,14 +1,9 @@
-"""What requests for completions may say, and what the answers to them look like.
+"""What requests for completions may say."""
 
-The answers are here for the OpenAPI document only: the handlers send plain tables. Tests hold the two together.
-"""
-
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     StringConstraints,
@@ -17,10 +12,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from modeling.state_dtype import StateDType
 from server.api.completions import refused
 from server.api.http.fields import CacheSalt, CheckedFields, Fields, TokenIds, refusal
-from server.text.chat_template import RESERVED
 from server.wire.exchange import MOST_TAKEN
 
 MAX_PROMPTS = 1024
@@ -234,193 +227,3 @@ class CompletionRequest(ChoiceFields):
                 "is not possible with state_id: the tokens before the state are not kept",
             )
         return self
-
-
-class TextPart(Fields):
-    type: Annotated[str, Field(pattern="^text$", description="Only text.")]
-    text: str
-
-
-class Message(Fields):
-    """Anything else that it holds (`name`, ...) is passed on to the chat template."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    role: Annotated[str, StringConstraints(min_length=1, max_length=64)]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-
-
-Messages = Annotated[list[Message], Field(min_length=1, max_length=4096, fail_fast=True)]
-
-
-class TemplateFields(Fields):
-    """How messages become a prompt."""
-
-    add_generation_prompt: bool | None = Field(
-        True, description="Begin the answer after the last message; only for messages."
-    )
-    continue_final_message: bool | None = Field(
-        False,
-        description="Leave the last message open, to be gone on with; needs add_generation_prompt: false.",
-    )
-    chat_template_kwargs: dict[str, Any] | None = Field(
-        None, description="Variables of the chat template, by name."
-    )
-
-    @model_validator(mode="after")
-    def _check_template(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt is not False:
-            raise refusal(
-                "continue_final_message", "needs add_generation_prompt: false, which is true by default"
-            )
-        taken = sorted(RESERVED & (self.chat_template_kwargs or {}).keys())
-        if taken:
-            raise refusal("chat_template_kwargs", f"may not set {', '.join(taken)}")
-        return self
-
-
-class ChatRequest(ChoiceFields, TemplateFields):
-    """POST /v1/chat/completions."""
-
-    no_ops = refused.CHAT
-
-    messages: Messages
-    max_tokens: int | None = Field(
-        None, ge=0, le=2**31, description="Most tokens to generate; by default what the context has room for."
-    )
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31, description="OpenAI's new name of it.")
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_LOGPROBS, description="Alternatives at each token; needs logprobs."
-    )
-
-    @property
-    def given_limit(self) -> int | None:
-        return self.max_tokens if self.max_tokens is not None else self.max_completion_tokens
-
-    @property
-    def alternatives(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @model_validator(mode="after")
-    def _check_chat(self) -> Self:
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) == 2:
-            raise refusal(
-                "max_completion_tokens",
-                f"is another name of max_tokens, but they are {self.max_completion_tokens} and {self.max_tokens}",
-            )
-        if self.top_logprobs is not None and not self.logprobs:
-            raise refusal("top_logprobs", "needs logprobs: true")
-        return self
-
-
-FinishReason = Literal["stop", "length"]
-
-
-STREAMED: dict[int | str, dict[str, Any]] = {
-    200: {
-        "description": "The completion; with `stream: true` server-sent events that end with `data: [DONE]`.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
-    }
-}
-
-
-class PromptTokensDetails(BaseModel):
-    cached_tokens: int = Field(description="Of a saved state or a cached prefix: not computed anew.")
-
-
-class Usage(BaseModel):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-
-
-class Lowkey(BaseModel):
-    """What the request held and how fast it was."""
-
-    variant: str
-    state_bytes: int = Field(
-        description="What the request held at its end, of all choices: the sum of the three that follow."
-    )
-    recurrent_bytes: int = Field(description="Recurrent states, with the scales of those in int8.")
-    conv_bytes: int = Field(description="Last inputs of the short convolutions.")
-    kv_bytes: int = Field(
-        description="Pages of keys and values; 0 for a model without softmax attention. Pages that choices share count "
-        "in each of them."
-    )
-    state_dtype: StateDType = Field(description="Dtype of the recurrent state.")
-    d_k: int | list[int]
-    queue_s: float | None
-    ttft_s: float | None = Field(description="From the arrival of the HTTP request to the first token.")
-    decode_s: float | None = Field(
-        description="From the first token to the last, by the times at which the engine made them."
-    )
-    tokens_per_second: float | None = Field(
-        description="(tokens - 1) / decode_s; null for fewer than 8 tokens after the first."
-    )
-    cached_tokens: int
-    finish_reason: str | None = Field(description="Null where several choices differ.")
-
-
-class Logprobs(BaseModel):
-    tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    index: int
-    text: str
-    logprobs: Logprobs | None
-    finish_reason: FinishReason
-
-
-class Completion(BaseModel):
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str = Field(description="The variant that answered.")
-    choices: list[CompletionChoice]
-    usage: Usage
-    lowkey: Lowkey
-
-
-class Alternative(BaseModel):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ContentToken(Alternative):
-    top_logprobs: list[Alternative]
-
-
-class ChatLogprobs(BaseModel):
-    content: list[ContentToken]
-    refusal: None
-
-
-class ChatMessage(BaseModel):
-    role: Literal["assistant"]
-    content: str
-    refusal: None
-
-
-class ChatChoice(BaseModel):
-    index: int
-    message: ChatMessage
-    logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"]
-    created: int
-    model: str = Field(description="The variant that answered.")
-    choices: list[ChatChoice]
-    usage: Usage
-    lowkey: Lowkey

@@ -4,8 +4,8 @@ from typing import Self
 
 from pydantic import BaseModel, Field, model_validator
 
+from server.api.completions.chat_schemas import Messages, TemplateFields
 from server.api.completions.refused import RENDERING
-from server.api.completions.schemas import Messages, TemplateFields
 from server.api.http.fields import CheckedFields, Fields, TokenIds, refusal
 
 

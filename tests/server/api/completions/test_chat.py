@@ -9,7 +9,7 @@ from checkpoints import byte_tokenizer
 from scripted import CONTEXT
 from tokenizers import processors
 
-from server.api.completions.schemas import ChatCompletion
+from server.api.completions.answer_schemas import ChatCompletion
 from server.text.chat_template import (
     ChatTemplate,
     TemplateRefusedError,

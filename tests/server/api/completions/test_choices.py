@@ -9,7 +9,7 @@ from checkpoints import byte_tokenizer
 from prometheus_client.metrics import MetricWrapperBase
 from scripted import CONTEXT, SCRIPTS, VOCAB, scripted_api
 
-from server.api.completions.schemas import Completion
+from server.api.completions.answer_schemas import Completion
 from server.hub.window import ABWindow
 from server.text.detokenizer import TokenTexts
 from server.wire.messages import Score

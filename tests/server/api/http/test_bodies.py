@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict
 
-from server.api.completions.schemas import MAX_BIASES, ChatRequest, CompletionRequest
+from server.api.completions.chat_schemas import ChatRequest
+from server.api.completions.schemas import MAX_BIASES, CompletionRequest
 from server.api.http import bodies
 from server.api.http.bodies import MAX_ITEMS, MAX_VALUES, parse
 from server.api.http.errors import MAX_ECHO, APIError, from_validation
