@@ -70,7 +70,7 @@ class StandInEngine:
     """
 
     blocked = False
-    on_disk = False
+    in_threads = False
 
     def __init__(self, ids: Sequence[int], rate: float, max_running: int) -> None:
         self._ids = ids

@@ -10,6 +10,7 @@ Sections of the first part, each on its own, so that the failure of one loses no
                prompts against torch, bit for bit
     parity     whole models against stock fla: greedy text in float32, logits in bfloat16
     texts      the server's engine: text by recorded steps, launched steps and a CPU
+    grammars   answers held to JSON schemas and regular expressions, on a card
     hybrids    whole models of every hybrid family against stock transformers, as `parity`; attention, experts and
                products against float64; the engine's texts, with requests that wait for pages in between
 
@@ -17,6 +18,7 @@ of the second:
 
     bandwidth  bytes per second of the decode kernel beside a copy on the same device
     engine     tokens per second of the server's engine
+    grammar_speed  tokens per second with and without a JSON schema, with 32,000 and 248,320 tokens
     server     lowkey-serve with dense and reduced variants on the card, 256 and 512 streams over HTTP, against the
                engine alone
     decode     tokens per second of 1.3 B shapes, d_k 128 and 64, prompt 512, 128 new tokens, bfloat16
@@ -66,11 +68,12 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 from modeling.state_dtype import STATE_DTYPES
 
 PARTS = {
-    "correctness": {"warm": 150, "kernels": 50, "parity": 150, "texts": 60, "hybrids": 90},
+    "correctness": {"warm": 150, "kernels": 50, "parity": 150, "texts": 60, "grammars": 30, "hybrids": 90},
     "speed": {
         "warm": 60,
         "bandwidth": 15,
         "engine": 140,
+        "grammar_speed": 90,
         "server": 180,
         "decode": 60,
         "peer": 50,
@@ -137,6 +140,7 @@ def main() -> int:
     from gpu_bandwidth import check_bandwidth, check_tuning
     from gpu_common import Run, SkippedError
     from gpu_engine import check_engine_speed, check_engine_text
+    from gpu_grammars import check_grammar_speed, check_grammars
     from gpu_hybrid_kernels import check_attention, check_experts, check_products
     from gpu_hybrid_peer import check_hybrid_peer
     from gpu_hybrid_server import check_hybrid_engine, check_hybrid_server
@@ -171,12 +175,14 @@ def main() -> int:
         "kernels": (check_step, check_rounding, check_prompt_states, check_inputs, check_rule),
         "parity": (check_parity,),
         "texts": (check_engine_text,),
+        "grammars": (check_grammars,),
         "hybrids": (
             *(check_attention, check_experts, check_products),
             *(check_hybrids, check_hybrid_texts, check_preemption, check_experts_alone),
         ),
         "bandwidth": (check_bandwidth,),
         "engine": (check_engine_speed,),
+        "grammar_speed": (check_grammar_speed,),
         "server": (check_server,),
         "decode": (check_decode,),
         "peer": (check_peer,),

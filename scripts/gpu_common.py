@@ -205,12 +205,14 @@ def make_checkpoint(path: Path, settings: dict[str, Any]) -> Checkpoint:
     return write_checkpoint(path, settings, model)
 
 
-def write_checkpoint(path: Path, settings: dict[str, Any], model: Model) -> Checkpoint:
-    """With a tokenizer that has a text for every token."""
+def write_checkpoint(
+    path: Path, settings: dict[str, Any], model: Model, tokenizer: Tokenizer | None = None
+) -> Checkpoint:
+    """With a tokenizer that has a text for every token, `tokenizer_of` its vocabulary if none is given."""
     path.mkdir(exist_ok=True)
     write_json(path / "config.json", settings)
     write_safetensors(path, export_tensors(model, family_of(settings)))
-    tokenizer_of(model.spec.vocab_size).save(str(path / "tokenizer.json"))
+    (tokenizer or tokenizer_of(model.spec.vocab_size)).save(str(path / "tokenizer.json"))
     return Checkpoint(path)
 
 

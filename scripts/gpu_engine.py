@@ -3,10 +3,10 @@
 import gc
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gpu_common import FAMILIES, EagerRecorder, Run, config, large_checkpoint, make_checkpoint
@@ -19,10 +19,13 @@ from modeling.runtime import TorchRuntime
 from modeling.runtime.gpu.graphs import Recorder
 from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
+from server.engine.batch import Batch
 from server.engine.device import Cuda, Device, Host
 from server.engine.engine import Engine
 from server.engine.process import build
 from server.wire.messages import EngineConfig, Generate, Ready, SaveState
+
+T = TypeVar("T")
 
 PROMPT, NEW_TOKENS = 128, 256
 """Tokens of the closed loop, here and over HTTP."""
@@ -151,27 +154,32 @@ def references(
 
 @contextmanager
 def waits_counted(run: Run, engine: Engine) -> Iterator[dict[str, int]]:
-    """How many calls that wait for the device there are in launches of decode steps, and of steps with prompts."""
-    launch = engine._runner.launch
+    """How many calls that wait for the device there are in launches of decode steps, and of steps with prompts: in
+    their forwards and their sampling."""
+    runner = engine._runner
+    launch, sample = runner.launch, runner.sample
     counts = {"decode": 0, "prompt": 0}
 
-    def counted(batch: Any) -> Any:
+    def counted(batch: Batch, work: Callable[[], T]) -> T:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                return launch(batch)
+                return work()
             finally:
                 torch.cuda.set_sync_debug_mode("default")
                 waits = sum("called a synchronizing" in str(w.message) for w in seen)
                 counts["prompt" if batch.prefills else "decode"] += waits
 
     if run.cuda:
-        engine._runner.launch = counted  # type: ignore[method-assign]
+        runner.launch = lambda batch: counted(batch, lambda: launch(batch))  # type: ignore[method-assign]
+        runner.sample = lambda forward, masks=None: counted(  # type: ignore[method-assign]
+            forward.batch, lambda: sample(forward, masks)
+        )
     try:
         yield counts
     finally:
-        engine._runner.launch = launch  # type: ignore[method-assign]
+        runner.launch, runner.sample = launch, sample  # type: ignore[method-assign]
 
 
 def check_engine_text(run: Run) -> Iterator[list[str]]:

@@ -11,7 +11,7 @@ folder=${1:-$root/wheels}
 python=${PYTHON:-python3}
 packages=(
     fla-core einops
-    msgspec pyzmq
+    msgspec pyzmq llguidance
     fastapi starlette anyio idna typing-extensions annotated-doc opentelemetry-api
     pydantic pydantic-core annotated-types typing-inspection pydantic-settings python-dotenv
     uvicorn httptools uvloop h11 click

@@ -5,12 +5,14 @@ import itertools
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
+from xml.etree import ElementTree as ET
 
 import httpx
 import pytest
@@ -344,3 +346,57 @@ def test_no_request_fails_while_servers_are_restarted_one_after_the_other(tmp_pa
     _, figures = run("rolling.py", "--drain-delay", 20, json_file=tmp_path / "rolling.json")
     assert figures["failed"] == {} and figures["while_restarting"] > 10
     assert len(figures["connections"]) >= 3, "clients came to the new servers"
+
+
+@pytest.mark.parametrize("name", ["tradeoff.svg", "tradeoff-narrow.svg"])
+def test_the_readmes_picture_is_drawn_from_the_raw_numbers(name):
+    """Its figures are those of the pages' tables, and its bars are as long as the figures say."""
+    picture = runpy.run_path(str(ROOT / "benchmarks" / "picture.py"))
+    layout = picture["PICTURES"][name]
+    drawn = picture["draw"](picture["choices"](), layout)
+    assert drawn == (ROOT / "docs" / "images" / name).read_text(), (
+        "python benchmarks/picture.py draws it anew"
+    )
+
+    shapes = [shape for shape in ET.fromstring(drawn) if shape.get("y")]
+    rows = {}  # by height: a bar lies 15 above the line that its figure stands on
+    for shape in shapes:
+        if shape.tag.endswith("text"):
+            rows.setdefault(float(shape.get("y")), {"words": [], "bars": {}})["words"].append(shape.text)
+    for shape in shapes:
+        if shape.get("class") in ("a", "b", "c"):
+            rows[float(shape.get("y")) + 15]["bars"][shape.get("class")] = float(shape.get("width"))
+    dense, *others = [row for row in rows.values() if row["bars"]]
+    assert [row["words"][-3:] for row in (dense, *others)] == [
+        ["6.73 MB", "0", "1.00x"],
+        ["3.37 MB", "+0.03 %", "not timed"],
+        ["1.84 MB", "+0.65 %", "1.47x"],
+        ["3.44 MB", "+2.0 %", "not timed"],
+        ["3.44 MB", "+6.9 %", "1.57x"],
+        ["0.98 MB", "+9.8 %", "1.97x"],
+    ]
+    evidence, gpu = ((ROOT / "docs" / page).read_text() for page in ("evidence.md", "gpu.md"))
+    for said in ("| int8 | 1,843,200 | +0.65 % |", "| 3,440,640 | **+2.0 %** |", "| 3,440,640 | +6.9 % |"):
+        assert said in evidence
+    assert "78,059 (1.47" in gpu and "83,847 (1.57" in gpu and "104,766 (1.97" in gpu
+    for row in others:
+        size, rise, speed = row["words"][-3:]
+        expected = {"a": float(size.split()[0]) / 6.73, "b": float(rise[1:-2]) / 9.75}
+        if speed != "not timed":
+            expected["c"] = float(speed[:-1]) / 1.97
+        found = {kind: length / layout.longest for kind, length in row["bars"].items()}
+        assert found == pytest.approx(expected, abs=0.012)
+
+
+def test_a_widened_vocabulary_spells_the_same_texts(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.structured import widened
+    from modeling.tokenizer import TokenizerFile
+
+    tokenizer, _ = TokenizerFile(ROOT / "demo" / "model").open()
+    wide = widened(tokenizer, 9000)
+    assert wide.get_vocab_size(with_added_tokens=True) == 9000
+    assert sorted(wide.get_vocab(with_added_tokens=True).values()) == list(range(9000))
+    text = 'def f(x):\n    return {"é": x}\n'
+    assert wide.decode(wide.encode(text).ids) == text
+    assert len(wide.encode(text).ids) <= len(tokenizer.encode(text).ids)

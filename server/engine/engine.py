@@ -1,21 +1,33 @@
-"""The step loop: schedule, launch, collect."""
+"""The step loop: schedule, launch, collect.
+
+A step has two parts, the model's forward and the sampling. Both are launched at once, ahead of the collect of the step
+before, unless a request of the batch is held to a grammar: which token it may have depends on the one before. Then the
+forward alone is launched ahead. While it runs on the device, the step before is collected and the masks are made.
+"""
 
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import msgspec
+from torch import Tensor
+
 from server.engine.batch import Batch
-from server.engine.file_work import FileWork
+from server.engine.grammars import Grammars
 from server.engine.output import StepOutput
 from server.engine.request import Request
 from server.engine.runner import BROKEN, NewToken, PendingStep, Runner
 from server.engine.scheduler import Scheduler
 from server.engine.state_file import StateLoadError
+from server.engine.thread_work import ThreadWork
+from server.text.grammar import GrammarError, compiler
 from server.wire.messages import (
     Abort,
     FinishReason,
+    Generate,
     Input,
     Occupancy,
     Pause,
@@ -42,20 +54,28 @@ class _Launched:
 class Engine:
     """Takes requests and gives tokens.
 
-    `depth` is how many steps may be launched ahead of the one being collected: 0 runs one after the other, 1 overlaps
-    the host's work with the device's.
+    Args:
+        depth: how many steps may be launched ahead of the one being collected: 0 runs one after the other, 1 overlaps
+            the host's work with the device's.
+        grammars: compiles the grammars of requests; None where no request has one.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, depth: int = 0) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, depth: int = 0, grammars: Grammars | None = None
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._depth = depth
+        self._grammars = grammars
         self._launched: deque[_Launched] = deque()
         # A thread each: whoever goes on from a saved state does not wait until those of others are on the disk.
-        self._reads: FileWork[StateLoadError | MemoryError] = FileWork(
+        self._reads: ThreadWork[StateLoadError | MemoryError] = ThreadWork(
             ThreadPoolExecutor(1, "reads"), StateLoadError, MemoryError
         )
-        self._writes = FileWork(ThreadPoolExecutor(1, "writes"), OSError)
+        self._writes = ThreadWork(ThreadPoolExecutor(1, "writes"), OSError)
+        self._compiles = ThreadWork(compiler(), GrammarError)
+        self._compiling: dict[str, Request] = {}
+        """Requests whose grammars are being compiled, by id. The scheduler does not know them yet."""
         self._collected_at = 0.0
         self._blocked = False
         self._reported = 0, 0, 0
@@ -66,22 +86,25 @@ class Engine:
     def idle(self) -> bool:
         """Whether there is nothing to run, nothing to collect and nothing to tell."""
         s = self._scheduler
-        return not (s.running or s.waiting or self._launched or s.failed)
+        return not (s.running or s.waiting or self._launched or s.failed or self._compiling)
 
     @property
     def blocked(self) -> bool:
-        """Whether the last step found nothing to do until a file has been written or read, or a message comes."""
+        """Whether the last step found nothing to do until work in a thread has ended, or a message comes."""
         return self._blocked
 
     @property
-    def on_disk(self) -> bool:
-        """Whether a file is being written or read."""
-        return bool(self._reads or self._writes)
+    def in_threads(self) -> bool:
+        """Whether a file is being written or read, or a grammar compiled."""
+        return bool(self._reads or self._writes or self._compiles)
 
     @property
     def occupancy(self) -> Occupancy:
         """Who is in the engine now."""
-        return self._scheduler.occupancy
+        occupancy = self._scheduler.occupancy
+        if not self._compiling:
+            return occupancy
+        return msgspec.structs.replace(occupancy, waiting=occupancy.waiting + len(self._compiling))
 
     def handle(self, message: Input) -> None:
         """Take in one message."""
@@ -95,12 +118,35 @@ class Engine:
                 ):
                     if request is not None:
                         self._scheduler.work_done(request)
+                if self._compiling.pop(message.request_id, None) is not None:
+                    self._compiles.cancel(message.request_id)
             case Pause():
                 self._scheduler.pause(message.request_id, now)
             case Resume():
                 self._scheduler.resume(message.request_id, now)
+            case Generate() if message.grammar:
+                self._compile(Request(message, arrived=now))
             case _:
                 self._scheduler.add(Request(message, arrived=now))
+
+    def _compile(self, request: Request) -> None:
+        """Have a request's grammar compiled; then it gets its place in the queue."""
+        if self._grammars is None:
+            raise ValueError(f"request {request.id!r} has a grammar, and this engine can't compile any")
+        if request.id in self._compiling:
+            raise ValueError(f"request id {request.id!r} is already in use")
+        self._compiling[request.id] = request
+        self._compiles.begin(request, partial(self._grammars.constrain, request))
+
+    def _compiled(self, request: Request, failure: GrammarError | None) -> None:
+        """A request's grammar has been compiled, or can't be. One that was aborted meanwhile is not here any more."""
+        if self._compiling.get(request.id) is not request:
+            return
+        del self._compiling[request.id]
+        if failure is None:
+            self._scheduler.add(request)
+        else:
+            self._scheduler.refuse(request, "grammar", str(failure))
 
     def step(self) -> StepOutput | None:
         """Launch the next step if there is one, collect the oldest if it is due. None when there is nothing to tell.
@@ -108,24 +154,34 @@ class Engine:
         Raises:
             IntegrityError: nothing is running, and yet slots are in use.
         """
+        for request, refused in self._compiles.ended():
+            self._compiled(request, refused)
         for request, failure in self._reads.ended():
             self._loaded(request, failure)
         for request, read in self._scheduler.start_loads():
             self._reads.begin(request, read)
+        output: StepOutput | None = None
         batch = self._scheduler.next_batch()
         if batch is not None:
             now = time.monotonic()
             for chunk in batch.prefills:
                 for request in (chunk.request, *chunk.forks):
                     request.started = request.started or now
-            pending = self._runner.launch(batch)
+            forward = self._runner.launch(batch)
+            masks: Tensor | None = None
+            if constrained := forward.constrained:
+                if self._launched:
+                    output = self._collect(self._launched.popleft())
+                masks = self._masks(constrained)
+            pending = self._runner.sample(forward, masks)
             self._launched.append(_Launched(pending, now))
             for request in pending.failed:
                 error = f"the device has no memory left for this request (a prompt of {request.prompt_length} tokens)"
                 self._scheduler.fail(request, "memory", error)
             self._scheduler.launched(batch)
-        output: StepOutput | None = None
-        if self._launched and (batch is None or len(self._launched) > self._depth):
+        if output is not None:
+            pass  # the step before this one has been collected already
+        elif self._launched and (batch is None or len(self._launched) > self._depth):
             output = self._collect(self._launched.popleft())
         elif self._scheduler.failed or self._writes.due:
             output = self._output([], [], Batch([], []), 0.0)
@@ -143,6 +199,14 @@ class Engine:
                 f"{occupancy.used_slots} state slots and {occupancy.used_pages} pages are in use and no request runs "
                 f"({occupancy.cached_slots} slots hold prefixes)"
             )
+
+    def _masks(self, constrained: list[Request]) -> Tensor:
+        """Which tokens these requests may have next, all steps before being collected."""
+        assert self._grammars is not None
+        masks, failed = self._grammars.masks(constrained)
+        for request, error in failed.items():
+            self._scheduler.fail(request, "grammar", error)
+        return masks
 
     def _collect(self, launched: _Launched) -> StepOutput:
         result = launched.step.collect()
@@ -200,6 +264,9 @@ class Engine:
             reason = "error"
         elif new.token in request.stop_token_ids:
             reason = "stop"
+        elif request.constraint is not None and (error := request.constraint.advance(new.token)):
+            self._scheduler.fail(request, "grammar", error)
+            return None
         elif request.accepted == request.max_tokens:
             reason = "length"
         pages = 0

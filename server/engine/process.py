@@ -24,6 +24,7 @@ from modeling.tokenizer import TokenizerFile
 from server.engine.cache import StateCache
 from server.engine.device import HOST, Cuda, Device
 from server.engine.engine import Engine
+from server.engine.grammars import Grammars
 from server.engine.memory import (
     DoesNotFitError,
     MemoryPlan,
@@ -34,6 +35,7 @@ from server.engine.memory import (
     weights_of,
 )
 from server.engine.output import FrontEnds
+from server.engine.planning import planning
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.state_file import layout
@@ -53,8 +55,11 @@ logger = logging.getLogger("lowkey.engine")
 HEARTBEAT_S = 1.0
 """An engine that has told nothing for this long says who is in it."""
 
-FILE_POLL_S = 0.002
-"""How often an engine with nothing to run looks whether a file has been written or read."""
+THREAD_POLL_S = 0.002
+"""How often an engine with nothing to run looks whether a file has been written or read, or a grammar compiled."""
+
+MASK_THREADS = 16
+"""Most threads that make masks for grammars while a GPU computes."""
 
 
 def pick_device(config: EngineConfig) -> str:
@@ -95,6 +100,14 @@ def pick_prefill_tokens(config: EngineConfig, device: str) -> int:
     return config.prefill_tokens or (128 if device == "cpu" else 4096)
 
 
+def pick_mask_threads(config: EngineConfig, device: Device) -> int:
+    """Threads that make masks for grammars. On a CPU they take turns with the model's own, on a GPU they work beside
+    it."""
+    if device.name == "cpu":
+        return config.threads
+    return max(config.threads, min(MASK_THREADS, len(os.sched_getaffinity(0)) * 3 // 4))
+
+
 def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, Ready]:
     """Load the checkpoint and make an engine of it.
 
@@ -108,7 +121,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
     began = time.monotonic()
     logger.info("%s: loading %s", config.variant, config.source)
     checkpoint: Checkpoint = open_checkpoint(config.source)
-    TokenizerFile(checkpoint.path).open()  # the API process will tokenise with it
+    tokenizer, _ = TokenizerFile(checkpoint.path).open()  # the API process will tokenise with it
     device = device or open_device(config)
     dtype = pick_dtype(config, device.name)
     weights = weights_of(checkpoint, dtype)
@@ -129,6 +142,12 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         Scheduler(cache, prefill_tokens, max_running),
         Runner(runtime, pool, batch_invariant=config.batch_invariant, device=device, graphs=graphs),
         depth=device.depth,
+        grammars=Grammars(
+            tokenizer,
+            checkpoint.spec.vocab_size,
+            threads=pick_mask_threads(config, device),
+            device=device.torch_device,
+        ),
     )
     spec = checkpoint.spec
     ready = Ready(
@@ -149,6 +168,7 @@ def build(config: EngineConfig, device: Device | None = None) -> tuple[Engine, R
         backend=runtime.name,
         weights_bytes=plan.needs.weights,
         memory=plan.parts,
+        planning=planning(checkpoint, runtime, plan, dtype),
         load_s=time.monotonic() - began,
         slots=pool.num_slots,
         pages=pool.pages.count,
@@ -238,7 +258,7 @@ def serve(config: EngineConfig) -> None:
     while True:
         wait_s = 0.0
         if engine.idle or engine.blocked:
-            wait_s = FILE_POLL_S if engine.on_disk else HEARTBEAT_S
+            wait_s = THREAD_POLL_S if engine.in_threads else HEARTBEAT_S
         events = dict(poller.poll(int(wait_s * 1000)))
         if sys.stdin.fileno() in events:
             return

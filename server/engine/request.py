@@ -7,6 +7,7 @@ from pathlib import Path
 from modeling.spec import TOKEN_BLOCK
 from modeling.state import PAGE_TOKENS
 from server.engine.cache import Allocation, SwappedState
+from server.engine.constraint import Constraint
 from server.engine.prefix_cache import CachedPrefix, Prefix
 from server.engine.sampler_row import SamplerRow
 from server.wire.messages import FinishReason, Generate, PackedTop, SaveState, Score
@@ -32,6 +33,9 @@ class Request:
     allocation: Allocation | None = None
     swapped: SwappedState | None = None
     """Its state while it is preempted: it waits to go on where it was."""
+    constraint: Constraint | None = None
+    """Where it is in the grammar that it is held to, after the tokens that collected steps have brought; None for a
+    request without one."""
     sampler_row: SamplerRow | None = None
     """Where its sampling was when it was preempted."""
     prefix: Prefix | None = None

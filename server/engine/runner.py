@@ -1,7 +1,8 @@
-"""Runs a batch on the model: `pending = runner.launch(batch)`, then `pending.collect()`.
+"""Runs a batch on the model: `forward = runner.launch(batch)`, `pending = runner.sample(forward, masks)`, then
+`pending.collect()`.
 
 Sampled tokens stay on the device as the next step's input, so a step can be launched before the one before it has
-been collected. Nothing in a launch waits for the device; a collect waits once, for its own step.
+been collected. Nothing in the first two waits for the device; a collect waits once, for its own step.
 """
 
 from dataclasses import dataclass
@@ -101,6 +102,28 @@ def _reports(plan: Plan, sampled: Sampled) -> list[tuple[int, float, TopLogprobs
     ]
 
 
+@dataclass(frozen=True)
+class ForwardPass:
+    """A batch that is on its way through the model, and has not been sampled from.
+
+    Args:
+        hidden: what is sampled from, `[n, hidden]`, valid until the next launch; None if nothing is.
+        plans: how, piece by piece.
+        failed: requests for which the device had no memory left.
+    """
+
+    batch: Batch
+    hidden: Tensor | None
+    plans: list[Plan]
+    scores: list[ScoreRows]
+    failed: list[Request]
+
+    @property
+    def constrained(self) -> list[Request]:
+        """The requests that are sampled by masks, in the order of these."""
+        return [request for plan in self.plans for request in plan.constrained]
+
+
 class Runner:
     """One model and the states of its requests.
 
@@ -133,32 +156,51 @@ class Runner:
         self._plans: list[Plan] = []
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> PendingStep:
-        """Start a step: move the states on, sample a token for each decode and each prompt that ends.
+    def launch(self, batch: Batch) -> ForwardPass:
+        """Start a step: move the states on. `sample` then gives each decode and each prompt that ends its next token.
 
         Out of memory, prompts fail and decodes go on; or, if it was the decodes that had none, all of the batch fails.
         A request that is preempted, or goes on, fails alone.
         """
-        sampled: list[tuple[Plan, Sampled]] = []
         scores: list[ScoreRows] = []
         failed: list[Request] = []
+        hidden: Tensor | None = None
+        plans: list[Plan] = []
         lost = self._swap_all(batch.swaps)
         decodes = [r for r in batch.decodes if r not in lost]
         try:
-            hidden = self._decode(decodes)
+            rows = self._decode(decodes)
             requests = list(decodes)
             try:
                 ends, scores = self._prefill(batch.prefills)
                 for request, row in ends:
                     requests.append(request)
-                    hidden.append(row)
+                    rows.append(row)
             except torch.OutOfMemoryError:
                 failed = batch.requests[len(batch.decodes) :]
             if requests:
-                sampled = self._sample(torch.cat(hidden), requests)
+                hidden = torch.cat(rows)
+                plans = self._plan(requests)
+        except torch.OutOfMemoryError:
+            hidden, plans, scores, failed = None, [], [], batch.requests
+        failed += [r for r in lost if r not in failed]
+        return ForwardPass(batch, hidden, plans, scores, failed)
+
+    @torch.inference_mode()
+    def sample(self, forward: ForwardPass, masks: Tensor | None = None) -> PendingStep:
+        """Sample from what has been launched. Out of memory, all of the batch fails.
+
+        Args:
+            masks: which tokens the constrained requests may have, on the host (`Grammars.masks`); None if there are no
+                such requests.
+        """
+        batch, scores, failed = forward.batch, forward.scores, forward.failed
+        sampled: list[tuple[Plan, Sampled]] = []
+        try:
+            if forward.hidden is not None:
+                sampled = self._sample(forward.hidden, forward.plans, masks)
         except torch.OutOfMemoryError:
             sampled, scores, failed = [], [], batch.requests
-        failed += [r for r in lost if r not in failed]
         if failed:  # here, not in a handler, where the exception still holds tensors
             self._device.release_memory()
         return PendingStep(batch, sampled, scores, self._device.download(), failed)
@@ -222,19 +264,30 @@ class Runner:
             self._pool.copy(chunk.request.slot, request.slot)
         return [chunk.request, *chunk.forks]
 
-    def _sample(self, hidden: Tensor, requests: list[Request]) -> list[tuple[Plan, Sampled]]:
-        """Next token of each row of hidden states `[n, hidden]`."""
-        most = self._device.logit_rows
-        starts = range(0, len(requests), most)
+    def _plan(self, requests: list[Request]) -> list[Plan]:
+        """How to sample for these requests, as many at a time as there may be logits."""
         if requests != self._planned:
+            most = self._device.logit_rows
+            self._plans = [
+                self._sampler.plan(requests[start : start + most]) for start in range(0, len(requests), most)
+            ]
             self._planned = requests
-            self._plans = [self._sampler.plan(requests[start : start + most]) for start in starts]
+        return self._plans
+
+    def _sample(self, hidden: Tensor, plans: list[Plan], masks: Tensor | None) -> list[tuple[Plan, Sampled]]:
+        """Next token of each row of hidden states `[n, hidden]`."""
+        allowed = None if masks is None else upload(masks, self._at)
         result: list[tuple[Plan, Sampled]] = []
-        for start, plan in zip(starts, self._plans, strict=True):
-            logits = self._forward.logits(hidden[start : start + most])
-            sampled = self._sampler.sample(logits, plan)
-            self._last_token[plan.slots] = sampled.tokens
+        row = mask = 0
+        for plan in plans:
+            logits = self._forward.logits(hidden[row : row + len(plan.requests)])
+            row += len(plan.requests)
             least, most_likely = logits.aminmax(dim=-1)  # in one pass; NaN if any is
-            sampled.tokens.masked_fill_(~(least.isfinite() & most_likely.isfinite()), BROKEN)
+            broken = ~(least.isfinite() & most_likely.isfinite())
+            own = None if allowed is None else allowed[mask : mask + len(plan.constrained)]
+            mask += len(plan.constrained)
+            sampled = self._sampler.sample(logits, plan, own)
+            self._last_token[plan.slots] = sampled.tokens
+            sampled.tokens.masked_fill_(broken, BROKEN)
             result.append((plan, sampled))
         return result

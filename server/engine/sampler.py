@@ -129,17 +129,29 @@ class Adjusted:
 
 
 @dataclass(frozen=True)
+class Masked:
+    """A piece of the rows that a grammar narrows: rows of the batch, int64 `[m]`, and where their masks begin among
+    those of the plan."""
+
+    rows: Tensor
+    start: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Which rows of a batch need what. Made once for as long as the batch stays the same.
 
-    `reported` are the rows that want log-probabilities, `wanted` how many of the most likely tokens each of them asks
-    for, and `top` the most of that.
+    `constrained` are the requests that have a grammar, in the batch's order, and so in that of their masks. `reported`
+    are the rows that want log-probabilities, `wanted` how many of the most likely tokens each of them asks for, and
+    `top` the most of that.
     """
 
     requests: list[Request]
     slots: Tensor
     drawn: list[Drawn]
     adjusted: list[Adjusted]
+    constrained: list[Request]
+    masked: list[Masked]
     reported: Tensor | None
     reported_rows: list[int]
     wanted: list[int]
@@ -165,7 +177,13 @@ def _adjusts(message: Generate) -> bool:
     s = message.sampling
     penalties = s.presence_penalty != 0 or s.frequency_penalty != 0 or s.repetition_penalty != 1
     biases = bool(s.logit_bias) or bool(s.allowed_token_ids)
-    return penalties or biases or (message.min_tokens > 0 and bool(message.stop_token_ids))
+    return penalties or biases or (_least(message) > 0 and bool(message.stop_token_ids))
+
+
+def _least(message: Generate) -> int:
+    """Before how many tokens the tables keep the stop tokens out. Masks see to that where there is a grammar: what a
+    complete grammar allows is to end, however few tokens there are."""
+    return 0 if message.grammar else message.min_tokens
 
 
 class TokenTables:
@@ -262,6 +280,7 @@ class Sampler:
         self._positions = torch.zeros(slots, dtype=torch.long, device=device)
         """Index of the token that each slot samples next."""
         self._true = torch.ones((), dtype=torch.bool, device=device)
+        self._bits = upload(torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8), device)
         self._tables = TokenTables(vocab, device)
 
     def start(self, requests: list[Request]) -> None:
@@ -277,7 +296,7 @@ class Sampler:
                 [min(row.top_k, self._vocab) for row in rows],
                 [_signed(row.seed) for row in rows],
                 [row.choice for row in rows],
-                [m.min_tokens for m in messages],
+                [_least(m) for m in messages],
             ],
             self._device,
         )
@@ -313,6 +332,7 @@ class Sampler:
         slots = _integers([r.slot for r in requests], self._device)
         drawn = [i for i, m in enumerate(messages) if m.sampling.temperature > 0]
         adjusted = [i for i, m in enumerate(messages) if _adjusts(m)]
+        constrained = [i for i, m in enumerate(messages) if m.grammar]
         reported = [i for i, m in enumerate(messages) if m.logprobs is not None]
         wanted = [messages[i].logprobs or 0 for i in reported]
         return Plan(
@@ -320,6 +340,8 @@ class Sampler:
             slots=slots,
             drawn=[self._plan_drawn(slots, messages, piece) for piece in self._pieces(drawn)],
             adjusted=[self._plan_adjusted(slots, requests, piece) for piece in self._pieces(adjusted)],
+            constrained=[requests[i] for i in constrained],
+            masked=self._plan_masked(constrained),
             reported=_integers(reported, self._device) if reported else None,
             reported_rows=reported,
             wanted=wanted,
@@ -347,17 +369,36 @@ class Sampler:
         table = _integers([self._tables.row(requests[i].slot) for i in adjusted], self._device)
         return Adjusted(rows, slots[rows], table)
 
-    def sample(self, logits: Tensor, plan: Plan) -> Sampled:
-        """The next token of each row of logits `[n, vocab]`; moves each slot's position on.
+    def _plan_masked(self, constrained: list[int]) -> list[Masked]:
+        masked: list[Masked] = []
+        for piece in self._pieces(constrained):
+            start = masked[-1].start + len(masked[-1].rows) if masked else 0
+            masked.append(Masked(_integers(piece, self._device), start))
+        return masked
+
+    def sample(self, logits: Tensor, plan: Plan, masks: Tensor | None = None) -> Sampled:
+        """The next token of each row of logits `[n, vocab]`, which may be written to; moves each slot's position on.
 
         The logits are widened only where something is computed of them: a pass over a large vocabulary takes as long as
         a layer.
+
+        Args:
+            masks: which tokens the plan's constrained requests may have, uint8 `[m, bytes]` on the device: token i is
+                bit i % 8 of byte i // 8.
         """
         raw = None if plan.reported is None else logits[plan.reported].float().log_softmax(-1)
         if plan.adjusted:
             logits = logits.to(torch.float32, copy=True)
         for a in plan.adjusted:
             logits.index_copy_(0, a.rows, self._adjusted(logits, a))
+        for m in plan.masked:
+            assert masks is not None
+            own = masks[m.start : m.start + len(m.rows)]
+            forbidden = ((own[:, :, None] & self._bits) == 0).flatten(1)[:, : self._vocab]
+            if len(plan.constrained) == len(plan.requests):  # no copy of the rows
+                logits[m.start : m.start + len(m.rows)].masked_fill_(forbidden, float("-inf"))
+            else:
+                logits.index_copy_(0, m.rows, logits[m.rows].masked_fill_(forbidden, float("-inf")))
         tokens = logits.argmax(-1)
         for d in plan.drawn:
             u = uniform(d.keys, self._positions[d.slots])

@@ -5,14 +5,13 @@ import itertools
 from bisect import insort
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from modeling.spec import TOKEN_BLOCK
 from server.engine.batch import Batch, PrefillChunk, Swap
 from server.engine.cache import Allocation, StateCache
 from server.engine.request import Request
 from server.engine.twins import Twins
-from server.wire.messages import Failed, FinishReason, Generate, Occupancy, SaveState, Score
+from server.wire.messages import Failed, FailureReason, FinishReason, Generate, Occupancy, SaveState, Score
 
 MAX_PROMPTS = 512
 """Most prompts in one step. While a layer runs, a GPU holds copies of its states of all of them, a megabyte each and
@@ -104,7 +103,7 @@ class Scheduler:
             error = (
                 f"its state of up to {request.longest} tokens is too long: this engine holds at most {most}"
             )
-            self.failed.append(Failed(request_id=request.id, reason="memory", error=error))
+            self.refuse(request, "memory", error)
             return
         message = request.message
         priority = 0 if isinstance(message, SaveState) else message.priority
@@ -118,6 +117,10 @@ class Scheduler:
             request.cut = 0 if request.prefix is None else self._cache.remember(request.prefix)
         self._requests[request.id] = request
         insort(self._waiting, request, key=_order)
+
+    def refuse(self, request: Request, reason: FailureReason, error: str) -> None:
+        """Say that a request which has not been queued can't be run."""
+        self.failed.append(Failed(request_id=request.id, reason=reason, error=error))
 
     def abort(self, request_id: str) -> None:
         """Drop a request wherever it is; an id that is not here (it may just have finished) is no error."""
@@ -164,11 +167,11 @@ class Scheduler:
                 self._forget(request)
         self._release_if_idle(request)
 
-    def fail(self, request: Request, reason: Literal["state", "memory"], error: str) -> None:
+    def fail(self, request: Request, reason: FailureReason, error: str) -> None:
         """This request can't go on, and its state is of no use any more. One that has ended meanwhile has been told
         of."""
         if request.finish_reason is None:
-            self.failed.append(Failed(request_id=request.id, reason=reason, error=error))
+            self.refuse(request, reason, error)
             self.finish(request, "error")
 
     def start_loads(self) -> list[tuple[Request, Callable[[], None]]]:

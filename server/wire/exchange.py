@@ -6,7 +6,7 @@ Tokens wait here for whoever reads them. When too many wait, the engine is told 
 import asyncio
 from collections.abc import Callable
 
-from server.wire.messages import Abort, Failed, Input, Pause, Resume, Scored, StateSaved, Token
+from server.wire.messages import Abort, Failed, FailureReason, Input, Pause, Resume, Scored, StateSaved, Token
 
 TOKEN_BYTES = 300
 """Bytes of memory that a token takes here while it waits for its reader, without alternatives."""
@@ -34,8 +34,20 @@ class EngineUnavailableError(EngineError):
     """The engine is not there (loading, down), or died with this request in it."""
 
 
+class UnkeptGrammarError(EngineError):
+    """A grammar that the engine can't hold a completion to, or not any further."""
+
+
 class OutOfMemoryError(EngineUnavailableError):
     """The engine's device had no memory for the request. It goes on with the others."""
+
+
+FAILURES: dict[FailureReason, type[EngineError]] = {
+    "state": StateError,
+    "memory": OutOfMemoryError,
+    "grammar": UnkeptGrammarError,
+}
+"""The error that a request ends with, by what the engine calls the reason."""
 
 
 def _size_of(token: Token) -> int:
@@ -103,7 +115,7 @@ class Exchange:
 
     def put_failure(self, failed: Failed) -> None:
         """Take in that the engine can't answer."""
-        self.fail((StateError if failed.reason == "state" else OutOfMemoryError)(failed.error))
+        self.fail(FAILURES[failed.reason](failed.error))
 
     def lose(self) -> None:
         """Take in that the engine is gone."""

@@ -12,6 +12,9 @@ from server.wire.messages import Ready
 Source = Literal["compare", "shadow"]
 """What measured a pair of variants."""
 
+ShadowOutcome = Literal["scored", "dropped", "failed"]
+"""What becomes of shadow traffic: figures, nothing for want of room, or an error."""
+
 
 class TakeRequest(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """Count a request against its client's limits.
@@ -41,6 +44,8 @@ class Summarise(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The answer is the A/B figures of the last `window_s` seconds (`server.hub.window`)."""
 
     window_s: float
+    points: int = 0
+    """In how many equal parts of the window the figures are wanted, too; 0: none."""
 
 
 class BeginScoring(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -135,6 +140,14 @@ class Pair(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The variant's time to the first token less the baseline's, in seconds."""
 
 
+class Shadowed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """What came of a request of a baseline that a rule drew, to be repeated on a variant as shadow traffic."""
+
+    variant: str
+    baseline: str
+    outcome: ShadowOutcome
+
+
 class EndScoring(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The front end whose turn it was takes up no shared memory any more."""
 
@@ -163,7 +176,7 @@ class Totals(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The `AskTotals` that it answers; 0 for none."""
 
 
-News = LeavePlace | EndAnswer | Charge | EndedRequest | Pair | EndScoring | EndShadow | Totals
+News = LeavePlace | EndAnswer | Charge | EndedRequest | Pair | Shadowed | EndScoring | EndShadow | Totals
 """What a front end tells the hub, and goes on."""
 
 

@@ -17,6 +17,8 @@ PAGE_TOKENS = 64
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
+FailureReason = Literal["state", "memory", "grammar"]
+
 Phase = Literal["prefill", "decode", "mixed"]
 """What a step's batch is made of."""
 
@@ -103,6 +105,9 @@ class Generate(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """How many tokens that state has seen."""
     cache_salt: bytes = b""
     """Requests share the work on prompts that begin alike only with those of the same salt."""
+    grammar: str = ""
+    """What the completion is held to, as `server.text.grammar` writes it; empty for nothing. Stop tokens then can be
+    drawn only where the grammar is complete, or allows nothing else."""
 
 
 class KLReference(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,6 +188,44 @@ def layout_after(layout: StateLayout, tokens: int) -> StateLayout:
     return {name: (dtype, [shape[0] or tokens, *shape[1:]]) for name, (dtype, shape) in layout.items()}
 
 
+class RequestBytes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request holds of a model with its states in some dtype."""
+
+    state_bytes: int
+    """Bytes whatever its length: recurrent and convolution states."""
+    kv_bytes_per_page: int
+    """Bytes of the keys and values of 64 tokens; 0 for a model without softmax attention."""
+
+
+class Sizes(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model takes of a device's memory, with its weights in some dtype."""
+
+    other_bytes: int
+    """What is not for requests: weights, workspace, graphs, and what is left to what torch does not count."""
+    state_dtypes: dict[StateDType, RequestBytes]
+    """By the dtypes in which its states can be served."""
+    dense: dict[StateDType, RequestBytes] | None = None
+    """Those of the model that it was reduced from; None for one that was not reduced, or does not say from what."""
+
+
+class Planning(msgspec.Struct, frozen=True, kw_only=True):
+    """What it takes to say how many requests fit into another memory than an engine has, or with another dtype."""
+
+    context_tokens: int
+    """How many tokens a request was expected to hold when the memory was divided."""
+    context_length: int
+    """The longest request of the model, whatever memory there is."""
+    budget: int | None
+    """Bytes of the device that the engine may take for everything; None on a CPU, where only what is free bounds it."""
+    dense_d_k: list[int] | None
+    """Key channels per head of each linear layer of the model that it was reduced from."""
+    here: Sizes
+    """On the engine's own device."""
+    gpu: Sizes
+    """On a GPU, where weights are in bfloat16. Workspace and graphs are measured there only: an engine on a CPU leaves
+    them out."""
+
+
 class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The engine has loaded its model. Sizes in bytes, times in seconds."""
 
@@ -212,6 +255,8 @@ class Ready(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     weights_bytes: int
     memory: dict[str, int] = {}
     """What the device's memory goes to (`MemoryPlan.parts`)."""
+    planning: Planning | None = None
+    """How other plans than this one would turn out; None from an engine that has no model."""
     load_s: float
     slots: int
     pages: int = 0
@@ -252,8 +297,9 @@ class Failed(msgspec.Struct, frozen=True, kw_only=True):
     """A request of any kind that can't be run, or not to its end. Nothing more is sent about it."""
 
     request_id: str
-    reason: Literal["state", "memory"]
-    """A saved state that is no good, or a device that has no memory left for the request."""
+    reason: FailureReason
+    """A saved state that is no good, a device that has no memory left for the request, or a grammar that can't be kept
+    to."""
     error: str
 
 

@@ -139,12 +139,16 @@ def test_a_single_logit_that_is_no_number_ends_its_own_request_only(bench, token
 def test_a_slot_is_freed_only_when_no_launched_step_uses_it(bench, monkeypatch):
     setup = Setup(bench, slots=3)
     flying: list[set[int]] = []
-    launch, free = setup.runner.launch, setup.pool.free
+    launch, sample, free = setup.runner.launch, setup.runner.sample, setup.pool.free
     freed_under_way = []
 
     def launched(batch):
-        pending = launch(batch)
+        forward = launch(batch)
         flying.append({r.slot for r in batch.requests})
+        return forward
+
+    def sampled(forward, masks):
+        pending = sample(forward, masks)
         collect = pending.collect
 
         def collected():
@@ -161,6 +165,7 @@ def test_a_slot_is_freed_only_when_no_launched_step_uses_it(bench, monkeypatch):
         free(slot)
 
     monkeypatch.setattr(setup.runner, "launch", launched)
+    monkeypatch.setattr(setup.runner, "sample", sampled)
     monkeypatch.setattr(setup.pool, "free", freed)
     stops = generate(prompt(30), 30)
     (plain,) = tokens_of(run(bench.engine(slots=1), {0: [stops]})).values()

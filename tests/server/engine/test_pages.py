@@ -24,7 +24,7 @@ def engine_of(slots, pages, depth=0, prefill_tokens=512):
 def step(engine, times, ended, failed=None):
     """Step so often; the requests that ended meanwhile, in order, go to `ended`, failures to `failed`."""
     for _ in range(times):
-        while (output := engine.step()) is None and engine.blocked and engine.on_disk:
+        while (output := engine.step()) is None and engine.blocked and engine.in_threads:
             time.sleep(0.001)
         if output is not None:
             ended += [token.request_id for token in output.tokens if token.finish_reason is not None]

@@ -162,7 +162,7 @@ def steps_until_blocked(engine):
     """Step until there is nothing to do but to wait for a file."""
     while (output := engine.step()) is not None or not engine.blocked:
         assert output is None or not (output.tokens or output.failed)
-    assert engine.on_disk and not engine.idle
+    assert engine.in_threads and not engine.idle
 
 
 @pytest.fixture
@@ -333,7 +333,7 @@ def test_no_slot_is_given_to_one_that_reads_before_the_turn_of_those_who_came_ea
         engine.handle(message)
     engine.handle(generate(prompt(9), 5, state_path=state[1]))
     engine.step()
-    assert (engine.occupancy.running, engine.occupancy.waiting) == (1, 2) and not engine.on_disk
+    assert (engine.occupancy.running, engine.occupancy.waiting) == (1, 2) and not engine.in_threads
     disk.let_go()
     assert len(tokens_of(run(engine, {0: []}))) == 3
 

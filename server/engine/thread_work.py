@@ -1,5 +1,5 @@
-"""Files of states are written and read beside the steps: one takes as long as the disk likes, and nobody's tokens wait
-for it."""
+"""Work that is done in threads beside the steps: files of states are written and read, which takes as long as the disk
+likes, and grammars are compiled. Nobody else's tokens wait for it."""
 
 from collections import deque
 from collections.abc import Callable
@@ -11,11 +11,11 @@ from server.engine.request import Request
 E = TypeVar("E", bound=Exception)
 
 
-class FileWork(Generic[E]):
-    """Reads or writes of files that are under way, one for each of some requests.
+class ThreadWork(Generic[E]):
+    """Pieces of work that are under way, one for each of some requests.
 
-    A request keeps its slot until its work has ended or was cancelled, so that no more files can wait than there are
-    slots.
+    A request keeps its slot, if it has one, until its work has ended or was cancelled, so that no more files can wait
+    than there are slots.
 
     Args:
         executor: does one piece of work at a time, in the order in which they come.
@@ -28,7 +28,7 @@ class FileWork(Generic[E]):
         self._under_way: deque[tuple[Request, Future[None]]] = deque()
 
     def __len__(self) -> int:
-        """How many files have not been told of."""
+        """How many pieces of work have not been told of."""
         return len(self._under_way)
 
     def begin(self, request: Request, work: Callable[[], None]) -> None:
