@@ -179,12 +179,14 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The text of a conversation, up to where the assistant's answer begins if that is asked for.
 
         Args:
             messages: each with its `content`, a text or text parts, as `takes` says.
+            tools: what the model may call, in OpenAI's form; None for nothing.
             continue_final_message: end right behind the last message's content instead.
             variables: more variables of the template, none of them `RESERVED`; they go before the special tokens.
 
@@ -192,7 +194,7 @@ class ChatTemplate:
             TemplateRefusedError: the template has no use for these messages (an unknown role, a wrong order), renders
                 more than `MAX_CHARACTERS` or takes more than `MAX_STEPS`, or does not write the message to continue.
         """
-        given = {**(variables or {}), "add_generation_prompt": add_generation_prompt}
+        given = {**(variables or {}), "tools": tools, "add_generation_prompt": add_generation_prompt}
         return self._continued(messages, given) if continue_final_message else self._render(messages, given)
 
     def _continued(self, messages: Conversation, variables: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Collection
 
 from tokenizers import Tokenizer
 
@@ -99,12 +100,17 @@ class Detokenizer:
     Where nothing is held back, the text of most tokens is known (`TokenTexts.plain`). For the others, it decodes a
     window of the last piece's tokens and those held back. The last piece is there because a decoder may treat the
     beginning of a text in its own way (leave out its leading space).
+
+    Args:
+        shown: texts of special tokens that are not left out with the others.
     """
 
-    def __init__(self, texts: TokenTexts, *, skip_special_tokens: bool) -> None:
+    def __init__(self, texts: TokenTexts, *, skip_special_tokens: bool, shown: Collection[str] = ()) -> None:
         self._tokenizer = texts.tokenizer
         self._plain = texts.plain
         self._left_out = texts.special_ids if skip_special_tokens else frozenset()
+        if shown and self._left_out:
+            self._left_out -= {self._tokenizer.token_to_id(text) for text in shown}
         self._window: list[int] = []
         self._shown = 0
         """How many tokens of the window belong to the last piece."""

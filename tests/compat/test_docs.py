@@ -10,7 +10,8 @@ import pytest
 from live_server import DEADLINE_S
 
 PAGE = (Path(__file__).parents[2] / "docs" / "api.md").read_text()
-BLOCKS = re.findall(r"^```(sh|python)[^\n]*\n(.*?)^```$", PAGE, flags=re.M | re.S)
+BLOCKS = re.findall(r"^```(sh|python)(?: (?!tools)[^\n]*)?\n(.*?)^```$", PAGE, flags=re.M | re.S)
+TOOLS = re.findall(r"^```python tools\n(.*?)^```$", PAGE, flags=re.M | re.S)
 
 
 def test_python_examples(server):
@@ -21,6 +22,18 @@ def test_python_examples(server):
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
     assert run.returncode == 0, run.stderr
     assert "state-" in run.stdout
+
+
+def test_examples_with_tools(chat_server):
+    """Likewise, with a model that calls them."""
+    (example,) = TOOLS
+    first = next(text for language, text in BLOCKS if language == "python").split("for chunk")[0]
+    program = (
+        (first + example).replace("http://127.0.0.1:8000", chat_server.url).replace('"dense"', '"hermes"')
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("weather {")
 
 
 @pytest.mark.skipif(

@@ -172,7 +172,9 @@ def test_errors_are_its_own_types(client):
     with pytest.raises(openai.BadRequestError):
         list(client.completions.create(model="dense", prompt="", stream=True))
     with pytest.raises(openai.BadRequestError) as bad:
-        client.chat.completions.create(model="dense", messages=HELLO, response_format={"type": "json_object"})
+        client.chat.completions.create(
+            model="dense", messages=HELLO, response_format={"type": "structural_tag"}
+        )
     assert bad.value.param == "response_format"
     state = client.post("/states", body={"model": "dense", "prompt": "x"}, cast_to=object)
     with pytest.raises(openai.ConflictError) as conflict:

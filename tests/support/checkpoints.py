@@ -1,7 +1,7 @@
 """Random checkpoints in fla's format, small enough for any test."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +95,18 @@ def random_stream(
             yield name, t.to(dtype)
 
 
-def byte_tokenizer() -> Tokenizer:
-    """256 byte tokens behind an end-of-text token 0."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+def byte_tokenizer(special: Sequence[str] = ()) -> Tokenizer:
+    """256 byte tokens behind an end-of-text token 0.
+
+    Args:
+        special: more special tokens, in the place of a few bytes, which texts then must do without.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[: 256 - len(special)]
     vocab = {"<|endoftext|>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
     tok = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(["<|endoftext|>"])
+    tok.add_special_tokens(["<|endoftext|>", *special])
     return tok
 
 

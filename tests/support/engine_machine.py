@@ -19,9 +19,9 @@ from modeling.spec import AttentionSpec
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
-from server.engine.file_work import FileWork
 from server.engine.scheduler import Scheduler
 from server.engine.state_file import StateLoadError
+from server.engine.thread_work import ThreadWork
 from server.wire.messages import Abort, Generate, Pause, Resume, SaveState
 
 SPEC = family_of(DELTA).spec({**DELTA, "num_hidden_layers": 1, "hidden_size": 8, "expand_v": 1.0})
@@ -104,8 +104,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner.base = self.saved
         self.engine = Engine(self.scheduler, self.runner, self.depth)
         self.disks = [OnDemand(), OnDemand()]
-        self.engine._reads = FileWork(self.disks[0], StateLoadError)
-        self.engine._writes = FileWork(self.disks[1], OSError)
+        self.engine._reads = ThreadWork(self.disks[0], StateLoadError)
+        self.engine._writes = ThreadWork(self.disks[1], OSError)
         self.slots = slots
 
     def prompt(self, length, family):
@@ -205,7 +205,7 @@ class EngineMachine(RuleBasedStateMachine):
                 break
             if output is not None:
                 self.check(output)  # a step that only refused, or told of a file
-            if self.engine.blocked and self.engine.on_disk:
+            if self.engine.blocked and self.engine.in_threads:
                 self.write_or_read_all_that_began()
             if self.engine.idle:
                 break
@@ -342,7 +342,7 @@ class EngineMachine(RuleBasedStateMachine):
             if self.engine.idle:
                 break
             self.step()
-            if self.engine.blocked and self.engine.on_disk:
+            if self.engine.blocked and self.engine.in_threads:
                 self.write_or_read_all_that_began()
         assert self.engine.idle and self.engine.occupancy.paused == 0
         assert self.scheduler.occupancy.used_slots == 0 and not self.scheduler._requests

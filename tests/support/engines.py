@@ -18,6 +18,7 @@ from modeling.spec import StateDType, StateTypes
 from modeling.state import StatePool
 from server.engine.cache import StateCache
 from server.engine.engine import Engine
+from server.engine.grammars import Grammars
 from server.engine.output import StepOutput
 from server.engine.runner import Runner
 from server.engine.sampler import stream_key, uniform
@@ -79,12 +80,13 @@ class Bench:
         max_running: int | None = None,
         pages: int | None = None,
         runtime: Callable[[Model], Runtime] = TorchRuntime,
+        grammars: Grammars | None = None,
     ) -> Engine:
         types = StateTypes.named(state_dtype, torch.float32)
         pool = StatePool(self.model.spec, slots, pages=pages or 8 * slots, types=types)
         cache = StateCache(pool, prefix_cache=prefix_cache, aligned=batch_invariant)
         runner = Runner(runtime(self.model), pool, batch_invariant=batch_invariant)
-        return Engine(Scheduler(cache, prefill_tokens, max_running), runner, depth)
+        return Engine(Scheduler(cache, prefill_tokens, max_running), runner, depth, grammars)
 
     @torch.inference_mode()
     def check_tokens(self, message: Generate, tokens: list[int]) -> int:
@@ -131,7 +133,7 @@ def run(
             engine.handle(message)
         if step >= last and engine.idle:
             return outputs
-        while (output := engine.step()) is None and engine.blocked and engine.on_disk:
+        while (output := engine.step()) is None and engine.blocked and engine.in_threads:
             time.sleep(0.001)
         if output is not None:
             outputs.append(output)

@@ -34,6 +34,7 @@ class FakeStep:
     def __init__(self, batch: Batch, runner: "FakeRunner") -> None:
         self.batch, self._runner = batch, runner
         self.failed: list[Request] = []
+        self.constrained: list[Request] = []
         self._slots = {request: request.slot for request in batch.requests}
         self._tokens = [NewToken(r, r.sampled - 1) for r in batch.decodes] + [
             NewToken(request, 0)
@@ -122,6 +123,9 @@ class FakeRunner:
         result = FakeStep(batch, self)
         self.launched.append(result)
         return result
+
+    def sample(self, step: FakeStep, masks: None) -> FakeStep:
+        return step
 
     def _swap(self, swap: Swap) -> None:
         request, slot = swap.request, swap.slot

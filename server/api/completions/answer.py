@@ -45,7 +45,7 @@ async def answer(
 
 def _whole(choices: Choices, chunks: list[Chunk], form: Format) -> Response:
     listed = [
-        form.whole(index, chunk, generation.finish_reason)
+        form.whole(index, chunk, generation.answer_reason)
         for index, (chunk, generation) in enumerate(zip(chunks, choices.generations, strict=True))
     ]
     return json_response(

@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field
 from modeling.state_dtype import StateDType
 
 FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
 STREAMED: dict[int | str, dict[str, Any]] = {
@@ -97,17 +98,31 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class CalledFunction(BaseModel):
+    name: str
+    arguments: str = Field(description="JSON, whole unless the answer was cut.")
+
+
+class ToolCall(BaseModel):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class ChatMessage(BaseModel):
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="Null where there are tool calls and nothing else.")
     refusal: None
+    reasoning_content: str | None = Field(None, description="What the model thought before; only if it did.")
+    reasoning: str | None = Field(None, description="The same by vLLM's name.")
+    tool_calls: list[ToolCall] | None = Field(None, description="Only if there are any.")
 
 
 class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: FinishReason
+    finish_reason: ChatFinishReason
 
 
 class ChatCompletion(BaseModel):

@@ -16,7 +16,9 @@ from server.api.completions.choices import Choices
 from server.api.completions.conversation import conversation
 from server.api.completions.format import Format
 from server.api.completions.generation import Chunk
-from server.api.completions.prepare import Prompts, generate_messages, per_choice
+from server.api.completions.message import delta, message
+from server.api.completions.prepare import Prompts, generate_messages, per_choice, with_defaults
+from server.api.completions.tools import grammar_for, reader_for
 from server.api.http.bodies import JSONRoute
 from server.api.serving.prompts import encode_prompt
 from server.api.serving.service import origin_of, service_of, sticky_identity
@@ -34,12 +36,11 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         return logprobs.chat(variant.text.token_texts, chunk.entries) if body.logprobs else None
 
     def whole(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": chunk.text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": listed(chunk), "finish_reason": reason}
+        return {"index": index, "message": message(chunk), "logprobs": listed(chunk), "finish_reason": reason}
 
     def part(index: int, chunk: Chunk, reason: str | None) -> dict[str, Any]:
-        delta = {"content": chunk.text} if chunk.text or reason is None else {}
-        return {"index": index, "delta": delta, "logprobs": listed(chunk), "finish_reason": reason}
+        new = delta(chunk) if chunk.text or reason is None else {}
+        return {"index": index, "delta": new, "logprobs": listed(chunk), "finish_reason": reason}
 
     head = {
         "id": f"chatcmpl-{secrets.token_hex(12)}",
@@ -47,18 +48,19 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         "created": int(time.time()),
         "model": variant.name,
     }
-    delta = {"role": "assistant", "content": ""}
+    role = {"role": "assistant", "content": ""}
     first = [
-        {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        {"index": index, "delta": role, "logprobs": None, "finish_reason": None}
         for index in range(body.choices_each)
     ]
     with ExitStack() as stack:
         places = stack.enter_context(await service.admit(variant, body.choices_each))
         origin = origin_of(request, "chat", priority=body.priority, salt=body.cache_salt)
-        text = await conversation(variant, body.messages, body)
+        prompt = await conversation(variant, body.messages, body)
+        reader = reader_for(variant, body, prompt)
         ids = await encode_prompt(
             variant,
-            text,
+            prompt.text,
             body.given_limit or 1,
             param="messages",
             special=bool(body.add_special_tokens),  # by default the template has written those that it wants
@@ -67,9 +69,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         limit = body.given_limit or variant.info.context_length - len(ids)
         if body.given_limit is None and body.logprobs:
             limit = min(limit, per_choice(service.settings, body))
-        fields = body.model_copy(update={"max_tokens": limit})
+        fields = with_defaults(body, variant).model_copy(update={"max_tokens": limit})
         prompts = Prompts([ids])
-        messages = generate_messages(service.settings, fields, variant, prompts, origin)
+        grammar = await grammar_for(variant, body, prompt)
+        messages = generate_messages(service.settings, fields, variant, prompts, origin, grammar=grammar)
         observers = request.app.state.observers
-        choices = Choices(places, fields, prompts, messages, origin, observers, service.settings)
+        choices = Choices(places, fields, prompts, messages, origin, observers, service.settings, reader)
         return await answer(request, body, choices, Format(head, whole, part, first), stack)

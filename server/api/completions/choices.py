@@ -1,6 +1,6 @@
 """All choices of one request, and what is told of them together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from server.api.http.aside import aside
 from server.api.http.tasks import together
 from server.api.serving.service import Origin, Places
 from server.settings import Settings
+from server.text.answers.reader import AnswerReader
 from server.wire.messages import Generate
 
 SIZES = ("state_bytes", "recurrent_bytes", "conv_bytes", "kv_bytes")
@@ -33,6 +34,8 @@ class Choices:
     observers: Sequence[Observer]
     """Who is told of each choice that has ended."""
     settings: Settings
+    reader: Callable[[], AnswerReader] | None = None
+    """Makes what takes thoughts and calls out of a choice's text; None: it is text and nothing else."""
 
     @cached_property
     def generations(self) -> list[Generation]:
@@ -52,6 +55,7 @@ class Choices:
                 most_unread=most_unread,
                 on_sampled=self.places.leave,
                 interval=interval,
+                reader=None if self.reader is None else self.reader(),
             )
             for message in self.messages
         ]

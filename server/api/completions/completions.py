@@ -15,8 +15,9 @@ from server.api.completions.answer_schemas import STREAMED, Completion
 from server.api.completions.choices import Choices
 from server.api.completions.format import Format
 from server.api.completions.generation import Chunk
-from server.api.completions.prepare import Prompts, generate_messages
+from server.api.completions.prepare import Prompts, generate_messages, with_defaults
 from server.api.completions.schemas import CompletionRequest
+from server.api.completions.structured import constraint
 from server.api.http.auth import owner_of
 from server.api.http.bodies import JSONRoute
 from server.api.http.tasks import together
@@ -68,10 +69,13 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
                 for prompt in body.prompts
             ]
         )
+        # The penalty looks at all tokens before, and a saved state does not have its own.
+        fields = with_defaults(body, variant, but=() if saved is None else ("repetition_penalty",))
         prompts = Prompts(ids, await _echo(body, variant, ids) if body.echo else None, saved)
-        messages = generate_messages(service.settings, body, variant, prompts, origin)
+        grammar = await constraint(body)
+        messages = generate_messages(service.settings, fields, variant, prompts, origin, grammar=grammar)
         observers = request.app.state.observers
-        choices = Choices(places, body, prompts, messages, origin, observers, service.settings)
+        choices = Choices(places, fields, prompts, messages, origin, observers, service.settings)
         return await answer(request, body, choices, Format(head, shape, shape), stack)
 
 

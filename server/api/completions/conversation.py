@@ -2,19 +2,29 @@
 
 import asyncio
 import json
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from server.api.completions.chat_schemas import Message, TemplateFields
+from server.api.completions.chat_schemas import Message, TemplateFields, Tool
 from server.api.http.errors import APIError, echo
 from server.api.serving.variants import Variant
+from server.text.answers.formats import takes_tools
+from server.text.answers.reader import END_THINK, THINK, Thinking
 from server.text.chat_template import ChatTemplate, TemplateRefusedError
 
 REASONING = ("reasoning", "reasoning_content")
 """Two names of one field. Clients send either, templates read either."""
 
 
-async def conversation(variant: Variant, messages: list[Message], fields: TemplateFields) -> str:
-    """The text of messages by the model's chat template. 400 if it has none, or refuses them."""
+class Rendered(NamedTuple):
+    """A conversation as the model is given it."""
+
+    text: str
+    thinking: Thinking
+    """Whether the answer begins within thoughts, if the model writes any."""
+
+
+async def conversation(variant: Variant, messages: list[Message], fields: TemplateFields) -> Rendered:
+    """Messages by the model's chat template. 400 if it has none, or refuses them, or has no use for the tools."""
     template = variant.text.chat_template
     if template is None:
         raise APIError(
@@ -22,10 +32,30 @@ async def conversation(variant: Variant, messages: list[Message], fields: Templa
             f"messages: model {variant.name!r} has no chat template; use /v1/completions",
             param="messages",
         )
+    if fields.offered and not takes_tools(template.source):
+        message = f"tools: the chat template of model {variant.name!r} has no place for tools"
+        raise APIError(400, message, param="tools")
     try:
-        return await asyncio.to_thread(_render, template, messages, fields)
+        text = await asyncio.to_thread(_render, template, messages, fields)
     except TemplateRefusedError as e:
         raise APIError(400, f"messages: {str(e)[:1000]}", param="messages") from e
+
+    return Rendered(text, _thinking(text, messages, fields))
+
+
+def _thinking(text: str, messages: list[Message], fields: TemplateFields) -> Thinking:
+    """Whether the answer to a rendered conversation begins within thoughts."""
+    if fields.continue_final_message:
+        content = messages[-1].content or ""
+        last = content if isinstance(content, str) else "".join(part.text for part in content)
+        return Thinking.OPEN if last.rfind(THINK) > last.rfind(END_THINK) else Thinking.NEVER
+    if fields.add_generation_prompt is not False:
+        end = text[-1000:].rstrip()
+        if end.endswith(THINK):
+            return Thinking.OPEN
+        if end.endswith(END_THINK):
+            return Thinking.NEVER
+    return Thinking.MAYBE
 
 
 def _render(template: ChatTemplate, messages: list[Message], fields: TemplateFields) -> str:
@@ -33,8 +63,15 @@ def _render(template: ChatTemplate, messages: list[Message], fields: TemplateFie
         [_plain(message, f"messages[{at}]", template) for at, message in enumerate(messages)],
         add_generation_prompt=fields.add_generation_prompt is not False,
         continue_final_message=bool(fields.continue_final_message),
+        tools=[_tool(tool) for tool in fields.offered] or None,
         variables=fields.chat_template_kwargs,
     )
+
+
+def _tool(tool: Tool) -> dict[str, Any]:
+    """A tool as templates expect it, and as models were trained on: what is null is left out, and so is `strict`."""
+    function = tool.function.model_dump(exclude_none=True, exclude={"strict"})
+    return {"type": tool.type, "function": function}
 
 
 def _plain(message: Message, where: str, template: ChatTemplate) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def in_parts(chunk: Chunk) -> list[Chunk]:
 
 def joined(before: Chunk, after: Chunk) -> Chunk:
     """Two chunks that follow each other as one."""
-    return Chunk(before.text + after.text, before.entries + shifted(after.entries, before))
+    return Chunk(before.text + after.text, before.entries + shifted(after.entries, before), after.parts)
 
 
 def shifted(entries: list[TokenEntry], before: Chunk) -> list[TokenEntry]:

@@ -14,6 +14,8 @@ from server.api.http.tasks import Stepping
 from server.api.serving.service import Origin
 from server.api.serving.sizes import Held, held, pages_for
 from server.api.serving.variants import Variant
+from server.text.answers.parts import Part
+from server.text.answers.reader import AnswerReader
 from server.text.detokenizer import Detokenizer, StopMatcher
 from server.wire.exchange import EngineError, Exchange
 from server.wire.messages import FinishReason, Generate, PackedTop, Token
@@ -39,10 +41,12 @@ class TokenEntry(msgspec.Struct, frozen=True, gc=False):
 
 
 class Chunk(NamedTuple):
-    """Text that a choice goes on by, and the tokens since the last chunk if log-probabilities were asked for."""
+    """What a choice goes on by, and the tokens since the last chunk if log-probabilities were asked for."""
 
     text: str
     entries: list[TokenEntry]
+    parts: Sequence[Part] = ()
+    """What it goes on by where the text is read for thoughts and calls; there is no `text` then."""
 
 
 NOTHING = Chunk("", [])
@@ -71,6 +75,7 @@ class Generation:
         most_unread: bytes of tokens that may wait to be taken before the engine pauses.
         on_sampled: called once, when the engine is done with the request; or never, if it is never begun.
         interval: how many tokens make a chunk, at least; the first one is a chunk, and fewer are if no more come.
+        reader: takes thoughts and calls out of the text; None: it is text and nothing else.
     """
 
     def __init__(
@@ -85,6 +90,7 @@ class Generation:
         most_unread: float = math.inf,
         on_sampled: Callable[[], None] = lambda: None,
         interval: int = 1,
+        reader: AnswerReader | None = None,
     ) -> None:
         self.variant = variant
         self.prompt_ids = message.token_ids
@@ -127,7 +133,9 @@ class Generation:
         self._keep_stop = bool(fields.include_stop_str_in_output)
         self._matcher = StopMatcher(stops, keep=self._keep_stop) if stops else None
         skip = fields.skip_special_tokens is not False
-        self._detokenizer = Detokenizer(variant.text.token_texts, skip_special_tokens=skip)
+        self._reader = reader
+        tags = () if reader is None else reader.tags
+        self._detokenizer = Detokenizer(variant.text.token_texts, skip_special_tokens=skip, shown=tags)
 
     def begin(self, wake: Callable[[], None]) -> None:
         """Send the request to the engine. Whoever calls this calls `end`, and `take` once now and each time that it is
@@ -161,12 +169,24 @@ class Generation:
                 self.error, self.finish_reason = exchange.error, "error"
         if self.finish_reason is not None:
             self.end()
+        if self._reader is not None:
+            return self._read(self._reader)
         if not text and (self.finish_reason is None or self.error is not None):
             return NOTHING
         chunk = Chunk(text, self._entries)
         if self._entries:
             self._entries = []
         return chunk
+
+    def _read(self, reader: AnswerReader) -> Chunk:
+        """What the reader has made of the text since the last time."""
+        if self.finish_reason is not None:
+            reader.end()
+        parts = reader.take()
+        if not parts and (self.finish_reason is None or self.error is not None):
+            return NOTHING
+        entries, self._entries = self._entries, []
+        return Chunk("", entries, parts)
 
     def end(self) -> None:
         """Take nothing more; a request that has not ended is aborted. May be called again, and at any time."""
@@ -204,9 +224,12 @@ class Generation:
     async def run(self) -> Chunk:
         """Run to the end: the whole text. Raises as `chunks` does."""
         entries: list[TokenEntry] = []
+        parts: list[Part] = []
 
         def step() -> bool:
-            entries.extend(self.take().entries)
+            chunk = self.take()
+            entries.extend(chunk.entries)
+            parts.extend(chunk.parts)
             return self.finish_reason is not None
 
         stepping = Stepping(step)
@@ -218,7 +241,7 @@ class Generation:
             self.end()
         if self.error is not None:
             raise self.error
-        return Chunk(self.text, entries)
+        return Chunk(self.text if self._reader is None else "", entries, parts)
 
     @property
     def text(self) -> str:
@@ -256,6 +279,10 @@ class Generation:
                 elif reason is not None:
                     piece += self._matcher.flush()
             text += piece
+            if self._reader is not None:
+                self._reader.add(piece)
+                if self._reader.done:
+                    reason = "stop"
             if reason is not None:
                 self.finish_reason = reason
                 break
@@ -314,6 +341,12 @@ class Generation:
         if context.log_texts:
             prompt = self.variant.text.tokenizer.decode(self.prompt_ids, skip_special_tokens=False)
             context.texts.append({"variant": self.variant.name, "prompt": prompt, "completion": self.text})
+
+    @property
+    def answer_reason(self) -> str | None:
+        """`finish_reason` as chat has it: an answer that ends with calls of tools ended for them."""
+        called = self.finish_reason == "stop" and self._reader is not None and self._reader.called
+        return "tool_calls" if called else self.finish_reason
 
     @property
     def from_state(self) -> bool:

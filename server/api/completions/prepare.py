@@ -1,7 +1,9 @@
 """From the fields of a request to what its engine is asked for."""
 
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
+from typing import TypeVar
 
 from server.api.completions.schemas import ChoiceFields, SamplingFields
 from server.api.http.errors import APIError
@@ -11,6 +13,8 @@ from server.api.serving.variants import Variant
 from server.api.states.store import SavedState
 from server.settings import Settings
 from server.wire.messages import Generate, Sampling
+
+F = TypeVar("F", bound=SamplingFields)
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,21 @@ def stop_ids(fields: SamplingFields, variant: Variant) -> set[int]:
     return {*(fields.stop_token_ids or []), *own}
 
 
+def check_beside_grammar(fields: SamplingFields, variant: Variant) -> None:
+    """Raise a 400 for a field that a grammar does not go with: between the two, no token might be left. The variant has
+    loaded."""
+    if fields.allowed_token_ids:
+        message = (
+            "allowed_token_ids: an answer that is held to a form takes the tokens that the form asks for"
+        )
+        raise APIError(400, message, param="allowed_token_ids")
+    if not stop_ids(fields, variant):
+        message = (
+            "ignore_eos: an answer that is held to a form has to end with it, by a token of stop_token_ids"
+        )
+        raise APIError(400, message, param="ignore_eos")
+
+
 def per_choice(settings: Settings, fields: ChoiceFields) -> int:
     """How many tokens each choice may have, so that an answer with log-probabilities of all keeps to
     `max_answer_entries`."""
@@ -76,6 +95,20 @@ def check_size(settings: Settings, fields: ChoiceFields, prompts: Prompts) -> No
         )
 
 
+def with_defaults(fields: F, variant: Variant, *, but: Collection[str] = ()) -> F:
+    """The fields with the variant's own sampling where the request says nothing. The variant has loaded.
+
+    Args:
+        but: fields that are left as they are.
+    """
+    silent = {
+        name: value
+        for name, value in variant.text.sampling.items()
+        if name not in but and (name not in fields.model_fields_set or getattr(fields, name) is None)
+    }
+    return fields.model_copy(update=silent) if silent else fields
+
+
 def generate_message(
     fields: SamplingFields,
     variant: Variant,
@@ -84,14 +117,19 @@ def generate_message(
     *,
     choice: int = 0,
     saved: SavedState | None = None,
+    grammar: str = "",
 ) -> Generate:
-    """The message that has the engine generate. 400 for token ids that the model lacks. The variant has loaded.
+    """The message that has the engine generate. 400 for token ids that the model lacks, or for what a grammar does not
+    go with. The variant has loaded.
 
     Args:
         prompt_ids: token ids that `encode_prompt` has checked.
         choice: which of the prompt's choices this is.
         saved: the state to go on from; None for an empty one.
+        grammar: what the completion is held to (`structured.constraint`); empty for nothing.
     """
+    if grammar:
+        check_beside_grammar(fields, variant)
     return Generate(
         request_id=secrets.token_hex(8),
         token_ids=prompt_ids,
@@ -116,21 +154,31 @@ def generate_message(
         state_path=None if saved is None else str(saved.path),
         state_tokens=0 if saved is None else saved.header.tokens,
         cache_salt=origin.salt,
+        grammar=grammar,
     )
 
 
 def generate_messages(
-    settings: Settings, fields: ChoiceFields, variant: Variant, prompts: Prompts, origin: Origin
+    settings: Settings,
+    fields: ChoiceFields,
+    variant: Variant,
+    prompts: Prompts,
+    origin: Origin,
+    *,
+    grammar: str = "",
 ) -> list[Generate]:
     """A message for each choice: number p * n + i is the i-th of prompt p.
 
+    Args:
+        grammar: what each is held to (`structured.constraint`); empty for nothing.
+
     Raises:
         APIError: 400, the answer may come to more than `max_answer_entries`, or a field has token ids that the model
-            lacks.
+            lacks, or does not go with a grammar.
     """
     check_size(settings, fields, prompts)
     return [
-        generate_message(fields, variant, ids, origin, choice=choice, saved=prompts.saved)
+        generate_message(fields, variant, ids, origin, choice=choice, saved=prompts.saved, grammar=grammar)
         for ids in prompts.ids
         for choice in range(fields.choices_each)
     ]

@@ -8,7 +8,6 @@ from server.api.http.fields import NoOps
 
 RENDERING: NoOps = {
     # What a conversation is made into.
-    "tools": (None, []),
     "documents": (None, []),
     "chat_template": (None,),
     "media_io_kwargs": (None, {}),
@@ -20,16 +19,19 @@ RENDERING: NoOps = {
     "task": (None,),
 }
 
-GENERATION: NoOps = {
-    # What may be generated.
-    "tools": (None, []),
+STRUCTURED: NoOps = {
+    # What holds an answer to a form (`StructuredFields`), which comparisons do not.
     "response_format": (None, {"type": "text"}),
     "structured_outputs": (None,),
-    "structural_tag": (None,),
     "guided_json": (None,),
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
+}
+
+CHOICES: NoOps = {
+    # What may be generated.
+    "structural_tag": (None,),
     "guided_decoding_backend": (None,),
     "guided_whitespace_pattern": (None,),
     "json_schema": (None,),
@@ -74,10 +76,16 @@ GENERATION: NoOps = {
     "return_cached_tokens_details": (None, False),
 }
 
+COMPLETIONS: NoOps = {
+    **CHOICES,
+    "tools": (None, []),
+}
+
+GENERATION: NoOps = {**STRUCTURED, **COMPLETIONS}
+
 CHAT: NoOps = {
-    **GENERATION,
+    **CHOICES,
     **RENDERING,
-    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "function_call": (None, "none", "auto"),
     "modalities": (None, ["text"]),
@@ -86,7 +94,7 @@ CHAT: NoOps = {
     "web_search_options": (None,),
     "echo": (None, False),
     "include_reasoning": (None, True),
-    "separate_reasoning": (None, False),
+    "separate_reasoning": (None, True),
     "stream_reasoning": (None, True),
     "state_id": (None,),
 }

@@ -13,6 +13,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from server.api.completions import refused
+from server.api.completions.structured import StructuredFields
 from server.api.http.fields import CacheSalt, CheckedFields, Fields, TokenIds, refusal
 from server.wire.exchange import MOST_TAKEN
 
@@ -162,8 +163,10 @@ class StreamOptions(Fields):
         return 1 if self.stream_interval is None else self.stream_interval
 
 
-class ChoiceFields(SamplingFields):
+class ChoiceFields(SamplingFields, StructuredFields):
     """What completions and chat share."""
+
+    no_ops = refused.CHOICES
 
     model: str = Field(description="A variant's name or an alias.", max_length=256)
     n: int | None = Field(1, ge=1, le=MAX_CHOICES, description="Choices for each prompt.")
@@ -191,6 +194,8 @@ class ChoiceFields(SamplingFields):
 
 class CompletionRequest(ChoiceFields):
     """POST /v1/completions."""
+
+    no_ops = refused.COMPLETIONS
 
     prompt: Prompts = Field(description="Texts, or token ids of the model's own tokenizer; one or several.")
     echo: bool | None = Field(False, description="Give back the prompt before the completion.")

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import Any
 
 from server.api.completions.choices import Choices
@@ -12,6 +12,7 @@ from server.api.completions.generation import NOTHING, Chunk
 from server.api.completions.schemas import StreamOptions
 from server.api.http.errors import from_engine
 from server.api.http.events import json_line, sse
+from server.text.answers.parts import Arguments, Call, Part
 
 _MARK = secrets.token_hex(16)
 """A text that is nowhere else in an event."""
@@ -36,6 +37,8 @@ class Events:
         self._running = len(choices.messages)
         self._around: dict[int, tuple[bytes, bytes]] = {}
         """What stands around the text in an event of a choice that has nothing else to tell, by choice."""
+        self._around_parts: dict[tuple[int, type[Part]], list[bytes]] = {}
+        """What stands around its text, once or twice, in an event of a part that has nothing else to tell."""
 
     async def opening(self) -> AsyncGenerator[bytes]:
         """The events before any token: what the format wants to be first, and what is given back of the prompts.
@@ -72,12 +75,15 @@ class Events:
             if chunk.text:
                 events.append(self._chunk(index, chunk))
                 chunk = NOTHING
+            elif chunk.parts:
+                events += self._parts(index, chunk)
+                chunk = NOTHING
             if generation.error is not None:
                 events.append(sse(from_engine(generation.error).body()))
                 self.close()
                 break
             if generation.finish_reason is not None:
-                events.append(self._end(index, chunk, generation.finish_reason))
+                events.append(self._end(index, chunk, generation.answer_reason or generation.finish_reason))
         return b"".join(events)
 
     def close(self) -> None:
@@ -95,6 +101,21 @@ class Events:
             before, _, after = event.partition(json_line(_MARK))
             around = self._around[index] = before, after
         return around[0] + json_line(chunk.text) + around[1]
+
+    def _parts(self, index: int, chunk: Chunk) -> Iterator[bytes]:
+        """An event for each part. The tokens go with the first."""
+        entries = self._shifted(index, chunk).entries
+        for part in chunk.parts:
+            if entries or self._options.continuous_usage_stats or isinstance(part, Call | Arguments):
+                yield self._event([self._form.part(index, Chunk("", entries, [part]), None)])
+                entries = []
+                continue
+            kind = type(part)
+            around = self._around_parts.get((index, kind))
+            if around is None:
+                event = self._event([self._form.part(index, Chunk("", [], [kind(_MARK)]), None)])
+                around = self._around_parts[index, kind] = event.split(json_line(_MARK))
+            yield json_line(part.text).join(around)
 
     def _end(self, index: int, rest: Chunk, reason: str) -> bytes:
         self._running -= 1

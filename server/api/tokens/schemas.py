@@ -26,7 +26,7 @@ class TokenizeRequest(CheckedFields, TemplateFields):
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise refusal("prompt", "or messages: exactly one of them is needed")
-        for field in ("continue_final_message", "chat_template_kwargs"):
+        for field in ("tools", "continue_final_message", "chat_template_kwargs"):
             if self.messages is None and getattr(self, field):
                 raise refusal(field, "needs messages, not a prompt")
         return self

@@ -40,7 +40,7 @@ async def create_tokens(body: TokenizeRequest, request: Request) -> Response:
     variant = _variant(request, body.model)
     special = body.add_special_tokens
     if body.messages is not None:
-        text = await conversation(variant, body.messages, body)
+        text = (await conversation(variant, body.messages, body)).text
     else:
         text, special = body.prompt or "", special is not False
     size = len(text.encode())

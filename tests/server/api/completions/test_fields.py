@@ -14,7 +14,7 @@ from server.api.completions import refused
 TOKENIZER = byte_tokenizer()
 HELLO = [{"role": "user", "content": "Hello"}]
 ENDPOINTS = {
-    "/v1/completions": ({"model": "dense", "prompt": "Hi", "max_tokens": 4}, refused.GENERATION),
+    "/v1/completions": ({"model": "dense", "prompt": "Hi", "max_tokens": 4}, refused.COMPLETIONS),
     "/v1/chat/completions": ({"model": "dense", "messages": HELLO, "max_tokens": 4}, refused.CHAT),
     "/v1/compare": ({"prompt": "Hi", "max_tokens": 4}, CompareRequest.no_ops),
     "/tokenize": ({"model": "dense", "messages": HELLO}, refused.RENDERING),
@@ -62,6 +62,8 @@ def test_what_changes_nothing_is_accepted(api, path):
         ("return_token_ids", True),
         ("bad_words", [""]),
         ("response_format", {}),
+        ("structured_outputs", {}),
+        ("structured_outputs", {"structural_tag": {}}),
         ("stream_interval", 1.0),
         ("prompt_logprobs", 0),
         ("suffix", ""),
@@ -72,9 +74,9 @@ def test_what_is_like_a_value_that_changes_nothing_is_not_one(api, field, value)
 
 
 def test_several_fields_are_refused_together(api):
-    error = error_of(post(api, guided_json={}, regex="a+"))
-    assert error["message"] == "guided_json is not supported; regex is not supported"
-    error = error_of(post(api, **dict.fromkeys(refused.GENERATION, "x")))
+    error = error_of(post(api, ebnf={}, regex="a+"))
+    assert error["message"] == "regex is not supported; ebnf is not supported"
+    error = error_of(post(api, **dict.fromkeys(refused.COMPLETIONS, "x")))
     assert error["message"].count("; ") == 9, "ten at most"
 
 
@@ -89,7 +91,12 @@ def test_the_documentation_has_the_same_table():
     text = Path(__file__).parents[4].joinpath("docs/api.md").read_text()
     section = text.split("## Fields that are refused")[1].split("\n## ")[0]
     rows = [line.split("|")[1:-1] for line in section.splitlines() if line.startswith("| `")]
-    tables = {"everywhere": refused.GENERATION, "chat": refused.CHAT, "/tokenize": refused.RENDERING}
+    tables = {
+        "everywhere": refused.CHOICES,
+        "/v1/completions": refused.COMPLETIONS,
+        "chat": refused.CHAT,
+        "/tokenize": refused.RENDERING,
+    }
     tables["/v1/compare"] = CompareRequest.no_ops
     for where, no_ops in tables.items():
         own = {"everywhere"} if where != "/tokenize" else set()
