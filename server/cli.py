@@ -28,7 +28,8 @@ Examples:
     lowkey-serve --config lowkey.toml --check-config
 
 Every option can also be set in the environment, e.g. LOWKEY_MAX_REQUESTS=128, or in the file of --config; the command
-line counts before the environment, and that before the file. SIGHUP re-reads aliases, stickiness and shadow rules.
+line counts before the environment, and that before the file. SIGHUP re-reads aliases, stickiness, shadow rules and API
+keys.
 """
 
 

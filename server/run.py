@@ -50,11 +50,20 @@ def serve_until_over(settings: Settings, reload: Callable[[], Settings]) -> dict
     Raises:
         ConfigurationError: the port is taken, or `state_dir` can't be written to.
     """
+    signal.pthread_sigmask(
+        signal.SIG_BLOCK, {signal.SIGHUP}
+    )  # until there is a handler, it would end the process
     listening = listen_together(settings.host, settings.port, count_processes(settings))
     url = url_of(settings.host, listening[0][0].getsockname()[1])
     if len(listening) == 1:
         return run_in_loop(_in_one(settings, reload, listening[0], url))
     return run_in_loop(_in_several(settings, reload, listening, url))
+
+
+def _hang_ups_go_to(conductor: Conductor) -> None:
+    """Have SIGHUP answered, also one that has come already."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, conductor.hang_up)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
 
 
 async def _in_one(
@@ -71,7 +80,7 @@ async def _in_one(
     conductor = Conductor(hub, reload, url)
 
     def started() -> None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, conductor.hang_up)
+        _hang_ups_go_to(conductor)
         conductor.listening()
 
     async def tick() -> None:
@@ -96,7 +105,7 @@ async def _in_several(
     loop, is_listening = asyncio.get_running_loop(), False
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, conductor.exit)
-    loop.add_signal_handler(signal.SIGHUP, conductor.hang_up)
+    _hang_ups_go_to(conductor)
     async with hub.running():
         front_ends.start()
         while not conductor.over and not failed:

@@ -1,9 +1,7 @@
 """Settings of the API process: command line first, then environment (`LOWKEY_...`), then the file of `--config`, then
 these defaults."""
 
-import hashlib
 import math
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -28,6 +26,7 @@ from pydantic_settings import (
 )
 
 from modeling.state_dtype import StateDType
+from server.keys import ApiKey, check_owners, keys_of
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What a variant, an alias or a key may be called: it becomes a metric label and part of a file name."""
@@ -35,11 +34,11 @@ VariantName = Annotated[str, StringConstraints(pattern=f"^{NAME}$")]
 KeyName = VariantName
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 DType = Literal["auto", "float32", "bfloat16"]
+ToolCallParser = Literal["auto", "none", "qwen3_coder", "qwen3_xml", "hermes", "olmo3"]
+ReasoningParser = Literal["auto", "none", "qwen3", "olmo3"]
+GenerationConfig = Literal["auto", "none"]
 DeviceMemory = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-MIN_KEY_LENGTH = 16
-_SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class ConfigurationError(Exception):
@@ -61,6 +60,15 @@ class VariantSettings(_Table):
         default=None,
         description="Share of its GPU's memory; by default an equal part of what the GPU's other variants leave of the "
         "server's `device_memory`.",
+    )
+    tool_call_parser: ToolCallParser | None = Field(
+        default=None, description="Instead of the server's `tool_call_parser`."
+    )
+    reasoning_parser: ReasoningParser | None = Field(
+        default=None, description="Instead of the server's `reasoning_parser`."
+    )
+    generation_config: GenerationConfig | None = Field(
+        default=None, description="Instead of the server's `generation_config`."
     )
 
 
@@ -90,56 +98,7 @@ class ShadowRule(_Table):
     fraction: float = Field(gt=0, le=1, description="Share of the requests that end well.")
 
 
-class ApiKey(_Table):
-    """The settings of one client. The key itself is not kept."""
-
-    sha256: str
-    requests_per_minute: int | None = Field(default=None, ge=1, description="Instead of the server's.")
-    tokens_per_minute: int | None = Field(default=None, ge=1, description="Instead of the server's.")
-    max_priority: int = Field(
-        default=0,
-        description="The most urgent (lowest) priority that a request may have; others are raised to it.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _hash(cls, value: Any) -> Any:
-        if isinstance(value, ApiKey):
-            return value
-        fields = {"key": value} if isinstance(value, str) else value
-        if not isinstance(fields, dict) or not isinstance(fields.get("key"), str):
-            raise ValueError('is a key, or a table with key = "..."')
-        fields = dict(fields)
-        key = fields.pop("key")
-        if _SHA256.fullmatch(key):
-            return {**fields, "sha256": key.removeprefix("sha256:")}
-        if (
-            key.startswith("sha256:")
-            or len(key) < MIN_KEY_LENGTH
-            or not key.isascii()
-            or not key.isprintable()
-        ):
-            raise ValueError(
-                f"a key has at least {MIN_KEY_LENGTH} printable ASCII characters (`openssl rand -hex 24` makes "
-                "one), or is sha256: and 64 hexadecimal digits of one"
-            )
-        return {**fields, "sha256": hashlib.sha256(key.encode()).hexdigest()}
-
-
-def _keys(value: Any) -> Any:
-    """`name=key,name=key`, as an environment variable has it."""
-    if not isinstance(value, str):
-        return value
-    keys: dict[str, str] = {}
-    for number, entry in enumerate(filter(None, value.split(",")), 1):
-        name, separator, key = entry.partition("=")
-        if not separator or name.strip() in keys:
-            raise ValueError(f"entry {number} is not name=key with a name of its own")
-        keys[name.strip()] = key.strip()
-    return keys
-
-
-ApiKeys = Annotated[dict[KeyName, ApiKey], NoDecode, BeforeValidator(_keys)]
+ApiKeys = Annotated[dict[KeyName, ApiKey], NoDecode, BeforeValidator(keys_of)]
 
 
 StateMemory = Annotated[
@@ -157,7 +116,7 @@ class Settings(BaseSettings):
     variants: dict[VariantName, Annotated[VariantSettings, BeforeValidator(_variant)]] = Field(
         default_factory=dict,
         description="Variant name -> checkpoint directory or hub id, or a table with `source`, `device`, "
-        "`dtype`, `state_dtype` and `device_memory`; "
+        "`dtype`, `state_dtype`, `device_memory`, `tool_call_parser`, `reasoning_parser` and `generation_config`; "
         "the first is the default.",
     )
     aliases: dict[VariantName, Annotated[dict[VariantName, Weight], Field(min_length=1)]] = Field(
@@ -211,6 +170,21 @@ class Settings(BaseSettings):
         "float32",
         description="The recurrent state: float32, bfloat16 (half of it) or int8 (a quarter, and a scale for each "
         "value channel); narrower ones are rounded after every generated token and every piece of a prompt.",
+    )
+    tool_call_parser: ToolCallParser = Field(
+        "auto",
+        description="The format in which models write calls of tools, by vLLM's names; auto: as the chat template "
+        "writes them; none: calls stay text.",
+    )
+    reasoning_parser: ReasoningParser = Field(
+        "auto",
+        description="The format in which models write thoughts, by vLLM's names; auto: as the chat template writes "
+        "them; none: thoughts stay text.",
+    )
+    generation_config: GenerationConfig = Field(
+        "auto",
+        description="auto: sampling that a request says nothing of is as generation_config.json in the checkpoint "
+        "says; none: it is the API's own default.",
     )
     prefix_cache: bool = Field(
         True, description="Keep states of prompts in free slots, for prompts that begin alike."
@@ -302,7 +276,9 @@ class Settings(BaseSettings):
         description="Name -> key; none: no key is asked for. In the environment `name=key,name=key`.",
     )
     api_keys_file: Path | None = Field(
-        None, description='A TOML file with more keys: `name = "key"`, or a table with limits.'
+        None,
+        description='A TOML file with more keys: `name = "key"`, `name = ["new key", "old key"]`, or a table with '
+        "`key` and limits. SIGHUP reads it again.",
     )
     public_paths: list[str] = Field(
         default=["/", "/health", "/ready", "/metrics"],
@@ -338,6 +314,7 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         check_routing(self, set(self.variants))
+        check_owners(self.api_keys)
         device_shares(self)
         return self
 
@@ -404,7 +381,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as e:
         raise ConfigurationError(f"{path}: {e.strerror}") from e
-    except ValueError as e:  # of TOML and of UTF-8
+    except (ValueError, RecursionError) as e:  # of TOML and of UTF-8; of brackets without end
         raise ConfigurationError(f"{path}: is no TOML: {e}") from e
 
 
@@ -434,6 +411,9 @@ def load_settings(config: Path | None = None, **options: Any) -> Settings:
         if settings.api_keys_file is None:
             return settings
         file, more = settings.api_keys_file, _read_toml(settings.api_keys_file)
+        if not more:
+            # It may just be written, and without keys everybody would be let in.
+            raise ConfigurationError(f"{file}: has no keys; to do without, leave api_keys_file out")
         twice = sorted(settings.api_keys.keys() & more)
         if twice:
             raise ConfigurationError(f"{file}: the key names {twice} are in api_keys too")

@@ -5,15 +5,28 @@ import time
 from collections.abc import Callable
 
 from server.hub.hub import Hub
+from server.keys import ApiKey
+from server.service_manager import notify
 from server.settings import ConfigurationError, Settings, check_routing
 
 logger = logging.getLogger("lowkey.server")
 
 TICK_S = 0.1
 """Seconds between two looks at how things are."""
+ALIVE_S = 1.0
+"""Seconds between two signs of life for the service manager."""
 
-RELOADED = {"aliases": "[aliases]", "sticky": "[sticky]", "shadow": "shadow = []"}
-"""Settings that SIGHUP reads again, and how a file says that there are none."""
+ROUTING = {"aliases": "[aliases]", "sticky": "[sticky]", "shadow": "shadow = []"}
+"""Settings of routing, which SIGHUP reads again, and how a file says that there are none."""
+RELOADED = (*ROUTING, "api_keys", "api_keys_file")
+"""All settings that SIGHUP reads again."""
+
+
+def _differences(old: dict[str, ApiKey], new: dict[str, ApiKey]) -> str:
+    """Whose keys or limits are new, changed or gone, by name; empty if nothing is."""
+    changed = {name for name in old.keys() & new.keys() if old[name] != new[name]}
+    parts = {"new": new.keys() - old.keys(), "changed": changed, "gone": old.keys() - new.keys()}
+    return "".join(f"; {what}: {', '.join(sorted(names))}" for what, names in parts.items() if names)
 
 
 class Conductor:
@@ -37,7 +50,7 @@ class Conductor:
         self._reload = reload
         self._url = url
         self._complete = complete
-        self._drain_at = self._drain_until = 0.0
+        self._drain_at = self._drain_until = self._told_at = 0.0
         self._announced = self._drain_announced = False
         self.over = False
         """Whether nothing more is to be answered."""
@@ -56,15 +69,20 @@ class Conductor:
         old = self._hub.settings
         try:
             new = self._reload()
-            missing = [name for name in RELOADED if name in old.model_fields_set - new.model_fields_set]
+            missing = [name for name in ROUTING if name in old.model_fields_set - new.model_fields_set]
             if missing:
-                empty = ", ".join(RELOADED[name] for name in missing)
+                empty = ", ".join(ROUTING[name] for name in missing)
                 raise ConfigurationError(
                     f"no more {', '.join(missing)} there; to do without, say so: {empty}"
+                )
+            if old.api_keys and not new.api_keys:
+                raise ConfigurationError(
+                    "no API key is left there; a server that asks for keys is opened to everybody by a restart only"
                 )
             check_routing(new, set(old.variants))
         except (ConfigurationError, ValueError) as e:
             logger.error("SIGHUP: the old configuration stays: %s", e)
+            self._hub.metrics.on_reload_failed()
             return
         others = sorted(
             name
@@ -74,7 +92,11 @@ class Conductor:
         taken = {name: getattr(new, name) for name in RELOADED if name in new.model_fields_set}
         self._hub.reload(old.model_copy(update=taken))
         logger.info(
-            "SIGHUP: read aliases %s, sticky and %d shadow rules", sorted(new.aliases), len(new.shadow)
+            "SIGHUP: read aliases %s, sticky and %d shadow rules, API keys of %d clients%s",
+            sorted(new.aliases),
+            len(new.shadow),
+            len(new.api_keys),
+            _differences(old.api_keys, new.api_keys),
         )
         dropped = sorted(old.aliases.keys() - new.aliases.keys())
         if dropped:
@@ -85,6 +107,7 @@ class Conductor:
     def exit(self) -> None:
         """SIGTERM or SIGINT: let what runs end. Once more: at once."""
         self.signals += 1
+        notify("STOPPING=1\nSTATUS=Letting the requests that run end")
         settings, now, again = self._hub.settings, time.monotonic(), self._hub.leaving
         self._hub.leave()
         self._drain_at = now if again else now + settings.drain_delay_s
@@ -95,9 +118,11 @@ class Conductor:
         """To be called each `TICK_S`: say when all models are up, and once a drain is over, say so. Requests that
         outlast it get their error event first."""
         hub = self._hub
+        self._tell_that_it_lives()
         if not self._announced and self._complete() and all(engine.up for engine in hub.engines.values()):
             self._announced = True
             logger.info("ready: %s; open %s", ", ".join(hub.engines), self._url)
+            notify(f"READY=1\nSTATUS=Serving {', '.join(hub.engines)} on {self._url}")
         if hub.leaving and time.monotonic() >= self._drain_at:
             hub.draining = True
         if not hub.draining or self.over:
@@ -111,3 +136,10 @@ class Conductor:
         if running:
             await hub.close_engines()
         self.over = True
+
+    def _tell_that_it_lives(self) -> None:
+        """Once a second: the service manager may end a process that says nothing for long (`WatchdogSec`)."""
+        now = time.monotonic()
+        if now - self._told_at >= ALIVE_S:
+            self._told_at = now
+            notify("WATCHDOG=1")

@@ -14,8 +14,9 @@ from prometheus_client import Metric
 
 from server.handover import to_json
 from server.hub.engines import Engine, RuntimeDir, engine_configs
-from server.hub.limits import limits_of
+from server.hub.limits import AllLimits
 from server.hub.metrics import EngineMetrics, HubMetrics, as_metrics, render, summed
+from server.hub.series import series
 from server.hub.window import CONFIDENCE, ABWindow
 from server.settings import Settings
 from server.wire.hub import (
@@ -40,6 +41,7 @@ from server.wire.hub import (
     Refusal,
     Reload,
     RenderMetrics,
+    Shadowed,
     Stop,
     Summarise,
     TakeRequest,
@@ -97,9 +99,10 @@ class Hub:
         self._stopped = False
         """Whether all front ends have been told to end."""
         self.metrics = HubMetrics()
+        self.metrics.on_reload(settings)
         self._runtime_dir = RuntimeDir()
         self._window = ABWindow(settings.ab_samples)
-        self._limits = limits_of(settings)
+        self._limits = AllLimits(settings)
         self._front_ends: dict[str, _FrontEnd] = {}
         self._gone: list[Family] = []
         """All that front ends had counted that have gone."""
@@ -199,6 +202,8 @@ class Hub:
         """Take over what may change while the server runs. What does not fit the rest has been found before
         (`check_routing`)."""
         self.settings, self._reloaded = settings, True
+        self._limits.replace(settings)
+        self.metrics.on_reload(settings)
         self.tell_all(Reload(settings=to_json(settings)))
 
     def stop_front_ends(self) -> None:
@@ -214,13 +219,13 @@ class Hub:
             case Ping():
                 return None
             case TakeRequest():
-                return self._limits[question.client].take_request()
+                return self._limits.take_request(question.client)
             case Admit():
                 return self._admit(self._front_ends[front_end], question)
             case RenderMetrics():
                 return render(await self.collect())
             case Summarise():
-                return await asyncio.to_thread(self._summary, question.window_s)
+                return await asyncio.to_thread(self._summary, question.window_s, question.points)
             case BeginScoring():
                 await self._scoring.acquire()
                 if front_end not in self._front_ends:  # it went while it waited
@@ -251,11 +256,13 @@ class Hub:
                 if places is not None:
                     places.engine.admitted -= places.held
             case Charge():
-                self._limits[news.client].take_tokens(news.tokens)
+                self._limits.take_tokens(news.client, news.tokens)
             case EndedRequest():
                 self._window.add_request(news)
             case Pair():
                 self._window.add_pair(news)
+            case Shadowed():
+                self._window.add_shadow(news)
             case EndScoring():
                 self._end_scoring(front_end)
             case EndShadow():
@@ -330,12 +337,14 @@ class Hub:
         counted = [self._gone, *(front_end.totals for front_end in self._front_ends.values())]
         return [*as_metrics(summed(counted)), *self.metrics.registry.collect()]
 
-    def _summary(self, window_s: float) -> dict[str, Any]:
+    def _summary(self, window_s: float, points: int) -> dict[str, Any]:
         """Takes a fraction of a second over full rings."""
         return {
             "confidence": CONFIDENCE,
             "variants": {variant: self._window.traffic(variant, window_s) for variant in self.engines},
             "pairs": self._window.pairs(window_s),
+            "shadow": self._window.shadow(window_s),
+            "series": series(self._window, list(self.engines), window_s, points) if points else None,
         }
 
 

@@ -2,7 +2,8 @@
 
 import time
 
-from server.settings import ApiKey, Settings
+from server.keys import ApiKey
+from server.settings import Settings
 
 
 class Bucket:
@@ -24,16 +25,37 @@ class Bucket:
     def take(self, units: int) -> None:
         self._level -= units
 
+    def resize(self, per_minute: int) -> None:
+        """Allow another number of units a minute from now on. What is owed stays owed."""
+        self.wait_s()  # what has come in until now came at the old rate
+        self._per_minute = per_minute
+        self._level = min(self._level, float(per_minute))
+
+
+def _resized(bucket: Bucket | None, per_minute: int | None) -> Bucket | None:
+    """The bucket with another limit; a full one where there was no limit, and None where there is none any more."""
+    if per_minute is None:
+        return None
+    if bucket is None:
+        return Bucket(per_minute)
+    bucket.resize(per_minute)
+    return bucket
+
 
 class ClientLimits:
     """The requests and tokens that one client may still have."""
 
     def __init__(self, settings: Settings, key: ApiKey | None = None) -> None:
+        self._requests: Bucket | None = None
+        self._tokens: Bucket | None = None
+        self.replace(settings, key)
+
+    def replace(self, settings: Settings, key: ApiKey | None = None) -> None:
+        """Take over new limits. What the client has used up stays used up."""
         requests, tokens = settings.requests_per_minute, settings.tokens_per_minute
         if key is not None:
             requests, tokens = key.requests_per_minute or requests, key.tokens_per_minute or tokens
-        self._requests = None if requests is None else Bucket(requests)
-        self._tokens = None if tokens is None else Bucket(tokens)
+        self._requests, self._tokens = _resized(self._requests, requests), _resized(self._tokens, tokens)
 
     def take_request(self) -> float:
         """Count a request against the limits. Returns 0, or the seconds to wait if it is one too many and not
@@ -49,9 +71,30 @@ class ClientLimits:
             self._tokens.take(tokens)
 
 
-def limits_of(settings: Settings) -> dict[str, ClientLimits]:
+class AllLimits:
     """The limits of each key by its name; "" is everybody together, where no key is asked for."""
-    return {
-        "": ClientLimits(settings),
-        **{name: ClientLimits(settings, key) for name, key in settings.api_keys.items()},
-    }
+
+    def __init__(self, settings: Settings) -> None:
+        self._by_name: dict[str, ClientLimits] = {}
+        self.replace(settings)
+
+    def replace(self, settings: Settings) -> None:
+        """Take over new keys and limits. A key that keeps its name keeps what it has used up."""
+        for name, key in {"": None, **settings.api_keys}.items():
+            if name in self._by_name:
+                self._by_name[name].replace(settings, key)
+            else:
+                self._by_name[name] = ClientLimits(settings, key)
+        for name in self._by_name.keys() - settings.api_keys.keys() - {""}:
+            del self._by_name[name]
+
+    def take_request(self, name: str) -> float:
+        """`ClientLimits.take_request` of that key. 0 for one that is gone: its request was let in before that."""
+        limits = self._by_name.get(name)
+        return 0.0 if limits is None else limits.take_request()
+
+    def take_tokens(self, name: str, tokens: int) -> None:
+        """Count tokens that were run for the holder of that key, if there still is one."""
+        limits = self._by_name.get(name)
+        if limits is not None:
+            limits.take_tokens(tokens)

@@ -15,6 +15,7 @@ from prometheus_client import (
 )
 
 from server.series import STEP_SECONDS
+from server.settings import Settings
 from server.wire.hub import Family
 from server.wire.messages import Occupancy, Phase, Ready, Step, one_or_all
 
@@ -109,6 +110,27 @@ class HubMetrics:
             "Times that an API process was started again.",
             registry=self.registry,
         )
+        self.api_keys = gauge("lowkey_api_keys", "Clients that have an API key; 0: no key is asked for.", [])
+        self.reload_successful = gauge(
+            "lowkey_config_last_reload_successful",
+            "0 if the settings could not be taken over at the last SIGHUP, and the old ones stay.",
+            [],
+        )
+        self.reload_success_time = gauge(
+            "lowkey_config_last_reload_success_timestamp_seconds",
+            "When settings were last taken over, at the start or at a SIGHUP.",
+            [],
+        )
+
+    def on_reload(self, settings: Settings) -> None:
+        """Settings have been taken over, at the start or at a SIGHUP."""
+        self.api_keys.set(len(settings.api_keys))
+        self.reload_successful.set(1)
+        self.reload_success_time.set_to_current_time()
+
+    def on_reload_failed(self) -> None:
+        """Settings could not be taken over."""
+        self.reload_successful.set(0)
 
 
 class EngineMetrics:

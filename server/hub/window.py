@@ -6,12 +6,12 @@ Everything is kept in rings of a fixed size: the oldest rows give way.
 import math
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from server.wire.hub import EndedRequest, Pair, Source
+from server.wire.hub import EndedRequest, Pair, Shadowed, ShadowOutcome, Source
 
 Rows = NDArray[np.float64]
 
@@ -41,10 +41,14 @@ class Ring:
         self._rows[places[-len(self._rows) :], 1:] = values[-len(self._rows) :]
         self._count += len(values)
 
+    def timed(self, start: float) -> Rows:
+        """The rows from `start` on, `[rows, 1 + width]` with their times, in no particular order."""
+        rows = self._rows[: self._count]
+        return rows[rows[:, 0] >= start].copy()
+
     def since(self, start: float) -> Rows:
         """Values of the rows from `start` on, `[rows, width]`, in no particular order."""
-        rows = self._rows[: self._count]
-        return rows[rows[:, 0] >= start, 1:].copy()
+        return self.timed(start)[:, 1:]
 
     def covers(self, start: float) -> bool:
         """Whether the ring still has everything from `start` on."""
@@ -53,6 +57,7 @@ class Ring:
 
 QUALITY_FIELDS = ("kl", "top1_agreement", "prompt_nll_difference")
 PAIR_FIELDS = (*QUALITY_FIELDS, "speed_ratio", "ttft_difference_s")
+OUTCOMES: tuple[ShadowOutcome, ...] = get_args(ShadowOutcome)
 
 
 @dataclass
@@ -72,6 +77,7 @@ class ABWindow:
     samples: int
     _traffic: dict[str, _Traffic] = field(default_factory=dict)
     _pairs: dict[tuple[str, str, Source], Ring] = field(default_factory=dict)
+    _shadows: dict[tuple[str, str], Ring] = field(default_factory=dict)
 
     def add_request(self, request: EndedRequest) -> None:
         """Remember a request that has ended."""
@@ -97,6 +103,38 @@ class ABWindow:
         values = (_or_nan(getattr(pair, name)) for name in PAIR_FIELDS)
         ring.add(time.time(), [(*values, float(pair.tokens % 2**53))])
 
+    def add_shadow(self, shadowed: Shadowed) -> None:
+        """Remember what came of a request that a rule drew."""
+        ring = self._shadows.setdefault((shadowed.variant, shadowed.baseline), Ring(self.samples, 1))
+        ring.add(time.time(), [(float(OUTCOMES.index(shadowed.outcome)),)])
+
+    def shadow(self, window_s: float) -> list[dict[str, Any]]:
+        """How many requests of the last `window_s` seconds were to be repeated, by variants and by what came of it."""
+        start = time.time() - window_s
+        counts = {
+            names: np.bincount(ring.since(start)[:, 0].astype(int), minlength=len(OUTCOMES))
+            for names, ring in list(self._shadows.items())
+        }
+        return [
+            {"variant": variant, "baseline": baseline, **dict(zip(OUTCOMES, found.tolist(), strict=True))}
+            for (variant, baseline), found in counts.items()
+        ]
+
+    def timed_requests(self, variant: str, start: float) -> Rows:
+        """Requests of a variant that ended from `start` on, `[requests, 5]`: time, tokens, seconds from the first to
+        the last one, seconds to the first one, and 1 for those that failed. What one did not get to is NaN."""
+        traffic = self._traffic.get(variant)
+        return np.empty((0, 5)) if traffic is None else traffic.requests.timed(start)
+
+    def timed_pairs(self, start: float) -> dict[tuple[str, str], Rows]:
+        """By variant and baseline, their pairs from `start` on, the oldest first, `[pairs, 2 + fields]`: time,
+        `PAIR_FIELDS`, and the hash of the tokens. What a pair does not tell is NaN, and of the same tokens only the
+        first one tells of quality."""
+        found: dict[tuple[str, str], list[Rows]] = {}
+        for (variant, baseline, _), ring in list(self._pairs.items()):
+            found.setdefault((variant, baseline), []).append(ring.timed(start))
+        return {names: _once(np.concatenate(rings)) for names, rings in found.items()}
+
     def traffic(self, variant: str, window_s: float) -> dict[str, Any]:
         """What one variant did in the last `window_s` seconds. Percentiles are over requests, of `itl_s` over gaps."""
         start = time.time() - window_s
@@ -120,12 +158,13 @@ class ABWindow:
         """How variants differed in the last `window_s` seconds, for each that was compared with a baseline. Takes a
         fraction of a second for full rings: not for an event loop."""
         start = time.time() - window_s
-        found: dict[tuple[str, str], dict[Source, Rows]] = {}
+        counts: dict[tuple[str, str], dict[Source, int]] = {}
         for (variant, baseline, source), ring in list(self._pairs.items()):
-            rows = ring.since(start)
-            if len(rows):
-                found.setdefault((variant, baseline), {})[source] = rows
-        return [_differences(*names, sources) for names, sources in found.items()]
+            rows = len(ring.since(start))
+            if rows:
+                counts.setdefault((variant, baseline), {})[source] = rows
+        timed = self.timed_pairs(start)
+        return [_differences(*names, sources, timed[names]) for names, sources in counts.items()]
 
 
 def _or_nan(value: float | None) -> float:
@@ -146,17 +185,23 @@ def _quantiles(values: Rows) -> dict[str, float]:
     return {name: float(np.percentile(values, percent)) for name, percent in _PERCENTILES.items()}
 
 
+def mean_speed(tokens: Rows, decode_s: Rows) -> float | None:
+    """All tokens after the first ones over all the time that they took; None where nothing was timed."""
+    timed = decode_s > 0  # NaN is not
+    return float((tokens[timed] - 1).sum() / decode_s[timed].sum()) if timed.any() else None
+
+
 def _speeds(tokens: Rows, decode_s: Rows) -> dict[str, float | None] | None:
     """Tokens per second of requests: the mean is all tokens after the first ones over all the time that they took, so
     that a short request weighs little; percentiles are over requests of at least `MIN_SPEED_TOKENS`, null if there are
     none."""
-    timed = decode_s > 0  # NaN is not
-    tokens, decode_s = tokens[timed], decode_s[timed]
-    if not len(tokens):
+    mean = mean_speed(tokens, decode_s)
+    if mean is None:
         return None
-    speeds = ((tokens - 1) / decode_s)[tokens >= MIN_SPEED_TOKENS]
+    long = (decode_s > 0) & (tokens >= MIN_SPEED_TOKENS)
+    speeds = (tokens[long] - 1) / decode_s[long]
     return {
-        "mean": float((tokens - 1).sum() / decode_s.sum()),
+        "mean": mean,
         **(_quantiles(speeds) if len(speeds) else dict.fromkeys(_PERCENTILES)),
     }
 
@@ -188,22 +233,27 @@ def _estimate_ratio(values: Rows) -> dict[str, Any] | None:
     return found
 
 
-def _differences(variant: str, baseline: str, sources: dict[Source, Rows]) -> dict[str, Any]:
-    rows = np.concatenate(list(sources.values()))
-    _, first = np.unique(rows[:, -1], return_index=True)
+def _once(rows: Rows) -> Rows:
+    """Timed rows of pairs, the oldest first. What those of the same tokens say of quality counts once: it is NaN in all
+    but the first of them."""
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
     repeated = np.ones(len(rows), bool)
-    repeated[first] = False
-    rows[repeated, : len(QUALITY_FIELDS)] = np.nan
+    repeated[np.unique(rows[:, -1], return_index=True)[1]] = False
+    rows[repeated, 1 : 1 + len(QUALITY_FIELDS)] = np.nan
+    return rows
+
+
+def _differences(variant: str, baseline: str, counts: dict[Source, int], rows: Rows) -> dict[str, Any]:
     figures = {
-        name: (_estimate_ratio if name == "speed_ratio" else _estimate)(rows[:, i])
+        name: (_estimate_ratio if name == "speed_ratio" else _estimate)(rows[:, 1 + i])
         for i, name in enumerate(PAIR_FIELDS)
     }
     return {
         "variant": variant,
         "baseline": baseline,
-        "pairs": {source: len(found) for source, found in sources.items()},
+        "pairs": counts,
         **figures,
-        "verdict": _verdict(variant, baseline, len(first), figures),
+        "verdict": _verdict(variant, baseline, len(np.unique(rows[:, -1])), figures),
     }
 
 

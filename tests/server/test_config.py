@@ -62,6 +62,9 @@ def test_command_line_then_environment_then_file_then_defaults(file):
         "dtype": None,
         "state_dtype": None,
         "device_memory": None,
+        "tool_call_parser": None,
+        "reasoning_parser": None,
+        "generation_config": None,
     }
     assert shown["variants"]["reduced"]["device"] == "cpu"
     assert shown["aliases"] == {"gdn": {"dense": 0.9, "reduced": 0.1}}
@@ -91,6 +94,13 @@ def test_a_variant_of_the_command_line_replaces_that_of_the_file(file):
         ("[api_keys.me]\nrequests_per_minute = 5", "api_keys.me"),
         (f"[api_keys.me]\nkey = '{KEY}'\nrequests_per_minute = 0", "api_keys.me.requests_per_minute"),
         (f"[api_keys]\n'm e' = '{KEY}'", "api_keys.m e"),
+        (f"[api_keys]\nme = ' {KEY}'", "api_keys.me"),
+        (f"[api_keys.me]\nkey = '{KEY}'\nsha256 = ['{SHA256}']", "api_keys.me"),
+        (
+            f"[api_keys]\nme = '{KEY}'\nyou = ['{KEY}2', 'sha256:{SHA256}']",
+            "api_keys.you: has a key that is me's",
+        ),
+        ("x = " + "[" * 5000, "no TOML"),
         (f"[api_key]\nme = '{KEY}'", "api_key"),
         (f"api_keys_ = '{KEY}'", "api_keys_"),
         ("state_ttl_s = inf", "state_ttl_s"),
@@ -116,19 +126,29 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_keys_come_from_file_environment_and_hash_and_never_show(file, tmp_path):
     keys = tmp_path / "keys.toml"
     keys.write_text(
-        f'alice = "{KEY}"\n[bob]\nkey = "sha256:{SHA256}"\ntokens_per_minute = 5\nmax_priority = -1\n'
+        f'alice = "{KEY}1"\n[bob]\nkey = "sha256:{SHA256}"\ntokens_per_minute = 5\nmax_priority = -1\n'
     )
     result = check(
-        "--config", file, LOWKEY_API_KEYS_FILE=str(keys), LOWKEY_API_KEYS=f"carol={KEY}, dave={KEY}2"
+        "--config", file, LOWKEY_API_KEYS_FILE=str(keys), LOWKEY_API_KEYS=f"carol={KEY}3, dave={KEY}4"
     )
     assert result.exit_code == 0, result.output
     assert KEY not in result.output
     shown = json.loads(result.output)["api_keys"]
     assert set(shown) == {"alice", "bob", "carol", "dave"}
-    assert {shown[name]["sha256"] for name in ("alice", "bob", "carol")} == {SHA256}
+    assert shown["bob"]["sha256"] == [SHA256]
+    for name, key in {"alice": f"{KEY}1", "carol": f"{KEY}3", "dave": f"{KEY}4"}.items():
+        assert shown[name]["sha256"] == [hashlib.sha256(key.encode()).hexdigest()]
     assert shown["bob"]["tokens_per_minute"] == 5 and shown["bob"]["max_priority"] == -1
     twice = check("--config", file, LOWKEY_API_KEYS_FILE=str(keys), LOWKEY_API_KEYS=f"alice={KEY}")
     assert twice.exit_code == 2 and "alice" in twice.output and KEY not in twice.output
     for bad in (KEY, f"a={KEY},a={KEY}", "a="):
         result = check("--config", file, LOWKEY_API_KEYS=bad)
         assert result.exit_code == 2 and "api_keys" in result.output and KEY not in result.output
+
+
+@pytest.mark.parametrize("text", ["", "# alice's key is being written\n"])
+def test_a_file_without_keys_does_not_open_the_server(file, tmp_path, text):
+    keys = tmp_path / "keys.toml"
+    keys.write_text(text)
+    result = check("--config", file, LOWKEY_API_KEYS_FILE=str(keys))
+    assert result.exit_code == 2 and "has no keys" in " ".join(result.output.replace("│", " ").split())

@@ -12,6 +12,7 @@ import httpx
 import pytest
 from live_server import DEADLINE_S, LiveServer, poll
 
+from benchmarks.server_process import ServerProcess
 from server.listening import url_of
 
 BIN = Path(sys.executable).parent
@@ -185,3 +186,34 @@ def test_sighup_drops_nothing_that_a_file_does_not_say_is_gone(reloading):
     hang_up(reloading, FILE, "SIGHUP: read aliases ['gdn'], sticky and 1 shadow rules")
     hang_up(reloading, "", "no more aliases")
     assert models() == ["dense", "reduced", "gdn"]
+
+
+TOLD_EARLY = """
+import signal, sys
+from server import cli, run
+
+listen_together = run.listen_together
+
+def told(*arguments):
+    signal.raise_signal(signal.SIGHUP)
+    return listen_together(*arguments)
+
+run.listen_together = told
+cli.app()
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_sighup_that_comes_while_the_server_starts_is_answered_later(checkpoints, tmp_path, processes):
+    server = ServerProcess(
+        [f"dense={checkpoints['dense']}", "--api-processes", str(processes)],
+        tmp_path / "log",
+        command=[sys.executable, "-c", TOLD_EARLY],
+        timeout_s=DEADLINE_S,
+    )
+    try:
+        poll(lambda: server.log.read_text().count("SIGHUP: read aliases") == 1, "it is answered")
+        server.process.send_signal(signal.SIGHUP)
+        poll(lambda: server.log.read_text().count("SIGHUP: read aliases") == 2, "so is the next one")
+    finally:
+        server.stop()

@@ -9,7 +9,8 @@ import hmac
 from fastapi import Request
 
 from server.api.http.errors import APIError, unavailable
-from server.settings import ApiKey, Settings
+from server.keys import ApiKey
+from server.settings import Settings
 from server.wire.hub import Charge, HubSilentError, Link, TakeRequest
 
 
@@ -18,7 +19,7 @@ class Client:
 
     def __init__(self, name: str, settings: Settings, link: Link, key: ApiKey | None = None) -> None:
         self.name = name
-        self.sha256 = "" if key is None else key.sha256
+        self.sha256 = () if key is None else key.sha256
         self.max_priority = 0 if key is None else key.max_priority
         limits = [settings.requests_per_minute, settings.tokens_per_minute]
         if key is not None:
@@ -47,8 +48,13 @@ class Clients:
     """All clients that may send requests."""
 
     def __init__(self, settings: Settings, link: Link) -> None:
-        self._clients = [Client(name, settings, link, key) for name, key in settings.api_keys.items()]
-        self.anyone = Client("", settings, link)
+        self._link = link
+        self.replace(settings)
+
+    def replace(self, settings: Settings) -> None:
+        """Take over new keys and limits. Requests that have been let in already run to their end."""
+        self._clients = [Client(name, settings, self._link, key) for name, key in settings.api_keys.items()]
+        self.anyone = Client("", settings, self._link)
 
     def identify(self, authorization: str) -> Client:
         """The client behind an Authorization header; without keys it is not looked at. 401 if there is none."""
@@ -60,8 +66,9 @@ class Clients:
         given = hashlib.sha256(key.strip().encode("latin-1")).hexdigest()
         found = None
         for client in self._clients:  # all of them: the time must not tell which one came close
-            if hmac.compare_digest(client.sha256, given):
-                found = client
+            for known in client.sha256:
+                if hmac.compare_digest(known, given):
+                    found = client
         if found is None:
             raise _unauthorised("the API key is not known here")
         return found

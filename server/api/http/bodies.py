@@ -132,14 +132,14 @@ def _no_json(body: bytes, reason: str, model: type[BaseModel]) -> APIError:
 @cache
 def _form_of(model: type[BaseModel]) -> tuple[Any, dict[str, type[BaseModel] | None]]:
     """Two things about a model: a struct of the fields that it has or refuses, which leaves them undecoded; and by the
-    field's name the model that the type of each field contains, None if there is none."""
+    field's name in JSON the model that the type of each field contains, None if there is none."""
 
     def model_in(kind: Any) -> type[BaseModel] | None:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
         return next(filter(None, map(model_in, get_args(kind))), None)
 
-    inner = {name: model_in(field.annotation) for name, field in model.model_fields.items()}
+    inner = {field.alias or name: model_in(field.annotation) for name, field in model.model_fields.items()}
     if issubclass(model, CheckedFields):
         inner = dict.fromkeys(model.no_ops) | inner
     return msgspec.defstruct(model.__name__, [(name, Raw | UnsetType, UNSET) for name in inner]), inner

@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from server.wire.exchange import EngineError, EngineUnavailableError, StateError
+from server.wire.exchange import EngineError, EngineUnavailableError, StateError, UnkeptGrammarError
 
 MAX_LISTED = 10
 """How many of a request's validation errors an answer lists."""
@@ -74,11 +74,13 @@ class APIError(Exception):
 
 def from_engine(error: EngineError) -> APIError:
     """The HTTP answer to an engine's error: 503 where another try may help, 409 for a saved state that is no good (any
-    more), else 500."""
+    more), 400 for a grammar that can't be kept to, else 500."""
     if isinstance(error, EngineUnavailableError):
         return unavailable(str(error))
     if isinstance(error, StateError):
         return APIError(409, f"state_id: {error}", param="state_id")
+    if isinstance(error, UnkeptGrammarError):
+        return APIError(400, f"the answer can't be held to the grammar that was asked for: {error}")
     return APIError(500, str(error))
 
 

@@ -157,7 +157,7 @@ def test_a_question_that_fails_is_an_error_and_the_next_one_is_answered(hub, cap
     async def work():
         async with remote(hub, "1") as (_, (link,)):
             with pytest.raises(RuntimeError, match="could not answer"):
-                await link.ask(TakeRequest(client="nobody"))
+                await link.ask(Admit(place=1, variant="nobody", count=1))
             assert await link.ask(Admit(place=1, variant="a", count=9)) is not None
             assert await link.ask(Admit(place=2, variant="a", count=1)) is None
 

@@ -4,11 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+from ab_news import pair_of, request
 from scipy import stats
 
 from server.hub import window as ab
 from server.hub.window import ABWindow, Ring, bootstrap_mean
-from server.wire.hub import EndedRequest, Pair
 
 
 @pytest.fixture
@@ -21,21 +21,6 @@ def clock(monkeypatch):
         now[0] = seconds
 
     return at
-
-
-def request(variant="dense", *, tokens=20, decode=0.2, ttft=0.1, gaps=(), failed=False):
-    return EndedRequest(
-        variant=variant,
-        completion_tokens=tokens,
-        decode_s=decode,
-        ttft_s=ttft,
-        gaps_s=list(gaps),
-        failed=failed,
-    )
-
-
-def pair_of(variant, baseline, source, **fields):
-    return Pair(variant=variant, baseline=baseline, source=source, **fields)
 
 
 def test_a_ring_keeps_the_last_rows_and_knows_what_it_gave_up():

@@ -35,7 +35,7 @@ UNSUPPORTED = {
     "best_of": ([2, 0], [None, 1]),
     "suffix": (["end", ""], [None]),
     "tools": ([[{"type": "function"}], {}], [None, []]),
-    "response_format": ([{"type": "json_object"}, {}], [None, {"type": "text"}]),
+    "structural_tag": ([{"type": "structural_tag"}, {}], [None]),
 }
 
 

@@ -57,7 +57,7 @@ def test_a_paused_request_waits_with_its_state_and_goes_on_where_it_was(bench, d
     assert sum(token.request_id == other.request_id for token in made) == 12
     assert sum(token.request_id == paused.request_id for token in made) <= max(at + depth, 1)
     assert engine.occupancy.running == engine.occupancy.used_slots == engine.occupancy.paused == 1
-    assert not engine.idle and not engine.on_disk  # the process sleeps until a message comes
+    assert not engine.idle and not engine.in_threads  # the process sleeps until a message comes
     outputs += run(engine, {0: [Resume(request_id=paused.request_id)]})
     tokens = tokens_of(outputs)
     for message in (paused, other):
