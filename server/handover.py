@@ -11,7 +11,7 @@ def to_json(settings: Settings) -> str:
     """All settings, as `from_json` reads them. Of keys there is only the hash."""
     values = settings.model_dump(mode="json", by_alias=True, exclude={"api_keys_file"})
     for key in values["api_keys"].values():
-        key["key"] = f"sha256:{key.pop('sha256')}"
+        key["key"] = [f"sha256:{digest}" for digest in key.pop("sha256")]
     return json.dumps(values)
 
 

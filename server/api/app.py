@@ -13,7 +13,6 @@ from server.api.ab.record import ABRecord
 from server.api.ab.shadow import Shadow
 from server.api.completions import chat, completions
 from server.api.http import errors
-from server.api.http.auth import Clients
 from server.api.http.middleware import Guard, Limits, RequestFrame
 from server.api.operations import health, models, ui
 from server.api.serving.metrics import Metrics
@@ -89,7 +88,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     )
     app.add_middleware(
         Guard,
-        clients=Clients(settings, service.link),
+        clients=service.clients,
         public=settings.public_paths,
         on_limit=lambda: service.metrics.on_rate_limit(1),
     )

@@ -15,7 +15,7 @@ from server.api.http.errors import APIError
 from server.api.serving.service import Service
 from server.api.serving.variants import Variant
 from server.wire.exchange import EngineError
-from server.wire.hub import BeginShadow, EndShadow, Waiting
+from server.wire.hub import BeginShadow, EndShadow, Shadowed, ShadowOutcome, Waiting
 
 logger = logging.getLogger("lowkey.shadow")
 
@@ -73,7 +73,7 @@ class Shadow:
     async def _run(self, generation: Generation, targets: list[Variant]) -> None:
         variants = [generation.variant, *targets]
         names = [variant.name for variant in variants]
-        outcome = "dropped"
+        outcome: ShadowOutcome = "dropped"
         try:
             if await self._service.link.ask(BeginShadow(variants=names)):
                 outcome = "failed"
@@ -85,7 +85,7 @@ class Shadow:
             for target in targets:
                 self._count(target.name, generation.variant.name, outcome)
 
-    async def _measure(self, generation: Generation, variants: list[Variant]) -> str:
+    async def _measure(self, generation: Generation, variants: list[Variant]) -> ShadowOutcome:
         """Score the completion by all variants; returns "scored", or "dropped" when something else waits."""
         names = [variant.name for variant in variants]
         passes = asyncio.create_task(
@@ -110,5 +110,6 @@ class Shadow:
             self._record.add_pair(pair_of(base, name, scores, "shadow"))
         return "scored"
 
-    def _count(self, variant: str, baseline: str, outcome: str) -> None:
+    def _count(self, variant: str, baseline: str, outcome: ShadowOutcome) -> None:
         self._service.metrics.shadow_requests.labels(variant, baseline, outcome).inc()
+        self._service.link.tell(Shadowed(variant=variant, baseline=baseline, outcome=outcome))

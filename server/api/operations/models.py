@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request
 
 from server.api.serving.service import Service, service_of
@@ -30,6 +31,10 @@ def _describe(variant: Variant) -> dict[str, Any]:
             "source": variant.source,
             "family": info.family,
             "method": info.method,
+            "chat_template": variant.text.chat_template is not None,
+            "tool_call_parser": variant.text.call_format,
+            "reasoning_parser": variant.text.reasoning_format,
+            "default_sampling": variant.text.sampling,
             "d_k": variant.d_k,
             "state_bytes": info.state_bytes_per_request,
             "conv_bytes": info.conv_bytes_per_request,
@@ -42,19 +47,19 @@ def _describe(variant: Variant) -> dict[str, Any]:
             "slots": info.slots,
             "pages": info.pages,
             "memory": info.memory,
+            "planning": msgspec.to_builtins(info.planning),
         },
     }
 
 
 def _describe_alias(service: Service, name: str) -> dict[str, Any]:
-    weights = service.routing.aliases[name]
-    total = sum(weights.values())
+    shares = service.routing.shares(name)
     return {
         "id": name,
         "object": "model",
-        "created": max(v.created for v in service.variants if v.name in weights),
+        "created": max(v.created for v in service.variants if v.name in shares),
         "owned_by": "lowkey",
-        "lowkey": {"alias": {variant: weight / total for variant, weight in weights.items()}},
+        "lowkey": {"alias": shares},
     }
 
 

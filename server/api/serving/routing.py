@@ -52,6 +52,12 @@ class Routing:
                 return name
         return next(reversed([name for name, weight in weights.items() if weight > 0]))  # u * sum rounded up
 
+    def shares(self, alias: str) -> dict[str, float]:
+        """What part of an alias each variant has; they add up to 1."""
+        weights = self.aliases[alias]
+        total = sum(weights.values())
+        return {name: weight / total for name, weight in weights.items()}
+
     def shadows(self, variant: str) -> list[str]:
         """The variants on which a request that `variant` has answered is to be repeated: drawn anew each time."""
         return [

@@ -4,12 +4,12 @@ import contextlib
 import hashlib
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from fastapi import Request
 
-from server.api.http.auth import capped_priority, client_of, owner_of
+from server.api.http.auth import Clients, capped_priority, client_of, owner_of
 from server.api.http.errors import APIError, unavailable
 from server.api.serving.metrics import Metrics
 from server.api.serving.routing import Routing
@@ -70,6 +70,10 @@ class Service:
     """Whether the server has been asked to stop: it is not ready any more, whether or not it still takes requests."""
     on_stop: Callable[[], None] = lambda: None
     """Called when nothing more is to be answered."""
+    clients: Clients = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.clients = Clients(self.settings, self.link)
 
     def receive(self, update: Update) -> None:
         """Take in what the hub tells."""
@@ -81,6 +85,7 @@ class Service:
             case Reload():
                 self.settings = from_json(update.settings)
                 self.routing.replace(self.settings)
+                self.clients.replace(self.settings)
             case Leaving():
                 self.leaving = True
             case Stop():

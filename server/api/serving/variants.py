@@ -5,7 +5,7 @@ from pathlib import Path
 
 from server.api.serving.metrics import Metrics, VariantMetrics
 from server.settings import Settings
-from server.text.tokenizer import CheckpointText
+from server.text.tokenizer import CheckpointText, TextOptions
 from server.wire.client import EngineClient
 from server.wire.hub import Link
 from server.wire.messages import Ready, one_or_all
@@ -15,13 +15,20 @@ class Variant:
     """One model: its name, its engine, and, once it has loaded, its shapes and tokenizer."""
 
     def __init__(
-        self, name: str, source: str, client: EngineClient, metrics: VariantMetrics, link: Link
+        self,
+        name: str,
+        source: str,
+        client: EngineClient,
+        metrics: VariantMetrics,
+        link: Link,
+        options: TextOptions,
     ) -> None:
         self.name = name
         self.source = source
         self.client = client
         self.metrics = metrics
         self.created = link.started
+        self._options = options
         self._text: CheckpointText | None = None
 
     @property
@@ -55,7 +62,7 @@ class Variant:
 
     def load_text(self, checkpoint: Path) -> None:
         """Read the tokenizer, unless it is the one that is there, and the chat template."""
-        self._text = CheckpointText(checkpoint, self.name, self._text)
+        self._text = CheckpointText(checkpoint, self.name, self._text, self._options)
 
 
 class Variants:
@@ -64,7 +71,16 @@ class Variants:
     def __init__(self, settings: Settings, metrics: Metrics, link: Link) -> None:
         self._by_name = {
             name: Variant(
-                name, own.source, EngineClient(name, link.front_end), metrics.add_variant(name), link
+                name,
+                own.source,
+                EngineClient(name, link.front_end),
+                metrics.add_variant(name),
+                link,
+                TextOptions(
+                    own.tool_call_parser or settings.tool_call_parser,
+                    own.reasoning_parser or settings.reasoning_parser,
+                    own.generation_config or settings.generation_config,
+                ),
             )
             for name, own in settings.variants.items()
         }

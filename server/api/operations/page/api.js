@@ -39,18 +39,24 @@ async function asError(response) {
   return new ApiError(message, response.status);
 }
 
-export async function models() {
-  return (await (await request("v1/models")).json()).data;
+// The JSON at a path below the page's own, such as "v1/models".
+export async function get(path) {
+  return (await request(path)).json();
+}
+
+function send(path, body, signal) {
+  const headers = { "content-type": "application/json" };
+  return request(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+}
+
+// The JSON that a JSON is answered with.
+export async function post(path, body, signal) {
+  return (await send(path, body, signal)).json();
 }
 
 // Calls `onEvent` with each event of a streamed comparison; returns the last one, the whole answer.
 export async function compare(body, signal, onEvent) {
-  const response = await request("v1/compare", {
-    method: "POST",
-    headers: { "content-type": "application/json" },
-    body: JSON.stringify({ ...body, stream: true }),
-    signal,
-  });
+  const response = await send("v1/compare", { ...body, stream: true }, signal);
   let answer = null;
   for await (const data of events(response.body)) {
     if (data === "[DONE]") break;

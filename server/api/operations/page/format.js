@@ -44,7 +44,7 @@ export function speed(value) {
 
 export function small(value) {
   if (value == null) return "–";
-  if (value !== 0 && Math.abs(value) < 0.001) return value.toExponential(1);
+  if (value !== 0 && Math.abs(value) < 0.001) return value.toPrecision(2);
   return value < 10 ? value.toFixed(3) : value.toFixed(1);
 }
 
@@ -56,6 +56,16 @@ export function ratio(value) {
   return value == null ? "–" : `${value.toFixed(2)}×`;
 }
 
+// The time of day.
+export function clock(date, withSeconds = true) {
+  return date.toLocaleTimeString("en-GB", { timeStyle: withSeconds ? "medium" : "short" });
+}
+
 export function width(dK) {
   return Array.isArray(dK) ? `${Math.min(...dK)}–${Math.max(...dK)}` : String(dK);
+}
+
+// A number at an axis: as short as it can be.
+export function tick(value) {
+  return value >= 10000 ? `${value / 1000}k` : String(Number(value.toPrecision(3)));
 }

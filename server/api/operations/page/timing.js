@@ -49,16 +49,18 @@ function known(timings, variant, name) {
   return timings.map((timing) => timing[variant][name]).filter((value) => value != null);
 }
 
-// Speed and time to the first token of one variant over its timed runs; null where no run has any.
+// Speed, as `estimate` gives it, and time to the first token of one variant over its timed runs; null where no run has
+// any.
 export function meansOf(timings, variant) {
   const waits = known(timings, variant, "ttftS");
   return {
-    speed: estimate(known(timings, variant, "speed"))?.mean ?? null,
+    speed: estimate(known(timings, variant, "speed")),
     ttftS: waits.length ? average(waits) : null,
   };
 }
 
-// A variant's tokens/s over the baseline's in two strings: the ratio, or why there is none, and what it rests on.
+// A variant's tokens/s over the baseline's in two strings: the ratio, or why there is none, and what it rests on. `even`:
+// the interval holds 1.
 export function speedRatio(timings, variant) {
   const found = estimate(known(timings, variant, "ratio"));
   if (!found && timings.length) return { known: false, value: "too short to time", basis: "an answer of few tokens" };
@@ -66,5 +68,6 @@ export function speedRatio(timings, variant) {
     return { known: false, value: "not enough data", basis: `timed runs: ${found?.runs ?? 0} of at least ${ENOUGH}` };
   }
   const value = `${found.mean.toFixed(2)}×`;
-  return { known: true, value, basis: `[${found.low.toFixed(2)}, ${found.high.toFixed(2)}], ${found.runs} runs` };
+  const even = found.low <= 1 && found.high >= 1;
+  return { known: true, even, value, basis: `[${found.low.toFixed(2)}, ${found.high.toFixed(2)}], ${found.runs} runs` };
 }

@@ -51,7 +51,7 @@ def test_the_python_in_order(place, capsys):
             exec(compile(block.replace("http://127.0.0.1:8000", server.url), "docs/ab.md", "exec"), names)  # noqa: S102
     finally:
         server.stop()
-    assert len(blocks("python")) == 5
+    assert len(blocks("python")) == 6
     printed = capsys.readouterr().out
     assert "KL " in printed and "too little data" in printed
     assert "reduced length" in printed or "reduced stop" in printed  # a random model may end by itself
@@ -60,12 +60,19 @@ def test_the_python_in_order(place, capsys):
 
 def test_the_files_in_serving_md(tmp_path):
     text = (Path(__file__).parents[4] / "docs" / "serving.md").read_text()
-    keys, variants = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    keys, chat, variants = re.findall(r"^```toml\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "chat.toml").write_text(chat)
+    assert load_settings(tmp_path / "chat.toml").variants["qwen"].tool_call_parser == "qwen3_coder"
     (tmp_path / "keys.toml").write_text(keys)
     (tmp_path / "lowkey.toml").write_text(variants)
     settings = load_settings(tmp_path / "lowkey.toml", api_keys_file=tmp_path / "keys.toml")
     assert {name: v.state_dtype for name, v in settings.variants.items()} == {"full": None, "narrow": "int8"}
-    assert settings.api_keys["bob"].max_priority == -1 and set(settings.api_keys) == {"alice", "bob"}
+    assert settings.api_keys["bob"].max_priority == -1
+    assert {name: len(key.sha256) for name, key in settings.api_keys.items()} == {
+        "alice": 1,
+        "bob": 1,
+        "carol": 2,
+    }
 
 
 def test_every_block_is_of_a_kind_that_is_run():

@@ -47,9 +47,12 @@ SERIES = {
     "lowkey_compare_kl": "histogram",
     "lowkey_compare_top1_agreement": "histogram",
     "lowkey_shadow_requests": "counter",
+    "lowkey_api_keys": "gauge",
     "lowkey_api_processes": "gauge",
     "lowkey_answers_lost": "counter",
     "lowkey_api_process_restarts": "counter",
+    "lowkey_config_last_reload_success_timestamp_seconds": "gauge",
+    "lowkey_config_last_reload_successful": "gauge",
 }
 
 VARIANT = {"variant": "dense"}
