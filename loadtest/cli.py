@@ -225,15 +225,19 @@ def _finish(
     rows: list[list[str]],
     drawn: list[plots.Plot],
     title: str,
+    finding: str,
     caption: str,
     *,
     replaces: dict[str, Found | None],
 ) -> None:
     _show(rows)
-    typer.echo(title)
+    typer.echo(f"{title}\n{finding}")
     try:
         write_or_keep(
-            out, lambda folder: report.write(folder, data, rows, drawn, title, caption, replaces=replaces)
+            out,
+            lambda folder: report.write(
+                folder, data, rows, drawn, title, finding, caption, replaces=replaces
+            ),
         )
     except OutputError as e:
         typer.echo(f"error: {e}", err=True)
@@ -287,7 +291,8 @@ def run(
     options = {**common.record(), **asdict(load), "rounds": done, "requests": requests, "warm_up": warm_up}
     data = {**seen, "options": options, **described, "requests": report.requests_of(slices)}
     drawn = plots.paired(slices, target.variants, common.objectives)
-    _finish(out, data, report.table(described), drawn, title, report.PAIRED, replaces=replaces)
+    finding = report.finding(described)
+    _finish(out, data, report.table(described), drawn, title, finding, report.PAIRED, replaces=replaces)
 
 
 @command("sweep")
@@ -345,4 +350,5 @@ def sweep_command(
         "probes": [{"variant": p.variant, "rate": p.rate, "held": p.held, "share": p.share} for p in probes],
     }
     drawn = plots.sweep(probes, objectives, attain)
-    _finish(out, data, report.sweep_table(searches), drawn, title, report.SWEPT, replaces=replaces)
+    finding = report.sweep_finding(searches)
+    _finish(out, data, report.sweep_table(searches), drawn, title, finding, report.SWEPT, replaces=replaces)

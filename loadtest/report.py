@@ -12,11 +12,12 @@ from typing import Any
 from loadtest.client import quantile
 from loadtest.facts import sentence
 from loadtest.figures import FIGURES, MIN_ROUNDS, Objectives, Ratio, Slice, observe, ratios
-from loadtest.page import page
+from loadtest.page import Row, page
 from loadtest.plots import Plot
 from loadtest.run import Search
 from lowkey.files import Found
 from lowkey.publishing import new_file, write_all
+from lowkey.words import Judged, Mark
 
 LABELS = {
     "tokens_per_second": "tokens/s",
@@ -35,14 +36,18 @@ LABELS = {
 PAIRED = (
     "Tokens and latencies are those of requests without an error; latencies count from when a request was due. "
     "Ratios are to the first variant, in brackets their 95 % intervals from drawing rounds with replacement; with "
-    f"fewer than {MIN_ROUNDS} rounds there is none."
+    f"fewer than {MIN_ROUNDS} rounds there is none. ▲ better, ▼ worse than the first; without a mark the interval "
+    "holds 1."
 )
 SWEPT = (
     "The highest rate that kept the objectives and the lowest that did not; the limit is between them. Ratios are to "
     "the first variant, in brackets what they can be at the ends of both ranges: no statistical interval."
 )
 """`PAIRED` and `SWEPT` say how to read the tables."""
-
+HIGHER = ("tokens_per_second", "goodput_per_second")
+"""Figures of which more is better; of all others less is."""
+EXACT = ("state_bytes",)
+"""Figures that no noise of the machine touches, so that their ratios need no interval."""
 
 FILES = ("loadtest.json", "loadtest.md", "loadtest.html")
 
@@ -103,12 +108,18 @@ def _cell(name: str, value: float) -> str:
     return f"{1e3 * value:.1f}" if name.endswith("_s") else f"{value:.2f}"
 
 
-def _ratio(ratio: Ratio) -> str:
-    if not math.isfinite(ratio.value):
-        return "-"
-    if not math.isfinite(ratio.low):
-        return f"{ratio.value:.2f} (too few rounds)"
-    return f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
+def _ratio(name: str, ratio: Ratio) -> str:
+    if name in EXACT or not math.isfinite(ratio.value):
+        return _value(ratio)
+    return f"{_value(ratio)} ({_interval(ratio) or 'too few rounds'})"
+
+
+def _value(ratio: Ratio) -> str:
+    return f"{ratio.value:.2f}" if math.isfinite(ratio.value) else "-"
+
+
+def _interval(ratio: Ratio) -> str:
+    return f"{ratio.low:.2f} to {ratio.high:.2f}" if math.isfinite(ratio.low) else ""
 
 
 def table(described: dict[str, Any]) -> list[list[str]]:
@@ -119,8 +130,64 @@ def table(described: dict[str, Any]) -> list[list[str]]:
         rows.append([label, *(str(v[name]) for v in variants.values()), *("" for _ in quotients)])
     for name, label in LABELS.items():
         cells = [_cell(name, v[name]) for v in variants.values()]
-        rows.append([label, *cells, *(_ratio(Ratio(**of[name])) for of in quotients.values())])
+        rows.append([label, *cells, *(_ratio(name, Ratio(**of[name])) for of in quotients.values())])
     return rows
+
+
+def marked(described: dict[str, Any]) -> list[Row]:
+    """The rows of `table` with a mark on each ratio whose interval says that it is better or worse."""
+    header, requests, errors, *rows = table(described)
+    first = 1 + len(described["variants"])
+    judged: list[Row] = [
+        [
+            *row[:first],
+            *(
+                Judged(cell, _mark(name, Ratio(**of[name])))
+                for cell, of in zip(row[first:], described["ratios"].values(), strict=True)
+            ),
+        ]
+        for name, row in zip(LABELS, rows, strict=True)
+    ]
+    return [header, requests, errors, *judged]
+
+
+def _mark(name: str, ratio: Ratio) -> Mark:
+    low, high = (ratio.value, ratio.value) if name in EXACT else (ratio.low, ratio.high)
+    if low <= 1 <= high or not math.isfinite(low):
+        return ""
+    return "better" if (low > 1) == (name in HIGHER) else "worse"
+
+
+def finding(described: dict[str, Any]) -> str:
+    """What came out of a run, in a sentence for each variant but the first."""
+    baseline = next(iter(described["variants"]))
+    said = []
+    for quotient, of in described["ratios"].items():
+        speed, state = (Ratio(**of[name]) for name in ("tokens_per_second", "state_bytes"))
+        said.append(
+            f"{quotient.removesuffix(f'/{baseline}')} made {_times(speed, baseline)}, with {_value(state)} of its "
+            "state bytes."
+        )
+    return " ".join(said)
+
+
+def _times(speed: Ratio, baseline: str) -> str:
+    """How many times the baseline's tokens/s, and whether that says anything."""
+    if not (interval := _interval(speed)):
+        return f"{_value(speed)} times the tokens/s of {baseline} in too few rounds to tell them apart"
+    doubt = ", which does not tell them apart" if speed.low <= 1 <= speed.high else ""
+    return f"{_value(speed)} ({interval}) times the tokens/s of {baseline}{doubt}"
+
+
+def sweep_finding(searches: dict[str, Search]) -> str:
+    """What came out of a sweep, in one sentence."""
+    held = [
+        f"{variant} at least {search.low:.1f}"
+        if search.high is None
+        else f"{variant} between {search.low:.1f} and {search.high:.1f}"
+        for variant, search in searches.items()
+    ]
+    return f"Requests/s that each variant holds: {', '.join(held)}."
 
 
 def sweep_table(searches: dict[str, Search]) -> list[list[str]]:
@@ -158,6 +225,7 @@ def write(
     rows: list[list[str]],
     plots: Sequence[Plot],
     title: str,
+    finding: str,
     caption: str,
     *,
     replaces: Mapping[str, Found | None],
@@ -168,6 +236,7 @@ def write(
         data: the JSON: `facts.circumstances`, the options and the figures.
         rows: header and rows of the table of figures.
         title: the test in words.
+        finding: what came out, in words.
         caption: how to read the table.
         replaces: What each of `FILES` may replace, as `found_at` saw it before the load.
 
@@ -177,8 +246,10 @@ def write(
     """
     texts = {
         "loadtest.json": json.dumps(clean(data), allow_nan=False),
-        "loadtest.md": f"{title}.\n\n{_plain(sentence(data))}\n\n{markdown(rows)}",
-        "loadtest.html": page(title, caption, data, rows, plots),
+        "loadtest.md": f"{title}.\n\n{_plain(finding)} {_plain(sentence(data))}\n\n{markdown(rows)}",
+        "loadtest.html": page(
+            title, finding, caption, data, marked(data) if "ratios" in data else rows, plots
+        ),
     }
 
     def write_one(name: str) -> None:

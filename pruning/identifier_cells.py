@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from lowkey.words import Judged, judged
 from pruning.evaluation.identifiers import IdentifierRecall
 from pruning.evaluation.samples import Estimate
 
@@ -11,19 +12,19 @@ IDENTIFIERS_LEGEND = (
 )
 
 
-def identifier_cells(found: Sequence[IdentifierRecall]) -> dict[str, str]:
+def identifier_cells(found: Sequence[IdentifierRecall]) -> dict[str, Judged]:
     """The figures of each range of distances by their labels, and below them how much less they are than the
     baseline's."""
-    cells = {}
+    cells: dict[str, Judged] = {}
     for recall in found:
         own, drop = recall.figures, recall.drop
-        cells[f"identifiers, {distance(recall)} ago"] = (
+        cells[f"identifiers, {distance(recall)} ago"] = Judged(
             f"{_share(own.exact)} / {_share(own.first_token)} / {own.log_prob.mean:.2f}"
         )
         if drop is not None:
             log_prob = f"{drop.log_prob.mean:+.3f}{drop.log_prob.error('.3f')}"
-            cells[f"drop, {distance(recall)} ago"] = (
-                f"{points(drop.exact)} / {points(drop.first_token)} / {log_prob}"
+            cells[f"drop, {distance(recall)} ago"] = gained(
+                f"{points(drop.exact)} / {points(drop.first_token)} / {log_prob}", drop.exact
             )
     return cells
 
@@ -36,6 +37,11 @@ def distance(recall: IdentifierRecall) -> str:
 def points(difference: Estimate) -> str:
     """A difference of shares in percentage points, with its standard error."""
     return f"{100 * difference.mean:+.2f}{difference.error('.2f', 100)}"
+
+
+def gained(text: str, drop: Estimate) -> Judged:
+    """A cell with the mark of a drop: the smaller the better, and no mark within two standard errors."""
+    return judged(text, -drop.mean, 2 * (drop.standard_error or 0.0))
 
 
 def _share(share: Estimate) -> str:

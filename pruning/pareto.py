@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+from lowkey.words import Judged
 from pruning.evaluation.bits import Bits
 from pruning.evaluation.record import EvaluatedCheckpoint, Evaluation
 from pruning.evaluation.samples import Estimate
-from pruning.identifier_cells import distance, points
+from pruning.identifier_cells import distance, gained, points
 
 BITS_LEGEND = (
     "States in each dtype: change in perplexity, and drift (rise in loss / KL, thousandths of a nat/token, by how many "
@@ -80,26 +81,32 @@ def _row(name: str, choice: Choice) -> list[str]:
     ]
 
 
-def bits_cells(bits: Bits) -> dict[str, str]:
+def bits_cells(bits: Bits) -> dict[str, Judged]:
     """The figures of one dtype by their labels."""
     perplexity = f"{bits.perplexity.perplexity:.3f}"
-    if bits.loss_rise is not None:
-        perplexity += f" ({_percent(bits.loss_rise)})"
-    cells = {"bytes": f"{bits.state_bytes:,}", "perplexity": perplexity}
+    rise = bits.loss_rise
+    cells = {
+        "bytes": Judged(f"{bits.state_bytes:,}"),
+        "perplexity": Judged(perplexity)
+        if rise is None
+        else gained(f"{perplexity} ({_percent(rise)})", rise),
+    }
     if bits.divergence is not None:
-        cells["KL"] = f"{bits.divergence.kl:.6f}"
+        cells["KL"] = Judged(f"{bits.divergence.kl:.6f}")
     if bits.recall:
-        cells["recall"] = f"{_recalled(bits)} / {fmean(r.log_prob for r in bits.recall):.2f}"
+        cells["recall"] = Judged(f"{_recalled(bits)} / {fmean(r.log_prob for r in bits.recall):.2f}")
     for words in bits.identifiers or []:
-        dropped = "" if words.drop is None else f" (drop {points(words.drop.exact)})"
-        cells[f"identifiers, {distance(words)} ago"] = f"{words.figures.exact.mean:.1%}{dropped}"
+        label, text = f"identifiers, {distance(words)} ago", f"{words.figures.exact.mean:.1%}"
+        drop = None if words.drop is None else words.drop.exact
+        cells[label] = Judged(text) if drop is None else gained(f"{text} (drop {points(drop)})", drop)
     for octave in bits.drift.octaves:
         if octave.loss_rise is not None and octave.kl is not None:
-            cells[f"drift to {octave.end:,}"] = (
+            cells[f"drift to {octave.end:,}"] = gained(
                 f"{1000 * octave.loss_rise.mean:+.2f}{octave.loss_rise.error('.2f', 1000)} / "
-                f"{1000 * octave.kl.mean:.3f}{octave.kl.error('.3f', 1000)}"
+                f"{1000 * octave.kl.mean:.3f}{octave.kl.error('.3f', 1000)}",
+                octave.loss_rise,
             )
-    return {f"{bits.state_dtype}: {label}": cell for label, cell in cells.items()}
+    return cells
 
 
 def _recalled(bits: Bits) -> str:

@@ -126,6 +126,14 @@ def record_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return record
 
 
+def recovery_tokens(checkpoint: Checkpoint) -> int | None:
+    """How many tokens `recover` trained the checkpoint on. None for none, and where its record does not say: to
+    measure a checkpoint, nobody need know how it was made."""
+    recovery = (checkpoint.reduction or {}).get("recovery")
+    tokens = recovery.get("tokens") if isinstance(recovery, dict) else None
+    return tokens if isinstance(tokens, int) else None
+
+
 def is_masked(record: Mapping[str, Any]) -> bool:
     """Whether `state_reduction.json` is of a checkpoint whose removed channels are zeros that still take their room.
     Records from before there were two forms do not say, and are of sliced ones."""

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from lowkey.words import counted, writable
+from lowkey.words import Judged, counted, judged, writable
 from modeling.checkpoint import Checkpoint
 from modeling.spec import STATE_DTYPES, ModelSpec, StateDType, StateTypes
 from pruning.capacity import LEGEND as CAPACITY_LEGEND
@@ -209,7 +209,7 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     for entry in evaluation.checkpoints:
         table.add_column(entry.name, justify="right")
     for label, cells in figures(evaluation):
-        table.add_row(label, *cells)
+        table.add_row(label, *(Text(cell.text, STYLES[cell.mark]) for cell in cells))
     return table
 
 
@@ -251,51 +251,67 @@ LEGEND = (
 )
 
 
-def figures(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+STYLES = {"": "", "better": "green", "worse": "red"}
+"""Colours of marks in a terminal."""
+
+
+def figures(evaluation: Evaluation) -> list[tuple[str, list[Judged]]]:
     """(label, one cell per checkpoint) for everything that was measured of any."""
     first, *_ = entries = evaluation.checkpoints
     columns = [_cells(entry, first) for entry in entries]
     # What compares with the baseline is not among the baseline's own.
     labels = dict.fromkeys(label for column in reversed(columns) for label in column)
-    return [(label, [column.get(label, "") for column in columns]) for label in labels]
+    return [(label, [column.get(label, Judged("")) for column in columns]) for label in labels]
 
 
-def _cells(entry: EvaluatedCheckpoint, first: EvaluatedCheckpoint) -> dict[str, str]:
-    cells = {} if entry.method is None else {"method": entry.method}
-    cells["d_k"] = width(entry.d_k)
+def _cells(entry: EvaluatedCheckpoint, first: EvaluatedCheckpoint) -> dict[str, Judged]:
+    cells = {} if entry.method is None else {"method": Judged(entry.method)}
+    cells["d_k"] = Judged(width(entry.d_k))
+    if len(set(entry.d_k)) > 1:
+        cells["d_k"] = Judged(f"{span(entry.d_k)}, per layer:\n{_lines(entry.d_k)}")
+    if entry.recovery_tokens is not None:
+        cells["recovered on"] = Judged(counted(entry.recovery_tokens, "token"))
     cells["state bytes"] = _against(first.state_bytes, entry.state_bytes, ",", entry is first)
     if entry.perplexity is not None and first.perplexity is not None:
         cells["perplexity"] = _against(
             first.perplexity.perplexity, entry.perplexity.perplexity, ".3f", entry is first
         )
     if entry.divergence is not None:
-        cells["KL, nats/token"] = f"{entry.divergence.kl:.4f}"
-        cells["top-1 agreement"] = f"{entry.divergence.top1_agreement:.1%}"
+        cells["KL, nats/token"] = Judged(f"{entry.divergence.kl:.4f}")
+        cells["top-1 agreement"] = Judged(f"{entry.divergence.top1_agreement:.1%}")
     for recall in entry.recall or []:
-        cells[f"recall, {recall.pairs} pairs"] = (
+        cells[f"recall, {recall.pairs} pairs"] = Judged(
             f"{recall.accuracy:.1%} / {recall.accuracy_among_values:.1%} / {recall.log_prob:.2f}"
         )
     cells |= identifier_cells(entry.identifiers or [])
     if entry.rank is not None:
         label = f"rank, {entry.rank.positions[-1]} tokens"
-        cells[label] = f"{mean_of_heads(entry.rank.utilisation, -1):.2%}"
+        cells[label] = Judged(f"{mean_of_heads(entry.rank.utilisation, -1):.2%}")
     if entry.retrieval is not None:
         for i, level in enumerate(entry.retrieval.noise):
-            cells[f"reads, noise {level:g}"] = (
+            cells[f"reads, noise {level:g}"] = Judged(
                 f"{mean_of_heads(entry.retrieval.retrieval_error, i):.3f} / "
                 f"{mean_of_heads(entry.retrieval.read_error, i):.3f}"
             )
     for speed in entry.speed or []:
-        cells[f"tokens/s, batch {speed.batch}"] = (
+        cells[f"tokens/s, batch {speed.batch}"] = Judged(
             f"{speed.tokens_per_second:,.0f} ({_range(speed.quartiles, ',.0f')})"
         )
         if entry is not first:
-            cells[f"speedup, batch {speed.batch}"] = (
-                f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})"
+            low, high = speed.ratio_quartiles
+            cells[f"speedup, batch {speed.batch}"] = judged(
+                f"{speed.ratio:.2f} ({_range(speed.ratio_quartiles, '.2f')})",
+                speed.ratio - 1,
+                speed.ratio - low if speed.ratio > 1 else high - speed.ratio,
             )
     for bits in entry.bits or []:
-        cells |= bits_cells(bits)
+        cells |= {f"{bits.state_dtype}: {label}": cell for label, cell in bits_cells(bits).items()}
     return cells
+
+
+def _lines(d_k: Sequence[int], length: int = 8) -> str:
+    """The widths of all layers, some on each line."""
+    return "\n".join(" ".join(map(str, d_k[i : i + length])) for i in range(0, len(d_k), length))
 
 
 def mean_of_heads(values: PerHead, at: int) -> float:
@@ -303,8 +319,11 @@ def mean_of_heads(values: PerHead, at: int) -> float:
     return fmean(head for layer in values for head in layer[at])
 
 
-def _against(first: float, value: float, form: str, is_first: bool) -> str:
-    return f"{value:{form}}" if is_first else f"{value:{form}} ({change(first, value)})"
+def _against(first: float, value: float, form: str, is_first: bool) -> Judged:
+    """A figure of which less is better."""
+    if is_first:
+        return Judged(f"{value:{form}}")
+    return judged(f"{value:{form}} ({change(first, value)})", first - value)
 
 
 def _range(quartiles: tuple[float, float], form: str) -> str:

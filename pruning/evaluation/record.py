@@ -40,6 +40,8 @@ class EvaluatedCheckpoint:
     speed: list[Speed] | None = None
     bits: list[Bits] | None = None
     identifiers: list[IdentifierRecall] | None = None
+    recovery_tokens: int | None = None
+    """How many tokens `recover` trained it on; None for none, and in files of older versions."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pruning.evaluation.speed import BATCHES, Speed, decode_speed
 from pruning.evaluation.states import rank, retrieval
 from pruning.evaluation.windows import DEFAULT_TOKENS, evaluation_windows, long_windows
 from pruning.progress import Bar
+from pruning.record import recovery_tokens
 from pruning.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ def _measure(
         checkpoint.spec.state_bytes(0),
         checkpoint.method,
         list(checkpoint.spec.linear_layers),
+        recovery_tokens=recovery_tokens(checkpoint),
     )
     if "perplexity" in parts and dense is None:
         with bar(f"perplexity of {name}", windows[:, 1:].numel()) as advance:

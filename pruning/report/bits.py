@@ -10,7 +10,7 @@ from pruning.evaluation.bits import Bits
 from pruning.evaluation.record import Evaluation
 from pruning.evaluation.samples import Estimate
 from pruning.pareto import Choice, choices
-from pruning.report.style import RISES, SYMBOLS, Figure, line, place, short, subplots
+from pruning.report.style import RISES, SYMBOLS, Figure, line, place, short, subplots, tokens_label
 
 LEAST_RISE = 0.01
 """In percent. A smaller rise in perplexity, or none, is drawn as this one: nothing has no logarithm."""
@@ -134,7 +134,7 @@ def drift(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
                 **place(2 * dtypes.index(bits.state_dtype) + panel),
             )
     ends = sorted({octave.end for _, _, bits in measured for octave in bits.drift.octaves})
-    ticks = [f"{end / 1024:.3g}k" if end >= 1024 else str(end) for end in ends]
+    ticks = [tokens_label(end) for end in ends]
     figure.update_xaxes(title="tokens seen, up to", type="log", tickvals=ends, ticktext=ticks)
     figure.update_yaxes(rangemode="tozero", exponentformat="power")
     read = measured[0][2].drift

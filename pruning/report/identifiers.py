@@ -31,9 +31,8 @@ def identifiers(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
                 **place(column),
             )
     ticks = {_middle(recall): distance(recall) for _, _, found in measured for recall in found}
-    figure.update_xaxes(
-        title="tokens since it last began", type="log", tickvals=list(ticks), ticktext=list(ticks.values())
-    )
+    labels = [label.replace(" to ", "<br>to ") for label in ticks.values()]
+    figure.update_xaxes(title="tokens since it last began", type="log", tickvals=list(ticks), ticktext=labels)
     figure.update_yaxes(rangemode="tozero")
     first = measured[0][2]
     counts = ", ".join(f"{recall.occurrences:,} of {distance(recall)}" for recall in first)

@@ -48,6 +48,15 @@ class Source:
     name: str
     sha256: str
     d_k: list[int]
+    state_bytes: int | None = None
+    """Bytes of one request's state in float32."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`recovery` of `state_reduction.json`."""
+
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,9 @@ class Reduction:
     """Indices of the linear-attention layers, which `d_k` and the like are of; None for the first ones."""
     rotated: bool = False
     """Whether the kept channels are mixtures of the source's channels."""
+    state_bytes: int | None = None
+    """Bytes of one request's state in float32."""
+    recovery: Trained | None = None
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pruning.report.style import (
     short,
     single,
     subplots,
+    tokens_label,
 )
 from pruning.statistics import GramName, Statistics
 from pruning.views import mean_of_heads
@@ -144,7 +145,7 @@ def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
         )
         rows = [[100 * h for h in along] for layer in rank.utilisation for along in zip(*layer, strict=True)]
         by_head.add_heatmap(
-            x=[str(position) for position in rank.positions],
+            x=[tokens_label(position) for position in rank.positions],
             z=[[round(math.log10(h), 4) if h > 0 else None for h in row] for row in rows],
             customdata=[[round(h, 3) for h in row] for row in rows],
             colorscale=SCALE,
@@ -163,7 +164,8 @@ def ranks(name: str, evaluation: Evaluation, number: int) -> list[Figure]:
         head_counts = [len(layer[0]) for layer in rank.utilisation]
         by_head.update_yaxes(**head_ticks(dict(zip(indices, head_counts, strict=True))), **place(i))
     positions = entries[0][1].positions
-    by_layer.update_xaxes(title="tokens seen", type="log", tickvals=positions)
+    labels = [tokens_label(position) for position in positions]
+    by_layer.update_xaxes(title="tokens seen", type="log", tickvals=positions, ticktext=labels)
     by_layer.update_yaxes(
         title="rank used, %", type="log", tickvals=PERCENTS, range=[lowest - 0.05, highest + 0.05]
     )

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from lowkey.page import render
+from lowkey.words import MARKS, Judged, counted, judged
 from pruning.evaluation.record import Evaluation
 from pruning.mqar_table import MQARTable
 from pruning.pareto import PARETO_LEGEND, choices, pareto_table
 from pruning.report import bits, identifiers, measured, mqar, trade
-from pruning.report.inputs import Inputs
+from pruning.report.inputs import Inputs, Recovery, Reduction
 from pruning.report.style import MARGIN, Figure
+from pruning.report.trade import rises_by_width
 from pruning.table import Table, methods_by_width
-from pruning.views import figures, legend
+from pruning.views import change, figures, legend, span
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Summary:
     title: str
     caption: str
     header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+    rows: Sequence[Sequence[str | Judged]]
     """Cells by row; the first of each names it. A line end in a cell stays one."""
 
 
@@ -94,6 +97,7 @@ def page(title: str, inputs: Inputs, drawn: Sequence[Figure]) -> str:
                 for name, evaluation in inputs.evaluations
                 if choices(evaluation)
             ),
+            *_checkpoints_summary(inputs),
             *(_mqar_summary(name, recall) for name, recall in inputs.mqar),
         ],
         figures=drawn,
@@ -108,23 +112,64 @@ def _table_summary(name: str, table: Table) -> Summary:
     dense = table.dense
     caption = (
         f"{name}: {table.checkpoint} on {table.device}; dense {dense.perplexity:.3f}, {dense.state_bytes:,} bytes of "
-        "state. Perplexity, mean and range over calibration seeds; its change; KL in nats per token."
+        "state. Perplexity, mean and range over calibration seeds; its change; KL in nats per token. ▲ the lowest "
+        "of its column."
     )
-    return Summary("Methods by width", caption, *methods_by_width(table))
+    header, rows = methods_by_width(table)
+    cells: list[list[str | Judged]] = [list(row) for row in rows]
+    rises = list(rises_by_width(table).values())
+    for i, width in enumerate(sorted({width for rise in rises for width in rise}, reverse=True), start=1):
+        best = min((j for j, rise in enumerate(rises) if width in rise), key=lambda j: fmean(rises[j][width]))
+        cells[best][i] = Judged(rows[best][i], "better")
+    return Summary("Methods by width", caption, header, cells)
 
 
 def _evaluation_summary(name: str, evaluation: Evaluation) -> Summary:
     scored = evaluation.checkpoints[0].perplexity
     tokens = "" if scored is None else f"{scored.tokens:,} tokens of "
     device = evaluation.environment.get("device_name", "")
-    caption = f"{name}: {tokens}{evaluation.text}, on {device}. {legend(evaluation)}"
+    caption = f"{name}: {tokens}{evaluation.text}, on {device}. {MARKS} {legend(evaluation)}"
     header = ["", *(entry.name for entry in evaluation.checkpoints)]
-    rows = [[label, *cells] for label, cells in figures(evaluation)]
+    rows: list[list[str | Judged]] = [[label, *cells] for label, cells in figures(evaluation)]
     return Summary("Checkpoints side by side", caption, header, rows)
 
 
 def _pareto_summary(name: str, evaluation: Evaluation) -> Summary:
     return Summary("Bytes against quality", f"{name}: {PARETO_LEGEND}", *pareto_table(evaluation))
+
+
+def _checkpoints_summary(inputs: Inputs) -> Iterator[Summary]:
+    """What the given checkpoints are, where any were given."""
+    reductions, recoveries = dict(inputs.reductions), dict(inputs.recoveries)
+    names = dict.fromkeys([*reductions, *recoveries])
+    if names:
+        yield Summary(
+            "Reduced checkpoints",
+            "State in float32, against the model that was reduced; held-out loss in nats per token, before and behind "
+            "recovery. ▲ better, ▼ worse than before.",
+            ["", "method", "d_k", "state bytes", "recovered on", "held-out loss"],
+            [[name, *_checkpoint_cells(reductions.get(name), recoveries.get(name))] for name in names],
+        )
+
+
+def _checkpoint_cells(reduction: Reduction | None, recovery: Recovery | None) -> list[str | Judged]:
+    cells: list[str | Judged] = ["dense, control" if recovery and recovery.control else "", "", "", "", ""]
+    if reduction is not None:
+        layers = "" if reduction.budget is None else ", chosen per layer"
+        cells[0] = f"{reduction.method}, seed {reduction.seed}"
+        cells[1] = f"{span(reduction.source.d_k)} => {span(reduction.d_k)}{layers}"
+        before, after = reduction.source.state_bytes, reduction.state_bytes
+        if before is not None and after is not None:
+            cells[2] = judged(f"{before:,} => {after:,} ({change(before, after)})", before - after)
+        if reduction.recovery is not None:
+            cells[3] = counted(reduction.recovery.tokens, "token")
+    if recovery is not None and recovery.curve:
+        first, last = recovery.curve[0], recovery.curve[-1]
+        cells[3] = counted(last.tokens, "token")
+        cells[4] = judged(
+            f"{first.heldout_loss:.3f} => {last.heldout_loss:.3f}", first.heldout_loss - last.heldout_loss
+        )
+    return cells
 
 
 def _mqar_summary(name: str, table: MQARTable) -> Summary:

@@ -30,6 +30,8 @@ MARGIN = {"l": 56, "r": 16, "t": 32, "b": 48}
 """Pixels around the axes."""
 RISES = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 """Ticks of a rise in perplexity on a logarithmic scale, in percent."""
+DIGITS = tuple(digit * 10.0**power for power in range(-6, 5) for digit in (1, 2, 5))
+"""Ticks of other logarithmic scales."""
 SHADES = "The first layer is dark, the last one light."
 
 
@@ -115,6 +117,11 @@ def head_ticks(heads: Mapping[int, int]) -> dict[str, Any]:
         "showgrid": False,
         "zeroline": False,
     }
+
+
+def tokens_label(tokens: int) -> str:
+    """A number of tokens on an axis of powers of two: `512`, `2k`."""
+    return f"{tokens / 1024:.3g}k" if tokens >= 1024 else str(tokens)
 
 
 def layer_indices(layers: Sequence[int] | None, count: int) -> list[int]:

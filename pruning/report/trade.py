@@ -7,6 +7,7 @@ from typing import Any
 
 from pruning.report.inputs import Reduction
 from pruning.report.style import (
+    DIGITS,
     RISES,
     SHADES,
     Figure,
@@ -72,11 +73,10 @@ def _against_width(rows: Mapping[str, Mapping[int, Sequence[float]]], label: str
         )
     widths = sorted({column for columns in rows.values() for column in columns})
     lowest = min(value for columns in rows.values() for values in columns.values() for value in values)
-    figure.update_xaxes(
-        title="d_k kept (mean over layers, where spent per layer)", type="log", tickvals=widths
-    )
+    figure.update_xaxes(title="d_k kept, mean over layers", type="log", tickvals=widths)
     # A rise of nothing has no logarithm.
-    figure.update_yaxes(title=label, type="log" if lowest > 0 else "linear")
+    scale = {"type": "log", "tickvals": DIGITS} if lowest > 0 else {"type": "linear"}
+    figure.update_yaxes(title=label, **scale)
     return figure
 
 
@@ -96,7 +96,7 @@ def _at_each_width(rows: Mapping[str, Mapping[int, Sequence[float]]]) -> Any:
                     **place(i),
                 )
         drawn = [value for columns in rows.values() for value in columns.get(width, ())]
-        scale = {"type": "log", "dtick": "D2"} if min(drawn) > 0 else {"type": "linear"}
+        scale = {"type": "log", "tickvals": DIGITS} if min(drawn) > 0 else {"type": "linear"}
         figure.update_xaxes(**scale, **place(i))
     figure.update_yaxes(autorange="reversed")
     return figure
@@ -249,7 +249,8 @@ def _budget(
         figure.add_scatter(x=list(curves), y=list(of_layers), name=short(label), **line(i), **place(1))
     figure.update_xaxes(title="d_k kept", row=1, col=1)
     figure.update_yaxes(title="nats per token", row=1, col=1)
-    figure.update_xaxes(title="layer", row=1, col=2, dtick=max(len(curves) // 12, 1))
+    ends = [min(curves) - 0.5, max(curves) + 0.5]
+    figure.update_xaxes(title="layer", row=1, col=2, dtick=max(len(curves) // 12, 1), range=ends)
     figure.update_yaxes(title="d_k", row=1, col=2, rangemode="tozero")
     return Figure(
         f"budget-{number}",

@@ -18,7 +18,7 @@ from loadtest.cli import app
 from loadtest.client import Result
 from loadtest.facts import processor
 from loadtest.figures import MIN_ROUNDS, Objectives, Slice
-from loadtest.report import PAIRED, describe, sweep_table, table
+from loadtest.report import PAIRED, describe, finding, marked, sweep_finding, sweep_table, table
 from loadtest.run import Search
 
 sync_api = pytest.importorskip(
@@ -103,6 +103,7 @@ def reports(tmp_path_factory):
 def test_the_report_has_table_date_machine_models_and_settings(reports):
     page = (reports / "run" / "loadtest.html").read_text()
     text = unescape(re.sub(r"<[^>]*>", " ", page[page.index("<main>") : page.index("</main>")]))
+    text = text.replace("\N{NO-BREAK SPACE}", " ")
     record = json.loads((reports / "run" / "loadtest.json").read_text())
     took = dt.datetime.now(dt.UTC) - dt.datetime.strptime(record["date"], "%Y-%m-%d %H:%M UTC").replace(
         tzinfo=dt.UTC
@@ -124,7 +125,7 @@ def test_the_report_has_table_date_machine_models_and_settings(reports):
         assert re.search(rf"{option}\s+{value}\s", text), option
     for row in table(record):
         assert all(cell in text for cell in row)
-    assert re.search(r"state bytes per request\s+430,080\s+430,080\s+1\.00 \(1\.00 to 1\.00\)", text)
+    assert re.search(r"state bytes per request\s+430,080\s+430,080\s+1\.00\s", text)
     for file in (reports / "run").iterdir():
         assert "secret" not in file.read_text(), "the password of --url"
 
@@ -156,6 +157,9 @@ def test_the_page_fits_a_narrow_screen_in_light_and_dark(reports, name, plots, s
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
         assert page.evaluate("() => typeof hacked") == "undefined"
         assert page.locator("main img, main b, main script").count() == 0
+        captions = page.locator(".plots p").all_inner_texts()
+        assert len(captions) == plots and all(len(caption) > 60 for caption in captions)
+        assert page.locator(".lead").inner_text().count("dense") >= 1
         assert page.locator("#variants tbody th").all_inner_texts() == ["dense", HOSTILE]
         assert HOSTILE in page.locator(".figure text.legendtext").all_text_contents()
         colours = [
@@ -201,13 +205,59 @@ def test_the_clients_lag_is_one_that_a_request_had():
 def test_too_few_rounds_make_no_interval():
     for count in (1, MIN_ROUNDS - 1, MIN_ROUNDS):
         described = describe(rounds(count), ["dense", "reduced"], Objectives(9.0, 9.0))
-        cell = {row[0]: row[3] for row in table(described)}["tokens/s"]
+        cells = {row[0]: row[3] for row in table(described)}
+        assert cells["state bytes per request"] == "1.00"
+        cell = cells["tokens/s"]
         ratio = 2 * count / (count + 2)
         if count < MIN_ROUNDS:
             assert cell == f"{ratio:.2f} (too few rounds)"
+            assert finding(described) == (
+                f"reduced made {ratio:.2f} times the tokens/s of dense in too few rounds to tell them apart, with "
+                "1.00 of its state bytes."
+            )
         else:
             low, high = map(float, re.fullmatch(rf"{ratio:.2f} \((.*) to (.*)\)", cell).groups())
             assert low < ratio < high
+
+
+def test_ratios_are_marked_where_their_interval_says_better_or_worse():
+    described = describe(rounds(9), ["dense", "reduced"], Objectives(9.0, 9.0))
+    ratios = described["ratios"]["reduced/dense"]
+    ratios["tokens_per_second"] = {"value": 1.2, "low": 1.1, "high": 1.3}
+    ratios["goodput_per_second"] = {"value": 0.8, "low": 0.7, "high": 0.9}
+    ratios["ttft_p50_s"] = {"value": 1.2, "low": 1.1, "high": 1.3}
+    ratios["ttft_p95_s"] = {"value": 0.8, "low": 0.7, "high": 0.9}
+    ratios["itl_p50_s"] = {"value": 1.2, "low": 0.9, "high": 1.3}
+    ratios["itl_p95_s"] = {"value": 1.2, "low": float("nan"), "high": float("nan")}
+    plain, cells = table(described), marked(described)
+    assert [[getattr(cell, "text", cell) for cell in row] for row in cells] == plain
+    marks = {row[0]: row[3].mark for row in cells[3:]}
+    assert list(marks.items())[:6] == [
+        ("tokens/s", "better"),
+        ("goodput, requests/s", "worse"),
+        ("TTFT median, ms", "worse"),
+        ("TTFT p95, ms", "better"),
+        ("TTFT p99, ms", marks["TTFT p99, ms"]),
+        ("ITL median, ms", ""),
+    ]
+    assert marks["ITL p95, ms"] == "" and marks["state bytes per request"] == ""
+    assert (
+        finding(described)
+        == "reduced made 1.20 (1.10 to 1.30) times the tokens/s of dense, with 1.00 of its state bytes."
+    )
+    ratios["tokens_per_second"] = {"value": 1.02, "low": 0.9, "high": 1.1}
+    ratios["state_bytes"] = {"value": 0.5, "low": float("nan"), "high": float("nan")}
+    assert finding(described) == (
+        "reduced made 1.02 (0.90 to 1.10) times the tokens/s of dense, which does not tell them apart, with 0.50 of "
+        "its state bytes."
+    )
+    assert marked(described)[-1][3].mark == "better"
+    assert finding(describe(rounds(9), ["dense"], Objectives(9.0, 9.0))) == ""
+
+
+def test_a_sweep_says_what_it_found():
+    found = sweep_finding({"dense": Search(0, 10.0, 12.0), "reduced": Search(0, 15.0, None)})
+    assert found == "Requests/s that each variant holds: dense between 10.0 and 12.0, reduced at least 15.0."
 
 
 def test_the_ratio_of_two_sweeps_says_what_it_can_be():

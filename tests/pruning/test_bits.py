@@ -354,7 +354,7 @@ def test_tables_hold_the_figures_with_their_spread(evaluation):
     same = replace(evaluation.checkpoints[0], name="other/reduced")
     _, rows = pareto_table(replace(evaluation, checkpoints=[same, evaluation.checkpoints[1]]))
     assert {row[0] for row in rows} == {"other/reduced", "runs/reduced"}
-    cells = {label: row[0] for label, row in figures(evaluation)}
+    cells = {label: row[0].text for label, row in figures(evaluation)}
     assert cells["int8: bytes"] == "200"
     assert cells["int8: perplexity"] == f"{math.exp(2.01):.3f} (+1.005 % ± 0.202)"
     assert (cells["int8: KL"], cells["int8: recall"]) == ("0.020000", "37.5% / -3.00")

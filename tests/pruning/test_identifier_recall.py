@@ -296,7 +296,7 @@ def evaluation():
 
 
 def test_tables_hold_the_figures_with_their_errors(evaluation):
-    rows = dict(figures(evaluation))
+    rows = {label: [cell.text for cell in cells] for label, cells in figures(evaluation)}
     assert rows["identifiers, 64 to 255 ago"][0] == "25.0% ± 2.0 / 50.0% ± 4.0 / -0.75"
     assert rows["drop, 64 to 255 ago"] == ["", "+3.12 ± 1.00 / +6.25 ± 4.00 / -0.094 ± 0.100"]
     assert rows["drop, 1,024 to 2,047 ago"][1].startswith("+3.12 / ")
@@ -313,7 +313,11 @@ def test_the_figure_draws_shares_and_drops_by_distance(evaluation):
     assert list(dense_drop.x or ()) == [] and list(reduced_drop.y) == [3.125] * 3
     assert list(reduced_drop.error_y.array) == [1, 1, 0]
     assert reduced.name == reduced_drop.name == "runs/reduced"
-    assert list(figure.figure.layout.xaxis.ticktext) == ["64 to 255", "256 to 1,023", "1,024 to 2,047"]
+    assert list(figure.figure.layout.xaxis.ticktext) == [
+        "64<br>to 255",
+        "256<br>to 1,023",
+        "1,024<br>to 2,047",
+    ]
     assert "1,200 of 64 to 255" in figure.caption and "some text" in figure.caption
     bare = replace(evaluation, checkpoints=[replace(e, identifiers=[]) for e in evaluation.checkpoints])
     assert figure_of("e", bare, 0) == []

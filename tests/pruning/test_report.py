@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import subprocess
 from html import escape
 from html.parser import HTMLParser
@@ -24,6 +25,7 @@ from pruning.report.measured import kept_channels, ranks, spectra
 from pruning.report.page import all_figures, missing, page
 from pruning.report.png import BROWSERS, browser, screenshot, write_png
 from pruning.report.trade import budgets, ladder, tradeoff
+from pruning.views import span
 
 
 def run(*args, code=0):
@@ -132,6 +134,35 @@ def test_the_page_holds_every_figure_and_asks_for_nothing(made, tmp_path):
     for bits in (bits for entry in measured["checkpoints"] for bits in entry["bits"]):
         assert f"{bits['state_bytes']:,}" in found.text
         assert f"{bits['perplexity']['perplexity']:.3f}" in found.text
+
+
+def test_cells_are_marked_where_they_are_better_or_worse(made):
+    inputs = read_inputs(inputs_of(made))
+    marks = re.findall(r'<td class="(better|worse)">[▲▼] ([^<]*)', page("Test", inputs, []))
+    dense, reduced = json.loads((made / "e.json").read_text())["checkpoints"]
+    size, before, after = reduced["state_bytes"], *(e["perplexity"]["perplexity"] for e in (dense, reduced))
+    assert ("better", f"{size:,} ({100 * (size / dense['state_bytes'] - 1):+.1f} %)") in marks
+    said = f"{after:.3f} ({100 * (after / before - 1):+.1f} %)"
+    assert (("worse" if after > before else "better"), said) in marks
+    for bits in reduced["bits"][1:]:
+        rise = bits["loss_rise"]
+        shown = [mark for mark, text in marks if text.startswith(f"{bits['perplexity']['perplexity']:.3f} (")]
+        sure = abs(rise["mean"]) > 2 * rise["standard_error"]
+        assert bool(shown) == sure and (not sure or shown[0] == ("worse" if rise["mean"] > 0 else "better"))
+    assert [text for mark, text in marks if mark == "better"][:2] == ["11.00"] * 2, "the best of each width"
+    assert ("better", "3.000 =&gt; 2.750") in marks
+
+
+def test_given_checkpoints_are_in_a_table_per_layer_and_recovered_ones_too(made):
+    text = Page(page("Test", read_inputs(inputs_of(made)), [])).text
+    rows = text[text.index("Reduced checkpoints") : text.index("Recall of a model")].splitlines()
+    reduced, layered = (
+        next(row for row in rows if row.startswith(str(made / name))) for name in ("reduced", "layered")
+    )
+    assert "drrqr, seed 0" in reduced and "32 => 8" in reduced and "per layer" not in reduced
+    record = json.loads((made / "layered" / REDUCTION).read_text())
+    assert f"32 => {span(record['d_k'])}, chosen per layer" in layered
+    assert f"{record['state_bytes']:,}" in layered and "5,120 tokens" in layered
 
 
 def test_names_from_files_stay_text(made, tmp_path):
@@ -306,6 +337,37 @@ def has_browser():
         return bool(browser())
     except Exception:
         return False
+
+
+OVERLAPS = """() => [...document.querySelectorAll('.figure')].flatMap(figure => {
+  const texts = '.annotation-text, .xtitle, .ytitle, .xtick text, .ytick text, .legendtext';
+  const boxes = [...figure.querySelectorAll(texts)]
+    .map(e => [e.textContent, e.getBoundingClientRect()]).filter(([, box]) => box.width);
+  return boxes.flatMap(([text, a], i) => boxes.slice(i + 1)
+    .filter(([, b]) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2
+      && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
+    .map(([other]) => `${figure.id}: ${text} | ${other}`));
+})"""
+"""Texts of figures that lie over each other, by more than the room that letters leave around them."""
+
+
+@pytest.mark.skipif(not has_browser(), reason=f"none of {', '.join(BROWSERS)} is on PATH")
+def test_on_a_narrow_screen_no_texts_of_a_figure_overlap(made, tmp_path):
+    sync_api = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install -e '.[dev]'"
+    )
+    inputs = read_inputs(inputs_of(made))
+    drawn = all_figures(inputs)
+    (tmp_path / "r.html").write_text(page("Test", inputs, drawn))
+    with sync_api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser(), args=["--no-sandbox"])
+        screen = chromium.new_page(viewport={"width": 360, "height": 740})
+        screen.set_default_timeout(240_000)
+        screen.goto((tmp_path / "r.html").as_uri())
+        screen.wait_for_selector(f"body[data-drawn='{len(drawn)}']")
+        assert screen.evaluate("() => document.documentElement.scrollWidth") <= 360
+        assert screen.evaluate(OVERLAPS) == []
+        chromium.close()
 
 
 @pytest.mark.slow
