@@ -20,7 +20,7 @@ def tools():
 
 @pytest.fixture(scope="session")
 def check(tools):
-    """tools.py: check("chart", directory, given=text) and check("compose", given=text)."""
+    """What tools.py says: check("chart", directory, given=text) and the like."""
 
     def run(*arguments, given):
         done = subprocess.run(

@@ -82,7 +82,9 @@ def test_the_image_serves_on_a_read_only_root_as_a_user_without_rights(prefix, t
         folder.mkdir()
     write_variants(models)
     config = tmp_path / "lowkey.toml"
-    config.write_text((ROOT / "docker" / "lowkey.toml").read_text().replace('"/models/', f'"{models}/'))
+    config.write_text(
+        (ROOT / "docker" / "config" / "lowkey.toml").read_text().replace('"/models/', f'"{models}/')
+    )
 
     def here(text):
         """The image's paths, where they are in this test."""

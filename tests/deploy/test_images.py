@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import tomllib
+from pathlib import Path
 
 import pytest
 from dockerfile import DOCKER, ROOT, arguments, environment
@@ -37,7 +38,7 @@ def services(check):
 @pytest.mark.slow
 def test_hadolint_finds_nothing(tools):
     done = subprocess.run(
-        [tools / "hadolint", *(DOCKER / f for f in FILES)], capture_output=True, text=True, timeout=600
+        [tools / "hadolint", *sorted(DOCKER.glob("Dockerfile*"))], capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -88,21 +89,37 @@ def test_a_field_that_compose_does_not_know_is_found(check):
     assert "shm_sizes" in error
 
 
+def test_the_page_gives_compose_all_that_it_needs():
+    """Each command reads compose.yaml anew, and refuses it while a variable is missing: they have to be kept."""
+    (written,) = re.findall(
+        r"printf '(.*)' .* > docker/\.env\)$", (ROOT / "docs" / "operations.md").read_text(), re.M
+    )
+    needed = re.findall(r"\$\{(\w+):\?", (DOCKER / "compose.yaml").read_text())
+    assert set(re.findall(r"([A-Z_]+)=%s", written)) == set(needed)
+    assert "/docker/.env\n" in (ROOT / ".gitignore").read_text()
+
+
 @pytest.mark.slow
 def test_compose_fits_what_it_mounts(services):
     for name, service in services.items():
-        for mount in service["volumes"]:
+        for mount in service.get("volumes", []):
             if isinstance(mount, dict) and mount["type"] == "bind" and mount["source"] not in GIVEN.values():
                 assert (DOCKER / mount["source"]).exists(), (name, mount)
     ports = {name: service["ports"][0] for name, service in services.items()}
     assert all(str(port).startswith("127.0.0.1:") for port in ports.values()), "nothing open to the network"
     scraped = re.findall(
-        r'targets: \["(\w+):(\d+)"\]', (ROOT / "deploy/prometheus/prometheus.yaml").read_text()
+        r'job_name: lowkey\s+static_configs: \[\{targets: \["(\w+):(\d+)"\]',
+        (ROOT / "deploy/prometheus/prometheus.yaml").read_text(),
     )
     source = (ROOT / "deploy/grafana/provisioning/datasources/prometheus.yaml").read_text()
     asked = re.findall(r'url: "http://(\w+):(\d+)"', source)
     assert len(scraped) == len(asked) == 1
-    for name, port in (*scraped, *asked):
+    told = re.findall(
+        r'alertmanagers:\s+- static_configs: \[\{targets: \["(\w+):(\d+)"\]',
+        (ROOT / "deploy/prometheus/prometheus.yaml").read_text(),
+    )
+    assert len(told) == 1
+    for name, port in (*scraped, *asked, *told):
         assert str(ports[name]).endswith(f":{port}")
     assert environment("Dockerfile.cpu")["LOWKEY_PORT"] == scraped[0][1]
 
@@ -112,13 +129,38 @@ def test_compose_starts_what_the_image_is_made_for(services):
     lowkey = services["lowkey"]
     targets = {m["target"] if isinstance(m, dict) else m.split(":")[1] for m in lowkey["volumes"]}
     assert set(json.loads(arguments("Dockerfile.cpu", "VOLUME")[0])) <= targets
-    assert json.loads(arguments("Dockerfile.cpu", "CMD")[0])[1] in targets
+    config = Path(json.loads(arguments("Dockerfile.cpu", "CMD")[0])[1])
+    (mounted,) = [m for m in lowkey["volumes"] if isinstance(m, dict) and m["target"] == str(config.parent)]
+    # A file that is mounted by itself stays what it was when somebody puts another one in its place.
+    assert (DOCKER / mounted["source"]).is_dir() and (DOCKER / mounted["source"] / config.name).exists()
     assert (DOCKER.parent / lowkey["build"]["dockerfile"]).exists() and lowkey["read_only"] is True
     settings = Settings(variants={"x": "y"})
     grace = int(re.fullmatch(r"(\d+)s", lowkey["stop_grace_period"])[1])
     assert grace >= settings.drain_delay_s + settings.drain_s + 10
     names = {k.removeprefix("LOWKEY_").lower() for k in lowkey["environment"]}
     assert names <= set(Settings.model_fields)
+
+
+@pytest.mark.parametrize(("device", "file"), [("cpu", "Dockerfile.cpu"), ("cuda", "Dockerfile")])
+def test_make_builds_and_pushes_the_image_that_chart_and_compose_ask_for(device, file):
+    def steps(*arguments):
+        command = ["make", "--dry-run", "--no-print-directory", *arguments, f"DEVICE={device}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    image = f"lowkey:{__version__}-{device}"
+    assert steps("image") == [f"docker build --file docker/{file} --tag {image} ."]
+    assert steps("push", "REGISTRY=registry.example/ml")[-1] == f"docker push registry.example/ml/{image}"
+    assert f"{__version__}-{device}" in (DOCKER / "compose.yaml").read_text()
+
+
+def test_what_an_image_copies_reaches_the_builder():
+    """.dockerignore lets nothing through that it does not name."""
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert ignored[0] == "*"
+    for file in DOCKER.glob("Dockerfile*"):
+        copied = [c.split() for c in arguments(file.name, "COPY") if not c.startswith("--from")]
+        assert {source for *sources, _ in copied for source in sources} <= {i.lstrip("!") for i in ignored}
 
 
 def test_the_chart_is_of_this_version():

@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from dockerfile import arguments
 
 from server.api.serving.metrics import Metrics
 from server.hub.metrics import HubMetrics
@@ -45,9 +46,46 @@ def test_the_recording_rules_that_alerts_read_exist():
 def test_every_alert_has_its_place_on_the_page_that_says_what_to_do():
     alerts = (PROMETHEUS / "alerts.yaml").read_text()
     names = re.findall(r"- alert: (\w+)", alerts)
-    assert re.findall(r"runbook: (\S+)", alerts) == [f"docs/operations.md#{name.lower()}" for name in names]
+    links = re.findall(r"runbook_url: (.+)", alerts)
+    assert links == [f'"{{{{ $externalLabels.runbooks }}}}#{name.lower()}"' for name in names]
     headings = re.findall(r"^### (\w+)\n\S", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
     assert sorted(headings) == sorted(names)
+
+
+def test_compose_serves_the_page_that_the_alerts_link_to():
+    (page,) = re.findall(r'runbooks: "(\S+)"', (PROMETHEUS / "prometheus.yaml").read_text())
+    port, path = re.fullmatch(r"http://localhost:(\d+)/(\S+)", page).groups()
+    compose = (ROOT / "docker" / "compose.yaml").read_text()
+    assert f'"127.0.0.1:{port}:{port}"' in compose.split("\n  docs:\n")[1].split("\n\n")[0]
+    assert path == "operations.html" and (ROOT / "docs" / "operations.md").exists()
+    assert f'"{port}"' in arguments("Dockerfile.docs", "CMD")[0]
+
+
+def test_the_autoscaler_asks_for_series_that_exist_by_names_that_the_adapter_gives():
+    adapter = (PROMETHEUS / "adapter.yaml").read_text()
+    asked = set(re.findall(r"seriesQuery: '(\w+)\{", adapter))
+    assert asked and asked <= known()
+    joined = re.findall(r"=~\"(\w+)_\((\w+)\|(\w+)\)\"", adapter)
+    assert {f"{start}_{end}" for start, *ends in joined for end in ends} <= known() and joined
+    given = (asked - {"lowkey_requests_running"}) | set(re.findall(r"as: (\w+)", adapter))
+    template = (ROOT / "deploy" / "helm" / "lowkey" / "templates" / "hpa.yaml").read_text()
+    assert set(re.findall(r"metric: \{name: (\w+)\}", template)) == given
+
+
+@pytest.mark.skipif(
+    shutil.which("amtool") is None, reason="needs amtool (apt install prometheus-alertmanager)"
+)
+@pytest.mark.parametrize(("severity", "receiver"), [("page", "pages"), ("ticket", "tickets")])
+def test_alertmanager_tells_pages_from_tickets(severity, receiver):
+    config = ROOT / "deploy" / "alertmanager" / "alertmanager.yaml"
+    for command in (
+        ["check-config", str(config)],
+        ["config", "routes", "test", f"--config.file={config}", f"severity={severity}", "alertname=X"],
+    ):
+        done = subprocess.run(["amtool", *command], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.strip() == receiver
+    assert f"severity: {severity}" in (PROMETHEUS / "alerts.yaml").read_text()
 
 
 def test_alerts_go_by_a_name_that_the_job_of_every_release_has():
@@ -80,7 +118,7 @@ def test_the_alerts_fire_when_they_should():
 
 
 def test_compose_serves_the_variants_that_it_describes():
-    served = tomllib.loads((ROOT / "docker" / "lowkey.toml").read_text())["variants"]
+    served = tomllib.loads((ROOT / "docker" / "config" / "lowkey.toml").read_text())["variants"]
     assert set(served) == {"dense", "reduced"}
 
 

@@ -1,10 +1,12 @@
 """A real Prometheus with the project's configuration and rules scrapes a real server: every rule and every query of the
-dashboard finds what it asks for."""
+dashboard finds what it asks for, and an alert arrives at a real Alertmanager."""
 
+import contextlib
 import json
 import math
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -22,7 +24,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
     pytest.mark.skipif(
-        shutil.which("prometheus") is None, reason="needs prometheus (apt install prometheus)"
+        shutil.which("prometheus") is None or shutil.which("prometheus-alertmanager") is None,
+        reason="needs both (apt install prometheus prometheus-alertmanager)",
     ),
 ]
 
@@ -46,35 +49,50 @@ def server(tmp_path_factory):
         server.stop()
 
 
+@contextlib.contextmanager
+def running(folder, program, *arguments):
+    """The address that one of Prometheus' programs listens on in this block."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+    with (folder / "log").open("wb") as log:
+        command = [program, *arguments, f"--web.listen-address={address}"]
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        poll(lambda: process.poll() is not None or ready(f"http://{address}"), f"{program} is ready")
+        assert process.poll() is None, (folder / "log").read_text()
+        yield address
+    finally:
+        process.terminate()
+        process.wait(DEADLINE_S)
+
+
 @pytest.fixture(scope="module")
-def prometheus(server, tmp_path_factory):
-    """Its address. The configuration is deploy/prometheus's but for where the server is."""
+def alertmanager(tmp_path_factory):
+    """Its address."""
+    folder = tmp_path_factory.mktemp("alertmanager")
+    config = DEPLOY / "alertmanager" / "alertmanager.yaml"
+    arguments = (f"--config.file={config}", f"--storage.path={folder / 'data'}", "--cluster.listen-address=")
+    with running(folder, "prometheus-alertmanager", *arguments) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def prometheus(server, alertmanager, tmp_path_factory):
+    """Its URL. The configuration is deploy/prometheus's but for where the others are."""
     folder = tmp_path_factory.mktemp("prometheus")
     shutil.copytree(DEPLOY / "prometheus", folder / "etc")
     config = folder / "etc" / "prometheus.yaml"
     text = config.read_text()
-    assert text.count("lowkey:8000") == 1
-    config.write_text(text.replace("lowkey:8000", server.url.removeprefix("http://")))
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        address = f"127.0.0.1:{listening.getsockname()[1]}"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                "prometheus",
-                f"--config.file={config}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdout=log,
-            stderr=log,
-        )
-    try:
-        poll(lambda: process.poll() is not None or ready(f"http://{address}"), "Prometheus is ready")
-        assert process.poll() is None, (folder / "log").read_text()
+    for name, place in {
+        "lowkey:8000": server.url.removeprefix("http://"),
+        "alertmanager:9093": alertmanager,
+    }.items():
+        assert text.count(f'"{name}"') == 1
+        text = text.replace(f'"{name}"', f'"{place}"')
+    config.write_text(text)
+    arguments = (f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}")
+    with running(folder, "prometheus", *arguments) as address:
         yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait(DEADLINE_S)
 
 
 def ready(url):
@@ -142,6 +160,43 @@ def test_the_target_is_up_and_no_recorded_series_is_empty(scraped):
     for name in re.findall(r"record: (\S+)", (DEPLOY / "prometheus" / "rules.yaml").read_text()):
         labels = {series["metric"]["variant"] for series in query(scraped, name)}
         assert labels == ({"reduced"} if "shadow" in name else VARIANTS), name
+
+
+def test_the_autoscaler_finds_a_number_of_requests(scraped):
+    """What the adapter makes of its queries, by the labels that there are without Kubernetes."""
+    adapter = (DEPLOY / "prometheus" / "adapter.yaml").read_text()
+    series = re.findall(r"seriesQuery: '(\w+)", adapter)
+    queries = re.findall(r"metricsQuery: (.+)", adapter)
+    assert len(series) == len(queries) == 2
+    for name, expr in zip(series, queries, strict=True):
+        for part, value in {"GroupBy": "job", "LabelMatchers": 'job="lowkey"', "Series": name}.items():
+            expr = expr.replace(f"<<.{part}>>", value)
+        (found,) = query(scraped, expr)
+        assert float(found["value"][1]) >= 0, expr
+
+
+def test_an_alert_arrives_with_its_link(server, prometheus, alertmanager):
+    config = server.log.with_name("lowkey.toml")
+    good = config.read_text()
+
+    def reload(text, says):
+        already = len(server.log.read_text())
+        config.write_text(text)
+        server.process.send_signal(signal.SIGHUP)
+        poll(lambda: says in server.log.read_text()[already:], f"the log says {says}")
+
+    reload("port = ", "the old configuration stays")
+    alerts = f"http://{alertmanager}/api/v2/alerts"
+    try:
+        (alert,) = poll(
+            lambda: httpx.get(alerts, params={"filter": 'alertname="LowkeyReloadFailed"'}).json(), "it fires"
+        )
+    finally:
+        reload(good, "SIGHUP: read aliases")
+    assert [receiver["name"] for receiver in alert["receivers"]] == ["tickets"]
+    assert alert["labels"].keys() == {"alertname", "job", "instance", "severity"}
+    (page,) = re.findall(r'runbooks: "(\S+)"', (DEPLOY / "prometheus" / "prometheus.yaml").read_text())
+    assert alert["annotations"]["runbook_url"] == f"{page}#lowkeyreloadfailed"
 
 
 def test_every_query_of_the_dashboard_finds_every_variant(scraped):

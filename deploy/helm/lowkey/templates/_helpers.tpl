@@ -7,6 +7,17 @@ app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name }}
 {{- end }}
 
+{{- /* The image as `make image` names it, and its variant by what it runs on. */}}
+{{- define "lowkey.image" -}}
+{{- $made := printf "%s-%s" .Chart.AppVersion (ternary "cuda" "cpu" (gt (int .Values.gpu.count) 0)) -}}
+{{ .Values.image.repository }}:{{ .Values.image.tag | default $made }}
+{{- end }}
+
+{{- /* Pods that there are at least. */}}
+{{- define "lowkey.replicas" -}}
+{{ ternary .Values.autoscaling.minReplicas .Values.replicas .Values.autoscaling.enabled }}
+{{- end }}
+
 {{- define "lowkey.labels" -}}
 {{ include "lowkey.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
