@@ -40,19 +40,31 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar o
 PROGRESS := sed -un -e 's/^ *Downloading \([^ ]*\) (\([0-9.]* MB\))$$/  downloading \1 (\2)/p' \
 	-e '/^Installing collected packages/s/.*/  installing/p'
 
+# Where `make docs` builds.
+SITE := .cache/docs
+
+# What `make image` builds and `make push` pushes: [REGISTRY/]lowkey:VERSION-DEVICE, which is what the Helm chart asks for.
+# DEVICE=cpu or cuda.
+REGISTRY ?=
+DEVICE ?= cpu
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' lowkey/__init__.py)
+IMAGE := $(if $(REGISTRY),$(REGISTRY)/)lowkey:$(VERSION)-$(DEVICE)
+
 # What `make loadtest` loads: a server that runs already.
 URL ?= http://127.0.0.1:8000
 LOADTEST := .cache/loadtest
 
-.PHONY: help demo test test-all compat deploy-check loadtest loadtest-docs lint format venv clean
+.PHONY: help demo docs test test-all compat deploy-check image push loadtest loadtest-docs lint format venv clean
 
 help:
 	@sed -n 's/^#   \(make .*\)/\1/p' Makefile
 	@echo "make test-all  as test, with the slow tests, and those of the server once more on a hybrid"
-	@echo "make compat    tests with other people's clients: openai (Python, and JavaScript in a browser), lm-eval, guidellm, schemathesis, mlx-lm"
+	@echo "make compat    tests with other people's clients: openai (Python, and JavaScript in a browser), litellm, langchain, llm, lm-eval, guidellm, schemathesis, mlx-lm"
 	@echo "make deploy-check  the Dockerfiles, compose.yaml and the Helm chart against linters and schemas"
+	@echo "make image     build the container image with docker (DEVICE=cpu or cuda); make push REGISTRY=... pushes it"
 	@echo "make loadtest  the same load on each variant of a running \`make demo\` (or URL=...), in turns"
 	@echo "make loadtest-docs  make loadtest, and its tables and pictures into docs/loadtest.md"
+	@echo "make docs      docs/ as a site in site/, for a browser, GitHub Pages or any web server"
 	@echo "make lint      ruff, clang-format and mypy only"
 	@echo "make format    sort imports, reformat"
 	@echo "make venv      install only, with the development tools"
@@ -134,6 +146,14 @@ loadtest: $(DEV)
 loadtest-docs: loadtest
 	$(BIN)/python benchmarks/load_docs.py $(LOADTEST) docs
 
+# On a copy: zensical takes a .cache beside its settings for its own.
+docs: $(DEV)
+	@rm -rf $(SITE) site && mkdir -p $(SITE)
+	@cp -r docs zensical.toml $(SITE)
+	cd $(SITE) && $(abspath $(BIN))/zensical build --strict
+	@mv $(SITE)/site site && touch site/.nojekyll
+	@echo "open site/index.html"
+
 lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -159,5 +179,12 @@ compat: $(DEV) $(CLIENTS) $(JS_CLIENTS)
 deploy-check: $(DEV) $(TOOLS)
 	$(BIN)/pytest tests/deploy
 
+image:
+	$(if $(filter cpu cuda,$(DEVICE)),,$(error DEVICE=$(DEVICE): it is cpu or cuda))
+	docker build --file docker/Dockerfile$(if $(filter cpu,$(DEVICE)),.cpu) --tag $(IMAGE) .
+
+push: image
+	docker push $(IMAGE)
+
 clean:
-	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) site .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis
