@@ -10,13 +10,14 @@ text, and it may be no JSON.
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from server.text.answers.cursor import Cursor, IncompleteError, MismatchError
+from server.text.answers.cursor import Cursor, IncompleteError
 from server.text.answers.lark import Quote, any_of, json_rule, several
 from server.text.answers.literals import load, quoted
 from server.text.answers.parts import Block, Calls, NoCallError, Tools
+from server.text.answers.steps import NestedSteps
 
 CLOSING = "</tool_call>"
 LF = "\n"
@@ -24,9 +25,6 @@ ARGUMENTS = ("arguments", "parameters")
 """Names that models give to the arguments."""
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\]+)"\s*,\s*"(?:arguments|parameters)"\s*:\s*')
-_STRUCTURE = re.compile(r'["{}\[\]]|[^\s\w,:.+-]')
-"""The next bracket or quotation mark outside of strings, or what JSON has not there."""
-_IN_STRING = re.compile(r'["\\]')
 
 
 class Hermes:
@@ -49,65 +47,27 @@ class Hermes:
             yield f"call_{number}: {quote(begin)} {json_rule(schema, schema)} {quote('}')}"
 
 
-class _Block:
+class _Block(NestedSteps):
     """Reads one `<tool_call>`: follows strings and brackets to the end of the object."""
 
-    def __init__(self, tools: Tools, calls: Calls) -> None:
-        self.unread = ""
-        self._tools = tools
-        self._calls = calls
-        self._step: Callable[[], str | None] = self._opening
-        self._at = 0
-        """How far strings and brackets have been followed."""
-        self._depth = 0
-        self._in_string = False
-        self._begun = False
+    brackets = "{[", "}]"
+    structure = re.compile(r'["{}\[\]]|[^\s\w,:.+-]')
+    in_string: Mapping[str, re.Pattern[str]] = {'"': re.compile(r'["\\]')}
 
-    def add(self, text: str) -> str | None:
-        self.unread += text
-        try:
-            while (rest := self._step()) is None:
-                pass
-        except IncompleteError:
-            return None
-        return rest
+    def __init__(self, tools: Tools, calls: Calls) -> None:
+        super().__init__(tools, calls, self._opening)
 
     def end(self) -> None:
-        if not self._begun:
-            raise NoCallError
+        super().end()
         if self._step == self._arguments:
             self._tell(len(self.unread))
         elif CLOSING.startswith(self.unread.strip().removeprefix("}").strip()):
             self.unread = ""
 
-    def _follow(self) -> str:
-        """Go past the next bracket, or what JSON has not outside of strings; returns it."""
-        while True:
-            match = (_IN_STRING if self._in_string else _STRUCTURE).search(self.unread, self._at)
-            if match is None:
-                self._at = len(self.unread)
-                raise IncompleteError
-            found = match[0]
-            if found == "\\" and self._in_string:
-                if match.end() == len(self.unread):
-                    self._at = match.start()
-                    raise IncompleteError
-                self._at = match.end() + 1
-                continue
-            self._at = match.end()
-            if found == '"':
-                self._in_string = not self._in_string
-                continue
-            self._depth += (found in "{[") - (found in "}]")
-            return found
-
     def _opening(self) -> str | None:
         cursor = Cursor(self.unread)
-        try:
-            cursor.space()
-            cursor.one_of("{")
-        except MismatchError:
-            raise NoCallError from None
+        cursor.space()
+        cursor.one_of("{")
         self._at, self._depth, self._step = cursor.at, 1, self._object
         return None
 
@@ -181,11 +141,8 @@ class _Block:
 
     def _past(self, expected: str, then: Callable[[], str | None] | None) -> str | None:
         cursor = Cursor(self.unread)
-        try:
-            cursor.space()
-            cursor.one_of(expected)
-        except MismatchError:
-            return self.unread
+        cursor.space()
+        cursor.one_of(expected)
         if then is None:
             return cursor.rest
         self.unread, self._step = cursor.rest, then

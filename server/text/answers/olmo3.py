@@ -7,22 +7,20 @@ A call is told at its end.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.text.answers.cursor import MAX_NAME, Cursor, IncompleteError, MismatchError
 from server.text.answers.lark import Quote, any_of, arguments_of, json_rule, several
 from server.text.answers.literals import is_keyword, keywords_as_json, quoted
-from server.text.answers.parts import Block, Calls, NoCallError, Tools
+from server.text.answers.parts import Block, Calls, Tools
+from server.text.answers.steps import NestedSteps
 from server.text.grammar import GrammarError
 
 CLOSING = "</function_calls>"
 LF = "\n"
 
 _NAME = re.compile(r"[^\s(){}<>=,\"'\[\]]+")
-_STRUCTURE = re.compile(r"[\"'()\[\]{}]|[^\s\w,:.+=-]")
-"""The next bracket or quotation mark outside of strings, or what no call has there."""
-_IN_STRING = {'"': re.compile(r'["\\]'), "'": re.compile(r"['\\]")}
 
 
 class Olmo3:
@@ -63,41 +61,22 @@ def _call_rules(rule: str, tool: str, schema: Mapping[str, Any], quote: Quote) -
         yield f'{rule}_{kind}_{len(arguments)}: ""'
 
 
-class _Block:
+class _Block(NestedSteps):
     """Reads one `<function_calls>`."""
 
+    brackets = "([{", ")]}"
+    structure = re.compile(r"[\"'()\[\]{}]|[^\s\w,:.+=-]")
+    in_string: Mapping[str, re.Pattern[str]] = {'"': re.compile(r'["\\]'), "'": re.compile(r"['\\]")}
+
     def __init__(self, tools: Tools, calls: Calls) -> None:
-        self.unread = ""
-        self._tools = tools
-        self._calls = calls
-        self._step: Callable[[], str | None] = self._name
-        self._begun = False
+        super().__init__(tools, calls, self._name)
         self._called = ""
         """The name of the call whose arguments are being read."""
         self._start = 0
         """Where they begin."""
-        self._at = 0
-        """How far strings and brackets have been followed."""
-        self._depth = 0
-        self._quote = ""
-        """What ends the string that is being followed; empty outside of strings."""
-
-    def add(self, text: str) -> str | None:
-        self.unread += text
-        try:
-            while (rest := self._step()) is None:
-                pass
-        except IncompleteError:
-            return None
-        except MismatchError:
-            if self._begun:
-                return self.unread
-            raise NoCallError from None
-        return rest
 
     def end(self) -> None:
-        if not self._begun:
-            raise NoCallError
+        super().end()
         if self._step == self._name and CLOSING.startswith(self.unread.strip()):
             self.unread = ""
 
@@ -119,26 +98,7 @@ class _Block:
 
     def _arguments(self) -> str | None:
         while self._depth:
-            pattern = _IN_STRING[self._quote] if self._quote else _STRUCTURE
-            match = pattern.search(self.unread, self._at)
-            if match is None:
-                self._at = len(self.unread)
-                raise IncompleteError
-            found = match[0]
-            if found == "\\" and self._quote:
-                if match.end() == len(self.unread):
-                    self._at = match.start()
-                    raise IncompleteError
-                self._at = match.end() + 1
-                continue
-            self._at = match.end()
-            if found in "\"'":
-                self._quote = "" if self._quote else found
-            elif found in "([{":
-                self._depth += 1
-            elif found in ")]}":
-                self._depth -= 1
-            else:
+            if self._follow() not in "([{)]}":
                 raise MismatchError
         try:
             arguments = keywords_as_json(self.unread[self._start : self._at - 1])

@@ -11,14 +11,15 @@
 An argument is a text unless the tool's schema says otherwise. Those that can be nothing else are told as they come.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from server.text.answers.cursor import Cursor, IncompleteError, MismatchError, is_name, overlap
 from server.text.answers.lark import Quote, any_of, arguments_of, json_rule, several
 from server.text.answers.literals import quoted
-from server.text.answers.parts import Block, Calls, NoCallError, Tools
+from server.text.answers.parts import Block, Calls, Tools
 from server.text.answers.schemas import as_json, literal, properties_of, types_of, values_of
+from server.text.answers.steps import Steps
 from server.text.grammar import GrammarError
 
 CLOSING = "</tool_call>"
@@ -67,16 +68,11 @@ def _value(own: Any, schema: Mapping[str, Any], quote: Quote) -> str:
     return "text" if not types or "string" in types else f"{json_rule(own, schema)} {close}"
 
 
-class _Block:
+class _Block(Steps):
     """Reads one `<tool_call>`. What follows a closing tag tells whether it ends a value: one may have the tag in it."""
 
     def __init__(self, tools: Tools, calls: Calls) -> None:
-        self.unread = ""
-        self._tools = tools
-        self._calls = calls
-        self._step: Callable[[], str | None] = self._header
-        self._begun = False
-        """Whether a call has been told."""
+        super().__init__(tools, calls, self._header)
         self._schema: Mapping[str, Any] = {}
         self._names: set[str] = set()
         """Names of the call's arguments so far."""
@@ -87,18 +83,8 @@ class _Block:
         self._value: list[str] = []
         """What has been read of it, if it is told at its end."""
 
-    def add(self, text: str) -> str | None:
-        self.unread += text
-        try:
-            while (rest := self._step()) is None:
-                pass
-        except IncompleteError:
-            return None
-        return rest
-
     def end(self) -> None:
-        if not self._begun:
-            raise NoCallError
+        super().end()
         if self._step == self._argument:
             self._tell(len(self.unread))
             self._calls.arguments("".join(self._value))
@@ -107,18 +93,13 @@ class _Block:
 
     def _header(self) -> str | None:
         cursor = Cursor(self.unread)
-        try:
-            cursor.space()
-            cursor.one_of(FUNCTION)
-            name = cursor.name()
-            if name not in self._tools:
-                raise MismatchError
-            self._names = set()
-            argument = self._following(cursor)
-        except MismatchError:
-            if self._begun:
-                return self.unread
-            raise NoCallError from None
+        cursor.space()
+        cursor.one_of(FUNCTION)
+        name = cursor.name()
+        if name not in self._tools:
+            raise MismatchError
+        self._names = set()
+        argument = self._following(cursor)
         self._begun = True
         self._schema = self._tools[name]
         self._calls.begin(name)
@@ -184,11 +165,8 @@ class _Block:
 
     def _footer(self) -> str | None:
         cursor = Cursor(self.unread)
-        try:
-            cursor.space()
-            if cursor.one_of(CLOSING, FUNCTION) == FUNCTION:
-                self._step = self._header
-                return None
-        except MismatchError:
-            return self.unread
+        cursor.space()
+        if cursor.one_of(CLOSING, FUNCTION) == FUNCTION:
+            self._step = self._header
+            return None
         return cursor.rest
