@@ -69,6 +69,8 @@ class Grammars:
         self._given, self._size = tokenizer, size
         self._row_bytes = (size + 32) // 32 * 4
         """Bytes of a row, as the library wants them: whole words of 32 bits."""
+        self._rows = torch.empty(0, self._row_bytes, dtype=torch.uint8)
+        """What masks are made in. To have the driver pin new memory for each step would take longer than the masks."""
         used = np.zeros(self._row_bytes, np.uint8)
         used[: vocab // 8] = 0xFF
         used[vocab // 8] = (1 << vocab % 8) - 1
@@ -141,9 +143,13 @@ class Grammars:
 
         Returns:
             uint8 `[n, bytes]` on the host, a bit for each token as in `Row`; and the requests that can't go on, with
-            the reason. They, and those that have ended, may have any token.
+            the reason. They, and those that have ended, may have any token. The next call writes to the same memory, so
+            steps before it have to be over.
         """
-        masks = torch.empty(len(requests), self._row_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        if len(self._rows) < len(requests):
+            count = 1 << (len(requests) - 1).bit_length()
+            self._rows = torch.empty(count, self._row_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        masks = self._rows[: len(requests)]
         rows: Row = masks.numpy()
         going_on = [
             (request.constraint, number)
