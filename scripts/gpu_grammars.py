@@ -46,15 +46,15 @@ WIDE = 248_320
 STOP = 0
 
 
-def held(name: str, ids: list[int], new_tokens: int, text: str) -> Generate:
-    """A request that draws, held to a grammar unless that is empty."""
+def held(name: str, ids: list[int], new_tokens: int, text: str, stop: int = STOP) -> Generate:
+    """A request that draws, held to a grammar unless that is empty, which then ends by the token `stop`."""
     how = Sampling(temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, seed=len(name))
     return Generate(
         request_id=name,
         token_ids=ids,
         max_tokens=new_tokens,
         sampling=how,
-        stop_token_ids=[STOP] if text else [],
+        stop_token_ids=[stop] if text else [],
         grammar=text,
     )
 
@@ -138,6 +138,8 @@ def check_grammar_speed(run: Run) -> Iterator[list[str]]:
         free(run)
         checkpoint = _checkpoint(run, vocab)
         free(run)
+        # No string in JSON has a line break, just as none has the end of a text that models have.
+        stop = TokenizerFile(checkpoint.path).open()[0].token_to_id("Ċ")
         batches = (1, 2) if run.small else (1, 32, 128, 256)
         dtype = "float32" if run.small else "bfloat16"
         engine, _ = make_engine(run, checkpoint, dtype, state_dtype="float32", requests=batches[-1])
@@ -145,8 +147,8 @@ def check_grammar_speed(run: Run) -> Iterator[list[str]]:
             run.need(8)
             speeds: dict[str, float] = {}
             for name, text in (("plain", ""), ("schema", grammar.json_schema(ENDLESS, compact=True))):
-                _speed(engine, batch, vocab, 8, text)
-                speeds[name] = _speed(engine, batch, vocab, 10 if run.small else 100, text)
+                _speed(engine, batch, vocab, 8, text, stop)
+                speeds[name] = _speed(engine, batch, vocab, 10 if run.small else 100, text, stop)
             more_us = (1 / speeds["schema"] - 1 / speeds["plain"]) * 1e6
             results[f"vocab {vocab} B {batch}"] = speeds | {"more_us_a_token": more_us}
             told = f"{speeds['plain']:.0f} tok/s, with a schema {speeds['schema']:.0f}: {more_us:.1f} us more a token"
@@ -168,10 +170,10 @@ def _checkpoint(run: Run, vocab: int) -> Checkpoint:
     return Checkpoint(path)
 
 
-def _speed(engine: Engine, batch: int, vocab: int, new_tokens: int, text: str) -> float:
+def _speed(engine: Engine, batch: int, vocab: int, new_tokens: int, text: str, stop: int) -> float:
     """Tokens per second while all of `batch` requests decode, with nothing else to do."""
     for number, ids in enumerate(random_prompts([16] * batch, vocab)):
-        engine.handle(held(str(number), ids, new_tokens, text))
+        engine.handle(held(str(number), ids, new_tokens, text, stop))
     times: list[float] = []
     while not engine.idle:
         output = engine.step()

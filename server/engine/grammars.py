@@ -70,7 +70,7 @@ class Grammars:
         self._row_bytes = (size + 32) // 32 * 4
         """Bytes of a row, as the library wants them: whole words of 32 bits."""
         self._rows = torch.empty(0, self._row_bytes, dtype=torch.uint8)
-        """What masks are made in. To have the driver pin new memory for each step would take longer than the masks."""
+        """What masks are made in: memory that is pinned once."""
         used = np.zeros(self._row_bytes, np.uint8)
         used[: vocab // 8] = 0xFF
         used[vocab // 8] = (1 << vocab % 8) - 1
