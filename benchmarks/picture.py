@@ -30,7 +30,7 @@ class Choice:
     rise: float
     """Rise in perplexity against the dense model with float32 states on the same tokens, in percent."""
     tokens_per_second: int | None
-    """Of decode steps with `BATCH` requests; None where it was not timed."""
+    """How many tokens decode steps with `BATCH` requests make in a second; None where it was not timed."""
 
 
 def choices() -> list[Choice]:

@@ -11,13 +11,14 @@ second time and later, except where it says first: libraries remember what they 
 
 import argparse
 import importlib
-import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -293,7 +294,7 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = open_checkpoint(args.model)
     tokenizer, _ = TokenizerFile(checkpoint.path).open()
-    installed = {name: version for name in LIBRARIES if (version := version_of(name))}
+    installed = versions()
     report: dict[str, Any] = {"model": args.model, "libraries": installed, "masks": [], "engine": []}
     columns = ("tokenizer_ms", "compile_ms", "first_us", "mask_us", "mask_p99_us", "advance_us")
     print("library, vocab, schema,", ", ".join(columns))
@@ -313,12 +314,13 @@ def main() -> None:
         new_json(args.out, report)
 
 
-def version_of(library: str) -> str:
-    """The installed version; empty if there is none."""
-    try:
-        return importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+def versions() -> dict[str, str]:
+    """The versions of those of the libraries that are installed, by name."""
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "list", "--format=json"], check=True, capture_output=True, text=True
+    )
+    found = {package["name"].replace("_", "-"): package["version"] for package in json.loads(listed.stdout)}
+    return {name: found[name] for name in LIBRARIES if name in found}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import re
-import time
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +16,7 @@ from gpu_common import (
     write_checkpoint,
 )
 from gpu_engine import make_engine, waits_counted
-from gpu_loads import random_prompts
+from gpu_loads import random_prompts, speed_of
 from gpu_models import free, parity_size
 
 from benchmarks.structured import widened
@@ -171,12 +170,5 @@ def _checkpoint(run: Run, vocab: int) -> Checkpoint:
 
 
 def _speed(engine: Engine, batch: int, vocab: int, new_tokens: int, text: str, stop: int) -> float:
-    """Tokens per second while all of `batch` requests decode, with nothing else to do."""
-    for number, ids in enumerate(random_prompts([16] * batch, vocab)):
-        engine.handle(held(str(number), ids, new_tokens, text, stop))
-    times: list[float] = []
-    while not engine.idle:
-        output = engine.step()
-        if output is not None and output.phase == "decode" and output.batch_size == batch:
-            times.append(time.perf_counter())
-    return batch * (len(times) - 1) / (times[-1] - times[0])
+    prompts = random_prompts([16] * batch, vocab)
+    return speed_of(engine, [held(str(i), ids, new_tokens, text, stop) for i, ids in enumerate(prompts)])

@@ -30,9 +30,16 @@ def random_prompts(lengths: list[int], vocab: int) -> list[list[int]]:
 
 
 def full_speed(engine: Engine, batch: int, vocab: int, new_tokens: int, prompt: int = 16) -> float:
-    """Tokens per second while all of `batch` requests decode, with nothing else to do."""
-    for i, ids in enumerate(random_prompts([prompt] * batch, vocab)):
-        engine.handle(request(str(i), ids, new_tokens))
+    """Tokens per second while all of `batch` requests of random prompts decode, with nothing else to do."""
+    prompts = random_prompts([prompt] * batch, vocab)
+    return speed_of(engine, [request(str(i), ids, new_tokens) for i, ids in enumerate(prompts)])
+
+
+def speed_of(engine: Engine, requests: list[Generate]) -> float:
+    """Tokens per second while all of these requests decode, with nothing else to do."""
+    batch = len(requests)
+    for message in requests:
+        engine.handle(message)
     times: list[float] = []
     while not engine.idle:
         output = engine.step()

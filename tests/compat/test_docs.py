@@ -25,7 +25,7 @@ def test_python_examples(server):
 
 
 def test_examples_with_tools(chat_server):
-    """Likewise, with a model that calls them."""
+    """The examples that offer tools work as printed, with a model that calls them."""
     (example,) = TOOLS
     first = next(text for language, text in BLOCKS if language == "python").split("for chunk")[0]
     program = (

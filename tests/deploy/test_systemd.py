@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 UNIT = ROOT / "deploy" / "systemd" / "lowkey.service"
 GPU = UNIT.with_name("gpu.conf")
 MOST_EXPOSED = 2.0
-"""Of 10, as `systemd-analyze security` counts."""
+"""The highest exposure that the unit may have, on the scale of `systemd-analyze security`, which ends at 10."""
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def assert_close(y: torch.Tensor, expected: torch.Tensor, tolerance: float) -> N
 @pytest.mark.parametrize("rows", FEW + MANY)
 @pytest.mark.parametrize("name", SPECS)
 def test_any_number_of_tokens_is_the_definition(name, rows):
-    """As a block calls it: what goes in is the residual, too."""
+    """A block calls it so: what goes in is the residual, too."""
     moe, norm, x = experts_of(SPECS[name]), norm_of(), draw(rows)
     expected = x.double() + by_definition(moe, x, norm)
     y = add_moe(moe, x, norm, x)
